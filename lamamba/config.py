@@ -1,0 +1,282 @@
+"""What a network is: one frozen value that can be printed, compared, saved with the weights and rebuilt from them.
+
+This floor imports neither torch nor diffusers, so that a configuration can be read and checked anywhere at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+CONFIG_VERSION = 1
+"""Raised when a saved configuration can no longer be read by older code; old versions stay readable."""
+
+BRANCHES = ("scan", "attention", "mlp")
+"""The three residual branches of a LaMamba block, in the order they run."""
+
+NUM_STAGES = 4
+STAGE_WIDTHS = (1, 2, 4, 4)
+"""Width of each encoder stage in units of the base width; the decoder mirrors it."""
+STAGE_SCALES = (1, 2, 4, 4)
+"""How many times smaller a stage's grid is than the first one's."""
+
+Objective = Literal["noise", "flow"]
+Grid = tuple[int, int]
+
+LATENT_SCALE = 8
+"""Image pixels per latent pixel, for the autoencoders of Stable Diffusion that the paper uses."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name nobody knows: what came, the nearest known one, and all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"{kind} {name!r} is unknown{hint} (known: {', '.join(known) or 'none'})")
+
+
+def as_grid(value: Any, name: str = "grid") -> Grid:
+    """An int n as (n, n), a pair as it is; anything else is refused by name."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = (value, value)
+    if not isinstance(value, list | tuple) or len(value) != 2 or not all(type(side) is int for side in value):
+        raise ValueError(f"{name}={value!r} is neither a whole number nor a pair (height, width) of them")
+    return value[0], value[1]
+
+
+def check_grid(grid: Grid, name: str = "grid", patch_size: int | None = None) -> None:
+    """Refuse a token grid that two halvings do not divide.
+
+    Raises:
+        ValueError: with the side that does not fit and the nearest sizes that do.
+    """
+    for side in grid:
+        if side < 4 or side % 4:
+            below, above = max(4, side // 4 * 4), max(4, (side // 4 + 1) * 4)
+            nearest = f"{below} or {above}" if below != above else f"{above}"
+            pixels = f" (one token is {patch_size} pixel(s) of the network's input)" if patch_size else ""
+            raise ValueError(
+                f"{name}={grid[0]} x {grid[1]} tokens cannot be halved twice: "
+                f"both sides must be multiples of 4; use {nearest} instead of {side}{pixels}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """The architecture of a LaMamba-Diff U-Net (paper, Section 3; sizes as in its Table 1).
+
+    Raises:
+        ValueError: when the sizes do not fit together; the message says which and what fits.
+    """
+
+    width: int = 320
+    """Channels of the first stage; the stages have 1, 2, 4 and 4 times as many."""
+    num_heads: int = 16
+    """Attention heads, the same in every stage."""
+    depths: tuple[int, ...] = (2, 2, 2, 2)
+    """Blocks in each encoder stage; the mirrored decoder stage has one more."""
+    bottleneck_depth: int = 2
+    """Blocks between encoder and decoder."""
+    window_size: int = 8
+    """Side of an attention window in tokens; on a smaller grid the window is the grid."""
+    state_size: int = 1
+    """Memory of the scan in numbers per channel (N): 1 in the released code, 16 in the paper's tables."""
+    ssm_ratio: float = 2.0
+    """Channels inside the scan branch per channel of its stage."""
+    mlp_ratio: float = 4.0
+    """Hidden channels of the MLP branch per channel of its stage."""
+    patch_size: int = 1
+    """Side in input pixels of one token."""
+    in_channels: int = 4
+    """Channels of the noisy input: 4 for latents, 3 for RGB pixels."""
+    out_channels: int | None = None
+    """Channels of the output; by default 2 * in_channels with a learned variance, in_channels for flow."""
+    num_classes: int = 1000
+    """Class labels; 0 for an unconditional network. The row after the last label means "no class"."""
+    grid: int | tuple[int, int] = 32
+    """Tokens along (height, width) that the network is made for; one number means a square."""
+    scan: Literal["continuous", "cross"] = "continuous"
+    """Reading order of the grid: snakes (the paper) or plain rows and columns (its ablation)."""
+    objective: Objective = "noise"
+    """What the output means: noise and variance (DDPM, the paper), or the velocity of a straight flow."""
+    removed_blocks: tuple[str, ...] = ()
+    """Blocks or branches left out, by name: "encoder.0.1", "decoder.3.0.attention", "bottleneck" (with its residual)."""
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        put("depths", tuple(self.depths))
+        put("removed_blocks", tuple(sorted(self.removed_blocks)))
+        put("grid", as_grid(self.grid))
+        if self.out_channels is None:
+            put("out_channels", self.in_channels * (2 if self.objective == "noise" else 1))
+        self._validate()
+
+    def _validate(self) -> None:
+        at_least_one = "width num_heads bottleneck_depth window_size state_size patch_size in_channels"
+        for name in at_least_one.split():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if not isinstance(self.num_classes, int) or self.num_classes < 0:
+            raise ValueError(f"num_classes={self.num_classes!r} must be 0 (unconditional) or more")
+        if len(self.depths) != NUM_STAGES or any(not isinstance(depth, int) or depth < 1 for depth in self.depths):
+            raise ValueError(f"depths={self.depths} must be {NUM_STAGES} whole numbers of at least 1, one per stage")
+        for name, value in (("scan", self.scan), ("objective", self.objective)):
+            known = {"scan": ("continuous", "cross"), "objective": ("noise", "flow")}[name]
+            if value not in known:
+                raise unknown_name(name, str(value), known)
+        if self.width % 4:
+            raise ValueError(f"width={self.width} must be a multiple of 4, for sines and cosines of rows and columns")
+        if self.width % self.num_heads:
+            raise ValueError(f"width={self.width} does not split into num_heads={self.num_heads} equal heads")
+        for name in ("ssm_ratio", "mlp_ratio"):
+            ratio = getattr(self, name)
+            if not ratio > 0 or (ratio * self.width) % 1:
+                raise ValueError(f"{name}={ratio} times width={self.width} must be a whole number of channels")
+        expected = {"noise": 2 * self.in_channels, "flow": self.in_channels}[self.objective]
+        if self.out_channels != expected:
+            raise ValueError(
+                f"out_channels={self.out_channels} does not fit objective={self.objective!r} with "
+                f"in_channels={self.in_channels}; it needs {expected}"
+            )
+        check_grid(self.token_grid)
+        self._validate_removed()
+
+    def _validate_removed(self) -> None:
+        for name in self.removed_blocks:
+            if name not in (known := self.removable_names()):
+                raise unknown_name("removed_blocks entry", name, known)
+        if len(set(self.removed_blocks)) != len(self.removed_blocks):
+            raise ValueError(f"removed_blocks={self.removed_blocks} names an entry twice")
+
+    def removable_names(self) -> list[str]:
+        """Every name that removed_blocks may hold: the blocks, their branches, and the whole bottleneck."""
+        blocks = [f"encoder.{s}.{i}" for s in range(NUM_STAGES) for i in range(self.depths[s])]
+        blocks += [f"bottleneck.{i}" for i in range(self.bottleneck_depth)]
+        blocks += [f"decoder.{s}.{i}" for s in range(NUM_STAGES) for i in range(self.decoder_depths[s])]
+        return ["bottleneck", *blocks, *(f"{block}.{branch}" for block in blocks for branch in BRANCHES)]
+
+    def branches(self, block: str) -> tuple[str, ...]:
+        """The branches that a block still has, in the order they run; none when the block is removed."""
+        if block in self.removed_blocks or (block.startswith("bottleneck.") and "bottleneck" in self.removed_blocks):
+            return ()
+        return tuple(branch for branch in BRANCHES if f"{block}.{branch}" not in self.removed_blocks)
+
+    @property
+    def token_grid(self) -> Grid:
+        """grid as a pair (height, width) in tokens."""
+        return as_grid(self.grid)
+
+    @property
+    def input_size(self) -> Grid:
+        """Height and width of the network's input in its own pixels (latent pixels, for latents)."""
+        return self.token_grid[0] * self.patch_size, self.token_grid[1] * self.patch_size
+
+    @property
+    def output_channels(self) -> int:
+        """out_channels, resolved."""
+        assert self.out_channels is not None
+        return self.out_channels
+
+    @property
+    def condition_width(self) -> int:
+        """Width of the timestep and label embeddings: four times the base width."""
+        return 4 * self.width
+
+    @property
+    def decoder_depths(self) -> tuple[int, ...]:
+        """Blocks in each decoder stage, deepest first."""
+        return tuple(depth + 1 for depth in reversed(self.depths))
+
+    def stage_width(self, stage: int) -> int:
+        """Channels of encoder stage 0..3 (and of the decoder stage that mirrors it)."""
+        return self.width * STAGE_WIDTHS[stage]
+
+    def scan_width(self, width: int) -> int:
+        """Channels D inside the scan branch of a stage of this width."""
+        return int(self.ssm_ratio * width)
+
+    def dt_rank(self, width: int) -> int:
+        """Rank R of the time-step projection in a stage of this width."""
+        return math.ceil(width / 16)
+
+    def stage_window(self, stage: int) -> Grid:
+        """Attention window (height, width) of a stage: window_size, or the stage's grid where that is smaller."""
+        height, width = (side // STAGE_SCALES[stage] for side in self.token_grid)
+        return min(self.window_size, height), min(self.window_size, width)
+
+    @classmethod
+    def preset(cls, name: str, *, image_size: int | tuple[int, int] = 256, **overrides: Any) -> UNetConfig:
+        """A published size ("s", "b", "l", "xl") for an image size in pixels, with any field overridden.
+
+            UNetConfig.preset("xl", image_size=512, state_size=16)
+
+        The image is taken to be encoded 8 times smaller, as in the paper; give `grid` to say otherwise.
+
+        Raises:
+            ValueError: for an unknown preset or field (the nearest is named), or an image size that does not fit.
+        """
+        if name not in PRESETS:
+            raise unknown_name("preset", name, PRESETS)
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for key in overrides:
+            if key not in fields:
+                raise unknown_name("configuration field", key, fields)
+        if "grid" not in overrides:
+            patch = overrides.get("patch_size", 1)
+            multiple = LATENT_SCALE * patch * 4
+            sides = as_grid(image_size, "image_size")
+            for side in sides:
+                if side < multiple or side % multiple:
+                    nearest = max(1, round(side / multiple)) * multiple
+                    raise ValueError(
+                        f"image_size={side} does not fit: with latents {LATENT_SCALE} times smaller, patch_size="
+                        f"{patch} and two halvings it must be a multiple of {multiple}; the nearest is {nearest}"
+                    )
+            overrides["grid"] = (sides[0] // (LATENT_SCALE * patch), sides[1] // (LATENT_SCALE * patch))
+        return cls(**{**PRESETS[name], **overrides})
+
+    def replace(self, **changes: Any) -> UNetConfig:
+        """A copy with some fields changed; out_channels follows the objective unless it is given."""
+        if {"objective", "in_channels"} & changes.keys():
+            changes.setdefault("out_channels", None)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with the format's version; `from_dict` reads it back to an equal config."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {"config_version": CONFIG_VERSION, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
+        """Rebuild a config that `to_dict` wrote. Strict: an unknown key is an error, not a warning.
+
+        Raises:
+            ValueError: for an unknown key (the nearest is named) or a config of a newer format.
+        """
+        values = dict(values)
+        version = values.pop("config_version", CONFIG_VERSION)
+        if not isinstance(version, int) or version > CONFIG_VERSION:
+            raise ValueError(
+                f"config_version={version} is newer than this lamamba reads ({CONFIG_VERSION}); upgrade lamamba-diff"
+            )
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in fields:
+                raise unknown_name("configuration field", key, fields)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "s": {"width": 64, "num_heads": 4},
+    "b": {"width": 128, "num_heads": 8},
+    "l": {"width": 256, "num_heads": 16},
+    "xl": {"width": 320, "num_heads": 16},
+}
+"""XL is the paper's; S, B and L are widths of ours that lie beside DiT-S/2, B/2 and L/2 (33, 130 and 458 M)."""

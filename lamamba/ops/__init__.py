@@ -1,0 +1,7 @@
+"""Formulas without parameters: the selective scan, its reading orders, and the choice of who computes them."""
+
+from lamamba.ops.dispatch import use_backend
+from lamamba.ops.scan_paths import inverse_paths, scan_paths
+from lamamba.ops.selective_scan import selective_scan
+
+__all__ = ["inverse_paths", "scan_paths", "selective_scan", "use_backend"]

@@ -1,0 +1,63 @@
+"""The orders in which the scan reads a grid of tokens, for any height and width.
+
+A path is a permutation of the grid: paths[k, t] is the row-major index of the token that direction k reads at time t.
+
+    continuous    neighbours on the path are neighbours on the grid (snakes; paper, Section 3.2)
+        0  rows from the top; even rows left to right, odd rows right to left
+        1  path 0 backwards
+        2  columns from the left; even columns bottom to top, odd columns top to bottom
+        3  path 2 backwards
+    cross         the plain orders of VMamba, kept for the paper's ablation
+        0  row by row      1  column by column      2  path 0 backwards      3  path 1 backwards
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lamamba.config import unknown_name
+
+NUM_PATHS = 4
+
+
+def _grid_orders(height: int, width: int, scan: str) -> np.ndarray:
+    tokens = np.arange(height * width).reshape(height, width)
+    if scan == "cross":
+        rows, columns = tokens.ravel(), tokens.T.ravel()
+        return np.stack([rows, columns, rows[::-1], columns[::-1]])
+    rows = tokens.copy()
+    rows[1::2] = rows[1::2, ::-1]
+    columns = tokens[::-1].T.copy()
+    columns[1::2] = columns[1::2, ::-1]
+    return np.stack([rows.ravel(), rows.ravel()[::-1], columns.ravel(), columns.ravel()[::-1]])
+
+
+@lru_cache(maxsize=256)
+def _cached_paths(height: int, width: int, scan: str, device: torch.device) -> Tensor:
+    # from_numpy, not torch.tensor: a surrounding `with torch.device(...)` must not decide where a cached table lies
+    return torch.from_numpy(_grid_orders(height, width, scan)).to(device)
+
+
+def scan_paths(height: int, width: int, scan: str = "continuous", device: torch.device | str = "cpu") -> Tensor:
+    """The four reading orders of a height x width grid, as a (4, height * width) table of int64 token indices.
+
+    Made once per shape, kind and device, and shared: do not write into it.
+
+    Raises:
+        ValueError: for a side below 1 or an unknown kind of scan.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"a grid of {height} x {width} tokens has nothing to read; both sides must be at least 1")
+    if scan not in ("continuous", "cross"):
+        raise unknown_name("scan", scan, ("continuous", "cross"))
+    return _cached_paths(height, width, scan, torch.device(device))
+
+
+def inverse_paths(paths: Tensor) -> Tensor:
+    """When each token is read: inverse[k, paths[k, t]] = t, of the same shape as paths (g, l)."""
+    times = torch.arange(paths.shape[1], device=paths.device).expand_as(paths)
+    return torch.empty_like(paths).scatter_(1, paths, times)

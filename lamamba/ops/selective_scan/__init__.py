@@ -1,0 +1,137 @@
+"""The selective scan over a grid: everything between the projections of a visual Mamba layer and their sum.
+
+Letters, here and in every back end of this room:
+
+    x      (b, l, c)        tokens in grid order
+    dt     (b, l, g, r)     low-rank time steps, one set per direction
+    B, C   (b, l, g, n)     input and output maps of the state
+    W_dt   (g, c, r)        lifts dt to all channels;   b_dt (g, c) its bias
+    A      (g, c, n)        decay rates, negative;      D (g, c) skip weights
+    paths  (g, l)           paths[k, t] = the token that direction k reads at time t
+    u, delta, h, y          input, time step, state and output along a path
+
+    sizes: b images, l tokens, c channels, g directions, r rank, n state size
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from lamamba.ops.dispatch import Backend, Op
+
+OP = Op(
+    "selective_scan",
+    (
+        Backend("torch", "lamamba.ops.selective_scan.blocked"),
+        Backend("reference", "lamamba.ops.selective_scan.reference"),
+    ),
+)
+
+
+def selective_scan(
+    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, W_dt: Tensor, b_dt: Tensor, A: Tensor, D: Tensor, paths: Tensor,
+    *, backend: str | None = None,
+) -> Tensor:
+    """Read every path from its first token to its last, carrying a small decaying memory; sum over the paths.
+
+        delta_t = softplus(W_dt dt_t + b_dt)
+        h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t
+        y_t = C_t . h_t + D u_t                              (Mamba, arXiv 2312.00752, Eq. 2; VMamba's four directions)
+
+    The state is float32 whatever the inputs are (float64 for float64 inputs).
+
+    Args:
+        x, dt, B, C, W_dt, b_dt, A, D, paths: as in the table at the top of this file.
+        backend: the name of a back end; by default the one in force (see lamamba.ops.dispatch).
+
+    Returns:
+        y of shape (b, l, c) in grid order and x's dtype.
+
+    Raises:
+        ValueError: when shapes do not fit or the back end's name is unknown.
+        RuntimeError: when the chosen back end cannot run these inputs here.
+    """
+    _check_shapes(x, dt, B, C, W_dt, b_dt, A, D, paths)
+    chosen = OP.choose(x, A.shape[2], backend)
+    return _selective_scan(x, dt, B, C, W_dt, b_dt, A, D, paths, chosen)
+
+
+def _check_shapes(x, dt, B, C, W_dt, b_dt, A, D, paths) -> None:
+    if x.dim() != 3 or A.dim() != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)} and A {tuple(A.shape)}; they are (b, l, c) and (g, c, n)")
+    (b, l, c), (g, _, n) = x.shape, A.shape
+    r = W_dt.shape[-1]
+    expected = {
+        "dt": (dt, (b, l, g, r)), "B": (B, (b, l, g, n)), "C": (C, (b, l, g, n)), "W_dt": (W_dt, (g, c, r)),
+        "b_dt": (b_dt, (g, c)), "A": (A, (g, c, n)), "D": (D, (g, c)), "paths": (paths, (g, l)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} where x {tuple(x.shape)} and A {tuple(A.shape)} need {shape}"
+            )
+    if l == 0:
+        raise ValueError("x has no tokens; a path must be at least one token long")
+
+
+@torch.library.custom_op("lamamba::selective_scan", mutates_args=())
+def _selective_scan(
+    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, W_dt: Tensor, b_dt: Tensor, A: Tensor, D: Tensor, paths: Tensor,
+    backend: str,
+) -> Tensor:
+    return OP.get(backend).load().forward(x, dt, B, C, W_dt, b_dt, A, D, paths)
+
+
+@_selective_scan.register_fake
+def _(x, dt, B, C, W_dt, b_dt, A, D, paths, backend):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("lamamba::selective_scan_backward", mutates_args=())
+def _selective_scan_backward(
+    grad_y: Tensor,
+    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, W_dt: Tensor, b_dt: Tensor, A: Tensor, D: Tensor, paths: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return OP.get(backend).load().backward(grad_y, x, dt, B, C, W_dt, b_dt, A, D, paths)
+
+
+@_selective_scan_backward.register_fake
+def _(grad_y, x, dt, B, C, W_dt, b_dt, A, D, paths, backend):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, dt, B, C, W_dt, b_dt, A, D))
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_y):
+    return *_selective_scan_backward(grad_y, *ctx.saved_tensors, ctx.backend), None, None
+
+
+_selective_scan.register_autograd(_backward, setup_context=_save)
+
+
+def projection_multiply_adds(x_shape, W_dt_shape) -> int:
+    """Multiply-adds of lifting dt to all channels, a matrix product: b l g c r."""
+    (b, l, c), (g, _, r) = x_shape, W_dt_shape
+    return b * l * g * c * r
+
+
+def scan_operations(x_shape, A_shape) -> int:
+    """Operations of the recurrence as VMamba and the paper count them: 9 l (g c) n + l (g c), for each image."""
+    (b, l, c), (g, _, n) = x_shape, A_shape
+    return b * l * g * c * (9 * n + 1)
+
+
+@register_flop_formula(torch.ops.lamamba.selective_scan)
+def _flops(x_shape, dt_shape, B_shape, C_shape, W_dt_shape, b_dt_shape, A_shape, *rest, out_shape=None, **kwargs) -> int:
+    return 2 * projection_multiply_adds(x_shape, W_dt_shape) + scan_operations(x_shape, A_shape)
+
+
+@register_flop_formula(torch.ops.lamamba.selective_scan_backward)
+def _backward_flops(grad_shape, *shapes, out_shape=None, **kwargs) -> int:
+    return 3 * _flops(*shapes)
