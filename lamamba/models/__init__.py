@@ -1,0 +1,1 @@
+"""The network: every learned parameter of the project lives in this room."""

@@ -1,0 +1,63 @@
+"""The LaMamba block: scan, then windows, then MLP, each told by the condition how loudly to speak."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lamamba.config import UNetConfig
+from lamamba.models.attention import WindowAttention
+from lamamba.models.geometry import Geometry
+from lamamba.models.ss2d import SS2D
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift, with (b, c) shift and scale for (b, h, w, c) tokens."""
+    return x * (1 + scale[:, None, None]) + shift[:, None, None]
+
+
+class MLP(nn.Module):
+    """Linear, GELU (exact), Linear on every token by itself."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.linear_in = nn.Linear(width, hidden)
+        self.linear_out = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
+        return self.linear_out(F.gelu(self.linear_in(x)))
+
+
+class LaMambaBlock(nn.Module):
+    """Three residual branches with adaLN-Zero conditioning (paper, Eq. 5-7; DiT's adaLN).
+
+        x = x + gate * branch(modulate(LayerNorm(x), shift, scale))     for scan, attention, mlp
+
+    The condition gives nine vectors, three for each branch; all start at zero, so that a new block passes x through.
+    A branch named in the config's removed_blocks is absent, and so are its three vectors.
+    """
+
+    def __init__(self, config: UNetConfig, name: str, stage: int, *, shifted: bool, projects_condition: bool):
+        super().__init__()
+        width = config.stage_width(stage)
+        build = {
+            "scan": lambda: SS2D(width, config.scan_width(width), config.state_size, config.dt_rank(width)),
+            "attention": lambda: WindowAttention(width, config.num_heads, config.stage_window(stage), shifted),
+            "mlp": lambda: MLP(width, int(config.mlp_ratio * width)),
+        }
+        branches = config.branches(name)
+        self.condition = nn.Linear(config.condition_width, width) if projects_condition else nn.Identity()
+        self.modulation = nn.Linear(width, 3 * len(branches) * width)
+        self.norms = nn.ModuleDict({branch: nn.LayerNorm(width) for branch in branches})
+        self.branches = nn.ModuleDict({branch: build[branch]() for branch in branches})
+
+    def zero_modulation(self) -> None:
+        nn.init.zeros_(self.modulation.weight)
+
+    def forward(self, x: Tensor, c: Tensor, geometry: Geometry) -> Tensor:
+        vectors = iter(self.modulation(F.silu(self.condition(c))).chunk(3 * len(self.branches), dim=-1))
+        for name, branch in self.branches.items():
+            shift, scale, gate = next(vectors), next(vectors), next(vectors)
+            y = branch(modulate(self.norms[name](x), shift, scale), geometry)
+            x = x + gate[:, None, None] * y
+        return x

@@ -1,0 +1,262 @@
+"""Reads and writes the parameter names of the official LaMamba-Diff code.
+
+An official training checkpoint is a pickle of {"model", "ema", "opt", "args", "config"}. It is opened without running
+anything from it: tensors and plain values, an argparse.Namespace and a yacs CfgNode (read as an ordered dict) are
+allowed, all else is refused by torch.load(weights_only=True).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import math
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lamamba.config import NUM_STAGES, UNetConfig
+from lamamba.models.geometry import relative_positions, same_region
+from lamamba.models.unet import LaMambaUNet
+
+_RENAMES = [
+    (r"^position_embedding$", "pos_embed"),
+    (r"^patch_embedding\.projection\.", "patch_embed.proj."),
+    (r"^patch_embedding\.norm\.", "patch_embed.norm."),
+    (r"^timestep_embedding\.linear_in\.", "t_embedder.mlp.0."),
+    (r"^timestep_embedding\.linear_out\.", "t_embedder.mlp.2."),
+    (r"^label_embedding\.", "y_embedder.embedding_table."),
+    (r"^head\.expand\.linear\.", "final_up.expand."),
+    (r"^head\.expand\.norm\.", "final_up.norm."),
+    (r"^head\.condition\.", "final_condition_projection."),
+    (r"^head\.modulation\.", "final_adaLN_modulation.1."),
+    (r"^head\.linear\.", "final_linear."),
+    (r"^merges\.(\d)\.norm\.", r"layers.\1.downsample.norm."),
+    (r"^merges\.(\d)\.linear\.", r"layers.\1.downsample.reduction."),
+    (r"^expands\.0\.", "layers_up.2.upsample."),
+    (r"^expands\.1\.", "layers_up.3.upsample."),
+    (r"\.upsample\.linear\.", ".upsample.expand."),
+    (r"^encoder\.", "layers."),
+    (r"^bottleneck\.", "mid_layer."),
+    (r"^decoder\.", "layers_up."),
+    (r"(blocks\.\d+)\.condition\.", r"\1.condition_projection."),
+    (r"(blocks\.\d+)\.modulation\.", r"\1.adaLN_modulation.1."),
+    (r"\.norms\.scan\.", ".norm."),
+    (r"\.norms\.attention\.", ".norm_swin."),
+    (r"\.norms\.mlp\.", ".norm2."),
+    (r"\.branches\.scan\.", ".op."),
+    (r"\.branches\.attention\.", ".attn."),
+    (r"\.branches\.mlp\.linear_in\.", ".mlp.fc1."),
+    (r"\.branches\.mlp\.linear_out\.", ".mlp.fc2."),
+    (r"\.op\.conv\.", ".op.conv2d."),
+    (r"\.op\.W_x$", ".op.x_proj_weight"),
+    (r"\.op\.W_dt$", ".op.dt_projs_weight"),
+    (r"\.op\.b_dt$", ".op.dt_projs_bias"),
+    (r"\.op\.A_log$", ".op.A_logs"),
+    (r"\.op\.D$", ".op.Ds"),
+    (r"\.attn\.out_proj\.", ".attn.proj."),
+    (r"\.attn\.bias_table$", ".attn.relative_position_bias_table"),
+]
+
+
+def official_name(name: str) -> str:
+    """The official code's name of one of our parameters."""
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _official_shape(name: str, shape: torch.Size) -> tuple[int, ...]:
+    if name == "position_embedding":
+        return (1, *shape)
+    if name.endswith((".scan.A_log", ".scan.D")):
+        return (shape[0] * shape[1], *shape[2:])
+    return tuple(shape)
+
+
+def _official_buffers(config: UNetConfig) -> dict[str, Tensor]:
+    """The tables that the official code saves beside its parameters: relative positions and shift masks."""
+    buffers = {}
+    homes = [("encoder", "layers", s, s, config.depths[s]) for s in range(NUM_STAGES)]
+    homes += [("bottleneck", "mid_layer", None, NUM_STAGES - 1, config.bottleneck_depth)]
+    homes += [("decoder", "layers_up", s, NUM_STAGES - 1 - s, config.decoder_depths[s]) for s in range(NUM_STAGES)]
+    for _, official, index, stage, depth in homes:
+        scale = (1, 2, 4, 4)[stage]
+        grid = (config.token_grid[0] // scale, config.token_grid[1] // scale)
+        window = config.stage_window(stage)
+        for i in range(depth):
+            prefix = f"{official}.blocks.{i}" if index is None else f"{official}.{index}.blocks.{i}"
+            buffers[f"{prefix}.attn.relative_position_index"] = relative_positions(window)
+            if i % 2 == 1 and grid[0] > window[0]:
+                same = same_region(grid, window, (window[0] // 2, window[1] // 2))
+                assert same is not None
+                buffers[f"{prefix}.attn_mask"] = torch.where(same, 0.0, -100.0)
+    return buffers
+
+
+def to_official(model: LaMambaUNet) -> dict[str, Tensor]:
+    """A model's weights under the official names, with the buffers its strict loader expects.
+
+    Raises:
+        ValueError: for what the official code cannot express: flow, removed blocks, a grid that is not square.
+    """
+    config = model.architecture
+    if config.objective != "noise" or config.removed_blocks or config.token_grid[0] != config.token_grid[1]:
+        raise ValueError(
+            f"the official code knows neither objective={config.objective!r} other than noise, nor removed_blocks="
+            f"{config.removed_blocks}, nor a grid of {config.token_grid} that is not square; keep our own format"
+        )
+    state = {
+        official_name(name): tensor.detach().reshape(_official_shape(name, tensor.shape)).clone()
+        for name, tensor in model.named_parameters()
+    }
+    return state | _official_buffers(config)
+
+
+def derive_config(state: Mapping[str, Tensor], scan: Literal["continuous", "cross"] = "continuous") -> UNetConfig:
+    """The configuration that official weights imply by their names and shapes; the scan kind leaves no trace in them.
+
+    Raises:
+        ValueError: when the tensors are not those of a LaMamba-Diff network.
+    """
+    def need(name: str) -> Tensor:
+        if name not in state:
+            raise ValueError(f"no tensor {name!r}: these are not the weights of an official LaMamba-Diff network")
+        return state[name]
+
+    def count(pattern: str) -> int:
+        found = [int(match[1]) for key in state if (match := re.match(pattern, key))]
+        return max(found, default=-1) + 1
+
+    _, height, grid_width, width = need("pos_embed").shape
+    tables = {key: tensor for key, tensor in state.items() if key.endswith("relative_position_bias_table")}
+    table = need("layers.0.blocks.0.attn.relative_position_bias_table")
+    if len({tensor.shape[1] for tensor in tables.values()}) > 1:
+        raise ValueError("the bias tables have different numbers of heads in different stages, which is not supported")
+    scan_width = need("layers.0.blocks.0.op.out_proj.weight").shape[1]
+    projection = need("patch_embed.proj.weight")
+    return UNetConfig(
+        width=width,
+        num_heads=table.shape[1],
+        depths=tuple(count(rf"layers\.{s}\.blocks\.(\d+)\.") for s in range(NUM_STAGES)),
+        bottleneck_depth=count(r"mid_layer\.blocks\.(\d+)\."),
+        window_size=(math.isqrt(table.shape[0]) + 1) // 2,
+        state_size=need("layers.0.blocks.0.op.A_logs").shape[1],
+        ssm_ratio=scan_width / width,
+        mlp_ratio=need("layers.0.blocks.0.mlp.fc1.weight").shape[0] / width,
+        patch_size=projection.shape[2],
+        in_channels=projection.shape[1],
+        num_classes=need("y_embedder.embedding_table.weight").shape[0] - 1,
+        grid=(height, grid_width),
+        scan=scan,
+    )
+
+
+def read_official(path: str | Path) -> dict[str, Any]:
+    """Open an official checkpoint or bare state dict (.pt) without executing anything from it.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is truncated, not a checkpoint, or asks to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; give an official checkpoint (.pt)")
+    allowed = [argparse.Namespace, (collections.OrderedDict, "yacs.config.CfgNode")]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"(?:GLOBAL|global|class) ([\w.]+)", str(error))
+        what = f"it asks for {named[1]}" if named else "it holds more than tensors and plain values"
+        raise ValueError(f"{path} was not opened: {what}, and nothing from a checkpoint is executed") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is truncated or not a PyTorch file: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint or a state dict")
+    return content
+
+
+def _weights(content: Mapping[str, Any], weights: str) -> Mapping[str, Tensor]:
+    if "ema" not in content and "model" not in content:
+        state = content
+    elif weights in content:
+        state = content[weights]
+    else:
+        raise ValueError(f"the checkpoint has no {weights!r} weights, only {', '.join(map(str, content))}")
+    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError("this is not an official checkpoint: its weights are not a dict of tensors")
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    return state
+
+
+def _scan_kind(content: Mapping[str, Any]) -> Literal["continuous", "cross"] | None:
+    try:
+        return "continuous" if content["config"]["MODEL"]["VSSM"]["CONTINUOUS_SCAN"] else "cross"
+    except (KeyError, TypeError):
+        return None
+
+
+def load_official(
+    source: str | Path | Mapping[str, Any],
+    config: UNetConfig | None = None,
+    *,
+    weights: Literal["ema", "model"] | None = None,
+) -> LaMambaUNet:
+    """Build our network from an official checkpoint, in evaluation mode.
+
+    Args:
+        source: a .pt file, its content, or a bare state dict with the official names.
+        config: the architecture; by default derived from the tensors' shapes and the file's own configuration. The
+            scan kind of a bare state dict cannot be known: "continuous" is assumed, with a warning.
+        weights: "ema" or "model"; by default EMA where the file has it.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: naming every missing, unexpected and reshaped tensor, or why the file cannot be read.
+    """
+    content = read_official(source) if isinstance(source, str | Path) else source
+    if weights is None:
+        weights = "model" if "model" in content and "ema" not in content else "ema"
+    state = _weights(content, weights)
+    if config is None:
+        scan = _scan_kind(content)
+        if scan is None:
+            scan = "continuous"
+            warnings.warn(
+                "the scan kind cannot be known from these weights: assuming scan='continuous' as in the paper; "
+                "pass a config to say otherwise", UserWarning, stacklevel=2,
+            )
+        config = derive_config(state, scan)
+    model = LaMambaUNet(config)
+    _load_strictly(model, state)
+    return model.eval()
+
+
+@torch.no_grad()
+def _load_strictly(model: LaMambaUNet, state: Mapping[str, Tensor]) -> None:
+    parameters = {official_name(name): (name, parameter) for name, parameter in model.named_parameters()}
+    buffers = _official_buffers(model.architecture)
+    expected = {key: _official_shape(name, parameter.shape) for key, (name, parameter) in parameters.items()}
+    faults = [f"missing {key}" for key in expected if key not in state]
+    faults += [f"unexpected {key}" for key in state if key not in expected and key not in buffers]
+    faults += [
+        f"{key} has shape {tuple(state[key].shape)}, the configuration needs {shape}"
+        for key, shape in expected.items() if key in state and tuple(state[key].shape) != shape
+    ]
+    faults += [
+        f"{key} is not the table that this grid and window imply"
+        for key, table in buffers.items()
+        if key in state and not torch.equal(state[key].to(table.dtype), table)
+    ]
+    if faults:
+        shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+        raise ValueError(f"the official weights do not fit the configuration: {shown}")
+    for key, (_, parameter) in parameters.items():
+        parameter.copy_(state[key].reshape(parameter.shape))

@@ -1,0 +1,58 @@
+"""The visual state-space layer: every token hears from every other, at a cost linear in their number."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lamamba.models.geometry import Geometry
+from lamamba.ops import selective_scan
+from lamamba.ops.scan_paths import NUM_PATHS
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+
+class SS2D(nn.Module):
+    """Project, mix 3 x 3 neighbours, scan the grid along four paths, gate, project back (VMamba's SS2D; paper, Fig. 3).
+
+    Letters as in lamamba.ops.selective_scan. (b, h, w, width) -> (b, h, w, width).
+    """
+
+    def __init__(self, width: int, scan_width: int, state_size: int, dt_rank: int):
+        super().__init__()
+        g, c, n, r = NUM_PATHS, scan_width, state_size, dt_rank
+        self.dt_rank, self.state_size = r, n
+        self.in_proj = nn.Linear(width, 2 * c, bias=False)
+        self.conv = nn.Conv2d(c, c, 3, padding=1, groups=c, bias=False)
+        self.W_x = nn.Parameter(torch.empty(g, r + 2 * n, c))
+        self.W_dt = nn.Parameter(torch.empty(g, c, r))
+        self.b_dt = nn.Parameter(torch.empty(g, c))
+        self.A_log = nn.Parameter(torch.empty(g, c, n))
+        self.D = nn.Parameter(torch.empty(g, c))
+        self.out_norm = nn.LayerNorm(c)
+        self.out_proj = nn.Linear(c, width, bias=False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A memory that decays at rates 1..n, with time steps spread evenly in log from 0.001 to 0.1 (Mamba, S4D-real)."""
+        nn.init.uniform_(self.W_x, -(self.W_x.shape[2] ** -0.5), self.W_x.shape[2] ** -0.5)
+        nn.init.uniform_(self.W_dt, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        step = torch.empty_like(self.b_dt).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp_().clamp_(min=DT_FLOOR)
+        self.b_dt.copy_(step + torch.log(-torch.expm1(-step)))                  # softplus(b_dt) = step
+        rates = torch.arange(1, self.state_size + 1, dtype=torch.float32, device=self.A_log.device)
+        self.A_log.copy_(rates.log().expand_as(self.A_log))
+        self.D.fill_(1.0)
+
+    def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
+        b, h, w, _ = x.shape
+        x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (b, h, w, c) each
+        x = F.silu(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)).reshape(b, h * w, -1)
+        # a projection of single tokens commutes with the reading order: one product for all four directions
+        projected = F.linear(x, self.W_x.flatten(0, 1)).view(b, h * w, NUM_PATHS, -1)
+        dt, B, C = projected.split([self.dt_rank, self.state_size, self.state_size], dim=-1)
+        A = -torch.exp(self.A_log.float())
+        y = selective_scan(x, dt, B, C, self.W_dt, self.b_dt, A, self.D, geometry.paths)
+        return self.out_proj(self.out_norm(y).view(b, h, w, -1) * F.silu(z))

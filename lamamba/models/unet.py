@@ -1,0 +1,249 @@
+"""The LaMamba-Diff U-Net, in the order of its data (paper, Section 3 and Fig. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from torch import Tensor, nn
+
+from lamamba.config import NUM_STAGES, STAGE_SCALES, Grid, UNetConfig, as_grid, check_grid
+from lamamba.models.block import LaMambaBlock, modulate
+from lamamba.models.embeddings import PatchEmbedding, TimestepEmbedding, position_table
+from lamamba.models.geometry import Geometry
+from lamamba.models.resample import PatchExpanding, PatchMerging
+
+
+class Stage(nn.Module):
+    """Blocks on one grid. Every second block shifts its windows; a removed block leaves its number unused."""
+
+    def __init__(self, config: UNetConfig, name: str, stage: int, depth: int, *, is_decoder: bool = False):
+        super().__init__()
+        projects = is_decoder or config.stage_width(stage) != config.condition_width
+        self.blocks = nn.ModuleDict({
+            str(i): LaMambaBlock(config, f"{name}.{i}", stage, shifted=i % 2 == 1, projects_condition=projects)
+            for i in range(depth)
+            if config.branches(f"{name}.{i}")
+        })
+
+    def forward(self, x: Tensor, c: Tensor, geometry: Geometry) -> Tensor:
+        for block in self.blocks.values():
+            x = block(x, c, geometry)
+        return x
+
+
+class Head(nn.Module):
+    """Tokens back to pixels: unfold each token, modulate once more, one Linear. (b, h, w, c) -> (b, hp, wp, out)."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        width = config.width
+        self.expand = PatchExpanding(width, width, config.patch_size)
+        self.condition = nn.Linear(config.condition_width, width)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(width, config.output_channels)
+
+    def zero_outputs(self) -> None:
+        for linear in (self.modulation, self.linear):
+            nn.init.zeros_(linear.weight)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(F.silu(self.condition(c))).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(self.expand(x)), shift, scale))
+
+
+class LaMambaUNet(ModelMixin, ConfigMixin):
+    """LaMamba-Diff: a U-Net whose blocks join a four-way selective scan with window attention (arXiv 2408.02615).
+
+        model = LaMambaUNet(UNetConfig.preset("xl", image_size=256))
+        output = model(x, timestep, class_labels)       # (b, 4, 32, 32), (b,), (b,) -> (b, 8, 32, 32)
+
+    A diffusers model: `save_pretrained`, `from_pretrained` and `push_to_hub` work as they do there, but loading is
+    strict: an unknown config key, and a missing, unexpected or reshaped tensor, are errors.
+    """
+
+    config_name = "config.json"
+    _supports_gradient_checkpointing = False
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        if not isinstance(config, UNetConfig):
+            raise TypeError(f"LaMambaUNet takes a UNetConfig, not {type(config).__name__}; see UNetConfig.preset")
+        self.register_to_config(**config.to_dict())
+        self.architecture = config
+        width = config.width
+        self.patch_embedding = PatchEmbedding(config.in_channels, width, config.patch_size)
+        self.position_embedding = nn.Parameter(torch.empty(*config.token_grid, width))
+        self.timestep_embedding = TimestepEmbedding(config.condition_width)
+        self.label_embedding = nn.Embedding(config.num_classes + 1, config.condition_width)
+
+        self.encoder = nn.ModuleList(
+            Stage(config, f"encoder.{s}", s, config.depths[s]) for s in range(NUM_STAGES)
+        )
+        self.merges = nn.ModuleList(PatchMerging(width << s, width << s + 1) for s in range(2))
+        self.bottleneck = Stage(config, "bottleneck", NUM_STAGES - 1, config.bottleneck_depth)
+        self.expands = nn.ModuleList(PatchExpanding(width << s + 1, width << s, factor=2) for s in reversed(range(2)))
+        self.decoder = nn.ModuleList(
+            Stage(config, f"decoder.{s}", NUM_STAGES - 1 - s, config.decoder_depths[s], is_decoder=True)
+            for s in range(NUM_STAGES)
+        )
+        self.head = Head(config)
+        self.reset_parameters()
+        self._build_geometries(config.token_grid)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw fresh weights as in the official code, but with the last Linear at zero, as DiT has it."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.label_embedding.weight, std=0.02)
+        self.position_embedding.copy_(position_table(self.architecture.token_grid, self.architecture.width))
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters") and type(module).__module__.startswith(
+                "lamamba."
+            ):
+                module.reset_parameters()
+            if isinstance(module, LaMambaBlock):
+                module.zero_modulation()
+        self.head.zero_outputs()
+
+    def set_grid(self, grid: int | Grid | None) -> None:
+        """Run on another grid than the network was made for (None: go back to its own).
+
+        The position embedding is interpolated (bicubic); the attention windows stay as they were trained.
+
+        Raises:
+            ValueError: when a side is not a multiple of 4 tokens.
+        """
+        config = self.architecture
+        run_grid = config.token_grid if grid is None else as_grid(grid)
+        check_grid(run_grid, patch_size=config.patch_size)
+        self._build_geometries(run_grid)
+        self.geometries.to(self.device)
+
+    def _build_geometries(self, run_grid: Grid) -> None:
+        config = self.architecture
+        self._run_grid = run_grid
+        self.geometries = nn.ModuleList()
+        for scale in (1, 2, 4):                                                 # the grids of stages 0, 1, and 2 to 3
+            window = config.stage_window(STAGE_SCALES.index(scale))
+            stage_grid = (run_grid[0] // scale, run_grid[1] // scale)
+            self.geometries.append(Geometry(stage_grid, window, config.scan))
+
+    def _positions(self) -> Tensor:
+        table = self.position_embedding
+        if self._run_grid == self.architecture.token_grid:
+            return table
+        table = table.permute(2, 0, 1)[None].float()
+        resized = F.interpolate(table, self._run_grid, mode="bicubic", align_corners=False)
+        return resized[0].permute(1, 2, 0).to(self.position_embedding.dtype)
+
+    def forward(self, x: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+        """Predict noise and variance, or a velocity, from a noisy input.
+
+        Args:
+            x: (b, in_channels, h, w) noisy latents or pixels.
+            timestep: (b,) or a single number, 0 (clean) to 1000 (noise); fractions are fine.
+            class_labels: (b,) int64 in 0 .. num_classes, where num_classes means "no class";
+                None for an unconditional network.
+
+        Returns:
+            (b, out_channels, h, w): for objective "noise" the noise, then the variance's interpolation; for "flow" the
+            velocity eps - x0.
+
+        Raises:
+            ValueError: when x, timestep or class_labels do not fit the configuration.
+        """
+        self._check_input(x, class_labels)
+        timestep = torch.as_tensor(timestep, device=x.device).expand(x.shape[0])
+        c = self.timestep_embedding(timestep) + self.label_embedding(self._rows(x, class_labels))   # (b, 4 width)
+        at = dict(zip((1, 2, 4), self.geometries, strict=True))
+        x = self.patch_embedding(x) + self._positions()                                             # (b, h, w, width)
+
+        skips = []
+        for s, stage in enumerate(self.encoder):
+            x = stage(x, c, at[STAGE_SCALES[s]])
+            skips.append(x)
+            if s < 2:
+                x = self.merges[s](x)                                           # (b, h / 2, w / 2, 2 c)
+        if "bottleneck" not in self.architecture.removed_blocks:
+            x = x + self.bottleneck(x, c, at[4])
+        for s, stage in enumerate(self.decoder):
+            if s >= 2:
+                x = self.expands[s - 2](x)                                      # (b, 2 h, 2 w, c / 2)
+            x = stage(x + skips.pop(), c, at[STAGE_SCALES[NUM_STAGES - 1 - s]])
+        return self.head(x, c).permute(0, 3, 1, 2)                              # (b, out_channels, h, w)
+
+    def _check_input(self, x: Tensor, class_labels: Tensor | None) -> None:
+        config, p = self.architecture, self.architecture.patch_size
+        fits = (config.in_channels, self._run_grid[0] * p, self._run_grid[1] * p)
+        if x.dim() != 4 or tuple(x.shape[1:]) != fits:
+            other = ""
+            if x.dim() == 4 and x.shape[1] == fits[0] and x.shape[2] % (4 * p) == 0 and x.shape[3] % (4 * p) == 0:
+                other = f"; to run on this size, call model.set_grid(({x.shape[2] // p}, {x.shape[3] // p})) first"
+            raise ValueError(f"x has shape {tuple(x.shape)}, the network reads (b, {', '.join(map(str, fits))}){other}")
+        if config.num_classes == 0 and class_labels is not None:
+            raise ValueError("this network is unconditional (num_classes=0): pass class_labels=None")
+        if config.num_classes > 0:
+            if class_labels is None:
+                raise ValueError(
+                    f"this network is conditional: pass class_labels (b,), 0 .. {config.num_classes - 1} for a class "
+                    f"or {config.num_classes} for none"
+                )
+            if class_labels.shape != x.shape[:1]:
+                raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}, x needs ({x.shape[0]},)")
+            if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+                low, high = int(class_labels.min()), int(class_labels.max())
+                if low < 0 or high > config.num_classes:
+                    raise ValueError(
+                        f"class_labels run from {low} to {high}; they must lie in 0 .. {config.num_classes} "
+                        f"({config.num_classes} means no class)"
+                    )
+
+    def _rows(self, x: Tensor, class_labels: Tensor | None) -> Tensor:
+        if class_labels is None:
+            return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        return class_labels
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any):
+        """Rebuild a network (with fresh weights) from a saved configuration. Strict: unknown keys are errors.
+
+        Raises:
+            ValueError: for an unknown key or a configuration that does not fit together.
+        """
+        if config is None:
+            raise ValueError("from_config needs the dictionary that load_config or model.config gives")
+        fields = {key: value for key, value in {**config, **kwargs}.items() if not key.startswith("_")}
+        model = cls(UNetConfig.from_dict(fields))
+        return (model, {}) if return_unused_kwargs else model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any):
+        """Load a saved network from a folder or a hub id, as diffusers does, but strictly.
+
+        Raises:
+            ValueError: naming every missing, unexpected and reshaped tensor.
+            OSError: when there is no such model.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        faults = [
+            f"{kind}: {', '.join(map(str, sorted(info[key], key=str)))}"
+            for kind, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"),
+                              ("of another shape", "mismatched_keys"))
+            if info[key]
+        ]
+        if faults or info["error_msgs"]:
+            raise ValueError(
+                f"the weights in {pretrained_model_name_or_path} do not fit its config.json ({'; '.join(faults)}"
+                f"{'; '.join(info['error_msgs'])}); save the model again with save_pretrained"
+            )
+        return (model, info) if wants_info else model
