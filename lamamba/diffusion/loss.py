@@ -1,0 +1,79 @@
+"""What training makes small. A loss takes the network's answer, never the network."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lamamba.diffusion.schedule import FlowSchedule, NoiseSchedule, Schedule
+
+PIXEL_BIN = 1 / 255
+"""Half a grey level of an image scaled to [-1, 1]."""
+OPEN_TAIL = 0.999
+"""Values beyond this belong to the outermost grey levels, whose bins have no far edge."""
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.flatten(1).mean(1)
+
+
+def _gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    difference = (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
+    return 0.5 * (log_variance2 - log_variance1 + torch.exp(log_variance1 - log_variance2) + difference - 1)
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    """The tanh approximation that the official loss uses (Page, 1977)."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _discretised_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Log-probability of x0's grey level under a Gaussian (DDPM, Eq. 13), elementwise."""
+    inverse_deviation = torch.exp(-0.5 * log_variance)
+    above = _normal_cdf(inverse_deviation * (x0 - mean + PIXEL_BIN))
+    below = _normal_cdf(inverse_deviation * (x0 - mean - PIXEL_BIN))
+    probability = torch.where(x0 < -OPEN_TAIL, above, torch.where(x0 > OPEN_TAIL, 1 - below, above - below))
+    return torch.log(probability.clamp(min=1e-12))
+
+
+def noise_loss(output: Tensor, eps: Tensor) -> Tensor:
+    """Mean squared error of the predicted noise, the first channels of the output: (b,)."""
+    return _mean((output[:, : eps.shape[1]] - eps) ** 2)
+
+
+def variational_bound(output: Tensor, x0: Tensor, xt: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """One term of the bound on the likelihood per image, in bits per dimension: (b,)  (Improved DDPM, Eq. 4-7).
+
+    It trains the variance only: no gradient flows through the mean.
+    """
+    eps, variance = output.float().chunk(2, dim=1)
+    log_variance = schedule.model_log_variance(variance, t)
+    mean = schedule.posterior_mean(schedule.predict_x0(xt, eps.detach(), t), xt, t)
+    true_mean = schedule.posterior_mean(x0, xt, t)
+    true_log_variance = schedule.at(schedule.posterior_log_variance, t, xt)
+    kl = _mean(_gaussian_kl(true_mean, true_log_variance, mean, log_variance))
+    last_step = -_mean(_discretised_log_likelihood(x0, mean, log_variance))
+    return torch.where(t == 0, last_step, kl) / math.log(2)
+
+
+def hybrid_loss(output: Tensor, x0: Tensor, xt: Tensor, t: Tensor, eps: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Noise error plus the variational bound, not rescaled: (b,)  (Improved DDPM, Eq. 16; as in DiT and the paper).
+
+    Args:
+        output: (b, 2c, h, w), noise then variance; x0, xt, eps: (b, c, h, w); t: (b,) int64 in 0 .. 999.
+    """
+    return noise_loss(output, eps) + variational_bound(output, x0, xt, t, schedule)
+
+
+def flow_loss(output: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+    """Mean squared error of the velocity eps - x0: (b,)  (rectified flow, Eq. 1)."""
+    return _mean((output - (eps - x0)) ** 2)
+
+
+def training_loss(output: Tensor, x0: Tensor, xt: Tensor, t: Tensor, eps: Tensor, schedule: Schedule) -> Tensor:
+    """The loss of the schedule's objective: (b,)."""
+    if isinstance(schedule, FlowSchedule):
+        return flow_loss(output, x0, eps)
+    return hybrid_loss(output, x0, xt, t, eps, schedule)

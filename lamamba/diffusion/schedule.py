@@ -1,0 +1,93 @@
+"""How much noise at which time, on the training side.
+
+    x0 clean, eps standard normal noise, xt noisy, t in 0 .. 1000 (clean .. noise)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lamamba.config import Objective
+
+NUM_TIMESTEPS = 1000
+
+
+def _per_image(values: Tensor, x: Tensor) -> Tensor:
+    return values.to(x.device, x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+class NoiseSchedule:
+    """DDPM's 1000 steps with linear betas 1e-4 .. 0.02 (Ho et al., 2020; Improved DDPM's learned variance range)."""
+
+    objective: Objective = "noise"
+
+    def __init__(self) -> None:
+        betas = np.linspace(1e-4, 0.02, NUM_TIMESTEPS, dtype=np.float64)
+        alphas = 1 - betas
+        alphas_cumprod = np.cumprod(alphas)
+        previous = np.append(1.0, alphas_cumprod[:-1])
+        posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
+        as_tensor = torch.from_numpy
+        self.betas = as_tensor(betas)
+        self.alphas_cumprod = as_tensor(alphas_cumprod)
+        self.log_betas = as_tensor(np.log(betas))
+        # the first step's posterior has no variance; the second one's stands in for it
+        self.posterior_log_variance = as_tensor(np.log(np.append(posterior_variance[1], posterior_variance[1:])))
+        self.posterior_x0_weight = as_tensor(betas * np.sqrt(previous) / (1 - alphas_cumprod))
+        self.posterior_xt_weight = as_tensor((1 - previous) * np.sqrt(alphas) / (1 - alphas_cumprod))
+
+    def at(self, values: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """The entry of a table for each image's t (b,), shaped to multiply x."""
+        return _per_image(values[t.cpu()], x)
+
+    def timestep(self, uniform: Tensor) -> Tensor:
+        """Evenly drawn steps 0 .. 999 from uniform numbers in [0, 1): (b,) int64."""
+        return (uniform * NUM_TIMESTEPS).long().clamp(max=NUM_TIMESTEPS - 1)
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps  (DDPM, Eq. 4)."""
+        alpha_bar = self.alphas_cumprod
+        return self.at(alpha_bar.sqrt(), t, x0) * x0 + self.at((1 - alpha_bar).sqrt(), t, x0) * eps
+
+    def predict_x0(self, xt: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The clean image that this noise would imply; undoes `add_noise`."""
+        alpha_bar = self.alphas_cumprod
+        return self.at((1 / alpha_bar).sqrt(), t, xt) * xt - self.at((1 / alpha_bar - 1).sqrt(), t, xt) * eps
+
+    def posterior_mean(self, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+        """Mean of q(x_{t-1} | xt, x0)  (DDPM, Eq. 7)."""
+        return self.at(self.posterior_x0_weight, t, xt) * x0 + self.at(self.posterior_xt_weight, t, xt) * xt
+
+    def model_log_variance(self, variance: Tensor, t: Tensor) -> Tensor:
+        """The learned range: variance in [-1, 1] runs in log from the posterior's to beta (Improved DDPM, Eq. 15)."""
+        share = (variance + 1) / 2
+        return share * self.at(self.log_betas, t, variance) + (1 - share) * self.at(
+            self.posterior_log_variance, t, variance
+        )
+
+
+class FlowSchedule:
+    """The straight line from image to noise (rectified flow); t / 1000 is the share of noise."""
+
+    objective: Objective = "flow"
+
+    def timestep(self, uniform: Tensor) -> Tensor:
+        """Logit-normal times from uniform numbers in (0, 1): (b,) float in 0 .. 1000 (Stable Diffusion 3, Eq. 19)."""
+        # float64, and away from 0 and 1, whose normal quantiles are infinite
+        normal = torch.special.ndtri(uniform.double().clamp(1e-9, 1 - 1e-9))
+        return (torch.sigmoid(normal) * NUM_TIMESTEPS).float()
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """xt = (1 - t/1000) x0 + t/1000 eps."""
+        share = _per_image(t / NUM_TIMESTEPS, x0)
+        return (1 - share) * x0 + share * eps
+
+
+Schedule = NoiseSchedule | FlowSchedule
+
+
+def make_schedule(objective: Objective) -> Schedule:
+    """The training-side schedule of an objective."""
+    return NoiseSchedule() if objective == "noise" else FlowSchedule()
