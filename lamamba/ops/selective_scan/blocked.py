@@ -1,14 +1,18 @@
 """The selective scan in vectorised PyTorch: any device, no compiler, fast enough to train small networks.
 
 The path of l tokens is cut into segments of about sqrt(l). All segments run side by side from a zero state, then the
-states at their ends are carried from one to the next, then each segment adds what its first state contributes: about
-2 sqrt(l) dependent steps instead of l. One state of the n is in memory at a time; the backward pass keeps no state and
-runs the scan again. Products of decays are exponentials of sums of -delta |A| <= 0: they never overflow.
+states at their ends are carried from one to the next, then each token adds what its segment's first state contributes:
+about 2 sqrt(l) dependent steps instead of l. One state of the n is in memory at a time; the backward pass keeps no
+state and runs the scan again. Products of decays are exponentials of sums of delta A <= 0: they never overflow.
+
+Segmented tensors are (b, g, segments, size, c); the last segment is filled up with tokens of delta 0 and input 0, which
+keep the state.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,84 +25,110 @@ def refusal(x: Tensor, state_size: int) -> str | None:
     return None
 
 
-def _segments(tokens: Tensor, size: int) -> Tensor:
-    """Cut (b, g, l, c) into (size, b, g, segments, c), time first; the last segment is filled with zeros."""
+def _cut(tokens: Tensor, size: int) -> Tensor:
+    """(b, g, l, c) along the paths to segments; a view where size divides l."""
     b, g, l, c = tokens.shape
-    tokens = F.pad(tokens, (0, 0, 0, -l % size))
-    return tokens.view(b, g, -1, size, c).permute(3, 0, 1, 2, 4).contiguous()
+    if l % size:
+        tokens = F.pad(tokens, (0, 0, 0, -l % size))
+    return tokens.reshape(b, g, -1, size, c)
 
 
 def _join(segments: Tensor, length: int) -> Tensor:
-    size, b, g, count, c = segments.shape
-    return segments.permute(1, 2, 3, 0, 4).reshape(b, g, count * size, c)[:, :, :length]
+    return segments.flatten(2, 3)[:, :, :length]
 
 
-def _linear_scan(delta: Tensor, total: Tensor, A: Tensor, h: Tensor) -> Tensor:
-    """In place h_t = exp(delta_t A) h_{t-1} + h_t over segments (size, b, g, segments, c).
+class _Decays(NamedTuple):
+    """How much of a state survives, for one of the n states; all segmented."""
 
-    total is the running sum of delta within each segment, A (g, 1, c) one state's rate. A filled-up token has delta 0
-    and input 0 and so keeps the state.
-    """
-    decay = torch.exp(delta * A)
-    for t in range(1, h.shape[0]):
-        h[t].addcmul_(decay[t], h[t - 1])
-    if h.shape[3] == 1:
+    step: Tensor
+    """exp(delta_t A): from token t - 1 to t."""
+    from_start: Tensor
+    """From before the segment's first token to t."""
+    to_end: Tensor | None
+    """From t to the segment's last token (only the backward pass asks)."""
+
+
+def _decays(delta: Tensor, total: Tensor, A: Tensor, with_end: bool = False) -> _Decays:
+    """total is the running sum of delta within each segment; A (g, 1, 1, c)."""
+    to_end = torch.exp_((total[:, :, :, -1:] - total) * A) if with_end else None
+    return _Decays(torch.exp_(delta * A), torch.exp_(total * A), to_end)
+
+
+def _scan_forward(decays: _Decays, h: Tensor) -> Tensor:
+    """In place h_t = exp(delta_t A) h_{t-1} + h_t along the whole path."""
+    segments, size = h.shape[2:4]
+    for t in range(1, size):
+        h[:, :, :, t].addcmul_(decays.step[:, :, :, t], h[:, :, :, t - 1])
+    if segments == 1:
         return h
-    from_start = torch.exp_(total * A)
-    ends, spans = h[-1], from_start[-1]                                         # (b, g, segments, c)
-    starts = torch.zeros_like(ends)
-    for segment in range(1, h.shape[3]):
-        torch.addcmul(ends[:, :, segment - 1], spans[:, :, segment - 1], starts[:, :, segment - 1],
-                      out=starts[:, :, segment])
-    return h.addcmul_(from_start, starts)
+    starts = torch.zeros_like(h[:, :, :, 0])                                    # (b, g, segments, c)
+    for s in range(1, segments):
+        torch.addcmul(h[:, :, s - 1, -1], decays.from_start[:, :, s - 1, -1], starts[:, :, s - 1], out=starts[:, :, s])
+    return h.addcmul_(decays.from_start, starts[:, :, :, None])
 
 
-def _run(delta: Tensor, A: Tensor, inputs: Tensor, size: int) -> Tensor:
-    """h of one state for delta and inputs (b, g, l, c) along the paths."""
-    length = delta.shape[2]
-    delta = _segments(delta, size)
-    return _join(_linear_scan(delta, delta.cumsum(0), A, _segments(inputs, size)), length)
+def _scan_backward(decays: _Decays, gh: Tensor) -> Tensor:
+    """In place gh_t = gh_t + exp(delta_{t+1} A) gh_{t+1} along the whole path, from its last token."""
+    assert decays.to_end is not None
+    segments, size = gh.shape[2:4]
+    for t in reversed(range(size - 1)):
+        gh[:, :, :, t].addcmul_(decays.step[:, :, :, t + 1], gh[:, :, :, t + 1])
+    if segments == 1:
+        return gh
+    ends = torch.zeros_like(gh[:, :, :, 0])                                     # what reaches each segment's last token
+    for s in reversed(range(segments - 1)):
+        first = torch.addcmul(gh[:, :, s + 1, 0], decays.to_end[:, :, s + 1, 0], ends[:, :, s + 1])
+        torch.mul(decays.step[:, :, s + 1, 0], first, out=ends[:, :, s])
+    return gh.addcmul_(decays.to_end, ends[:, :, :, None])
+
+
+def _segment_size(length: int) -> int:
+    return math.isqrt(length - 1) + 1
 
 
 def forward(x, dt, B, C, W_dt, b_dt, A, D, paths):
     """Same contract as the reference."""
     u, _, _, delta, B, C = read(x, dt, B, C, W_dt, b_dt, paths)
-    A, D = A.to(u.dtype), D.to(u.dtype)
-    length = u.shape[2]
-    size = math.isqrt(length - 1) + 1
-    steps = _segments(delta, size)
-    total, inputs = steps.cumsum(0), _segments(delta * u, size)
+    A, D = A.to(u.dtype)[:, None, None], D.to(u.dtype)                          # A (g, 1, 1, c, n)
+    length, size = u.shape[2], _segment_size(u.shape[2])
+    steps, inputs = _cut(delta, size), _cut(delta * u, size)
+    total, B = steps.cumsum(3), _cut(B, size)
     y = D[:, None] * u
-    for n in range(A.shape[2]):
-        h = _linear_scan(steps, total, A[:, None, :, n], inputs * _segments(B[..., n, None], size))
+    for n in range(A.shape[-1]):
+        h = _scan_forward(_decays(steps, total, A[..., n]), inputs * B[..., n, None])
         y.addcmul_(_join(h, length), C[..., n, None])
     return to_grid(y, paths).sum(2).to(x.dtype)
 
 
 def backward(grad_y, x, dt, B, C, W_dt, b_dt, A, D, paths):
-    """Same contract as the reference: gh is the same scan, run from the last token with delta one token later."""
+    """Same contract as the reference."""
     dtypes = [tensor.dtype for tensor in (x, dt, B, C, W_dt, b_dt, A, D)]
     u, low, s, delta, B, C = read(x, dt, B, C, W_dt, b_dt, paths)
-    A, D, W_dt = A.to(u.dtype), D.to(u.dtype), W_dt.to(u.dtype)
+    A, D, W_dt = A.to(u.dtype)[:, None, None], D.to(u.dtype), W_dt.to(u.dtype)
     gy = grad_y[:, paths].to(u.dtype)
-    size = math.isqrt(u.shape[2] - 1) + 1
-    later = F.pad(delta[:, :, 1:], (0, 0, 0, 1)).flip(2)
+    gu, gD = D[:, None] * gy, (gy * u).sum((0, 2))
+    length, size = u.shape[2], _segment_size(u.shape[2])
+    u, steps, gy, B, C = (_cut(tokens, size) for tokens in (u, delta, gy, B, C))
+    total, inputs = steps.cumsum(3), steps * u
 
-    gu, gdelta, gB, gC, gA = D[:, None] * gy, torch.zeros_like(delta), [], [], []
-    for n in range(A.shape[2]):
-        A_n, B_n, C_n = A[:, None, :, n], B[..., n, None], C[..., n, None]
-        h = _run(delta, A_n, delta * u * B_n, size)
-        gh = _run(later, A_n, (gy * C_n).flip(2), size).flip(2)
-        gC.append((gy * h).sum(-1))
-        gB.append((gh * delta * u).sum(-1))
-        gu.addcmul_(gh * delta, B_n)
-        through_decay = gh * F.pad(h[:, :, :-1], (0, 0, 1, 0)) * torch.exp(delta * A_n)
-        gdelta.addcmul_(gh * u, B_n).addcmul_(through_decay, A_n)
-        gA.append((through_decay * delta).sum((0, 2)))
-    gs = gdelta * torch.sigmoid(s)
+    ginputs, gsteps, gB, gC, gA = torch.zeros_like(u), torch.zeros_like(u), [], [], []
+    for n in range(A.shape[-1]):
+        A_n, B_n, C_n = A[..., n], B[..., n, None], C[..., n, None]
+        decays = _decays(steps, total, A_n, with_end=True)
+        h = _scan_forward(decays, inputs * B_n)
+        gh = _scan_backward(decays, gy * C_n)
+        gC.append(torch.linalg.vecdot(gy, h))
+        gB.append(torch.linalg.vecdot(gh, inputs))
+        ginputs.addcmul_(gh, B_n)
+        earlier = F.pad(h.flatten(2, 3)[:, :, :-1], (0, 0, 1, 0)).view_as(h)
+        through_decay = gh.mul_(decays.step).mul_(earlier)
+        gsteps.addcmul_(through_decay, A_n)
+        gA.append((through_decay * steps).sum((0, 2, 3)))
+    gu += _join(ginputs * steps, length)
+    gs = _join(gsteps.addcmul_(ginputs, u), length) * torch.sigmoid(s)          # softplus' = sigmoid
     grads = (
         to_grid(gu, paths).sum(2), to_grid(gs @ W_dt, paths),
-        to_grid(torch.stack(gB, -1), paths), to_grid(torch.stack(gC, -1), paths),
-        torch.einsum("bglc,bglr->gcr", gs, low), gs.sum((0, 2)), torch.stack(gA, -1), (gy * u).sum((0, 2)),
+        to_grid(_join(torch.stack(gB, -1), length), paths), to_grid(_join(torch.stack(gC, -1), length), paths),
+        torch.einsum("bglc,bglr->gcr", gs, low), gs.sum((0, 2)), torch.stack(gA, -1), gD,
     )
     return tuple(grad.to(dtype).contiguous() for grad, dtype in zip(grads, dtypes, strict=True))
