@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from lamamba.data.codec import PixelCodec
+from lamamba.data.codec import Decoder, PixelCodec
 from lamamba.diffusion.denoise import denoise, make_scheduler, samplers_for
 from lamamba.diffusion.guidance import guided
 from lamamba.models.unet import LaMambaUNet
@@ -22,6 +22,7 @@ def generate(
     num_steps: int | None = None,
     guidance: float = 1.0,
     batch_size: int = 64,
+    decoder: Decoder | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Sample one image per seed.
@@ -34,6 +35,7 @@ def generate(
         num_steps: sampling steps; by default the sampler's.
         guidance: classifier-free guidance scale; 1 is none, and costs half.
         batch_size: images at a time; changes nothing but speed and memory.
+        decoder: makes pictures of the network's clean output; by default its pixels are the picture's.
         on_step: told (steps done, steps in all) over the whole call.
 
     Returns:
@@ -56,7 +58,7 @@ def generate(
         raise ValueError(f"batch_size={batch_size} must be at least 1")
 
     shape = (config.in_channels, *config.input_size)
-    codec, images = PixelCodec(), []
+    decoder, images = decoder or PixelCodec(), []
     batches = [range(start, min(start + batch_size, len(seeds))) for start in range(0, len(seeds), batch_size)]
     for number, batch in enumerate(batches):
         generators = [torch.Generator().manual_seed(seeds[k]) for k in batch]
@@ -71,5 +73,5 @@ def generate(
 
         predict = guided(model, chosen, guidance, config.num_classes)
         x0 = denoise(predict, scheduler, noise, generators=generators, on_step=report)
-        images.append(codec.decode(x0))
+        images.append(decoder.decode(x0))
     return np.concatenate(images)

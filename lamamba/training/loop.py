@@ -75,7 +75,7 @@ def describe(config: TrainConfig, images: ImageSet) -> tuple[UNetConfig, Samplin
     """
     label_names = images.label_names if config.data.use_labels else ()
     architecture = config.model.build(
-        channels=images.channels, num_classes=len(label_names), input_size=images.image_size // PixelCodec.scale
+        channels=images.channels, num_classes=len(label_names), input_size=images.image_size
     )
     facts = SamplingFacts(
         objective=architecture.objective, image_size=images.image_size, label_names=tuple(label_names)

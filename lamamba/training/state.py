@@ -44,7 +44,7 @@ class SamplingFacts:
     image_size: int
     """Side of the images in pixels."""
     codec: str = "pixels"
-    """How images become the network's input: "pixels" means scaled to [-1, 1]."""
+    """How images become the network's input: "pixels" (scaled to [-1, 1]) or "latents" (of an autoencoder)."""
     scale: float = 1.0
     """Factor on the codec's output before the network sees it (latents; 1 for pixels)."""
     label_names: tuple[str, ...] = ()

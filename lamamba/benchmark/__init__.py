@@ -1,0 +1,1 @@
+"""What a network costs: multiply-adds and memory, counted without running it."""

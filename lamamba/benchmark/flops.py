@@ -1,0 +1,95 @@
+"""Multiply-adds by kind and activation memory of a network, on the meta device: nothing is allocated or computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from lamamba.config import UNetConfig
+from lamamba.models.unet import LaMambaUNet
+from lamamba.ops.selective_scan import projection_multiply_adds, scan_operations
+
+LAYER_NORM_OPERATIONS = 5
+"""Per element, in the paper's way of counting."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one image costs in one forward pass. Counts are operations, memory is bytes."""
+
+    parameters: int
+    matrix: int
+    """Multiply-adds of matrix products and convolutions (linear layers, projections of the scan, attention)."""
+    scan: int
+    """Operations of the recurrences, 9 l (g c) n + l (g c) for each scan of l tokens, g directions, c channels."""
+    layer_norm: int
+    """Operations of layer norms, 5 per element."""
+    activation_bytes: int
+    """What a training forward keeps for its backward pass, parameters aside, in float32."""
+
+    @property
+    def paper_total(self) -> int:
+        """Everything together, the way the paper's tables count "GFLOPs": one multiply-add is one operation."""
+        return self.matrix + self.scan + self.layer_norm
+
+
+class _Operations(FlopCounterMode):
+    """FlopCounterMode with the scan's own count split off, and with layer norms."""
+
+    def __init__(self) -> None:
+        self.scan = self.layer_norm = 0
+
+        def count_scan(x, dt, B, C, W_dt, b_dt, A, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
+            self.scan += scan_operations(x, A)
+            return 2 * projection_multiply_adds(x, W_dt)
+
+        def count_layer_norm(x, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
+            self.layer_norm += LAYER_NORM_OPERATIONS * prod(x)
+            return 0
+
+        mapping = {
+            torch.ops.lamamba.selective_scan: count_scan,
+            torch.ops.aten.native_layer_norm: count_layer_norm,
+        }
+        super().__init__(display=False, custom_mapping=mapping)
+
+
+def count(config: UNetConfig) -> Cost:
+    """The cost of one image for a network of this configuration, on its own grid."""
+    with torch.device("meta"):
+        model = LaMambaUNet(config)
+        x = torch.empty(1, config.in_channels, *config.input_size)
+        timestep = torch.empty(1)
+        labels = torch.empty(1, dtype=torch.int64) if config.num_classes else None
+    model.to("meta")
+    with torch.no_grad(), _Operations() as operations:
+        model(x, timestep, labels)
+    return Cost(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        matrix=operations.get_total_flops() // 2,
+        scan=operations.scan,
+        layer_norm=operations.layer_norm,
+        activation_bytes=_saved_bytes(model, x, timestep, labels),
+    )
+
+
+def _saved_bytes(model: LaMambaUNet, *inputs: Any) -> int:
+    """Bytes that autograd keeps between forward and backward, each storage once, without the model's own."""
+    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage                                      # held, so that no address comes twice
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(*inputs)
+    del output
+    return sum(storage.nbytes() for storage in kept.values())

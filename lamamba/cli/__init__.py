@@ -1,0 +1,1 @@
+"""The command line: it parses, joins the rooms below, and prints. Nothing else in the project prints."""

@@ -1,0 +1,44 @@
+"""From words on the command line to a dataclass: tyro, with our habits."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from typing import Any, TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], arguments: list[str], verb: str, description: str, default: T | None = None) -> T:
+    """Fill a dataclass from arguments. Prints help and exits where that is asked for.
+
+    Raises:
+        ValueError: in one line, naming the nearest option for an unknown one, or the value that does not fit.
+    """
+    extra: dict[str, Any] = {} if default is None else {"default": default}
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                cls, args=arguments, prog=f"lamamba {verb}", description=description,
+                config=(tyro.conf.HelptextFromCommentsOff,), **extra,
+            )
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+    raise ValueError(_one_line(errors.getvalue(), verb))
+
+
+def _one_line(box: str, verb: str) -> str:
+    """The gist of tyro's boxed error message."""
+    lines = [re.sub(r"[╭╮╰╯│]", " ", line).strip() for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if set(line) == {"─"}] or [len(lines)]
+    gist = " ".join(line for line in lines[: rules[0]] if line and "──" not in line)
+    gist = re.sub(r"^Error parsing [A-Z]\w*: ", "", gist).replace("[bold]", "").replace("[/bold]", "").rstrip(" .:")
+    near = [line.split()[0] for line in lines[rules[0]:] if line.startswith("--")]
+    if gist.startswith("Unrecognized options:") and near:
+        gist += f"; did you mean {near[0]}?"
+    return f"{gist} (lamamba {verb} --help lists all options)"

@@ -1,0 +1,66 @@
+"""The command `lamamba`: finds the verb, hands it the rest of the line, and turns what goes wrong into one line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from lamamba._version import __version__
+from lamamba.config import unknown_name
+
+VERBS = {
+    "demo": "train on handwritten digits before your eyes, and see what the model learned",
+    "train": "train a network from a recipe (or resume: run the same command again)",
+    "sample": "make pictures with a trained network",
+    "info": "parameters, multiply-adds and memory of a network, without allocating it",
+    "convert": "official checkpoints to our format and back",
+}
+
+HELP = f"""lamamba {__version__}: image diffusion in linear time (LaMamba-Diff, arXiv 2408.02615)
+
+usage: lamamba VERB [options]          lamamba VERB --help explains a verb
+
+{chr(10).join(f"  {verb:<10}{what}" for verb, what in VERBS.items())}
+
+a first walk:
+  lamamba demo                                         five minutes on a laptop; writes demo/report.md
+  lamamba train digits --out runs/digits               the same training by itself; --dry-run shows the plan
+  lamamba sample runs/digits --classes 3,7 --out grid.png
+  lamamba info xl --image-size 512                     what the paper's largest network costs
+
+environment:
+  LAMAMBA_BACKEND     back end of the scan (torch, reference); by default the fastest that runs here
+  LAMAMBA_TRACEBACK   set to 1 to see where an error came from
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"lamamba {__version__}")
+        return 0
+    verb, *rest = arguments
+    try:
+        if verb not in VERBS:
+            raise unknown_name("verb", verb, VERBS)
+        importlib.import_module(f"lamamba.cli.{verb}").main(rest)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        if os.environ.get("LAMAMBA_TRACEBACK") == "1":
+            raise
+        message = " ".join(str(error).split())
+        name = f"lamamba {verb}" if verb in VERBS else "lamamba"
+        print(f"{name}: {message or type(error).__name__}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Who watches the training: a live line for people, sample grids for eyes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lamamba.cli.pictures import grid_picture, save_picture
+from lamamba.generation import generate
+from lamamba.training.config import SamplingOptions
+from lamamba.training.loop import Moment
+
+MAX_GRID_CLASSES = 10
+PLAIN_LINES = 20
+"""Lines that a run prints where nobody watches a terminal."""
+
+
+class ProgressLine:
+    """A bar with loss, speed and time left on a terminal; a plain line now and then in a file."""
+
+    def __init__(self, steps: int, first_step: int = 0):
+        self._steps = steps
+        self._console = Console()
+        self._live = self._console.is_terminal
+        self._bar = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]} images/s"), TimeRemainingColumn(), console=self._console,
+        )
+        self._task = self._bar.add_task("training", total=steps, completed=first_step, loss="-", speed="-")
+        self._smooth: float | None = None
+
+    def __enter__(self) -> ProgressLine:
+        if self._live:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._bar.stop()
+
+    def __call__(self, moment: Moment) -> None:
+        self._smooth = moment.loss if self._smooth is None else 0.95 * self._smooth + 0.05 * moment.loss
+        loss, speed = f"{self._smooth:.4f}", f"{moment.images_per_second:.0f}"
+        if self._live:
+            self._bar.update(self._task, completed=moment.step, loss=loss, speed=speed)
+        elif moment.step % max(1, self._steps // PLAIN_LINES) == 0 or moment.step == self._steps:
+            print(
+                f"step {moment.step}/{self._steps}  loss {loss}  gradient norm {moment.grad_norm:.3f}  "
+                f"{speed} images/s  {moment.seconds:.0f} s", flush=True,
+            )
+
+
+class SampleGrid:
+    """Every so often a picture from the averaged weights, always of the same seeds and labels."""
+
+    def __init__(self, options: SamplingOptions, folder: Path, label_names: tuple[str, ...]):
+        self._options, self._folder = options, folder
+        self._names = label_names[:MAX_GRID_CLASSES]
+
+    def __call__(self, moment: Moment) -> None:
+        options = self._options
+        if not options.every or (moment.step % options.every and moment.step != moment.steps):
+            return
+        rows = max(1, len(self._names))
+        labels = [row for row in range(rows) for _ in range(options.per_class)] if self._names else None
+        images = generate(
+            moment.ema, labels, range(rows * options.per_class), sampler=options.sampler,
+            num_steps=options.num_steps, guidance=options.guidance if self._names else 1.0,
+        )
+        picture = grid_picture(images, options.per_class, self._names)
+        save_picture(picture, self._folder / f"step_{moment.step:08d}.png")
+
+
+class StepBar:
+    """A bar over sampling steps, on a terminal only."""
+
+    def __init__(self, text: str):
+        self._bar = Progress(
+            TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True,
+        )
+        self._task = self._bar.add_task(text, total=None)
+
+    def __enter__(self) -> StepBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total)

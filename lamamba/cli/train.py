@@ -1,0 +1,116 @@
+"""lamamba train: a recipe and its overrides become a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lamamba.cli.arguments import parse
+from lamamba.training.config import TrainConfig, load_recipe, recipe_names
+
+if TYPE_CHECKING:
+    from lamamba.data.images import ImageSet
+    from lamamba.training.loop import Observer
+
+DESCRIPTION = f"""Train a network: lamamba train RECIPE [options].
+
+RECIPE is one of {', '.join(recipe_names())}, or a TOML file with the options below (sections as in their names). Options
+given here go before the recipe's. Running the same command again resumes the run where it was stopped.
+
+  lamamba train digits --out runs/digits
+  lamamba train folder --data.source photos/ --data.image-size 64 --out runs/photos
+  lamamba train digits --steps 200 --optimizer.learning-rate 5e-4 --dry-run"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(TrainConfig):
+    out: Path | None = None
+    """Folder of the run; by default runs/RECIPE."""
+    dry_run: bool = False
+    """Check everything, print the plan, and stop."""
+
+
+def main(arguments: list[str]) -> None:
+    name, rest = (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else ("", arguments)
+    if not name and not {"-h", "--help"} & set(rest):
+        raise ValueError(f"name a recipe first: lamamba train {recipe_names()[0]} ... (known: {', '.join(recipe_names())}, "
+                         "or a .toml file)")
+    recipe = load_recipe(name) if name else TrainConfig()
+    default = TrainArguments(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)})
+    chosen = parse(TrainArguments, rest, f"train {name or 'RECIPE'}", DESCRIPTION, default)
+    config = TrainConfig(**{f.name: getattr(chosen, f.name) for f in dataclasses.fields(TrainConfig)})
+    out = chosen.out or Path("runs") / Path(name).stem
+
+    images = open_images(config)
+    if chosen.dry_run:
+        _print_plan(config, images, out)
+    else:
+        run_training(config, images, out)
+        print(f"done: {out}\nsample it: lamamba sample {out} --out grid.png")
+
+
+def open_images(config: TrainConfig) -> ImageSet:
+    """The image set that a configuration names.
+
+    Raises:
+        OSError, ValueError: when it is missing or does not fit.
+    """
+    data = config.data
+    if data.source == "digits":
+        from lamamba.data.digits import Digits
+
+        if data.channels != 1:
+            raise ValueError("data.channels=3 does not fit the digits, which are grey; use 1")
+        return Digits(data.image_size)
+    from lamamba.data.images import ImageFolder
+
+    return ImageFolder(data.source, data.image_size, data.channels)
+
+
+def run_training(config: TrainConfig, images: ImageSet, out: Path, observers: Sequence[Observer] = ()) -> Any:
+    """Train with a live line and sample grids; returns the final state."""
+    from lamamba.cli.observers import ProgressLine, SampleGrid
+    from lamamba.training.loop import describe, train
+    from lamamba.training.state import RunFolder
+
+    architecture, facts = describe(config, images)
+    folder = RunFolder(out)
+    resumed = int(folder.names()[-1].removeprefix("step_")) if folder.names() else 0
+    print(f"{out}: {len(images):,} images of {images.name}, {len(facts.label_names) or 'no'} classes, "
+          f"{_parameters(architecture):.2f} M parameters" + (f", resuming at step {resumed}" if resumed else ""), flush=True)
+    for warning in config.warnings():
+        print(f"warning: {warning}", flush=True)
+    grid = SampleGrid(config.sampling, folder.samples, facts.label_names)
+    with ProgressLine(config.steps, resumed) as line:
+        return train(config, images, out, [line, grid, *observers])
+
+
+def _parameters(architecture: Any) -> float:
+    from lamamba.benchmark.flops import count
+
+    return count(architecture).parameters / 1e6
+
+
+def _print_plan(config: TrainConfig, images: ImageSet, out: Path) -> None:
+    from lamamba.benchmark.flops import count
+    from lamamba.training.loop import describe, pick_device
+
+    architecture, _ = describe(config, images)
+    cost = count(architecture)
+    print(json.dumps({"train": config.to_dict(), "architecture": architecture.to_dict()}, indent=2))
+    weights = cost.parameters * 4 * 5 / 2**30                                   # weights, gradient, two moments, EMA
+    activations = cost.activation_bytes * config.batch_size / 2**30
+    print(f"""
+run folder        {out}
+data              {images.name}: {len(images):,} images, {images.image_size} x {images.image_size}
+device            {pick_device(config.device)}
+parameters        {cost.parameters / 1e6:.2f} M
+multiply-adds     {cost.matrix / 1e9:.3f} G per image and forward pass, and {cost.scan / 1e9:.3f} G of the scan
+memory            about {weights:.2f} GiB weights and optimizer, {activations:.2f} GiB activations
+run               {config.steps} steps of {config.batch_size}: {config.steps * config.batch_size / len(images):.1f} epochs""")
+    for warning in config.warnings():
+        print(f"warning: {warning}")

@@ -1,0 +1,1 @@
+"""How good samples are. Takes images as arrays; never samples by itself."""
