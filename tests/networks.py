@@ -1,0 +1,68 @@
+"""Values made with the official code, and small networks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lamamba import LaMambaUNet, UNetConfig
+from lamamba.models.official import derive_config
+
+PARITY = Path(__file__).parent.parent / "parity"
+FILES = ("cond_state1", "cond_state16_rgb", "patch2", "uncond_cross_scan")
+
+
+@dataclass
+class ParityCase:
+    """One file: the official weights, an input, and what the official code made of it."""
+
+    tensors: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    config: UNetConfig
+
+    @property
+    def labels(self) -> Tensor | None:
+        return self.tensors["in.y"] if self.config.num_classes else None
+
+
+def load_case(name: str) -> ParityCase:
+    with safe_open(PARITY / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        facts = json.loads(file.metadata()["config"])
+    weights = {key.removeprefix("weights."): tensor for key, tensor in tensors.items() if key.startswith("weights.")}
+    return ParityCase(tensors, weights, derive_config(weights, "continuous" if facts.get("continuous", True) else "cross"))
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """Largest error over largest value."""
+    return float((result.detach() - expected).abs().max() / expected.abs().max())
+
+
+def small_config(**changes) -> UNetConfig:
+    fields = dict(width=16, num_heads=2, depths=(2, 1, 1, 1), bottleneck_depth=1, window_size=4, grid=(8, 8), num_classes=3)
+    return UNetConfig(**{**fields, **changes})
+
+
+def random_network(config: UNetConfig, seed: int = 0) -> LaMambaUNet:
+    """A network in which nothing is zero, so that every part shows in the output."""
+    torch.manual_seed(seed)
+    model = LaMambaUNet(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def random_inputs(config: UNetConfig, batch: int = 2, seed: int = 1, grid=None):
+    generator = torch.Generator().manual_seed(seed)
+    grid = grid or config.token_grid
+    size = (grid[0] * config.patch_size, grid[1] * config.patch_size)
+    x = torch.randn(batch, config.in_channels, *size, generator=generator)
+    t = torch.rand(batch, generator=generator) * 1000
+    y = torch.randint(0, config.num_classes + 1, (batch,), generator=generator) if config.num_classes else None
+    return x, t, y

@@ -1,0 +1,81 @@
+"""Who computes an op: argument before context before environment before automatic; obeyed or refused, never replaced."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from lamamba.ops import dispatch, selective_scan, use_backend
+from lamamba.ops.dispatch import Backend, Op
+from lamamba.ops.selective_scan import OP
+from tests.ops.test_selective_scan import make_inputs
+
+CPU_NAMES = ["torch", "reference"]
+
+
+@pytest.fixture(autouse=True)
+def _no_choice_in_force(monkeypatch):
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_logged", set())
+
+
+def test_argument_goes_before_context_before_environment(monkeypatch):
+    x = torch.zeros(1, 1, 1)
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "reference")
+    assert OP.choose(x, 1) == "reference"
+    with use_backend("torch"):
+        assert OP.choose(x, 1) == "torch"
+        assert OP.choose(x, 1, "reference") == "reference"
+        with use_backend("auto"):
+            assert OP.choose(x, 1) == OP.choose(x, 1, "auto")
+    assert OP.choose(x, 1) == "reference"
+
+
+def test_unknown_back_ends_are_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'torch'"):
+        selective_scan(**make_inputs(), backend="troch")
+
+
+def test_the_automatic_choice_passes_over_what_is_not_installed_and_says_so_once(caplog):
+    op = Op("an_op", (Backend("fast", "no_such_package_anywhere"), *OP.backends))
+    with caplog.at_level(logging.INFO, logger="lamamba.ops"):
+        names = {op.choose(torch.zeros(1, 1, 1), 1) for _ in range(3)}
+    assert len(names) == 1
+    assert len(caplog.records) == 1
+    assert "fast: no_such_package_anywhere is not installed" in caplog.records[0].message
+
+
+def test_a_forced_back_end_that_cannot_run_is_refused_with_the_reason():
+    op = Op("an_op", (Backend("fast", "no_such_package_anywhere"), *OP.backends))
+    with pytest.raises(RuntimeError, match="'fast' .argument. cannot run here: no_such_package_anywhere is not installed"):
+        op.choose(torch.zeros(1, 1, 1), 1, "fast")
+
+
+def test_a_back_end_with_a_bug_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "a_broken_backend.py").write_text("raise ImportError('a bug')")
+    monkeypatch.syspath_prepend(tmp_path)
+    op = Op("an_op", (Backend("broken", "a_broken_backend"), *OP.backends))
+    with pytest.raises(ImportError, match="a bug"):
+        op.choose(torch.zeros(1, 1, 1), 1)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    inputs = make_inputs(c=8)
+    inputs["D"] = inputs["D"][:, :5]
+    with pytest.raises(ValueError, match=r"D has shape \(4, 5\) where .* need \(4, 8\)"):
+        selective_scan(**inputs)
+    inputs = make_inputs()
+    with pytest.raises(ValueError, match="nothing to read|no tokens"):
+        selective_scan(**{**inputs, **{k: inputs[k][:, :0] for k in ("x", "dt", "B", "C")}, "paths": inputs["paths"][:, :0]})
+
+
+def test_the_operator_runs_on_the_meta_device_and_counts_its_operations():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    inputs = {name: tensor.to("meta") for name, tensor in make_inputs(b=2, height=3, width=5, c=7, n=4, r=3).items()}
+    with FlopCounterMode(display=False) as counter:
+        y = selective_scan(**inputs)
+    assert y.shape == (2, 15, 7)
+    assert counter.get_total_flops() == 2 * (2 * 15 * 4 * 7 * 3) + 2 * 15 * 4 * 7 * (9 * 4 + 1)
