@@ -189,27 +189,30 @@ LAMAMBA_INLINE void lift(const Tile& tile, int64_t r, const float* W, float* out
     for (; t < tile.count; ++t) lift_tokens<V, 1>(tile.dt + t, r, W, out + t * V * LANES);
 }
 
-// M states of one tile, starting with the n-th: h goes on from where it stands, C . h is added to y on the grid.
+// M states of one tile, starting with the n-th: h goes on from where it stands. C . h over the states is summed in
+// y_tile and, with the last ones, added to y on the grid.
 template <int V, int M>
 LAMAMBA_INLINE void scan_states(
-    const Tile& tile, int64_t n, const float* delta, const float* du, const float* A, float* states, float* y) {
+    const Tile& tile, int64_t n, bool last, const float* delta, const float* du, const float* A, float* states,
+    float* y_tile, float* y) {
     constexpr int width = V * LANES;
     Vec rate[M][V], h[M][V];
-    for (int m = 0; m < M; ++m)
-        for (int v = 0; v < V; ++v) {
-            rate[m][v] = load(A + (n + m) * width + v * LANES) * LOG2_E;
-            h[m][v] = load(states + (n + m) * width + v * LANES);
-        }
+    for (int m = 0; m < M; ++m) {
+        load_row<V>(rate[m], A + (n + m) * width);
+        load_row<V>(h[m], states + (n + m) * width);
+    }
     for (int64_t t = 0; t < tile.count; ++t) {
-        float* row = y + tile.token[t] * width;
+        float *row = y_tile + t * width, *to = last ? y + tile.token[t] * width : row;
         for (int v = 0; v < V; ++v) {
             const Vec step = load(delta + t * width + v * LANES), input = load(du + t * width + v * LANES);
-            Vec sum = load(row + v * LANES);
+            Vec sum{};
             for (int m = 0; m < M; ++m) {
-                h[m][v] = exp2<false>(step * rate[m][v]) * h[m][v] + input * tile.B[t][n + m];
+                h[m][v] = exp(step * rate[m][v]) * h[m][v] + input * tile.B[t][n + m];
                 sum += h[m][v] * tile.C[t][n + m];
             }
-            store(row + v * LANES, sum);
+            if (n > 0) sum += load(row + v * LANES);
+            if (last) sum += load(to + v * LANES);
+            store(to + v * LANES, sum);
         }
     }
     for (int m = 0; m < M; ++m)
@@ -226,28 +229,31 @@ struct Pieces {
     }
 };
 
-// The skip: D . x summed over the directions, which is where the sum over directions starts.
+// The skip, D . x summed over the directions, comes last: what it is added to is often smaller.
 template <int V>
-void start_with_skip(const Scan& s, const Plan& plan, int64_t c0, const float* from, float* to) {
+void add_skip(const Scan& s, const Plan& plan, int64_t c0, const float* from, float* to) {
     constexpr int width = V * LANES;
     Vec D[V] = {};
     for (int64_t k = 0; k < s.g; ++k)
         for (int v = 0; v < V; ++v)
             D[v] += load(s.workspace + plan.packed + plan.parameters(k, c0) + (plan.rows - 1) * width + v * LANES);
     for (int64_t t = 0; t < s.l; ++t)
-        for (int v = 0; v < V; ++v) store(to + t * width + v * LANES, D[v] * load(from + t * width + v * LANES));
+        for (int v = 0; v < V; ++v) {
+            const int64_t at = t * width + v * LANES;
+            store(to + at, load(to + at) + D[v] * load(from + at));
+        }
 }
 
 template <int V>
 void forward_block(const Scan& s, const Plan& plan, int64_t image, int64_t c0) {
     constexpr int width = V * LANES;
     const int64_t count = std::min<int64_t>(width, s.c - c0);
-    Pieces pieces{scratch.take(2 * s.l * width + 2 * TILE * width + s.n * width + 5 * 16)};
+    Pieces pieces{scratch.take(2 * s.l * width + 3 * TILE * width + s.n * width + 5 * 16)};
     float *x = pieces.take(s.l * width), *y = pieces.take(s.l * width), *h = pieces.take(s.n * width);
-    float *delta = pieces.take(TILE * width), *du = pieces.take(TILE * width);
+    float *delta = pieces.take(TILE * width), *du = pieces.take(TILE * width), *y_tile = pieces.take(TILE * width);
 
     read_rows(s, s.x, image * s.x_b + c0, s.x_l, count, width, x);
-    start_with_skip<V>(s, plan, c0, x, y);
+    std::fill(y, y + s.l * width, 0.0f);
     for (int64_t k = 0; k < s.g; ++k) {
         const float* W = s.workspace + plan.packed + plan.parameters(k, c0);
         const float* A = W + (s.r + 1) * width;
@@ -263,10 +269,11 @@ void forward_block(const Scan& s, const Plan& plan, int64_t image, int64_t c0) {
                     store(du + at, step * load(x + tile.token[t] * width + v * LANES));
                 }
             int64_t n = 0;
-            for (; n + 2 <= s.n; n += 2) scan_states<V, 2>(tile, n, delta, du, A, h, y);
-            for (; n < s.n; ++n) scan_states<V, 1>(tile, n, delta, du, A, h, y);
+            for (; n + 2 <= s.n; n += 2) scan_states<V, 2>(tile, n, n + 2 == s.n, delta, du, A, h, y_tile, y);
+            for (; n < s.n; ++n) scan_states<V, 1>(tile, n, n + 1 == s.n, delta, du, A, h, y_tile, y);
         }
     }
+    add_skip<V>(s, plan, c0, x, y);
     write_rows(s, s.y, image * s.l * s.c + c0, count, width, y);
 }
 
@@ -285,13 +292,13 @@ LAMAMBA_INLINE void unscan_state(
     Vec rate[V], h[V], gh[V], sum_A[V] = {};
     load_row<V>(h, h_before);
     for (int v = 0; v < V; ++v) {
-        rate[v] = load(A + v * LANES) * LOG2_E;
+        rate[v] = load(A + v * LANES);
         store(to.h + v * LANES, h[v]);
     }
     for (int64_t t = 0; t < tile.count; ++t)
         for (int v = 0; v < V; ++v) {
             const int64_t at = t * width + v * LANES;
-            const Vec decay = exp2<false>(load(delta + at) * rate[v]);
+            const Vec decay = exp(load(delta + at) * rate[v]);
             h[v] = decay * h[v] + load(to.du + at) * tile.B[t][n];
             store(to.decay + at, decay);
             store(to.h + width + at, h[v]);
@@ -394,7 +401,7 @@ void backward_block(const Scan& s, const Plan& plan, int64_t image, int64_t c0, 
 
     read_rows(s, s.x, image * s.x_b + c0, s.x_l, count, width, x);
     read_rows(s, s.gy, image * s.gy_b + c0, s.gy_l, count, width, gy);
-    start_with_skip<V>(s, plan, c0, gy, gx);
+    std::fill(gx, gx + s.l * width, 0.0f);
     Vec sum_D[V] = {};
     for (int64_t start = 0; start < s.l; start += TILE) {
         Vec sum[V] = {};
@@ -427,13 +434,13 @@ void backward_block(const Scan& s, const Plan& plan, int64_t image, int64_t c0, 
             for (int64_t n = 0; n < s.n; ++n) {
                 Vec rate[V], h[V];
                 for (int v = 0; v < V; ++v) {
-                    rate[v] = load(A + n * width + v * LANES) * LOG2_E;
+                    rate[v] = load(A + n * width + v * LANES);
                     h[v] = load(starts + i * state + n * width + v * LANES);
                 }
                 for (int64_t t = 0; t < tile.count; ++t)
                     for (int v = 0; v < V; ++v) {
                         const int64_t at = t * width + v * LANES;
-                        h[v] = exp2<false>(load(delta + at) * rate[v]) * h[v] + load(buffers.du + at) * tile.B[t][n];
+                        h[v] = exp(load(delta + at) * rate[v]) * h[v] + load(buffers.du + at) * tile.B[t][n];
                     }
                 for (int v = 0; v < V; ++v) store(starts + (i + 1) * state + n * width + v * LANES, h[v]);
             }
@@ -487,6 +494,7 @@ void backward_block(const Scan& s, const Plan& plan, int64_t image, int64_t c0, 
             for (; t < tile.count; ++t) lower_ranks<1>(width, plan.r_pad, gs + t * width, W_rows, sums + t);
         }
     }
+    add_skip<V>(s, plan, c0, gy, gx);
     write_rows(s, s.gx, image * s.l * s.c + c0, count, width, gx);
 }
 

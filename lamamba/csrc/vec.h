@@ -154,23 +154,21 @@ LAMAMBA_INLINE Vec sum_of_rows(const float* from) {
     return rows[0];
 }
 
-constexpr float LOG2_E = 1.44269504f;
-
-// 2^z to about 1 unit in the last place: z = i + f with f in [-1/2, 1/2], a polynomial for 2^f that is exact at 0, and
-// i added to the exponent. Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits. Below 2^-126
-// the result is some number between 0 and 2^-126. `bounded` says that z cannot exceed 128.
-template <bool bounded = true>
-LAMAMBA_INLINE Vec exp2(Vec z) {
+// e^x to about 1 unit in the last place: x = i log 2 + f with |f| <= log(2) / 2, a polynomial for e^f, and i added to the
+// exponent. Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits; log 2 comes in two parts, of
+// which the first times i is exact. Below 2^-126 the result is some number between 0 and 2^-126.
+LAMAMBA_INLINE Vec exp(Vec x) {
     const float ROUND = 12582912.0f;
-    z = at_least(-126.0f, z);
-    if (!bounded) z = at_most(128.0f, z);
-    Vec shifted = z + ROUND;
-    Vec f = z - (shifted - ROUND);
-    Vec p = f * 1.5353362e-4f + 1.3398874e-3f;
-    p = p * f + 9.6184369e-3f;
-    p = p * f + 5.5503324e-2f;
-    p = p * f + 2.4022648e-1f;
-    p = p * f + 6.9314718e-1f;
+    x = at_most(88.8f, at_least(-87.3f, x));
+    Vec shifted = x * 1.44269504f + ROUND;
+    Vec i = shifted - ROUND;
+    Vec f = x - i * 0.693145752f;
+    f = f - i * 1.42860682e-6f;
+    Vec p = f * 1.3814613e-3f + 8.36871e-3f;
+    p = p * f + 4.166839e-2f;
+    p = p * f + 1.6666521e-1f;
+    p = p * f + 4.9999994e-1f;
+    p = p * f + 1.0f;
     p = p * f + 1.0f;
     return floats(bits(p) + (bits(shifted) << 23));
 }
@@ -188,7 +186,7 @@ LAMAMBA_INLINE Vec log1p_of_unit(Vec e) {
 }
 
 // exp(-|s|), from which softplus and its derivative follow without overflow or cancellation.
-LAMAMBA_INLINE Vec exp_of_minus_abs(Vec s) { return exp2(floats(bits(s) | int32_t(0x80000000)) * LOG2_E); }
+LAMAMBA_INLINE Vec exp_of_minus_abs(Vec s) { return exp(floats(bits(s) | int32_t(0x80000000))); }
 LAMAMBA_INLINE Vec softplus(Vec s, Vec e) { return at_least(0.0f, s) + log1p_of_unit(e); }
 
 // 1 / (1 + exp(-s)): 1 / (1 + e) for s >= 0, e / (1 + e) below.
