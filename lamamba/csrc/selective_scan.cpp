@@ -167,8 +167,7 @@ LAMAMBA_INLINE void load_row(Vec* to, const float* from) {
 // s = W_dt dt + b_dt for T tokens. W holds r rows, then b_dt.
 template <int V, int T>
 LAMAMBA_INLINE void lift_tokens(const float* const* dt, int64_t r, const float* W, float* out) {
-    Vec sum[T][V];
-    for (int t = 0; t < T; ++t) load_row<V>(sum[t], W + r * V * LANES);
+    Vec sum[T][V] = {}, b[V];
     for (int64_t j = 0; j < r; ++j) {
         Vec w[V];
         load_row<V>(w, W + j * V * LANES);
@@ -177,8 +176,9 @@ LAMAMBA_INLINE void lift_tokens(const float* const* dt, int64_t r, const float* 
             for (int v = 0; v < V; ++v) sum[t][v] += value * w[v];
         }
     }
+    load_row<V>(b, W + r * V * LANES);                         // last, because it is the largest term
     for (int t = 0; t < T; ++t)
-        for (int v = 0; v < V; ++v) store(out + (t * V + v) * LANES, sum[t][v]);
+        for (int v = 0; v < V; ++v) store(out + (t * V + v) * LANES, sum[t][v] + b[v]);
 }
 
 template <int V>
