@@ -13,6 +13,10 @@
 #define LAMAMBA_LANES 4
 #endif
 
+#if (defined(__GNUC__) || defined(__clang__)) && !defined(LAMAMBA_PLAIN_ARRAYS)
+#define LAMAMBA_VECTOR_TYPES
+#endif
+
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -27,11 +31,10 @@ namespace {
 
 constexpr int LANES = LAMAMBA_LANES;
 
-#if defined(__GNUC__) && !defined(LAMAMBA_PLAIN_ARRAYS)
+#ifdef LAMAMBA_VECTOR_TYPES
 
 typedef float Vec __attribute__((vector_size(4 * LANES), may_alias));
 typedef int32_t Bits __attribute__((vector_size(4 * LANES), may_alias));
-typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 LAMAMBA_INLINE Vec splat(float value) { return Vec{} + value; }
 LAMAMBA_INLINE Bits bits(Vec a) { return (Bits)a; }
@@ -91,7 +94,6 @@ LAMAMBA_LANEWISE(Vec, -)
 LAMAMBA_LANEWISE(Vec, *)
 LAMAMBA_LANEWISE(Vec, /)
 LAMAMBA_LANEWISE(Bits, +)
-LAMAMBA_LANEWISE(Bits, &)
 #undef LAMAMBA_LANEWISE
 
 LAMAMBA_INLINE Bits operator<<(Bits a, int count) {
@@ -110,7 +112,6 @@ LAMAMBA_INLINE Vec splat(float value) {
 LAMAMBA_INLINE Vec operator+(Vec a, float b) { return a + splat(b); }
 LAMAMBA_INLINE Vec operator-(Vec a, float b) { return a - splat(b); }
 LAMAMBA_INLINE Vec operator*(Vec a, float b) { return a * splat(b); }
-LAMAMBA_INLINE Vec operator/(float a, Vec b) { return splat(a) / b; }
 LAMAMBA_INLINE Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
 LAMAMBA_INLINE Bits bits(Vec a) { Bits b; std::memcpy(&b, &a, sizeof a); return b; }
 LAMAMBA_INLINE Vec floats(Bits a) { Vec b; std::memcpy(&b, &a, sizeof a); return b; }
@@ -128,7 +129,6 @@ LAMAMBA_INLINE Vec fold(Vec a, Vec b, std::index_sequence<I...>) {
     for (int i = 0; i < LANES; ++i) sum.lane[i] = (i & D) ? b.lane[i - D] + b.lane[i] : a.lane[i] + a.lane[i + D];
     return sum;
 }
-struct Unaligned { Vec value; };
 
 #endif
 
@@ -191,7 +191,7 @@ LAMAMBA_INLINE Vec softplus(Vec s, Vec e) { return at_least(0.0f, s) + log1p_of_
 
 // 1 / (1 + exp(-s)): 1 / (1 + e) for s >= 0, e / (1 + e) below.
 LAMAMBA_INLINE Vec sigmoid(Vec s, Vec e) {
-#if defined(__GNUC__) && !defined(LAMAMBA_PLAIN_ARRAYS)
+#ifdef LAMAMBA_VECTOR_TYPES
     Vec numerator = s < 0.0f ? e : splat(1.0f);
 #else
     Vec numerator;

@@ -27,8 +27,8 @@ ENVIRONMENT_VARIABLE = "LAMAMBA_CPU_ISA"
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")                   # best first; baseline is SSE2, or NEON on arm64
 
 HOW_TO_BUILD = (
-    "install a C++17 compiler and reinstall lamamba-diff from source "
-    "(pip install --force-reinstall --no-deps --no-binary lamamba-diff lamamba-diff; in a checkout: pip install -e .)"
+    "install a C++17 compiler, then lamamba-diff again from source (in a checkout: pip install -e .; else "
+    "pip install --force-reinstall --no-deps --no-cache-dir --no-binary lamamba-diff lamamba-diff)"
 )
 
 
@@ -40,17 +40,22 @@ def supported_instruction_sets() -> tuple[str, ...]:
     return INSTRUCTION_SETS[{"AVX512": 0, "AVX2": 1}.get(capability, 2):]
 
 
-def choose_instruction_set() -> str:
-    """The one LAMAMBA_CPU_ISA names, or the processor's best.
+def _library(instruction_set: str) -> Path:
+    return FOLDER / f"kernels_{instruction_set}{SUFFIX}"
+
+
+def choose_instruction_set() -> str | None:
+    """The one LAMAMBA_CPU_ISA names, else the processor's best of those that were built; None where none was.
 
     Raises:
-        ValueError: when the variable names none.
-        RuntimeError: when it names one this processor lacks.
+        ValueError: when the variable names no instruction set.
+        RuntimeError: when it names one that this processor lacks or that was not built.
     """
     supported = supported_instruction_sets()
+    built = [name for name in supported if _library(name).exists()]
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     if not forced:
-        return supported[0]
+        return built[0] if built else None
     if forced not in INSTRUCTION_SETS:
         raise unknown_name("instruction set", forced, INSTRUCTION_SETS)
     if forced not in supported:
@@ -58,17 +63,20 @@ def choose_instruction_set() -> str:
             f"{ENVIRONMENT_VARIABLE}={forced}, but this processor runs only {', '.join(supported)}; "
             f"unset the variable or choose one of these"
         )
+    if forced not in built:
+        raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={forced}, but {_library(forced)} was not built; {HOW_TO_BUILD}")
     return forced
 
 
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | None:
     """The library for the chosen instruction set, joined to torch's threads; None, said once, where there is none."""
-    path = FOLDER / f"kernels_{choose_instruction_set()}{SUFFIX}"
-    if not path.exists():
-        logger.warning("The compiled CPU kernels are missing (%s), so slower PyTorch code runs: %s", path, HOW_TO_BUILD)
+    instruction_set = choose_instruction_set()
+    if instruction_set is None:
+        logger.warning("lamamba was installed without its compiled CPU kernels (none in %s), so slower PyTorch code "
+                       "runs; %s", FOLDER, HOW_TO_BUILD)
         return None
-    library = ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(_library(instruction_set)))
     _share_threads(library)
     return library
 
