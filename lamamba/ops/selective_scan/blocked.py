@@ -25,7 +25,7 @@ def _segments(tokens: Tensor, size: int) -> Tensor:
     """Cut (b, g, l, c) into (size, b, g, segments, c), time first; the last segment is filled with zeros."""
     b, g, l, c = tokens.shape
     tokens = F.pad(tokens, (0, 0, 0, -l % size))
-    return tokens.view(b, g, -1, size, c).permute(3, 0, 1, 2, 4).contiguous()
+    return tokens.view(b, g, tokens.shape[2] // size, size, c).permute(3, 0, 1, 2, 4).contiguous()
 
 
 def _join(segments: Tensor, length: int) -> Tensor:
