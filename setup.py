@@ -13,6 +13,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
+REQUIRED = os.environ.get("LAMAMBA_REQUIRE_KERNELS") == "1"
 SOURCES = ["lamamba/csrc/selective_scan.cpp"]
 HEADERS = ["lamamba/csrc/parallel.h", "lamamba/csrc/vec.h"]
 
@@ -34,7 +35,8 @@ class Kernels(Extension):
     """The library for one instruction set."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"lamamba._native.kernels_{name}", SOURCES, depends=HEADERS, language="c++", optional=True)
+        super().__init__(f"lamamba._native.kernels_{name}", SOURCES, depends=HEADERS, language="c++",
+                         optional=not REQUIRED)
         self.instruction_set = name
 
 
@@ -74,7 +76,7 @@ class BuildKernels(build_ext):
             self.build_temp = build_temp
 
     def _go_on_without(self, what: str, error: Exception) -> None:
-        if os.environ.get("LAMAMBA_REQUIRE_KERNELS") == "1":
+        if REQUIRED:
             raise error
         self.warn(
             f"could not build {what} ({error}). lamamba works without, more slowly, in PyTorch; "

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ import torch
 from lamamba.ops import native, selective_scan, use_backend
 from lamamba.ops.selective_scan import OP
 from tests.ops.test_selective_scan import make_inputs
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +37,10 @@ def instruction_set(request, monkeypatch):
     return request.param
 
 
-def run_python(program: str, **options) -> str:
+def run_python(program: str) -> str:
     """What a fresh Python prints; it must end by itself within two minutes."""
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True,
-                          timeout=120, check=False, **options)
+                          timeout=120, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
