@@ -30,7 +30,7 @@ def _cut(tokens: Tensor, size: int) -> Tensor:
     b, g, l, c = tokens.shape
     if l % size:
         tokens = F.pad(tokens, (0, 0, 0, -l % size))
-    return tokens.reshape(b, g, -1, size, c)
+    return tokens.reshape(b, g, tokens.shape[2] // size, size, c)
 
 
 def _join(segments: Tensor, length: int) -> Tensor:

@@ -1,0 +1,118 @@
+"""Finds, loads and describes the compiled CPU kernels: plain shared libraries in lamamba/_native, called by ctypes.
+
+They are tied to no version of Python or torch. The same source is built once per instruction set, and the best one this
+processor has is loaded; LAMAMBA_CPU_ISA names another. An installation made without a compiler has none of them: then
+the back ends in PyTorch run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from lamamba.config import unknown_name
+
+logger = logging.getLogger("lamamba.ops")
+
+FOLDER = Path(__file__).resolve().parent.parent / "_native"
+SUFFIX = ".dll" if sys.platform == "win32" else ".so"
+ENVIRONMENT_VARIABLE = "LAMAMBA_CPU_ISA"
+INSTRUCTION_SETS = ("avx512", "avx2", "baseline")                   # best first; baseline is SSE2, or NEON on arm64
+
+HOW_TO_BUILD = (
+    "install a C++17 compiler, then lamamba-diff again from source (in a checkout: pip install -e .; else "
+    "pip install --force-reinstall --no-deps --no-cache-dir --no-binary lamamba-diff lamamba-diff)"
+)
+
+
+def supported_instruction_sets() -> tuple[str, ...]:
+    """What this processor runs, best first, as torch sees it (so ATEN_CPU_CAPABILITY counts here too)."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ("baseline",)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return INSTRUCTION_SETS[{"AVX512": 0, "AVX2": 1}.get(capability, 2):]
+
+
+def _library(instruction_set: str) -> Path:
+    return FOLDER / f"kernels_{instruction_set}{SUFFIX}"
+
+
+def choose_instruction_set() -> str | None:
+    """The one LAMAMBA_CPU_ISA names, else the processor's best of those that were built; None where none was.
+
+    Raises:
+        ValueError: when the variable names no instruction set.
+        RuntimeError: when it names one that this processor lacks or that was not built.
+    """
+    supported = supported_instruction_sets()
+    built = [name for name in supported if _library(name).exists()]
+    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not forced:
+        return built[0] if built else None
+    if forced not in INSTRUCTION_SETS:
+        raise unknown_name("instruction set", forced, INSTRUCTION_SETS)
+    if forced not in supported:
+        raise RuntimeError(
+            f"{ENVIRONMENT_VARIABLE}={forced}, but this processor runs only {', '.join(supported)}; "
+            f"unset the variable or choose one of these"
+        )
+    if forced not in built:
+        raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={forced}, but {_library(forced)} was not built; {HOW_TO_BUILD}")
+    return forced
+
+
+@lru_cache(maxsize=1)
+def load() -> ctypes.CDLL | None:
+    """The library for the chosen instruction set, joined to torch's threads; None, said once, where there is none."""
+    instruction_set = choose_instruction_set()
+    if instruction_set is None:
+        logger.warning("lamamba was installed without its compiled CPU kernels (none in %s), so slower PyTorch code "
+                       "runs; %s", FOLDER, HOW_TO_BUILD)
+        return None
+    library = ctypes.CDLL(str(_library(instruction_set)))
+    _share_threads(library)
+    return library
+
+
+def _share_threads(library: ctypes.CDLL) -> None:
+    """Hand the library the OpenMP entry points that torch's own library resolves to; without them it runs alone."""
+    name = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
+    try:
+        torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+        entries = [getattr(torch_library, entry)
+                   for entry in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")]
+    except (OSError, AttributeError):
+        logger.info("torch's OpenMP runtime was not found; the CPU kernels use one thread")
+        return
+    library.lamamba_use_openmp(*[ctypes.cast(entry, ctypes.c_void_p) for entry in entries])
+
+
+_forked = False
+
+
+def num_threads() -> int:
+    """torch's number of threads; one in a forked child, where the parent's OpenMP threads are gone."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def describe() -> str:
+    """One line for logs and bug reports."""
+    if load() is None:
+        return f"no compiled CPU kernels; {HOW_TO_BUILD}"
+    return f"compiled CPU kernels for {choose_instruction_set()}, {num_threads()} threads"
