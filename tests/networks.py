@@ -13,7 +13,7 @@ from torch import Tensor
 from lamamba import LaMambaUNet, UNetConfig
 from lamamba.models.official import derive_config
 
-PARITY = Path(__file__).parent.parent / "parity"
+PARITY = Path(__file__).parent / "parity"
 FILES = ("cond_state1", "cond_state16_rgb", "patch2", "uncond_cross_scan")
 
 
