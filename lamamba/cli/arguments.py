@@ -33,12 +33,13 @@ def parse(cls: type[T], arguments: list[str], verb: str, description: str, defau
 
 
 def _one_line(box: str, verb: str) -> str:
-    """The gist of tyro's boxed error message."""
-    lines = [re.sub(r"[╭╮╰╯│]", " ", line).strip() for line in box.splitlines()]
-    rules = [i for i, line in enumerate(lines) if set(line) == {"─"}] or [len(lines)]
-    gist = " ".join(line for line in lines[: rules[0]] if line and "──" not in line)
+    """The gist of tyro's error message: a title, the gist, a rule, hints; in a box where the output is UTF-8."""
+    lines = [stripped for line in box.splitlines() if (stripped := re.sub(r"[╭╮╰╯│]", "", line).strip())]
+    lines = lines[1 if "╭" in box else 2 :]                                     # without a box, the title has a rule
+    rules = [i for i, line in enumerate(lines) if re.fullmatch(r"─+|-+", line)] or [len(lines)]
+    gist = " ".join(lines[: rules[0]])
     gist = re.sub(r"^Error parsing [A-Z]\w*: ", "", gist).replace("[bold]", "").replace("[/bold]", "").rstrip(" .:")
-    near = [line.split()[0] for line in lines[rules[0]:] if line.startswith("--")]
+    near = [line.split()[0] for line in lines[rules[0]:] if line.startswith("--") and line[2:3].isalpha()]
     if gist.startswith("Unrecognized options:") and near:
         gist += f"; did you mean {near[0]}?"
     return f"{gist} (lamamba {verb} --help lists all options)"

@@ -17,7 +17,7 @@ Writes into the folder: digits.png (a 10 x 10 grid, one row per digit asked for)
 loss.png, report.md, report.json, and run/, which lamamba sample and lamamba train can go on with."""
 
 RECIPE = "digits"
-PER_DIGIT, SHOWN_PER_DIGIT = 50, 10
+SHOWN_PER_DIGIT = 10
 FIRST_SEED = 10_000
 
 
@@ -29,11 +29,15 @@ class DemoArguments:
     """Of the training."""
     steps: int | None = None
     """Training steps; by default the recipe's. Fewer are quicker and worse."""
+    per_digit: int = 50
+    """Samples of each digit that the judge sees; the first ten are shown."""
 
 
 def main(arguments: list[str]) -> None:
     chosen = parse(DemoArguments, arguments, "demo", DESCRIPTION)
     config = dataclasses.replace(load_recipe(RECIPE), seed=chosen.seed)
+    if chosen.per_digit < SHOWN_PER_DIGIT:
+        raise ValueError(f"--per-digit {chosen.per_digit} must be at least {SHOWN_PER_DIGIT}, which are shown")
     if chosen.steps is not None:
         config = dataclasses.replace(config, steps=chosen.steps)
 
@@ -51,7 +55,7 @@ def main(arguments: list[str]) -> None:
     state = run_training(config, digits, out / "run")
     trained = time.perf_counter()
 
-    asked = np.repeat(np.arange(10), PER_DIGIT)
+    asked = np.repeat(np.arange(10), chosen.per_digit)
     sampling = config.sampling
     print(f"sampling {len(asked)} digits: {sampling.sampler}, {sampling.num_steps} steps, guidance {sampling.guidance:g}")
     with StepBar("sampling") as bar:

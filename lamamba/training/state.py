@@ -118,6 +118,10 @@ def _hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _hash_of_hashes(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
 @dataclass
 class TrainState:
     """Everything that training changes."""
@@ -219,7 +223,8 @@ class RunFolder:
         state_values = {"version": RUN_VERSION, "step": state.step}
         (temporary / "state.json").write_text(json.dumps(state_values) + "\n", encoding="utf-8")
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        manifest = {"version": RUN_VERSION, "files": {str(p.relative_to(temporary).as_posix()): _hash(p) for p in files}}
+        hashes = {path.relative_to(temporary).as_posix(): _hash(path) for path in files}
+        manifest = {"version": RUN_VERSION, "files": hashes, "files_sha256": _hash_of_hashes(hashes)}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in [*files, temporary / MANIFEST, temporary / "model", temporary / "ema", temporary]:
             _flush(path)
@@ -282,6 +287,8 @@ def check_manifest(place: Path) -> None:
     """
     manifest = read_json(place / MANIFEST)
     check_version(place / MANIFEST, manifest)
+    if manifest.get("files_sha256") != _hash_of_hashes(manifest.get("files", {})):
+        raise ValueError(f"{place} is damaged: {MANIFEST} was changed; remove the folder to go on from an older one")
     for name, digest in manifest["files"].items():
         if not (place / name).is_file():
             raise ValueError(f"{place} is damaged: {name} is missing; remove the folder to go on from an older one")

@@ -1,0 +1,139 @@
+"""Every sampler walks from noise to the data; guidance exaggerates; wrong pairs are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lamamba.diffusion.denoise import SAMPLERS, denoise, make_scheduler, respaced_steps
+from lamamba.diffusion.guidance import drop_labels, guided
+from lamamba.diffusion.schedule import FlowSchedule, NoiseSchedule
+
+MEAN, DEVIATION = 0.7, 0.2
+
+
+def exact_noise_predictor(x, t):
+    """The best possible answer where all data is normal(MEAN, DEVIATION): E[eps | xt]; variance in the middle."""
+    alpha_bar = NoiseSchedule().alphas_cumprod[t.long()].view(-1, 1, 1, 1).float()
+    total = alpha_bar * DEVIATION**2 + 1 - alpha_bar
+    eps = (1 - alpha_bar).sqrt() * (x - alpha_bar.sqrt() * MEAN) / total
+    return torch.cat([eps, torch.zeros_like(eps)], dim=1)
+
+
+def exact_velocity(x, t):
+    """E[eps - x0 | xt] on the straight line from the same data."""
+    share = (t / 1000).view(-1, 1, 1, 1).float()
+    total = (1 - share) ** 2 * DEVIATION**2 + share**2
+    surprise = (x - (1 - share) * MEAN) / total
+    return share * surprise - (MEAN + (1 - share) * DEVIATION**2 * surprise)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samples_follow_the_data(name):
+    """Mean and deviation of 20,000 numbers made with a perfect predictor are the data's."""
+    sampler = SAMPLERS[name]
+    noise = torch.randn(4, 1, 50, 100, generator=torch.Generator().manual_seed(0))
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    predict = exact_noise_predictor if sampler.objective == "noise" else exact_velocity
+    x0 = denoise(predict, make_scheduler(name, sampler.objective, 250), noise, generators=generators)
+    assert float(x0.mean()) == pytest.approx(MEAN, abs=0.02)
+    assert float(x0.std()) == pytest.approx(DEVIATION, abs=0.02)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_an_image_depends_on_its_own_generator_alone(name):
+    sampler = SAMPLERS[name]
+    predict = exact_noise_predictor if sampler.objective == "noise" else exact_velocity
+    noise = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def run(rows):
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        return denoise(predict, make_scheduler(name, sampler.objective, 8), noise[rows], generators=generators)
+
+    torch.testing.assert_close(run([0, 1, 2])[2], run([2])[0], rtol=1e-6, atol=1e-6)
+
+
+def test_progress_is_told():
+    seen = []
+    scheduler = make_scheduler("ddim", "noise", 5)
+    denoise(exact_noise_predictor, scheduler, torch.zeros(1, 1, 2, 2), on_step=lambda done, total: seen.append((done, total)))
+    assert seen == [(i, 5) for i in range(1, 6)]
+
+
+@pytest.mark.parametrize(("name", "objective", "steps", "said"), [
+    ("flow-euler", "noise", 5, "use ddpm or ddim or dpm"),
+    ("ddpm", "flow", 5, "use flow-euler or flow-heun"),
+    ("dpm+++", "noise", 5, r"did you mean 'dpm\+\+'"),
+    ("ddpm", "noise", 1, "takes 2 to 1000 steps, not 1"),
+    ("ddim", "noise", 1001, "not 1001"),
+])
+def test_wrong_pairs_are_refused_with_the_right_ones(name, objective, steps, said):
+    with pytest.raises(ValueError, match=said):
+        make_scheduler(name, objective, steps)
+
+
+def test_any_number_of_ancestral_steps_has_both_ends():
+    for num_steps in range(2, 300):
+        steps = respaced_steps(num_steps)
+        assert (steps[0], steps[-1], len(set(steps))) == (999, 0, num_steps)
+
+
+class Counter:
+    """A model that answers with its label and counts its calls and images."""
+
+    def __init__(self):
+        self.images = 0
+
+    def __call__(self, x, t, labels):
+        self.images += len(x)
+        value = torch.zeros(len(x)) if labels is None else labels.float()
+        return value.view(-1, 1, 1, 1).expand(-1, 4, 2, 2)
+
+
+def test_guidance_is_linear_on_the_prediction_and_leaves_the_variance_alone():
+    model, labels = Counter(), torch.tensor([0, 2])
+    output = guided(model, labels, 3.0, num_classes=5)(torch.zeros(2, 2, 2, 2), torch.zeros(2))
+    assert output[:, 0, 0, 0].tolist() == [5 + 3 * (0 - 5), 5 + 3 * (2 - 5)]
+    assert output[:, 2, 0, 0].tolist() == [0, 2]
+    assert model.images == 4
+
+
+def test_scale_one_costs_one_evaluation():
+    model = Counter()
+    guided(model, torch.tensor([0, 2]), 1.0, num_classes=5)(torch.zeros(2, 2, 2, 2), torch.zeros(2))
+    assert model.images == 2
+
+
+def test_guiding_an_unconditional_model_is_an_error():
+    assert guided(Counter(), None, 1.0, 0)(torch.zeros(1, 2, 2, 2), torch.zeros(1)).shape == (1, 4, 2, 2)
+    with pytest.raises(ValueError, match="needs a class-conditional model"):
+        guided(Counter(), None, 2.0, 0)
+    with pytest.raises(ValueError, match="takes no labels"):
+        guided(Counter(), torch.tensor([0]), 1.0, 0)
+    with pytest.raises(ValueError, match="give labels"):
+        guided(Counter(), None, 2.0, 5)
+
+
+def test_labels_are_dropped_with_their_probability():
+    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    labels = drop_labels(torch.full((20_000,), 3), uniform, 0.1, null_label=7)
+    assert set(labels.tolist()) == {3, 7}
+    assert float((labels == 7).float().mean()) == pytest.approx(0.1, abs=0.01)
+
+
+def test_times_are_drawn_as_each_objective_wants():
+    uniform = torch.rand(50_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    steps = NoiseSchedule().timestep(uniform)
+    assert (int(steps.min()), int(steps.max())) == (0, 999)
+    assert float(steps.float().mean()) == pytest.approx(499.5, abs=5)
+    times = FlowSchedule().timestep(uniform)
+    logits = torch.logit(times.double() / 1000)
+    assert float(logits.mean()) == pytest.approx(0, abs=0.02)
+    assert float(logits.std()) == pytest.approx(1, abs=0.02)
+    assert FlowSchedule().timestep(torch.tensor([0.0, 1.0])).isfinite().all()
+
+
+def test_noise_is_added_along_a_straight_line_for_flow():
+    x0, eps = torch.full((3, 1, 2, 2), 2.0), torch.full((3, 1, 2, 2), -1.0)
+    xt = FlowSchedule().add_noise(x0, eps, torch.tensor([0.0, 500.0, 1000.0]))
+    assert xt[:, 0, 0, 0].tolist() == [2.0, 0.5, -1.0]

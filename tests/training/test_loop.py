@@ -1,0 +1,233 @@
+"""Training learns, leaves whole checkpoints, resumes to the same bits, and stops before it breaks anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from lamamba import LaMambaUNet
+from lamamba.data.digits import Digits
+from lamamba.data.images import ImageFolder
+from lamamba.training.config import DataOptions, ModelOptions, OptimizerOptions, TrainConfig
+from lamamba.training.loop import train, update_ema
+from lamamba.training.state import RunFolder, SamplingFacts, find_network
+from tests.data.test_images import write_images
+
+TINY = ModelOptions(width=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1, window_size=4, objective="flow")
+
+
+def config(**changes) -> TrainConfig:
+    fields = dict(
+        model=TINY, batch_size=4, steps=4, ema_decay=0.5, log_every=1, checkpoint_every=2, device="cpu",
+        optimizer=OptimizerOptions(learning_rate=1e-2, max_grad_norm=1.0),
+    )
+    return TrainConfig(**{**fields, **changes})
+
+
+class FewDigits(Digits):
+    """The first few digits, to be learned by heart."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.images, self.labels = self.images[:count], self.labels[:count]
+
+
+def states_equal(a, b) -> bool:
+    same = all(
+        torch.equal(p, q)
+        for one, other in ((a.model, b.model), (a.ema, b.ema))
+        for p, q in zip(one.parameters(), other.parameters(), strict=True)
+    )
+    moments = all(
+        torch.equal(a.optimizer.state[p][key], b.optimizer.state[q][key])
+        for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True)
+        for key in ("exp_avg", "exp_avg_sq", "step")
+    )
+    return same and moments and a.step == b.step
+
+
+@pytest.mark.parametrize("objective", ["flow", "noise"])
+def test_learns_a_few_images(tmp_path, objective):
+    losses = []
+    model = dataclasses.replace(TINY, width=16, objective=objective)
+    settings = config(model=model, steps=60, batch_size=16, checkpoint_every=60,
+                      optimizer=OptimizerOptions(learning_rate=5e-3, max_grad_norm=1.0))
+    train(settings, FewDigits(4), tmp_path, [lambda moment: losses.append(moment.loss)])
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("objective", ["flow", "noise"])
+def test_a_restart_changes_nothing_to_the_bit(tmp_path, objective):
+    """5 images in batches of 4: the restart falls into the middle of an epoch."""
+    model = dataclasses.replace(TINY, objective=objective)
+    whole = train(config(model=model, steps=4), FewDigits(5), tmp_path / "whole")
+    train(config(model=model, steps=2), FewDigits(5), tmp_path / "parts")
+    parts = train(config(model=model, steps=4), FewDigits(5), tmp_path / "parts")
+    assert states_equal(whole, parts)
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    expected = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [(x["step"], x["loss"], x["grad_norm"]) for x in lines] == [(x["step"], x["loss"], x["grad_norm"]) for x in expected]
+
+
+def test_a_run_killed_between_checkpoints_repeats_its_steps(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(moment):
+        if moment.step == 3:
+            raise Killed
+
+    whole = train(config(), FewDigits(5), tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(config(), FewDigits(5), tmp_path / "killed", [kill])
+    assert RunFolder(tmp_path / "killed").names() == ["step_00000002"]
+    assert states_equal(whole, train(config(), FewDigits(5), tmp_path / "killed"))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_what_a_run_leaves_behind(tmp_path):
+    state = train(config(), Digits(), tmp_path)
+    run = json.loads((tmp_path / "config.json").read_text())
+    assert run["train"] == config().to_dict()
+    assert run["architecture"] == state.model.architecture.to_dict()
+    place = tmp_path / "checkpoints" / "step_00000004"
+    assert {path.name for path in place.iterdir()} == {
+        "model", "ema", "optimizer.safetensors", "sampling.json", "state.json", "manifest.json",
+    }
+    model, facts = find_network(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), state.ema.parameters(), strict=True))
+    assert facts == SamplingFacts(objective="flow", image_size=8, label_names=tuple("0123456789"))
+    assert LaMambaUNet.from_pretrained(place / "model").architecture == state.model.architecture
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    train(config(steps=5, checkpoint_every=1, keep_checkpoints=2), FewDigits(4), tmp_path)
+    assert RunFolder(tmp_path).names() == ["step_00000004", "step_00000005"]
+
+
+def test_the_average_is_an_exponential_one():
+    model, ema = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    expected = 0.9 * ema.weight + 0.1 * model.weight
+    update_ema(ema, model, 0.9)
+    torch.testing.assert_close(ema.weight, expected)
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_touches_the_weights(tmp_path):
+    seen = []
+
+    class Poisoned(FewDigits):
+        def read(self, indices):
+            images, labels = super().read(indices)
+            return (images.astype(np.float32) * np.nan if len(seen) == 2 else images), labels
+
+    def watch(moment):
+        seen.append([p.clone() for p in moment.ema.parameters()])
+
+    with pytest.raises(FloatingPointError, match=r"step 3: loss nan.*weights were not touched.*step_00000002"):
+        train(config(), Poisoned(4), tmp_path, [watch])
+    model, _ = find_network(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), seen[-1], strict=True))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_another_configuration_is_refused_with_the_difference(tmp_path):
+    train(config(steps=2), FewDigits(4), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"train.batch_size: 4 there, 2 here; train.seed: 0 there, 3 here"):
+        train(config(batch_size=2, seed=3), FewDigits(4), tmp_path)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="holds no run"):
+        train(config(), FewDigits(4), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    train(config(), FewDigits(4), folder)
+    return folder
+
+
+@pytest.mark.parametrize("file", [
+    "ema/diffusion_pytorch_model.safetensors", "model/diffusion_pytorch_model.safetensors", "optimizer.safetensors",
+    "state.json", "sampling.json", "ema/config.json", "manifest.json",
+])
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
+def test_a_damaged_checkpoint_is_named(finished, tmp_path, file, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    path = folder / "checkpoints" / "step_00000004" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else content)
+    with pytest.raises(ValueError, match=path.name.split(".")[0]):
+        find_network(folder)
+    with pytest.raises(ValueError, match=path.name.split(".")[0]):
+        train(config(steps=6), FewDigits(4), folder)
+
+
+def test_an_unfinished_save_is_not_mistaken_for_a_checkpoint(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    shutil.copytree(folder / "checkpoints" / "step_00000004", folder / "checkpoints" / ".tmp_step_00000005")
+    assert RunFolder(folder).newest().name == "step_00000004"
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    path = folder / "checkpoints" / "step_00000004" / "manifest.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 9'))
+    with pytest.raises(ValueError, match="format version 9"):
+        find_network(folder)
+
+
+def test_a_disk_that_fills_up_leaves_the_old_checkpoint(finished, tmp_path, monkeypatch):
+    import resource
+
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    import signal
+
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(Exception, match=r"(?i)file too large|i/o error|No space"):
+            train(config(steps=6), FewDigits(4), folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert RunFolder(folder).newest().name == "step_00000004"
+    assert train(config(steps=6), FewDigits(4), folder).step == 6
+
+
+def test_a_folder_of_pictures_trains_with_and_without_classes(tmp_path):
+    for name in ("ant", "bee"):
+        write_images(tmp_path / "images" / name, 3)
+    data = DataOptions(source=str(tmp_path / "images"), image_size=16, channels=3, mirror=True)
+    images = ImageFolder(tmp_path / "images", 16)
+    state = train(config(data=data, steps=2), images, tmp_path / "run")
+    assert (state.model.architecture.num_classes, state.model.architecture.in_channels) == (2, 3)
+    data = dataclasses.replace(data, use_labels=False)
+    state = train(config(data=data, steps=2), images, tmp_path / "unconditional")
+    assert state.model.architecture.num_classes == 0
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="device 'cuda:7' cannot be used here"):
+        train(config(device="cuda:7"), FewDigits(4), tmp_path)
+    assert not any(tmp_path.iterdir())
