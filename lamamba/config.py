@@ -104,7 +104,7 @@ class UNetConfig:
     objective: Objective = "noise"
     """What the output means: noise and variance (DDPM, the paper), or the velocity of a straight flow."""
     removed_blocks: tuple[str, ...] = ()
-    """Blocks or branches left out, by name: "encoder.0.1", "decoder.3.0.attention", "bottleneck" (with its residual)."""
+    """Blocks or branches left out: "encoder.0.1", "decoder.3.0.attention", "bottleneck" (with its residual)."""
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -270,7 +270,8 @@ class UNetConfig:
         for key in values:
             if key not in fields:
                 raise unknown_name("configuration field", key, fields)
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**plain)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

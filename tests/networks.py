@@ -35,7 +35,8 @@ def load_case(name: str) -> ParityCase:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         facts = json.loads(file.metadata()["config"])
     weights = {key.removeprefix("weights."): tensor for key, tensor in tensors.items() if key.startswith("weights.")}
-    return ParityCase(tensors, weights, derive_config(weights, "continuous" if facts.get("continuous", True) else "cross"))
+    scan = "continuous" if facts.get("continuous", True) else "cross"
+    return ParityCase(tensors, weights, derive_config(weights, scan))
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
@@ -44,7 +45,8 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
 
 
 def small_config(**changes) -> UNetConfig:
-    fields = dict(width=16, num_heads=2, depths=(2, 1, 1, 1), bottleneck_depth=1, window_size=4, grid=(8, 8), num_classes=3)
+    sizes = dict(width=16, num_heads=2, depths=(2, 1, 1, 1), bottleneck_depth=1, window_size=4)
+    fields = dict(**sizes, grid=(8, 8), num_classes=3)
     return UNetConfig(**{**fields, **changes})
 
 

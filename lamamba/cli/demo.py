@@ -57,7 +57,8 @@ def main(arguments: list[str]) -> None:
 
     asked = np.repeat(np.arange(10), chosen.per_digit)
     sampling = config.sampling
-    print(f"sampling {len(asked)} digits: {sampling.sampler}, {sampling.num_steps} steps, guidance {sampling.guidance:g}")
+    plan = f"{sampling.sampler}, {sampling.num_steps} steps, guidance {sampling.guidance:g}"
+    print(f"sampling {len(asked)} digits: {plan}", flush=True)
     with StepBar("sampling") as bar:
         samples = generate(
             state.ema, asked.tolist(), range(FIRST_SEED, FIRST_SEED + len(asked)), sampler=sampling.sampler,
@@ -74,15 +75,16 @@ def main(arguments: list[str]) -> None:
     loss_curve(out / "run" / "metrics.jsonl", out / "loss.png")
 
     score = score_digits(samples, asked, real, digits.labels)
-    seconds = {"training": trained - began, "sampling": sampled - trained, "all": time.perf_counter() - began}
+    training, sampling_time, overall = trained - began, sampled - trained, time.perf_counter() - began
+    seconds = {"training": training, "sampling": sampling_time, "all": overall}
     facts = {"score": asdict(score), "seconds": seconds, "config": config.to_dict()}
     (out / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     summary = f"""\
 recognised as asked     {score.recognised} of {score.asked} ({score.recognised / score.asked:.1%})
 judge on real digits    {score.held_out_accuracy:.1%} right (held out)
 two of a class differ   {score.spread:.2f} on average, real ones {score.real_spread:.2f}: {score.spread_share:.0%}
-nearest real digit      {score.nearest_to_real:.2f} away (median); real ones lie {score.real_to_real:.2f} from each other
-time                    {seconds["training"]:.0f} s training, {seconds["sampling"]:.0f} s sampling, {seconds["all"]:.0f} s in all"""
+nearest real digit      {score.nearest_to_real:.2f} away (median); from real to real {score.real_to_real:.2f}
+time                    {training:.0f} s training, {sampling_time:.0f} s sampling, {overall:.0f} s in all"""
     (out / "report.md").write_text(_report(summary, config.steps, config.seed), encoding="utf-8")
     print(f"\n{summary}\n\npictures and report: {out.resolve()}\n  open {out / 'digits.png'}")
     print(f"more: lamamba sample {out / 'run'} --classes 3,7 --seed 0 --out grid.png")
@@ -97,8 +99,9 @@ Trained from scratch for {steps} steps (seed {seed}) on 1,797 real digits of 8 x
 {summary}
 ```
 
-The judge is a support vector machine trained on real digits. Distances are Euclidean, pixels in [0, 1]. Samples that lie
-much nearer to real digits than those to each other would be copies; much less spread than real ones would be collapse.
+The judge is a support vector machine trained on real digits. Distances are Euclidean, pixels in [0, 1]. Samples that
+lie much nearer to real digits than those to each other would be copies; much less spread than real ones would be
+collapse.
 
 Asked for 0 to 9, one row each:
 

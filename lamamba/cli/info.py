@@ -45,9 +45,9 @@ def main(arguments: list[str]) -> None:
     if chosen.json:
         print(json.dumps({"config": config.to_dict(), **asdict(cost), "paper_total": cost.paper_total}, indent=2))
         return
-    height, width = config.input_size
+    (height, width), (rows, columns) = config.input_size, config.token_grid
     print(f"""LaMamba-Diff, width {config.width}, state size {config.state_size}, {config.num_classes} classes
-input                       {config.in_channels} x {height} x {width}, {config.token_grid[0]} x {config.token_grid[1]} tokens
+input                       {config.in_channels} x {height} x {width}, {rows} x {columns} tokens
 parameters                  {cost.parameters / 1e6:.2f} M
 
 for one image and one forward pass:

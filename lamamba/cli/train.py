@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = f"""Train a network: lamamba train RECIPE [options].
 
-RECIPE is one of {', '.join(recipe_names())}, or a TOML file with the options below (sections as in their names). Options
-given here go before the recipe's. Running the same command again resumes the run where it was stopped.
+RECIPE is one of {', '.join(recipe_names())}, or a TOML file with the options below (sections as in their names).
+Options given here go before the recipe's. Running the same command again resumes the run where it was stopped.
 
   lamamba train digits --out runs/digits
   lamamba train folder --data.source photos/ --data.image-size 64 --out runs/photos
@@ -35,10 +35,12 @@ class TrainArguments(TrainConfig):
 
 
 def main(arguments: list[str]) -> None:
-    name, rest = (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else ("", arguments)
+    name, rest = "", arguments
+    if arguments and not arguments[0].startswith("-"):
+        name, *rest = arguments
     if not name and not {"-h", "--help"} & set(rest):
-        raise ValueError(f"name a recipe first: lamamba train {recipe_names()[0]} ... (known: {', '.join(recipe_names())}, "
-                         "or a .toml file)")
+        known = ", ".join(recipe_names())
+        raise ValueError(f"name a recipe first, as in lamamba train digits (known: {known}, or a .toml file)")
     recipe = load_recipe(name) if name else TrainConfig()
     default = TrainArguments(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)})
     chosen = parse(TrainArguments, rest, f"train {name or 'RECIPE'}", DESCRIPTION, default)
@@ -81,7 +83,9 @@ def run_training(config: TrainConfig, images: ImageSet, out: Path, observers: Se
     folder = RunFolder(out)
     resumed = int(folder.names()[-1].removeprefix("step_")) if folder.names() else 0
     print(f"{out}: {len(images):,} images of {images.name}, {len(facts.label_names) or 'no'} classes, "
-          f"{_parameters(architecture):.2f} M parameters" + (f", resuming at step {resumed}" if resumed else ""), flush=True)
+          f"{_parameters(architecture):.2f} M parameters", flush=True)
+    if resumed:
+        print(f"resuming at step {resumed}", flush=True)
     for warning in config.warnings():
         print(f"warning: {warning}", flush=True)
     grid = SampleGrid(config.sampling, folder.samples, facts.label_names)
@@ -103,6 +107,7 @@ def _print_plan(config: TrainConfig, images: ImageSet, out: Path) -> None:
     cost = count(architecture)
     print(json.dumps({"train": config.to_dict(), "architecture": architecture.to_dict()}, indent=2))
     weights = cost.parameters * 4 * 5 / 2**30                                   # weights, gradient, two moments, EMA
+    epochs = config.steps * config.batch_size / len(images)
     activations = cost.activation_bytes * config.batch_size / 2**30
     print(f"""
 run folder        {out}
@@ -111,6 +116,6 @@ device            {pick_device(config.device)}
 parameters        {cost.parameters / 1e6:.2f} M
 multiply-adds     {cost.matrix / 1e9:.3f} G per image and forward pass, and {cost.scan / 1e9:.3f} G of the scan
 memory            about {weights:.2f} GiB weights and optimizer, {activations:.2f} GiB activations
-run               {config.steps} steps of {config.batch_size}: {config.steps * config.batch_size / len(images):.1f} epochs""")
+run               {config.steps} steps of {config.batch_size}: {epochs:.1f} epochs""")
     for warning in config.warnings():
         print(f"warning: {warning}")

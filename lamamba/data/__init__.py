@@ -1,1 +1,1 @@
-"""Where images come from and how they become what the network reads. Only the codec knows what a pixel's number means."""
+"""Where images come from and how they become what the network reads. Only the codec knows what pixels mean."""

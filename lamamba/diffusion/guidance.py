@@ -32,7 +32,7 @@ def guided(
         if labels is not None:
             raise ValueError("the model is unconditional (num_classes=0): it takes no labels")
         if scale != 1:
-            raise ValueError(f"guidance scale {scale} needs a class-conditional model; this one is unconditional: use 1")
+            raise ValueError(f"guidance {scale} needs a class-conditional model; this one is unconditional: use 1")
         return lambda x, t: model(x, t, None)
     if labels is None:
         raise ValueError(f"the model is class-conditional: give labels in 0 .. {num_classes - 1}")

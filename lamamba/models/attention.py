@@ -34,7 +34,7 @@ class WindowAttention(nn.Module):
         rows, columns, tokens, heads = H // wh, W // ww, wh * ww, self.num_heads
 
         qkv = self.qkv(x)                                                       # in grid order: a token is a token
-        if (H, W) != (h, w):
+        if (h, w) != (H, W):
             qkv = F.pad(qkv, (0, 0, 0, W - w, 0, H - h))
         if shift != (0, 0):
             qkv = qkv.roll((-shift[0], -shift[1]), (1, 2))

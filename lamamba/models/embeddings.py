@@ -43,6 +43,7 @@ class PatchEmbedding(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.projection.weight.flatten(1))
+        assert self.projection.bias is not None
         nn.init.zeros_(self.projection.bias)
 
     def forward(self, x: Tensor) -> Tensor:

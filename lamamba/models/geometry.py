@@ -60,6 +60,8 @@ class Geometry(nn.Module):
 
     paths: Tensor
     relative_positions: Tensor
+    mask: Tensor | None
+    shifted_mask: Tensor | None
 
     def __init__(self, grid: Grid, window: Grid, scan: str):
         super().__init__()

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lamamba.config import NUM_STAGES, UNetConfig
+from lamamba.config import NUM_STAGES, STAGE_SCALES, UNetConfig
 from lamamba.models.geometry import relative_positions, same_region
 from lamamba.models.unet import LaMambaUNet
 
@@ -82,15 +82,15 @@ def _official_shape(name: str, shape: torch.Size) -> tuple[int, ...]:
 def _official_buffers(config: UNetConfig) -> dict[str, Tensor]:
     """The tables that the official code saves beside its parameters: relative positions and shift masks."""
     buffers = {}
-    homes = [("encoder", "layers", s, s, config.depths[s]) for s in range(NUM_STAGES)]
-    homes += [("bottleneck", "mid_layer", None, NUM_STAGES - 1, config.bottleneck_depth)]
-    homes += [("decoder", "layers_up", s, NUM_STAGES - 1 - s, config.decoder_depths[s]) for s in range(NUM_STAGES)]
-    for _, official, index, stage, depth in homes:
-        scale = (1, 2, 4, 4)[stage]
+    homes = [(f"layers.{s}", s, config.depths[s]) for s in range(NUM_STAGES)]
+    homes += [("mid_layer", NUM_STAGES - 1, config.bottleneck_depth)]
+    homes += [(f"layers_up.{s}", NUM_STAGES - 1 - s, config.decoder_depths[s]) for s in range(NUM_STAGES)]
+    for home, stage, depth in homes:
+        scale = STAGE_SCALES[stage]
         grid = (config.token_grid[0] // scale, config.token_grid[1] // scale)
         window = config.stage_window(stage)
         for i in range(depth):
-            prefix = f"{official}.blocks.{i}" if index is None else f"{official}.{index}.blocks.{i}"
+            prefix = f"{home}.blocks.{i}"
             buffers[f"{prefix}.attn.relative_position_index"] = relative_positions(window)
             if i % 2 == 1 and grid[0] > window[0]:
                 same = same_region(grid, window, (window[0] // 2, window[1] // 2))
@@ -167,7 +167,7 @@ def read_official(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give an official checkpoint (.pt)")
-    allowed = [argparse.Namespace, (collections.OrderedDict, "yacs.config.CfgNode")]
+    allowed: list[Any] = [argparse.Namespace, (collections.OrderedDict, "yacs.config.CfgNode")]
     try:
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)

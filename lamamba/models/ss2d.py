@@ -37,7 +37,7 @@ class SS2D(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A memory that decays at rates 1..n, with time steps spread evenly in log from 0.001 to 0.1 (Mamba, S4D-real)."""
+        """A memory that decays at rates 1..n (S4D-real), with steps spread evenly in log from 0.001 to 0.1 (Mamba)."""
         nn.init.uniform_(self.W_x, -(self.W_x.shape[2] ** -0.5), self.W_x.shape[2] ** -0.5)
         nn.init.uniform_(self.W_dt, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         step = torch.empty_like(self.b_dt).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp_().clamp_(min=DT_FLOOR)

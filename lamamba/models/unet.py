@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from lamamba.config import NUM_STAGES, STAGE_SCALES, Grid, UNetConfig, as_grid, check_grid
@@ -138,10 +139,9 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
             self.geometries.append(Geometry(stage_grid, window, config.scan))
 
     def _positions(self) -> Tensor:
-        table = self.position_embedding
         if self._run_grid == self.architecture.token_grid:
-            return table
-        table = table.permute(2, 0, 1)[None].float()
+            return self.position_embedding
+        table = self.position_embedding.permute(2, 0, 1)[None].float()
         resized = F.interpolate(table, self._run_grid, mode="bicubic", align_corners=False)
         return resized[0].permute(1, 2, 0).to(self.position_embedding.dtype)
 

@@ -92,7 +92,7 @@ class Op:
         return self._choose_automatically(x, state_size)
 
     def _choose_automatically(self, x: Tensor, state_size: int) -> str:
-        passed_over = []
+        passed_over: list[str] = []
         for backend in self.backends:
             reason = backend.refusal(x, state_size)
             if reason is None:

@@ -27,8 +27,8 @@ NUM_PATHS = 4
 def _grid_orders(height: int, width: int, scan: str) -> np.ndarray:
     tokens = np.arange(height * width).reshape(height, width)
     if scan == "cross":
-        rows, columns = tokens.ravel(), tokens.T.ravel()
-        return np.stack([rows, columns, rows[::-1], columns[::-1]])
+        row_by_row, column_by_column = tokens.ravel(), tokens.T.ravel()
+        return np.stack([row_by_row, column_by_column, row_by_row[::-1], column_by_column[::-1]])
     rows = tokens.copy()
     rows[1::2] = rows[1::2, ::-1]
     columns = tokens[::-1].T.copy()

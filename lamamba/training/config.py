@@ -68,7 +68,7 @@ class DataOptions:
     """The images."""
 
     source: str = "digits"
-    """"digits" (1,797 handwritten digits that come with scikit-learn), or a folder: one subfolder per class, or flat."""
+    """"digits" (1,797 handwritten ones, from scikit-learn), or a folder: one subfolder per class, or flat."""
     image_size: int = 8
     """Side in pixels; images are cropped to squares and scaled."""
     channels: Literal[1, 3] = 1
@@ -168,8 +168,8 @@ class TrainConfig:
             return []
         fitting = 1 - 5 / max(self.steps, 10)
         return [
-            f"after {self.steps} steps, ema_decay={self.ema_decay} leaves {initial:.0%} of the averaged weights at their "
-            f"initial values; samples will look like noise. --ema-decay {fitting:.4g} would fit this run"
+            f"after {self.steps} steps, ema_decay={self.ema_decay} leaves {initial:.0%} of the averaged weights at "
+            f"their initial values; samples will look like noise. --ema-decay {fitting:.4g} would fit this run"
         ]
 
     def learning_rate_at(self, step: int) -> float:
@@ -246,7 +246,8 @@ def load_recipe(name_or_path: str) -> TrainConfig:
             raise unknown_name("recipe", name_or_path, recipe_names())
         path = RECIPES / f"{name_or_path}.toml"
     if not path.is_file():
-        raise FileNotFoundError(f"recipe {path} does not exist; give a .toml file or one of {', '.join(recipe_names())}")
+        known = ", ".join(recipe_names())
+        raise FileNotFoundError(f"recipe {path} does not exist; give a .toml file or one of {known}")
     return TrainConfig.from_dict(_read_toml(path))
 
 

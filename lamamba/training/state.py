@@ -64,10 +64,11 @@ class SamplingFacts:
         values = read_json(path)
         check_version(path, values)
         known = {f.name for f in dataclasses.fields(cls)}
+        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         if unknown := values.keys() - known:
             raise ValueError(f"{path} has unknown entries: {', '.join(sorted(unknown))}")
         try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            return cls(**plain)
         except TypeError as error:
             raise ValueError(f"{path} is incomplete: {error}") from error
 

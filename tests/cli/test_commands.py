@@ -18,7 +18,8 @@ from tests.data.test_images import write_images
 from tests.networks import PARITY
 
 TINY = [
-    "--model.width", "8", "--model.num-heads", "2", "--model.depths", "1", "1", "1", "1", "--model.bottleneck-depth", "1",
+    "--model.width", "8", "--model.num-heads", "2", "--model.depths", "1", "1", "1", "1",
+    "--model.bottleneck-depth", "1",
     "--steps", "3", "--batch-size", "4", "--ema-decay", "0.1", "--sampling.every", "0", "--device", "cpu",
 ]
 
@@ -80,12 +81,13 @@ def test_training_leaves_a_run_that_samples(trained, lamamba, tmp_path):
     lines = (trained / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 3
     assert Image.open(trained / "samples" / "step_00000003.png").size[0] > 100
-    status, out, _ = lamamba("sample", trained, "--classes", "3,7", "--num", 5, "--seed", 1, "--steps", 2, "--out", "g.png")
+    command = ["sample", trained, "--classes", "3,7", "--num", 5, "--seed", 1, "--steps", 2]
+    status, out, _ = lamamba(*command, "--out", "g.png")
     assert status == 0
     assert "10 images, seeds 1 to 10" in out
     picture = np.asarray(Image.open(tmp_path / "g.png"))
     assert (picture.shape[0], picture.ndim) == (2 * (48 + 6) + 6, 3)
-    lamamba("sample", trained, "--classes", "3,7", "--num", 5, "--seed", 1, "--steps", 2, "--batch-size", 3, "--out", "h.png")
+    lamamba(*command, "--batch-size", 3, "--out", "h.png")
     again = np.asarray(Image.open(tmp_path / "h.png"))
     assert np.abs(again.astype(int) - picture.astype(int)).max() <= 1
 
@@ -108,7 +110,8 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(lamamba, tmp_path):
 def test_ones_own_folder(lamamba, tmp_path):
     write_images(tmp_path / "pets" / "cat", 2)
     write_images(tmp_path / "pets" / "dog", 2)
-    status, out, err = lamamba("train", "folder", "--data.source", "pets", "--data.image-size", 16, *TINY, "--out", "run")
+    data = ["--data.source", "pets", "--data.image-size", 16]
+    status, out, err = lamamba("train", "folder", *data, *TINY, "--out", "run")
     assert status == 0, err
     assert "2 classes" in out
     status, out, err = lamamba("sample", "run", "--classes", "dog", "--num", 2, "--steps", 2)
@@ -177,7 +180,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "said"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(("arguments", "said"), MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES])
 def test_mistakes_are_answered_in_one_line(lamamba, tmp_path, arguments, said):
     status, _, err = lamamba(*arguments)
     assert status == 2

@@ -1,4 +1,4 @@
-"""Who computes an op: argument before context before environment before automatic; obeyed or refused, never replaced."""
+"""Who computes an op: argument, context, environment, automatic, in this order; obeyed or refused, never replaced."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_automatic_choice_passes_over_what_is_not_installed_and_says_so_once
 
 def test_a_forced_back_end_that_cannot_run_is_refused_with_the_reason():
     op = Op("an_op", (Backend("fast", "no_such_package_anywhere"), *OP.backends))
-    with pytest.raises(RuntimeError, match="'fast' .argument. cannot run here: no_such_package_anywhere is not installed"):
+    with pytest.raises(RuntimeError, match="'fast' .argument. cannot run here: no_such_package_anywhere is"):
         op.choose(torch.zeros(1, 1, 1), 1, "fast")
 
 
@@ -67,8 +67,9 @@ def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"D has shape \(4, 5\) where .* need \(4, 8\)"):
         selective_scan(**inputs)
     inputs = make_inputs()
-    with pytest.raises(ValueError, match="nothing to read|no tokens"):
-        selective_scan(**{**inputs, **{k: inputs[k][:, :0] for k in ("x", "dt", "B", "C")}, "paths": inputs["paths"][:, :0]})
+    empty = {name: inputs[name][:, :0] for name in ("x", "dt", "B", "C", "paths")}
+    with pytest.raises(ValueError, match="no tokens"):
+        selective_scan(**{**inputs, **empty})
 
 
 def test_the_operator_runs_on_the_meta_device_and_counts_its_operations():

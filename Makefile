@@ -1,0 +1,41 @@
+# `make demo` and `make test` need Python 3.10 to 3.13 and nothing else; everything lands in .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help demo test lint install install-test clean
+
+help:
+	@echo "make demo   train on handwritten digits, look at demo/digits.png (a few minutes on two CPU cores)"
+	@echo "make test   linter, type checker and tests"
+	@echo "make clean  remove .venv and what the build left"
+
+demo: $(VENV)/.digits
+	$(BIN)/lamamba demo --out demo $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+install: $(VENV)/.digits
+
+$(VENV)/.created:
+	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 14), "Python 3.10 to 3.13 is needed, this is " + sys.version'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.digits: $(VENV)/.created pyproject.toml setup.py $(wildcard lamamba/csrc/*)
+	$(BIN)/python -m pip install --quiet --editable '.[digits]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.created pyproject.toml setup.py $(wildcard lamamba/csrc/*)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info lamamba/_native/*.so
