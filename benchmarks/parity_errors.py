@@ -1,0 +1,57 @@
+"""Print how far each back end's network lies from the official one: python benchmarks/parity_errors.py
+
+Largest error over largest value, float32, for outputs, for the worst of all saved gradients, and for guidance.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from lamamba import load_official  # noqa: E402
+from lamamba.diffusion.guidance import guided  # noqa: E402
+from lamamba.models.official import official_name  # noqa: E402
+from lamamba.ops import use_backend  # noqa: E402
+from lamamba.ops.selective_scan import OP  # noqa: E402
+from tests.networks import FILES, load_case, relative_error  # noqa: E402
+
+
+def errors(name: str) -> tuple[float, float, float | None]:
+    """Of outputs, gradients and guidance under the back end in force."""
+    case = load_case(name)
+    model, tensors = load_official(case.weights, case.config), case.tensors
+    x = tensors["in.x"].requires_grad_()
+    output = model(x, tensors["in.t"], case.labels)
+    (output * tensors["in.w"]).mean().backward()
+    found = {official_name(key): parameter.grad for key, parameter in model.named_parameters()} | {"x": x.grad}
+    gradients = [
+        relative_error(found[key.removeprefix("grad.").removeprefix("weights.")].reshape(value.shape), value)
+        for key, value in tensors.items() if key.startswith("grad.")
+    ]
+    guidance = None
+    if "cfg.out" in tensors:
+        with torch.no_grad():
+            predict = guided(model, tensors["cfg.y"], float(tensors["cfg.scale"]), case.config.num_classes)
+            guidance = relative_error(predict(tensors["cfg.x"], tensors["cfg.t"]), tensors["cfg.out"])
+    return relative_error(output, tensors["out.eps_and_var"]), max(gradients), guidance
+
+
+def main() -> None:
+    print("| file | back end | outputs | gradients | guidance |\n|---|---|---|---|---|")
+    for name in FILES:
+        for backend in OP.backends:
+            if reason := backend.refusal(torch.zeros(1), 1):
+                print(f"({backend.name}: {reason})", file=sys.stderr)
+                continue
+            with use_backend(backend.name):
+                output, gradient, guidance = errors(name)
+            last = f"{guidance:.1e}" if guidance is not None else "-"
+            print(f"| {name} | {backend.name} | {output:.1e} | {gradient:.1e} | {last} |")
+
+
+if __name__ == "__main__":
+    main()
