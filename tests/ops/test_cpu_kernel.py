@@ -66,11 +66,11 @@ def test_softplus_is_right_to_two_units_in_the_last_place(instruction_set):
 
 
 def test_decay_is_as_right_as_its_rounded_exponent(instruction_set):
-    """Rounding delta A costs up to |delta A| units: small where the decay matters, much only where it is almost 0."""
+    """Rounding delta A costs up to 1.3 |delta A| units: few where the decay matters, many only where it is almost 0."""
     s = torch.linspace(-30, 80, 100_003)
     delta, later = scan_of_steps(s)
     exact = torch.exp(-delta.double()) * delta.double()
-    assert (units_in_the_last_place(later, exact) < 2.5 + delta.numpy()).all()
+    assert (units_in_the_last_place(later, exact) < 2.5 + 1.3 * delta.numpy()).all()
     assert (scan_of_steps(s, A=-1e6)[1] >= 0).all(), "a decay too small for float32 is nothing, not something else"
 
 
