@@ -6,9 +6,9 @@
 // writing through the paths, and keeps their sum on the way. Nothing of size (b, g, l, c) is ever in memory.
 //
 // A path is taken TILE tokens at a time: lift dt to all channels of the block, softplus, then one state after another.
-// The backward pass walks each path twice: forwards to note delta and, at the start of each tile, h; then backwards, tile
-// by tile, making the tile's h again. Sums over channels (gradients of dt, B, C) and over images (of the parameters)
-// are collected per share of the work and added up in a fixed order: no atomics, the same bits every time.
+// The backward pass walks each path twice: forwards to note delta and, at the start of each tile, h; then backwards,
+// tile by tile, making the tile's h again. Sums over channels (gradients of dt, B, C) and over images (of the
+// parameters) are collected per share of the work and added up in a fixed order: no atomics, the same bits every time.
 
 #include <algorithm>
 
@@ -36,7 +36,7 @@ struct Scan {
     int64_t C_b, C_l, C_g;
     const float *W_dt, *b_dt, *A, *D;                           // contiguous
     const int64_t* paths;                                       // contiguous
-    float* workspace;                                           // as many floats as lamamba_selective_scan_workspace says
+    float* workspace;                                           // of lamamba_selective_scan_workspace floats
     void* y;                                                    // (b, l, c) contiguous, as are all results
     const void* gy;
     int64_t gy_b, gy_l;
@@ -62,7 +62,7 @@ struct Plan {
 
     Plan(const Scan& s, bool backward) {
         int64_t vectors = MAX_VECTORS;
-        while (vectors > 1 && s.l * vectors * LANES > 64 * 1024) vectors /= 2;
+        while (vectors > 1 && s.l * vectors * LANES > 2048 * 1024) vectors /= 2;
         while (vectors > 1 && s.b * ((s.c + vectors * LANES - 1) / (vectors * LANES)) < s.threads) vectors /= 2;
         width = vectors * LANES;
         blocks = (s.c + width - 1) / width;
@@ -84,6 +84,22 @@ struct Plan {
     int64_t slot(int64_t image, int64_t share) const { return image + share; }
     int64_t parameters(int64_t k, int64_t c0) const { return (k * c_pad + c0) * rows; }
 };
+
+template <class Function>
+void with_flag(bool flag, const Function& function) {
+    if (flag) function(std::true_type{});
+    else function(std::false_type{});
+}
+
+template <class Function>
+void with_vectors(int64_t channels, const Function& function) {
+    switch ((channels + LANES - 1) / LANES) {
+        case 1: return function(std::integral_constant<int, 1>{});
+        case 2: return function(std::integral_constant<int, 2>{});
+        case 3: return function(std::integral_constant<int, 3>{});
+        default: return function(std::integral_constant<int, 4>{});
+    }
+}
 
 bool paths_are_valid(const Scan& s) {
     bool valid = true;
@@ -120,7 +136,8 @@ void pack_all_parameters(const Scan& s, const Plan& plan, bool backward) {
 }
 
 // count channels of an image's l tokens, as rows of `width` floats, filled up with zeros.
-void read_rows(const Scan& s, const void* from, int64_t offset, int64_t stride, int64_t count, int64_t width, float* to) {
+void read_rows(
+    const Scan& s, const void* from, int64_t offset, int64_t stride, int64_t count, int64_t width, float* to) {
     for (int64_t t = 0; t < s.l; ++t, offset += stride, to += width) {
         if (s.is_bfloat16) {
             const uint16_t* row = static_cast<const uint16_t*>(from) + offset;
@@ -145,11 +162,11 @@ void write_rows(const Scan& s, void* to, int64_t offset, int64_t count, int64_t 
 
 // The tokens of one tile: where they lie on the grid, and their rows of dt, B and C.
 struct Tile {
-    int64_t start, count;
+    int64_t count;
     int64_t token[TILE];
     const float *dt[TILE], *B[TILE], *C[TILE];
 
-    Tile(const Scan& s, int64_t image, int64_t k, int64_t start) : start(start), count(std::min<int64_t>(TILE, s.l - start)) {
+    Tile(const Scan& s, int64_t image, int64_t k, int64_t start) : count(std::min<int64_t>(TILE, s.l - start)) {
         for (int64_t t = 0; t < count; ++t) {
             const int64_t at = token[t] = s.paths[k * s.l + start + t];
             dt[t] = s.dt + image * s.dt_b + at * s.dt_l + k * s.dt_g;
@@ -162,6 +179,27 @@ struct Tile {
 template <int V>
 LAMAMBA_INLINE void load_row(Vec* to, const float* from) {
     for (int v = 0; v < V; ++v) to[v] = load(from + v * LANES);
+}
+
+// One token's decays, exp(delta A) = 2^(delta rate).
+template <int V>
+LAMAMBA_INLINE void load_rates(Vec* to, const float* A) {
+    for (int v = 0; v < V; ++v) to[v] = load(A + v * LANES) * LOG2_E;
+}
+
+template <int V, bool tame>
+LAMAMBA_INLINE void decays(const float* delta, const Vec* rate, Vec* to) {
+    for (int v = 0; v < V; ++v) to[v] = load(delta + v * LANES) * rate[v];
+    exp2<V, tame>(to);
+}
+
+// Whether every exponent delta rate is tame, for which the largest delta and |A| are enough to know; NaN is not.
+bool is_tame(float delta, float A) { return delta * A * LOG2_E <= 126.0f; }
+
+float largest_of(const float* values, int64_t count) {
+    Vec most{};
+    for (int64_t i = 0; i < count; i += LANES) most = larger(absolute(load(values + i)), most);
+    return largest(most);
 }
 
 // s = W_dt dt + b_dt for T tokens. W holds r rows, then b_dt.
@@ -191,29 +229,33 @@ LAMAMBA_INLINE void lift(const Tile& tile, int64_t r, const float* W, float* out
 
 // M states of one tile, starting with the n-th: h goes on from where it stands. C . h over the states is summed in
 // y_tile and, with the last ones, added to y on the grid.
-template <int V, int M>
+template <int V, int M, bool tame>
 LAMAMBA_INLINE void scan_states(
     const Tile& tile, int64_t n, bool last, const float* delta, const float* du, const float* A, float* states,
     float* y_tile, float* y) {
     constexpr int width = V * LANES;
     Vec rate[M][V], h[M][V];
     for (int m = 0; m < M; ++m) {
-        load_row<V>(rate[m], A + (n + m) * width);
+        load_rates<V>(rate[m], A + (n + m) * width);
         load_row<V>(h[m], states + (n + m) * width);
     }
     for (int64_t t = 0; t < tile.count; ++t) {
         float *row = y_tile + t * width, *to = last ? y + tile.token[t] * width : row;
-        for (int v = 0; v < V; ++v) {
-            const Vec step = load(delta + t * width + v * LANES), input = load(du + t * width + v * LANES);
-            Vec sum{};
-            for (int m = 0; m < M; ++m) {
-                h[m][v] = exp(step * rate[m][v]) * h[m][v] + input * tile.B[t][n + m];
-                sum += h[m][v] * tile.C[t][n + m];
+        Vec sum[V] = {};
+        for (int m = 0; m < M; ++m) {
+            Vec decay[V];
+            decays<V, tame>(delta + t * width, rate[m], decay);
+            const Vec B = splat(tile.B[t][n + m]), C = splat(tile.C[t][n + m]);
+            for (int v = 0; v < V; ++v) {
+                h[m][v] = decay[v] * h[m][v] + load(du + t * width + v * LANES) * B;
+                sum[v] += h[m][v] * C;
             }
-            if (n > 0) sum += load(row + v * LANES);
-            if (last) sum += load(to + v * LANES);
-            store(to + v * LANES, sum);
         }
+        if (n > 0)
+            for (int v = 0; v < V; ++v) sum[v] += load(row + v * LANES);
+        if (last)
+            for (int v = 0; v < V; ++v) sum[v] += load(to + v * LANES);
+        for (int v = 0; v < V; ++v) store(to + v * LANES, sum[v]);
     }
     for (int m = 0; m < M; ++m)
         for (int v = 0; v < V; ++v) store(states + (n + m) * width + v * LANES, h[m][v]);
@@ -248,7 +290,7 @@ template <int V>
 void forward_block(const Scan& s, const Plan& plan, int64_t image, int64_t c0) {
     constexpr int width = V * LANES;
     const int64_t count = std::min<int64_t>(width, s.c - c0);
-    Pieces pieces{scratch.take(2 * s.l * width + 3 * TILE * width + s.n * width + 5 * 16)};
+    Pieces pieces{scratch.take(2 * s.l * width + 3 * TILE * width + s.n * width + 6 * 16)};
     float *x = pieces.take(s.l * width), *y = pieces.take(s.l * width), *h = pieces.take(s.n * width);
     float *delta = pieces.take(TILE * width), *du = pieces.take(TILE * width), *y_tile = pieces.take(TILE * width);
 
@@ -257,24 +299,52 @@ void forward_block(const Scan& s, const Plan& plan, int64_t image, int64_t c0) {
     for (int64_t k = 0; k < s.g; ++k) {
         const float* W = s.workspace + plan.packed + plan.parameters(k, c0);
         const float* A = W + (s.r + 1) * width;
+        const float fastest = largest_of(A, s.n * width);
         std::fill(h, h + s.n * width, 0.0f);
         for (int64_t start = 0; start < s.l; start += TILE) {
             const Tile tile(s, image, k, start);
             lift<V>(tile, s.r, W, delta);
-            for (int64_t t = 0; t < tile.count; ++t)
+            Vec longest{};
+            for (int64_t t = 0; t < tile.count; ++t) {
+                Vec before[V], e[V], step[V];
+                load_row<V>(before, delta + t * width);
+                softplus<V>(before, e, step);
                 for (int v = 0; v < V; ++v) {
                     const int64_t at = t * width + v * LANES;
-                    const Vec before = load(delta + at), step = softplus(before, exp_of_minus_abs(before));
-                    store(delta + at, step);
-                    store(du + at, step * load(x + tile.token[t] * width + v * LANES));
+                    longest = larger(step[v], longest);
+                    store(delta + at, step[v]);
+                    store(du + at, step[v] * load(x + tile.token[t] * width + v * LANES));
                 }
-            int64_t n = 0;
-            for (; n + 2 <= s.n; n += 2) scan_states<V, 2>(tile, n, n + 2 == s.n, delta, du, A, h, y_tile, y);
-            for (; n < s.n; ++n) scan_states<V, 1>(tile, n, n + 1 == s.n, delta, du, A, h, y_tile, y);
+            }
+            with_flag(is_tame(largest(longest), fastest), [&](auto tame) {
+                int64_t n = 0;
+                for (; n + 2 <= s.n; n += 2)
+                    scan_states<V, 2, tame.value>(tile, n, n + 2 == s.n, delta, du, A, h, y_tile, y);
+                for (; n < s.n; ++n)
+                    scan_states<V, 1, tame.value>(tile, n, n + 1 == s.n, delta, du, A, h, y_tile, y);
+            });
         }
     }
     add_skip<V>(s, plan, c0, x, y);
     write_rows(s, s.y, image * s.l * s.c + c0, count, width, y);
+}
+
+// The n-th state over one tile, of which only the end is wanted.
+template <int V, bool tame>
+LAMAMBA_INLINE void advance_state(
+    const Tile& tile, int64_t n, const float* delta, const float* du, const float* A, const float* before,
+    float* after) {
+    constexpr int width = V * LANES;
+    Vec rate[V], h[V];
+    load_rates<V>(rate, A + n * width);
+    load_row<V>(h, before + n * width);
+    for (int64_t t = 0; t < tile.count; ++t) {
+        Vec decay[V];
+        decays<V, tame>(delta + t * width, rate, decay);
+        const Vec B = splat(tile.B[t][n]);
+        for (int v = 0; v < V; ++v) h[v] = decay[v] * h[v] + load(du + t * width + v * LANES) * B;
+    }
+    for (int v = 0; v < V; ++v) store(after + n * width + v * LANES, h[v]);
 }
 
 // What the backward pass holds of one tile: rows of `width` floats for each token.
@@ -284,25 +354,26 @@ struct TileBuffers {
 };
 
 // One state of one tile, backwards. gh comes in as the gradient of the state after the tile.
-template <int V>
+template <int V, bool tame>
 LAMAMBA_INLINE void unscan_state(
-    const Tile& tile, int64_t n, const float* delta, const float* gy, const float* A, const float* h_before, float* gh_rows,
-    float* gA, const TileBuffers& to) {
+    const Tile& tile, int64_t n, const float* delta, const float* gy, const float* A, const float* h_before,
+    float* gh_rows, float* gA, const TileBuffers& to) {
     constexpr int width = V * LANES;
     Vec rate[V], h[V], gh[V], sum_A[V] = {};
     load_row<V>(h, h_before);
-    for (int v = 0; v < V; ++v) {
-        rate[v] = load(A + v * LANES);
-        store(to.h + v * LANES, h[v]);
-    }
-    for (int64_t t = 0; t < tile.count; ++t)
+    load_rates<V>(rate, A);
+    for (int v = 0; v < V; ++v) store(to.h + v * LANES, h[v]);
+    for (int64_t t = 0; t < tile.count; ++t) {
+        Vec decay[V];
+        decays<V, tame>(delta + t * width, rate, decay);
+        const Vec B = splat(tile.B[t][n]);
         for (int v = 0; v < V; ++v) {
             const int64_t at = t * width + v * LANES;
-            const Vec decay = exp(load(delta + at) * rate[v]);
-            h[v] = decay * h[v] + load(to.du + at) * tile.B[t][n];
-            store(to.decay + at, decay);
+            h[v] = decay[v] * h[v] + load(to.du + at) * B;
+            store(to.decay + at, decay[v]);
             store(to.h + width + at, h[v]);
         }
+    }
     load_row<V>(gh, gh_rows);
     load_row<V>(rate, A);
     for (int64_t t = tile.count; t-- > 0;) {
@@ -385,11 +456,13 @@ void backward_block(const Scan& s, const Plan& plan, int64_t image, int64_t c0, 
     constexpr int width = V * LANES;
     const int64_t count = std::min<int64_t>(width, s.c - c0);
     const int64_t tiles = (s.l + TILE - 1) / TILE, path = tiles * TILE * width, state = s.n * width;
-    Pieces pieces{scratch.take(5 * path + (tiles + 1) * state + (6 * TILE + 1) * width + 2 * TILE * LANES + 16 * 16)};
+    Pieces pieces{scratch.take(
+        5 * path + (tiles + 1) * state + (6 * TILE + 1) * width + 2 * TILE * LANES + tiles + 16 * 16)};
     float *x = pieces.take(path), *gy = pieces.take(path), *gx = pieces.take(path);
     float *deltas = pieces.take(path), *slopes = pieces.take(path);     // along the path; slope = d delta / d s
     float *starts = pieces.take(tiles * state), *gh = pieces.take(state);
     float* gs = pieces.take(TILE * width);
+    float* tame_tiles = pieces.take(tiles);                     // 1 or 0
     TileBuffers buffers;
     buffers.du = pieces.take(TILE * width);
     buffers.decay = pieces.take(TILE * width);
@@ -413,6 +486,7 @@ void backward_block(const Scan& s, const Plan& plan, int64_t image, int64_t c0, 
     for (int64_t k = 0; k < s.g; ++k) {
         const float* W = s.workspace + plan.packed + plan.parameters(k, c0);
         const float* A = W + (s.r + 1) * width;
+        const float fastest = largest_of(A, s.n * width);
         const float* W_rows = s.workspace + plan.packed_W + (k * plan.c_pad + c0) * plan.r_pad;
         float *gW = grads + plan.parameters(k, c0), *gb = gW + s.r * width, *gA = gb + width, *gD = gA + s.n * width;
         for (int v = 0; v < V; ++v) store(gD + v * LANES, load(gD + v * LANES) + sum_D[v]);
@@ -422,28 +496,26 @@ void backward_block(const Scan& s, const Plan& plan, int64_t image, int64_t c0, 
             const Tile tile(s, image, k, i * TILE);
             float *delta = deltas + i * TILE * width, *slope = slopes + i * TILE * width;
             lift<V>(tile, s.r, W, delta);
-            for (int64_t t = 0; t < tile.count; ++t)
+            Vec longest{};
+            for (int64_t t = 0; t < tile.count; ++t) {
+                Vec before[V], e[V], step[V];
+                load_row<V>(before, delta + t * width);
+                softplus<V>(before, e, step);
                 for (int v = 0; v < V; ++v) {
                     const int64_t at = t * width + v * LANES;
-                    const Vec before = load(delta + at), e = exp_of_minus_abs(before), step = softplus(before, e);
-                    store(delta + at, step);
-                    store(slope + at, sigmoid(before, e));
-                    store(buffers.du + at, step * load(x + tile.token[t] * width + v * LANES));
+                    longest = larger(step[v], longest);
+                    store(delta + at, step[v]);
+                    store(slope + at, sigmoid(before[v], e[v]));
+                    store(buffers.du + at, step[v] * load(x + tile.token[t] * width + v * LANES));
                 }
-            if (i + 1 == tiles) break;
-            for (int64_t n = 0; n < s.n; ++n) {
-                Vec rate[V], h[V];
-                for (int v = 0; v < V; ++v) {
-                    rate[v] = load(A + n * width + v * LANES);
-                    h[v] = load(starts + i * state + n * width + v * LANES);
-                }
-                for (int64_t t = 0; t < tile.count; ++t)
-                    for (int v = 0; v < V; ++v) {
-                        const int64_t at = t * width + v * LANES;
-                        h[v] = exp(load(delta + at) * rate[v]) * h[v] + load(buffers.du + at) * tile.B[t][n];
-                    }
-                for (int v = 0; v < V; ++v) store(starts + (i + 1) * state + n * width + v * LANES, h[v]);
             }
+            tame_tiles[i] = is_tame(largest(longest), fastest);
+            if (i + 1 == tiles) break;
+            const float *before = starts + i * state, *du = buffers.du;
+            with_flag(tame_tiles[i], [&](auto tame) {
+                for (int64_t n = 0; n < s.n; ++n)
+                    advance_state<V, tame.value>(tile, n, delta, du, A, before, starts + (i + 1) * state);
+            });
         }
 
         std::fill(gh, gh + state, 0.0f);
@@ -461,8 +533,10 @@ void backward_block(const Scan& s, const Plan& plan, int64_t image, int64_t c0, 
                 }
             }
             for (int64_t n = 0; n < s.n; ++n) {
-                unscan_state<V>(tile, n, delta, gy, A + n * width, starts + i * state + n * width, gh + n * width,
-                                gA + n * width, buffers);
+                with_flag(tame_tiles[i], [&](auto tame) {
+                    unscan_state<V, tame.value>(tile, n, delta, gy, A + n * width, starts + i * state + n * width,
+                                                gh + n * width, gA + n * width, buffers);
+                });
                 for (int64_t t0 = 0; t0 < tile.count; t0 += LANES) {
                     alignas(64) float of_B[LANES], of_C[LANES];
                     store(of_B, sum_of_rows(buffers.sum_B + t0 * LANES));
@@ -496,16 +570,6 @@ void backward_block(const Scan& s, const Plan& plan, int64_t image, int64_t c0, 
     }
     add_skip<V>(s, plan, c0, gy, gx);
     write_rows(s, s.gx, image * s.l * s.c + c0, count, width, gx);
-}
-
-template <class Function>
-void with_vectors(int64_t channels, const Function& function) {
-    switch ((channels + LANES - 1) / LANES) {
-        case 1: return function(std::integral_constant<int, 1>{});
-        case 2: return function(std::integral_constant<int, 2>{});
-        case 3: return function(std::integral_constant<int, 3>{});
-        default: return function(std::integral_constant<int, 4>{});
-    }
 }
 
 // Adds up what the shares collected over channels: gdt, gB and gC of one token.

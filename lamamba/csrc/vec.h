@@ -67,6 +67,9 @@ LAMAMBA_INLINE Vec at_most(float bound, Vec a) {
 #endif
 }
 
+LAMAMBA_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+LAMAMBA_INLINE Vec absolute(Vec a) { return (Vec)((Bits)a & 0x7fffffff); }
+
 // One step of adding up lanes: lane I of the result is a[I] + a[I + D] where bit D of I is clear, else b[I - D] + b[I].
 template <int D, size_t... I>
 LAMAMBA_INLINE Vec fold(Vec a, Vec b, std::index_sequence<I...>) {
@@ -123,6 +126,14 @@ LAMAMBA_INLINE Vec at_most(float bound, Vec a) {
     for (int i = 0; i < LANES; ++i) a.lane[i] = bound < a.lane[i] ? bound : a.lane[i];
     return a;
 }
+LAMAMBA_INLINE Vec larger(Vec a, Vec b) {
+    for (int i = 0; i < LANES; ++i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+    return a;
+}
+LAMAMBA_INLINE Vec absolute(Vec a) {
+    for (int i = 0; i < LANES; ++i) a.lane[i] = a.lane[i] < 0 ? -a.lane[i] : a.lane[i];
+    return a;
+}
 template <int D, size_t... I>
 LAMAMBA_INLINE Vec fold(Vec a, Vec b, std::index_sequence<I...>) {
     Vec sum;
@@ -154,45 +165,88 @@ LAMAMBA_INLINE Vec sum_of_rows(const float* from) {
     return rows[0];
 }
 
-// e^x to about 1 unit in the last place: x = i log 2 + f with |f| <= log(2) / 2, a polynomial for e^f, and i added to the
-// exponent. Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits; log 2 comes in two parts, of
-// which the first times i is exact. Below 2^-126 the result is some number between 0 and 2^-126.
-LAMAMBA_INLINE Vec exp(Vec x) {
-    const float ROUND = 12582912.0f;
-    x = at_most(88.8f, at_least(-87.3f, x));
-    Vec shifted = x * 1.44269504f + ROUND;
-    Vec i = shifted - ROUND;
-    Vec f = x - i * 0.693145752f;
-    f = f - i * 1.42860682e-6f;
-    Vec p = f * 1.3814613e-3f + 8.36871e-3f;
-    p = p * f + 4.166839e-2f;
-    p = p * f + 1.6666521e-1f;
-    p = p * f + 4.9999994e-1f;
-    p = p * f + 1.0f;
-    p = p * f + 1.0f;
-    return floats(bits(p) + (bits(shifted) << 23));
+LAMAMBA_INLINE float largest(Vec a) {
+    float lanes[LANES], result;
+    std::memcpy(lanes, &a, sizeof lanes);
+    result = lanes[0];
+    for (int i = 1; i < LANES; ++i) result = lanes[i] > result ? lanes[i] : result;
+    return result;
+}
+
+// The functions below work on COUNT vectors in step, in place: what one multiplication waits for, another fills.
+
+// p = (..(c_0 x + c_1) x + ..) x + c_last.
+template <int COUNT, int DEGREE>
+LAMAMBA_INLINE void polynomial(const float (&coefficients)[DEGREE + 1], const Vec* x, Vec* p) {
+    for (int i = 0; i < COUNT; ++i) p[i] = x[i] * coefficients[0] + coefficients[1];
+    for (int k = 2; k <= DEGREE; ++k)
+        for (int i = 0; i < COUNT; ++i) p[i] = p[i] * x[i] + coefficients[k];
+}
+
+// Both exponentials split their argument into an integer, added to the exponent, and a rest in [-1/2, 1/2] (times
+// log 2) for a polynomial that is exact at 0. Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the
+// low bits.
+constexpr float ROUND = 12582912.0f;
+constexpr float LOG2_E = 1.44269504f;
+
+// e^x for x <= 0 to about 1 unit in the last place: x = i log 2 + f, where log 2 comes in two parts of which the first
+// times i is exact. Below 2^-126 the result is some number between 0 and 2^-126.
+template <int COUNT>
+LAMAMBA_INLINE void exp_of_negative(Vec* x) {
+    constexpr float COEFFICIENTS[] = {1.3814613e-3f, 8.36871e-3f, 4.166839e-2f, 1.6666521e-1f, 4.9999994e-1f, 1.0f,
+                                      1.0f};
+    Vec shifted[COUNT], p[COUNT];
+    for (int i = 0; i < COUNT; ++i) {
+        x[i] = at_least(-87.3f, x[i]);
+        shifted[i] = x[i] * LOG2_E + ROUND;
+    }
+    for (int i = 0; i < COUNT; ++i) {
+        const Vec whole = shifted[i] - ROUND;
+        x[i] = x[i] - whole * 0.693145752f;
+        x[i] = x[i] - whole * 1.42860682e-6f;
+    }
+    polynomial<COUNT, 6>(COEFFICIENTS, x, p);
+    for (int i = 0; i < COUNT; ++i) x[i] = floats(bits(p[i]) + (bits(shifted[i]) << 23));
+}
+
+// 2^z, as exact as z itself. A tame z has |z| <= 126; any other z ends at some number between 0 and 2^-126 below and at
+// infinity or NaN above.
+template <int COUNT, bool tame>
+LAMAMBA_INLINE void exp2(Vec* z) {
+    constexpr float COEFFICIENTS[] = {1.5353362e-4f, 1.3398874e-3f, 9.6184369e-3f, 5.5503324e-2f, 2.4022648e-1f,
+                                      6.9314718e-1f, 1.0f};
+    Vec shifted[COUNT], p[COUNT];
+    for (int i = 0; i < COUNT; ++i) {
+        if (!tame) z[i] = at_most(128.0f, at_least(-126.0f, z[i]));
+        shifted[i] = z[i] + ROUND;
+    }
+    for (int i = 0; i < COUNT; ++i) z[i] = z[i] - (shifted[i] - ROUND);
+    polynomial<COUNT, 6>(COEFFICIENTS, z, p);
+    for (int i = 0; i < COUNT; ++i) z[i] = floats(bits(p[i]) + (bits(shifted[i]) << 23));
 }
 
 // log(1 + e) for e in [0, 1], to about 1 unit in the last place of small and large results alike.
-LAMAMBA_INLINE Vec log1p_of_unit(Vec e) {
-    Vec q = e * 5.3648227e-3f + -3.0065786e-2f;
-    q = q * e + 7.9204520e-2f;
-    q = q * e + -1.3753802e-1f;
-    q = q * e + 1.9153655e-1f;
-    q = q * e + -2.4857163e-1f;
-    q = q * e + 3.3321324e-1f;
-    q = q * e + -4.9999648e-1f;
-    return e + e * (e * q);
+template <int COUNT>
+LAMAMBA_INLINE void log1p_of_unit(const Vec* e, Vec* result) {
+    constexpr float COEFFICIENTS[] = {5.3648227e-3f, -3.0065786e-2f, 7.9204520e-2f, -1.3753802e-1f,
+                                      1.9153655e-1f, -2.4857163e-1f, 3.3321324e-1f, -4.9999648e-1f};
+    polynomial<COUNT, 7>(COEFFICIENTS, e, result);
+    for (int i = 0; i < COUNT; ++i) result[i] = e[i] + e[i] * (e[i] * result[i]);
 }
 
-// exp(-|s|), from which softplus and its derivative follow without overflow or cancellation.
-LAMAMBA_INLINE Vec exp_of_minus_abs(Vec s) { return exp(floats(bits(s) | int32_t(0x80000000))); }
-LAMAMBA_INLINE Vec softplus(Vec s, Vec e) { return at_least(0.0f, s) + log1p_of_unit(e); }
+// softplus(s) = max(s, 0) + log(1 + e) with e = exp(-|s|), which is handed out for `sigmoid`: neither overflows.
+template <int COUNT>
+LAMAMBA_INLINE void softplus(const Vec* s, Vec* e, Vec* result) {
+    for (int i = 0; i < COUNT; ++i) e[i] = floats(bits(s[i]) | int32_t(0x80000000));
+    exp_of_negative<COUNT>(e);
+    log1p_of_unit<COUNT>(e, result);
+    for (int i = 0; i < COUNT; ++i) result[i] = at_least(0.0f, s[i]) + result[i];
+}
 
-// 1 / (1 + exp(-s)): 1 / (1 + e) for s >= 0, e / (1 + e) below.
+// The derivative of softplus, 1 / (1 + exp(-s)): 1 / (1 + e) for s >= 0, e / (1 + e) below.
 LAMAMBA_INLINE Vec sigmoid(Vec s, Vec e) {
 #ifdef LAMAMBA_VECTOR_TYPES
-    Vec numerator = s < 0.0f ? e : splat(1.0f);
+    const Vec numerator = s < 0.0f ? e : splat(1.0f);
 #else
     Vec numerator;
     for (int i = 0; i < LANES; ++i) numerator.lane[i] = s.lane[i] < 0.0f ? e.lane[i] : 1.0f;

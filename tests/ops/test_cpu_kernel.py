@@ -55,23 +55,22 @@ def scan_of_steps(s: torch.Tensor, A: float = -1.0) -> torch.Tensor:
     )[0]
 
 
-def units_in_the_last_place(result: torch.Tensor, exact: torch.Tensor) -> float:
-    nearest = exact.float().numpy()
-    return float((np.abs(result.double().numpy() - exact.numpy()) / np.spacing(np.abs(nearest))).max())
+def units_in_the_last_place(result: torch.Tensor, exact: torch.Tensor) -> np.ndarray:
+    return np.abs(result.double().numpy() - exact.numpy()) / np.spacing(np.abs(exact.float().numpy()))
 
 
 def test_softplus_is_right_to_two_units_in_the_last_place(instruction_set):
     s = torch.cat([torch.linspace(-80, 80, 100_003), torch.linspace(-1, 1, 20_001), torch.tensor([0.0, 1e-30, 1e30])])
     exact = torch.logaddexp(s.double(), torch.zeros(()).double())
-    assert units_in_the_last_place(scan_of_steps(s)[0], exact) < 2
+    assert units_in_the_last_place(scan_of_steps(s)[0], exact).max() < 2
 
 
-def test_decay_is_right_to_two_units_in_the_last_place(instruction_set):
-    """The product delta A is rounded first, as it is in plain PyTorch: exp magnifies that by |delta A|."""
+def test_decay_is_as_right_as_its_rounded_exponent(instruction_set):
+    """Rounding delta A costs up to 1.3 |delta A| units: few where the decay matters, many only where it is almost 0."""
     s = torch.linspace(-30, 80, 100_003)
     delta, later = scan_of_steps(s)
     exact = torch.exp(-delta.double()) * delta.double()
-    assert units_in_the_last_place(later, exact) < 2.5
+    assert (units_in_the_last_place(later, exact) < 2.5 + 1.3 * delta.numpy()).all()
     assert (scan_of_steps(s, A=-1e6)[1] >= 0).all(), "a decay too small for float32 is nothing, not something else"
 
 
