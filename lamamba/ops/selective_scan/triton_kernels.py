@@ -1,6 +1,6 @@
 """The selective scan as Triton kernels: x in and y out through the paths, everything between them in registers.
 
-One program is one warp: one image, one direction, BLOCK channels (two a lane), read TILE tokens at a time.
+One program is one warp: one image, one direction, BLOCK channels (one or two a lane), read TILE tokens at a time.
 
     lift      s = W_dt dt_t + b_dt for a tile of tokens on the matrix units, then softplus; never written to memory
     rows      the (channels, tokens) tile is split into TILE rows, so that each lane holds whole time series of its
@@ -25,14 +25,16 @@ What all this should cost is worked out in docs/gpu-scan.md.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64
-"""Channels of a program; two for each lane of its single warp."""
-FORWARD_TILE = 16
+FORWARD_BLOCK = 64
+BACKWARD_BLOCK = 32
+"""Channels of a program: two or one for each lane of its single warp."""
 BACKWARD_TILE = 8
 """Tokens in registers at a time; the backward pass keeps about three times as many rows alive."""
 MAX_STATE_SIZE = 16
@@ -95,11 +97,30 @@ def _rows(tile, CHANNELS: tl.constexpr, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _channel_sums(rows, CHANNELS: tl.constexpr, TOKENS: tl.constexpr):
-    """The sum of each of 8 rows over its channels, as a (8,) vector."""
+def _round(value, dtype: tl.constexpr):
+    """float32 in a memory type, to the nearest number; the interpreter by itself would cut bfloat16's digits off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(value == value, nearest, bits).to(tl.float32, bitcast=True).to(dtype)
+    else:
+        return value.to(dtype)
+
+
+@triton.jit
+def _channel_sums(rows, CHANNELS: tl.constexpr, TOKENS: tl.constexpr, EXACT: tl.constexpr):
+    """The sum of each of 8 rows over its channels, as an (8,) vector.
+
+    Unless EXACT, by the matrix units with factors of 11 bits: 80 shuffles and additions cost more than all the rest.
+    """
     even = tl.join(tl.join(rows[0], rows[4]), tl.join(rows[2], rows[6]))
     odd = tl.join(tl.join(rows[1], rows[5]), tl.join(rows[3], rows[7]))
-    return tl.sum(tl.reshape(tl.join(even, odd), (CHANNELS, TOKENS)), 0)
+    tile = tl.reshape(tl.join(even, odd), (CHANNELS, TOKENS))
+    if EXACT:
+        return tl.sum(tile, 0)
+    else:
+        copies = tl.dot(tl.full((16, CHANNELS), 1.0, tl.float32), tile, input_precision="tf32")
+        return tl.sum(copies, 0) * (1 / 16)
 
 
 @triton.jit
@@ -112,9 +133,18 @@ def _log2(value):
 
 
 @triton.jit
-def _softplus2(s2):
+def _exp(s):
+    """exp(s) to the last digit or two: 2^(s / ln 2) alone would lose as many digits as s / ln 2 has before its point."""
+    whole = tl.maximum(tl.floor(s * LOG2_E + 0.5), -200.0)
+    rest = (s - whole * 0.693359375) + whole * 2.12194440e-4                    # s - whole ln 2, ln 2 in two parts
+    return tl.exp2(rest * LOG2_E) * tl.exp2(whole)
+
+
+@triton.jit
+def _softplus2(s, EXACT: tl.constexpr):
     """softplus(s) / ln 2 = log2(1 + 2^s2) with s2 = s / ln 2; from its series where 1 + 2^s2 would lose digits."""
-    e = tl.exp2(s2)
+    s2 = s * LOG2_E
+    e = _exp(s) if EXACT else tl.exp2(s2)
     series = ((e * (LOG2_E / 7) - LOG2_E / 6) * e + LOG2_E / 5) * e - LOG2_E / 4
     series = (((series * e + LOG2_E / 3) * e - LOG2_E / 2) * e + LOG2_E) * e
     delta2 = tl.where(e < 0.125, series, _log2(1 + e))
@@ -141,13 +171,11 @@ def _dot(a, b, total):
 @triton.jit
 def _lift(
     dt, W_dt, bias, paths, times, channels, g, l, c,
-    R: tl.constexpr, RANK_STEP: tl.constexpr, SPLIT: tl.constexpr,
+    R: tl.constexpr, RANK_STEP: tl.constexpr, PARTS: tl.constexpr,
 ):
     """delta2 (channels, tokens) of a tile: softplus of W_dt dt + b_dt. dt and W_dt point at this image and direction.
 
-    bias is b_dt / ln 2.
-
-    SPLIT: W_dt is wider than dt's 16 bits and is taken as the sum of two 16-bit parts, so that nothing of it is lost.
+    bias is a row of b_dt; W_dt is the sum of PARTS matrices in dt's type, (PARTS, g, c, r).
     """
     tokens = tl.load(paths + times, mask=times < l, other=0)
     ranks = tl.arange(0, RANK_STEP)
@@ -157,17 +185,16 @@ def _lift(
         low = tl.load(
             dt + tokens[None, :] * (g * R) + rank[:, None], mask=(times < l)[None, :] & (rank < R)[:, None], other=0.0
         )
-        weight = tl.load(
-            W_dt + channels[:, None] * R + rank[None, :], mask=(channels < c)[:, None] & (rank < R)[None, :], other=0.0
-        )
-        if low.dtype == tl.float32:
-            s = tl.dot(weight.to(tl.float32), low, s, input_precision="ieee")
-        else:
-            coarse = weight.to(low.dtype)
-            s = _dot(coarse, low, s)
-            if SPLIT:
-                s = _dot((weight - coarse.to(tl.float32)).to(low.dtype), low, s)
-    return _softplus2(s * LOG2_E + bias[:, None])
+        for part in tl.static_range(PARTS):
+            weight = tl.load(
+                W_dt + part * (g * c * R) + channels[:, None] * R + rank[None, :],
+                mask=(channels < c)[:, None] & (rank < R)[None, :], other=0.0,
+            )
+            if low.dtype == tl.float32:
+                s = tl.dot(weight, low, s, input_precision="ieee")
+            else:
+                s = _dot(weight, low, s)
+    return _softplus2(s + bias[:, None], low.dtype == tl.float32)
 
 
 @triton.jit
@@ -189,7 +216,7 @@ def _walk(
     x, dt, B, C, W_dt, b_dt, A, paths,
     starts, y, states, ends, spans,
     b, l, c, g, segments, tiles_per_segment,
-    R: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr,
+    R: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, RANK_STEP: tl.constexpr,
     STARTED: tl.constexpr, WRITES: tl.constexpr, ADJOINT: tl.constexpr,
 ):
@@ -217,7 +244,7 @@ def _walk(
     tiles = tl.cdiv(l, TILE)
     states += direction * tiles * N * c
     place = (direction * segments + segment) * c
-    bias = tl.load(b_dt + k * c + channels, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+    bias = tl.load(b_dt + k * c + channels, mask=inside, other=0.0).to(tl.float32)
 
     rates = ()
     h = ()
@@ -236,7 +263,7 @@ def _walk(
         times = tl.arange(0, TILE)
         times = tile * TILE + (TILE - 1 - times if ADJOINT else times)          # in the order of the walk
         steps = _rows(
-            _lift(dt, W_dt, bias, paths, times, channels, g, l, c, R, RANK_STEP, SPLIT), BLOCK, TILE
+            _lift(dt, W_dt, bias, paths, times, channels, g, l, c, R, RANK_STEP, PARTS), BLOCK, TILE
         )
         tokens = ()
         inputs = ()
@@ -258,13 +285,13 @@ def _walk(
             for n in tl.static_range(N):
                 decay = tl.exp2(delta2 * rates[n])
                 if ADJOINT:
-                    C_t = tl.load(C + tokens[i] * (g * N) + n, mask=time < l, other=0.0).to(tl.float32)
+                    C_t = tl.load(C + (tokens[i] * (g * N) + n), mask=time < l, other=0.0).to(tl.float32)
                     state = decay * (h[n] + inputs[i] * C_t)
                 else:
-                    B_t = tl.load(B + tokens[i] * (g * N) + n, mask=time < l, other=0.0).to(tl.float32)
+                    B_t = tl.load(B + (tokens[i] * (g * N) + n), mask=time < l, other=0.0).to(tl.float32)
                     state = decay * h[n] + (delta2 * inputs[i]) * (B_t * LN_2)
                 if WRITES == "y":
-                    C_t = tl.load(C + tokens[i] * (g * N) + n, mask=time < l, other=0.0).to(tl.float32)
+                    C_t = tl.load(C + (tokens[i] * (g * N) + n), mask=time < l, other=0.0).to(tl.float32)
                     total += C_t * state
                 walked += (state,)
             h = walked
@@ -273,7 +300,7 @@ def _walk(
             for t in tl.static_range(TILE):
                 time = tile * TILE + t
                 tl.store(
-                    y + tokens[t] * c, outputs[t].to(y.dtype.element_ty), mask=channels < tl.where(time < l, c, 0)
+                    y + tokens[t] * c, _round(outputs[t], y.dtype.element_ty), mask=channels < tl.where(time < l, c, 0)
                 )
     if WRITES == "ends":
         tl.store(spans + place + channels, span, mask=inside)
@@ -284,20 +311,21 @@ def _walk(
 @triton.jit
 def _walk_back(
     x, grad_y, dt, B, C, W_dt, b_dt, A, paths,
-    states, starts, grad_x, grad_s, grad_B, grad_C, grad_b_dt, grad_A,
+    states, reaching, grad_x, grad_s, grad_B, grad_C, grad_b_dt, grad_A,
     b, l, c, g, segments, tiles_per_segment,
-    R: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr,
+    R: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, RANK_STEP: tl.constexpr,
-    STARTED: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Gradients along one segment of one path, from its last token to its first.
 
         gh_t = C_t gy_t + exp(delta_{t+1} A) gh_{t+1}
 
-    states (b, g, tiles, n, c) and starts (b, g, segments, n, c) come from `_walk`. Written in grid order, for each
-    direction: grad_x (g, b, l, c) without the skip, grad_s (g, b, l, c), and for each block of channels its share of
-    grad_B and grad_C (blocks, b, l, g, n); for each segment its share of grad_b_dt (b, g, segments, c) and grad_A
-    (b, g, segments, n, c).
+    states (b, g, tiles, n, c) come from `_walk`. reaching (b, g, segments, n, c) holds what reaches each segment's last
+    token from later ones, exp(delta_{t+1} A) gh_{t+1}, and is used up. Written in grid order, for each direction: grad_x
+    (g, b, l, c) without the skip, grad_s (g, b, l, c), and for each block of channels its share of grad_B and grad_C
+    (blocks, b, l, g, n); for each segment its share of grad_b_dt (b, g, segments, c), and grad_A / ln 2 (b, g, segments,
+    n, c), which must come as zeros. The states are taken one after the other, so that N costs no registers.
     """
     channels, k, image, segment = _place(c, g, segments, BLOCK)
     inside = channels < c
@@ -319,16 +347,10 @@ def _walk_back(
     tiles = tl.cdiv(l, TILE)
     states += direction * tiles * N * c
     place = (direction * segments + segment) * c
-    bias = tl.load(b_dt + k * c + channels, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+    bias = tl.load(b_dt + k * c + channels, mask=inside, other=0.0).to(tl.float32)
 
-    reaching = ()                                                               # exp(delta_{t+1} A) gh_{t+1}
-    rate_sums = ()
-    for n in tl.static_range(N):
-        rate_sums += (tl.zeros((BLOCK,), tl.float32),)
-        if STARTED:
-            reaching += (tl.load(starts + place * N + n * c + channels, mask=inside, other=0.0),)
-        else:
-            reaching += (tl.zeros((BLOCK,), tl.float32),)
+    reaching += place * N + channels
+    grad_A += place * N + channels
     bias_sum = tl.zeros((BLOCK,), tl.float32)
 
     first = segment * tiles_per_segment
@@ -337,7 +359,7 @@ def _walk_back(
         tile = last - 1 - step
         times = tile * TILE + tl.arange(0, TILE)
         tile_tokens = tl.load(paths + times, mask=times < l, other=0)
-        steps = _rows(_lift(dt, W_dt, bias, paths, times, channels, g, l, c, R, RANK_STEP, SPLIT), BLOCK, TILE)
+        steps = _rows(_lift(dt, W_dt, bias, paths, times, channels, g, l, c, R, RANK_STEP, PARTS), BLOCK, TILE)
         tokens = ()
         inputs = ()
         grads = ()
@@ -352,56 +374,53 @@ def _walk_back(
             through_inputs += (tl.zeros((BLOCK,), tl.float32),)
             through_decays += (tl.zeros((BLOCK,), tl.float32),)
 
-        reaching_before = ()
-        new_rate_sums = ()
-        for n in tl.static_range(N):
+        for n in range(N):
             rate = tl.load(A + channels * N + n, mask=inside, other=0.0).to(tl.float32)
             h = (tl.load(states + (tile * N + n) * c + channels, mask=inside, other=0.0),)
             decays = ()
             maps = ()
             to_C = ()
             for t in tl.static_range(TILE):
-                B_t = tl.load(B + tokens[t] * (g * N) + n, mask=tile * TILE + t < l, other=0.0).to(tl.float32)
+                B_t = tl.load(B + (tokens[t] * (g * N) + n), mask=tile * TILE + t < l, other=0.0).to(tl.float32)
                 maps += (B_t,)
                 decays += (tl.exp2(steps[t] * rate),)
                 h += (decays[t] * h[t] + (steps[t] * inputs[t]) * (B_t * LN_2),)
                 to_C += (grads[t] * h[t + 1],)
 
-            gh = reaching[n]
-            rate_sum = rate_sums[n]
+            place_of_maps = tile_tokens * (g * N) + n
+            tl.store(grad_C + place_of_maps, _channel_sums(to_C, BLOCK, TILE, EXACT), mask=times < l)
+
+            gh = tl.load(reaching + n * c, mask=inside, other=0.0)
+            rate_sum = tl.load(grad_A + n * c, mask=inside, other=0.0)
             to_B = ()
-            earlier_inputs = ()
-            earlier_decays = ()
+            more_inputs = ()
+            more_decays = ()
             for i in tl.static_range(TILE):
                 time = tile * TILE + TILE - 1 - i
-                C_t = tl.load(C + tokens[TILE - 1 - i] * (g * N) + n, mask=time < l, other=0.0).to(tl.float32)
+                C_t = tl.load(C + (tokens[TILE - 1 - i] * (g * N) + n), mask=time < l, other=0.0).to(tl.float32)
                 gh += grads[TILE - 1 - i] * C_t
                 to_B = (gh * (steps[TILE - 1 - i] * inputs[TILE - 1 - i]),) + to_B
-                earlier_inputs = (through_inputs[TILE - 1 - i] + gh * maps[TILE - 1 - i],) + earlier_inputs
+                more_inputs = (through_inputs[TILE - 1 - i] + gh * maps[TILE - 1 - i],) + more_inputs
                 gh *= decays[TILE - 1 - i]
                 through_decay = gh * h[TILE - 1 - i]
-                earlier_decays = (through_decays[TILE - 1 - i] + through_decay * rate,) + earlier_decays
+                more_decays = (through_decays[TILE - 1 - i] + through_decay * rate,) + more_decays
                 rate_sum += through_decay * steps[TILE - 1 - i]
-            through_inputs = earlier_inputs
-            through_decays = earlier_decays
-            reaching_before += (gh,)
-            new_rate_sums += (rate_sum,)
-            tl.store(grad_B + tile_tokens * (g * N) + n, _channel_sums(to_B, BLOCK, TILE) * LN_2, mask=times < l)
-            tl.store(grad_C + tile_tokens * (g * N) + n, _channel_sums(to_C, BLOCK, TILE), mask=times < l)
-        reaching = reaching_before
-        rate_sums = new_rate_sums
+            through_inputs = more_inputs
+            through_decays = more_decays
+            tl.store(reaching + n * c, gh, mask=inside)
+            tl.store(grad_A + n * c, rate_sum, mask=inside)
+            tl.store(grad_B + place_of_maps, _channel_sums(to_B, BLOCK, TILE, EXACT) * LN_2, mask=times < l)
+        tl.debug_barrier()                                                      # reaching and grad_A are read again
 
         for t in tl.static_range(TILE):
             time = tile * TILE + t
             gs = (through_inputs[t] * inputs[t] + through_decays[t]) * _sigmoid(steps[t])
             bias_sum += gs
             gu = through_inputs[t] * (steps[t] * LN_2)
-            tl.store(grad_x + tokens[t] * c, gu.to(grad_x.dtype.element_ty), mask=channels < tl.where(time < l, c, 0))
-            tl.store(grad_s + tokens[t] * c, gs.to(grad_s.dtype.element_ty), mask=channels < tl.where(time < l, c, 0))
+            tl.store(grad_x + tokens[t] * c, _round(gu, grad_x.dtype.element_ty), mask=channels < tl.where(time < l, c, 0))
+            tl.store(grad_s + tokens[t] * c, _round(gs, grad_s.dtype.element_ty), mask=channels < tl.where(time < l, c, 0))
 
     tl.store(grad_b_dt + place + channels, bias_sum, mask=inside)
-    for n in tl.static_range(N):
-        tl.store(grad_A + place * N + n * c + channels, rate_sums[n] * LN_2, mask=inside)
 
 
 @triton.jit
@@ -433,15 +452,17 @@ def _merge(
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """y = sum over k of parts[k] + skip * skipped, for parts (g, tokens, c), skip (c,), the others (tokens, c)."""
-    rows = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    channels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(c, BLOCK)
+    rows = (tl.program_id(0) // blocks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    channels = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = (rows < tokens)[:, None] & (channels < c)[None, :]
     place = rows[:, None] * c + channels[None, :]
     weight = tl.load(skip + channels, mask=channels < c, other=0.0)
     total = weight[None, :] * tl.load(skipped + place, mask=inside, other=0.0).to(tl.float32)
+    size = tl.cast(tokens, tl.int64) * c
     for k in range(g):
-        total += tl.load(parts + k * tokens.to(tl.int64) * c + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + place, total.to(y.dtype.element_ty), mask=inside)
+        total += tl.load(parts + place + k * size, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + place, _round(total, y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -465,16 +486,42 @@ def _products(
     tl.store(sums + tl.program_id(1) * c + channels, total, mask=channels < c)
 
 
+def _on_the_tensors_device(run):
+    """Triton launches on the current device; make that the first argument's."""
+
+    @functools.wraps(run)
+    def run_there(tensor, *args, **kwargs):
+        with torch.cuda.device_of(tensor):
+            return run(tensor, *args, **kwargs)
+
+    return run_there
+
+
+def forward_tile(state_size: int) -> int:
+    """Tokens that the forward pass holds in registers at a time, beside the rates and states of its channels."""
+    return 16 if state_size <= 4 else 8
+
+
 def _walk_arguments(x, dt, B, C, W_dt, b_dt, A, paths):
-    """What every walk is given: tensors without gaps, and 32-bit paths."""
-    tensors = (x, dt, B, C, W_dt, b_dt, A)
-    return *(tensor.contiguous() for tensor in tensors), paths.to(torch.int32).contiguous()
+    """What every walk is given: tensors without gaps, W_dt in parts (parts, g, c, r) of dt's type, 32-bit paths."""
+    tensors = (x, dt, B, C, _in_parts(W_dt, dt.dtype), b_dt, A, paths.to(torch.int32))
+    return tuple(tensor.contiguous() for tensor in tensors)
 
 
-def _options(dt: Tensor, W_dt: Tensor, A: Tensor, tile: int) -> dict:
+def _in_parts(W_dt: Tensor, dtype: torch.dtype) -> Tensor:
+    """W_dt as a sum of matrices in dt's type: three 16-bit numbers hold a float32 one without loss."""
+    parts, rest = [], W_dt
+    for _ in range(1 if dtype in (W_dt.dtype, torch.float32) else 3):
+        parts.append(rest.to(dtype))
+        rest = rest.float() - parts[-1].float()
+    return torch.stack(parts)
+
+
+def _options(inputs, block: int, tile: int) -> dict:
+    _, dt, _, _, W_dt, _, A, _ = inputs
     return {
-        "R": dt.shape[3], "N": A.shape[2], "SPLIT": W_dt.dtype != dt.dtype and dt.dtype != torch.float32,
-        "BLOCK": BLOCK, "TILE": tile, "RANK_STEP": RANK_STEP, "num_warps": 1,
+        "R": dt.shape[3], "N": A.shape[2], "PARTS": W_dt.shape[0], "BLOCK": block, "TILE": tile,
+        "RANK_STEP": RANK_STEP, "num_warps": 1,
     }
 
 
@@ -483,7 +530,7 @@ def _choose_segments(x: Tensor, directions: int, tile: int) -> int:
     if x.device.type != "cuda":
         return 1
     b, l, c = x.shape
-    programs = b * directions * triton.cdiv(c, BLOCK)
+    programs = b * directions * triton.cdiv(c, FORWARD_BLOCK)
     wanted = WARPS_PER_PROCESSOR * torch.cuda.get_device_properties(x.device).multi_processor_count
     return 1 if 3 * programs > wanted else min(triton.cdiv(wanted, programs), triton.cdiv(l, 4 * tile))
 
@@ -499,14 +546,14 @@ def _segment_starts(inputs, sizes, options, adjoint: bool) -> Tensor:
     """The state (b, g, segments, n, c) that each segment starts from, in the direction of the walk."""
     A = inputs[6]
     b, _, c, g, segments, _ = sizes
-    blocks = triton.cdiv(c, BLOCK)
+    blocks = triton.cdiv(c, FORWARD_BLOCK)
     ends, starts = (A.new_empty((b, g, segments, A.shape[2], c), dtype=torch.float32) for _ in range(2))
     spans = A.new_empty((b, g, segments, c), dtype=torch.float32)
     _walk[(blocks * b * g * segments,)](
         *inputs, ends, ends, ends, ends, spans, *sizes, **options, STARTED=False, WRITES="ends", ADJOINT=adjoint,
     )
     _carry[(blocks * b * g,)](
-        A, ends, spans, starts, sizes[1], c, g, segments, N=A.shape[2], BLOCK=BLOCK, ADJOINT=adjoint, num_warps=1,
+        A, ends, spans, starts, sizes[1], c, g, segments, N=A.shape[2], BLOCK=FORWARD_BLOCK, ADJOINT=adjoint, num_warps=1,
     )
     return starts
 
@@ -515,7 +562,7 @@ def _merge_directions(parts: Tensor, skipped: Tensor, skip: Tensor) -> Tensor:
     """sum over g of parts (g, b, l, c) + skip (c,) * skipped (b, l, c), added in float32."""
     y = torch.empty_like(skipped)
     tokens, c = skipped.shape[0] * skipped.shape[1], skipped.shape[2]
-    grid = (triton.cdiv(c, MERGE_BLOCK), triton.cdiv(tokens, MERGE_TOKENS))
+    grid = (triton.cdiv(c, MERGE_BLOCK) * triton.cdiv(tokens, MERGE_TOKENS),)
     _merge[grid](parts, skipped, skip, y, tokens, c, parts.shape[0], TOKENS=MERGE_TOKENS, BLOCK=MERGE_BLOCK)
     return y
 
@@ -532,60 +579,62 @@ def _sum_of_products(x: Tensor, grad_y: Tensor) -> Tensor:
     return sums.sum(0)
 
 
+@_on_the_tensors_device
 def forward(x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None = None):
     """Same contract as the reference. segments: into how many pieces each path is cut; by default as many as pay."""
     (b, l, c), (g, _, n) = x.shape, A.shape
-    tile = FORWARD_TILE if n <= 4 else BACKWARD_TILE
+    tile = forward_tile(n)
     inputs = _walk_arguments(x, dt, B, C, W_dt, b_dt, A, paths)
     x, A = inputs[0], inputs[6]
     segments, each = _cut(l, tile, segments or _choose_segments(x, g, tile))
-    sizes, options = (b, l, c, g, segments, each), _options(dt, W_dt, A, tile)
+    sizes, options = (b, l, c, g, segments, each), _options(inputs, FORWARD_BLOCK, tile)
     starts = _segment_starts(inputs, sizes, options, adjoint=False) if segments > 1 else A
     parts = x.new_empty((g, b, l, c))
-    _walk[(triton.cdiv(c, BLOCK) * b * g * segments,)](
+    _walk[(triton.cdiv(c, FORWARD_BLOCK) * b * g * segments,)](
         *inputs, starts, parts, parts, parts, parts, *sizes, **options,
         STARTED=segments > 1, WRITES="y", ADJOINT=False,
     )
     return _merge_directions(parts, x, D.float().sum(0))
 
 
+@_on_the_tensors_device
 def backward(grad_y, x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None = None):
     """Same contract as the reference. segments: as in `forward`."""
     dtypes = [tensor.dtype for tensor in (x, dt, B, C, W_dt, b_dt, A, D)]
     (b, l, c), (g, _, n) = x.shape, A.shape
     tile = BACKWARD_TILE
-    blocks, tiles = triton.cdiv(c, BLOCK), triton.cdiv(l, tile)
+    blocks, tiles = triton.cdiv(c, BACKWARD_BLOCK), triton.cdiv(l, tile)
     inputs = _walk_arguments(x, dt, B, C, W_dt, b_dt, A, paths)
-    x, dt, _, _, W_dt, _, A, _ = inputs
+    x, dt, _, _, _, _, A, _ = inputs
     grad_y = grad_y.contiguous()
     segments, each = _cut(l, tile, segments or _choose_segments(x, g, tile))
-    sizes, options = (b, l, c, g, segments, each), _options(dt, W_dt, A, tile)
-    grid = (blocks * b * g * segments,)
+    sizes, options = (b, l, c, g, segments, each), _options(inputs, FORWARD_BLOCK, tile)
 
     def empty(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=torch.float32)
 
-    starts = late_starts = A
     if segments > 1:
         starts = _segment_starts(inputs, sizes, options, adjoint=False)
-        late_starts = _segment_starts((grad_y, *inputs[1:]), sizes, options, adjoint=True)
+        reaching = _segment_starts((grad_y, *inputs[1:]), sizes, options, adjoint=True)
+    else:
+        starts, reaching = A, empty(b, g, 1, n, c).zero_()
     states = empty(b, g, tiles, n, c)
-    _walk[grid](
+    _walk[(triton.cdiv(c, FORWARD_BLOCK) * b * g * segments,)](
         *inputs, starts, states, states, states, states, *sizes, **options,
         STARTED=segments > 1, WRITES="states", ADJOINT=False,
     )
     parts, gs = x.new_empty((g, b, l, c)), x.new_empty((g, b, l, c))
     gB, gC = empty(blocks, b, l, g, n), empty(blocks, b, l, g, n)
-    gb_dt, gA = empty(b, g, segments, c), empty(b, g, segments, n, c)
-    _walk_back[grid](
-        x, grad_y, *inputs[1:], states, late_starts, parts, gs, gB, gC, gb_dt, gA, *sizes, **options,
-        STARTED=segments > 1,
+    gb_dt, gA = empty(b, g, segments, c), empty(b, g, segments, n, c).zero_()
+    _walk_back[(blocks * b * g * segments,)](
+        x, grad_y, *inputs[1:], states, reaching, parts, gs, gB, gC, gb_dt, gA, *sizes,
+        **_options(inputs, BACKWARD_BLOCK, tile), EXACT=x.dtype == torch.float32, num_stages=1,
     )
     gdt, gW_dt = _projection_gradients(gs.view(g, b * l, c), dt.view(b * l, g, -1).transpose(0, 1), W_dt)
     gx = _merge_directions(parts, grad_y, D.float().sum(0))
     grads = (
         gx, gdt.transpose(0, 1).reshape(dt.shape), gB.sum(0), gC.sum(0), gW_dt, gb_dt.sum((0, 2)),
-        gA.sum((0, 2)).mT, _sum_of_products(x, grad_y).expand(g, c),
+        LN_2.value * gA.sum((0, 2)).mT, _sum_of_products(x, grad_y).expand(g, c),
     )
     return tuple(grad.to(dtype).contiguous() for grad, dtype in zip(grads, dtypes, strict=True))
 
