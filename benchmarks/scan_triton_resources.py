@@ -4,7 +4,7 @@
 
 Compiles every kernel as LaMamba-XL launches it (bfloat16 tokens, float32 parameters; float32 throughout) for sm_80 and
 sm_90 and prints registers, shared memory and spills, and the instructions of the longest loop for each element that a
-lane handles in it (a channel of a token in one direction).
+lane handles in it (a channel of a token in one direction), with the loop over the n states counted once.
 """
 
 from __future__ import annotations
@@ -30,40 +30,35 @@ ARCHITECTURES = (80, 90)
 STAGES = ((640, 20), (1280, 40), (2560, 80))
 """Channels and ranks of LaMamba-XL's scans."""
 STATE_SIZES = (1, 16)
-FLOAT32 = frozenset("b_dt A starts states ends spans reaching grad_B grad_C grad_b_dt grad_A skip sums".split())
+FLOAT32 = frozenset("b_dt A state starts states ends spans reaching grad_B grad_C grad_b_dt grad_A skip sums".split())
 SIZES = frozenset("b l c g segments tiles_per_segment tokens tokens_per_program".split())
 
 
 def variants(quick: bool):
-    """(name, kernel, constants, options, float type of the tokens, divisible sizes) of every launch at XL's shapes."""
+    """(name, kernel, constants, options, float type of the tokens) of every launch at XL's shapes."""
     stages = STAGES[::2] if quick else STAGES
     for dtype, parts in (("bf16", 3), ("fp32", 1)):
         for channels, rank in stages if dtype == "bf16" else stages[:1]:
             for n in STATE_SIZES:
-                common = {"R": rank, "N": n, "PARTS": parts, "RANK_STEP": kernels.RANK_STEP, "segments": 1, "g": 4}
-                short = {"BLOCK": kernels.FORWARD_BLOCK, "TILE": kernels.BACKWARD_TILE}
+                common = {"R": rank, "N": n, "PARTS": parts, "RANK_STEP": kernels.RANK_STEP, "g": 4}
+                long = {**common, "BLOCK": kernels.FORWARD_BLOCK, "TILE": kernels.forward_tile(n), "ADJOINT": False}
+                short = {**long, "TILE": kernels.BACKWARD_TILE}
+                back = {**common, "BLOCK": kernels.BACKWARD_BLOCK, "TILE": kernels.BACKWARD_TILE}
+                back["EXACT"] = dtype == "fp32"
                 label = f"{dtype} c={channels} r={rank} n={n}"
-                tile = kernels.forward_tile(n)
-                whole = {"STARTED": False, "ADJOINT": False}
-                yield (f"walk y, {label}", kernels._walk,
-                       {**common, **short, **whole, "TILE": tile, "WRITES": "y"}, {}, dtype, tile)
-                yield (f"walk states, {label}", kernels._walk,
-                       {**common, **short, **whole, "WRITES": "states"}, {}, dtype, short["TILE"])
-                yield (f"walk back, {label}", kernels._walk_back,
-                       {**common, "BLOCK": kernels.BACKWARD_BLOCK, "TILE": kernels.BACKWARD_TILE,
-                        "EXACT": dtype == "fp32"}, {"num_stages": 1}, dtype, kernels.BACKWARD_TILE // 2)
-                if rank == 20:
-                    cut = {name: value for name, value in common.items() if name != "segments"} | short
-                    yield (f"walk y of a segment, {label}", kernels._walk,
-                           {**cut, "TILE": tile, "STARTED": True, "ADJOINT": False, "WRITES": "y"}, {}, dtype, tile)
-                    for adjoint in (False, True):
-                        yield (f"walk {'back ' * adjoint}to a segment's end, {label}", kernels._walk,
-                               {**cut, "STARTED": False, "ADJOINT": adjoint, "WRITES": "ends"}, {}, dtype, tile)
-                    yield (f"carry, {label}", kernels._carry,
-                           {"N": n, "BLOCK": kernels.FORWARD_BLOCK, "ADJOINT": False, "g": 4}, {}, dtype, 1)
+                yield f"walk y, {label}", kernels._walk, {**long, "WRITES": "y", "segments": 1}, {}, dtype
+                yield f"walk states, {label}", kernels._walk, {**short, "WRITES": "states", "segments": 1}, {}, dtype
+                yield f"walk back, {label}", kernels._walk_back, {**back, "segments": 1}, {"num_stages": 1}, dtype
+                if rank == 20 and dtype == "bf16":
+                    yield f"segments: walk y, {label}", kernels._walk, {**long, "WRITES": "y"}, {}, dtype
+                    yield f"segments: ends, {label}", kernels._walk, {**long, "WRITES": "ends"}, {}, dtype
+                    ends_back = {**short, "WRITES": "ends", "ADJOINT": True}
+                    yield f"segments: ends of walking back, {label}", kernels._walk, ends_back, {}, dtype
+                    carry = {"N": n, "BLOCK": kernels.FORWARD_BLOCK, "ADJOINT": False, "g": 4}
+                    yield f"segments: carry, {label}", kernels._carry, carry, {}, dtype
         merge = {"TOKENS": kernels.MERGE_TOKENS, "BLOCK": kernels.MERGE_BLOCK}
-        yield f"merge, {dtype}", kernels._merge, {**merge, "g": 4}, {"num_warps": 4}, dtype, 1
-        yield f"products, {dtype}", kernels._products, merge, {"num_warps": 4}, dtype, 1
+        yield f"merge, {dtype}", kernels._merge, {**merge, "g": 4}, {"num_warps": 4}, dtype
+        yield f"products, {dtype}", kernels._products, merge, {"num_warps": 4}, dtype
 
 
 def compile_ahead(kernel, constants: dict, options: dict, dtype: str, arch: int) -> bytes:
@@ -105,7 +100,7 @@ def longest_loop(listing: str) -> Counter:
 
 
 def measure(job) -> dict:
-    name, kernel, constants, options, dtype, elements, arch = job
+    name, kernel, constants, options, dtype, arch = job
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compile_ahead(getattr(kernels, kernel), constants, options, dtype, arch))
         file.flush()
@@ -113,7 +108,7 @@ def measure(job) -> dict:
                                capture_output=True, text=True, check=True).stdout
         listing = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
     loop = longest_loop(listing)
-    per_lane = elements * constants.get("BLOCK", 32) // 32 if "TILE" in constants else 1
+    per_lane = constants.get("TILE", 0) * constants["BLOCK"] // 32
     return {
         "kernel": name, "arch": f"sm_{arch}",
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
@@ -126,8 +121,8 @@ def measure(job) -> dict:
 
 def main() -> None:
     jobs = [
-        (name, kernel.fn.__name__, constants, options, dtype, tile, arch)
-        for name, kernel, constants, options, dtype, tile in variants("--quick" in sys.argv) for arch in ARCHITECTURES
+        (name, kernel.fn.__name__, constants, options, dtype, arch)
+        for name, kernel, constants, options, dtype in variants("--quick" in sys.argv) for arch in ARCHITECTURES
     ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(measure, jobs))
@@ -137,9 +132,10 @@ def main() -> None:
     print(f"triton {triton.__version__}\n")
     print(f"{'kernel':52} {'arch':5} {'registers':>9} {'shared':>6} {'spills':>6}  instructions (special) per element")
     for row in rows:
-        each = f"{row['loop'] / row['loop_elements']:.0f} ({row['loop_special'] / row['loop_elements']:.1f})"
+        each = f"{row['loop'] / row['loop_elements']:.0f} ({row['loop_special'] / row['loop_elements']:.1f})" if row[
+            "loop_elements"] else ""
         print(f"{row['kernel']:52} {row['arch']:5} {row['registers']:9} {row['shared']:6} "
-              f"{row['spill_loads'] + row['spill_stores']:6}  {each if row['loop_elements'] > 1 else ''}")
+              f"{row['spill_loads'] + row['spill_stores']:6}  {each}")
 
 
 if __name__ == "__main__":

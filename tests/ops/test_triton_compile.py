@@ -36,9 +36,8 @@ def test_little_shared_memory_is_needed(resources):
     assert max(row["shared"] for row in resources) <= 48 * 1024
 
 
-def test_takes_no_more_exponentials_than_planned(resources):
-    """Two special functions for softplus and one for each state, for each element; docs/gpu-scan.md."""
+def test_takes_no_more_special_functions_than_planned(resources):
+    """Two for softplus and one for each state, for each element; docs/gpu-scan.md."""
     for row in resources:
         if row["kernel"].startswith("walk y, bf16"):
-            n = int(row["kernel"].split("n=")[1])
-            assert row["loop_special"] <= (2 + n) * row["loop_elements"] + 2, row
+            assert row["loop_special"] <= 3 * row["loop_elements"], row

@@ -36,7 +36,7 @@ FORWARD_BLOCK = 64
 BACKWARD_BLOCK = 32
 """Channels of a program: two or one for each lane of its single warp."""
 BACKWARD_TILE = 8
-"""Tokens in registers at a time; the backward pass keeps about three times as many rows alive."""
+"""Tokens in registers at a time; see `forward_tile` for the forward pass."""
 MAX_STATE_SIZE = 16
 RANK_STEP = 16
 """The shortest sum that a matrix instruction takes; the rank is padded to a multiple of it."""
@@ -94,6 +94,15 @@ def _rows(tile, CHANNELS: tl.constexpr, TOKENS: tl.constexpr):
         row0, row2, row4, row6, row8, row10, row12, row14 = _eight_rows(even, CHANNELS)
         row1, row3, row5, row7, row9, row11, row13, row15 = _eight_rows(odd, CHANNELS)
         return row0, row1, row2, row3, row4, row5, row6, row7, row8, row9, row10, row11, row12, row13, row14, row15
+
+
+@triton.jit
+def _opaque(n):
+    """n, hidden from the compiler: it would keep a 64-bit address in registers for each load of a loop over n."""
+    if INTERPRETED:
+        return n
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [n], tl.int32, True, 1)
 
 
 @triton.jit
@@ -214,19 +223,20 @@ def _place(
 @triton.jit
 def _walk(
     x, dt, B, C, W_dt, b_dt, A, paths,
-    starts, y, states, ends, spans,
+    state, y, states, spans,
     b, l, c, g, segments, tiles_per_segment,
     R: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, RANK_STEP: tl.constexpr,
-    STARTED: tl.constexpr, WRITES: tl.constexpr, ADJOINT: tl.constexpr,
+    WRITES: tl.constexpr, ADJOINT: tl.constexpr,
 ):
     """Walk one segment of one path from its start.
 
-    STARTED   begin at starts (b, g, segments, n, c); otherwise at zero
+    state (b, g, segments, n, c) holds the states that the segments start from, and in the end those they reach. The n of
+    them are taken one after the other, tile by tile, so that N costs no registers.
+
     WRITES    "y"       y (g, b, l, c), without the skip
               "states"  the state before every tile: states (b, g, tiles, n, c)
-              "ends"    the state after the segment and its sum of delta2: ends (b, g, segments, n, c), spans (b, g,
-                        segments, c)
+              "ends"    the segment's sum of delta2: spans (b, g, segments, c)
     ADJOINT   walk from the last token to the first with x the gradient of y: the state is what reaches the token
               before, exp(delta_t A) gh_t
     """
@@ -242,18 +252,10 @@ def _walk(
     paths += k * l
     y += (k.to(tl.int64) * b + image) * l * c + channels
     tiles = tl.cdiv(l, TILE)
-    states += direction * tiles * N * c
+    states += direction * tiles * N * c + channels
     place = (direction * segments + segment) * c
+    state += place * N + channels
     bias = tl.load(b_dt + k * c + channels, mask=inside, other=0.0).to(tl.float32)
-
-    rates = ()
-    h = ()
-    for n in tl.static_range(N):
-        rates += (tl.load(A + channels * N + n, mask=inside, other=0.0).to(tl.float32),)
-        if STARTED:
-            h += (tl.load(starts + place * N + n * c + channels, mask=inside, other=0.0),)
-        else:
-            h += (tl.zeros((BLOCK,), tl.float32),)
     span = tl.zeros((BLOCK,), tl.float32)
 
     first = segment * tiles_per_segment
@@ -262,50 +264,48 @@ def _walk(
         tile = last - 1 - step if ADJOINT else first + step
         times = tl.arange(0, TILE)
         times = tile * TILE + (TILE - 1 - times if ADJOINT else times)          # in the order of the walk
-        steps = _rows(
-            _lift(dt, W_dt, bias, paths, times, channels, g, l, c, R, RANK_STEP, PARTS), BLOCK, TILE
-        )
+        steps = _rows(_lift(dt, W_dt, bias, paths, times, channels, g, l, c, R, RANK_STEP, PARTS), BLOCK, TILE)
         tokens = ()
         inputs = ()
+        outputs = ()
         for i in tl.static_range(TILE):
             time = tile * TILE + (TILE - 1 - i if ADJOINT else i)
             token = tl.load(paths + time, mask=time < l, other=0)
             tokens += (token,)
-            inputs += (tl.load(x + token * c, mask=channels < tl.where(time < l, c, 0), other=0.0).to(tl.float32),)
-        if WRITES == "states":
-            for n in tl.static_range(N):
-                tl.store(states + (tile * N + n) * c + channels, h[n], mask=inside)
-        outputs = ()
-        for i in tl.static_range(TILE):
-            time = tile * TILE + (TILE - 1 - i if ADJOINT else i)
-            delta2 = steps[i]
-            span += delta2
-            total = tl.zeros((BLOCK,), tl.float32)
-            walked = ()
-            for n in tl.static_range(N):
-                decay = tl.exp2(delta2 * rates[n])
+            u = tl.load(x + token * c, mask=channels < tl.where(time < l, c, 0), other=0.0).to(tl.float32)
+            inputs += (u if ADJOINT else steps[i] * u,)
+            outputs += (tl.zeros((BLOCK,), tl.float32),)
+            if WRITES == "ends":
+                span += steps[i]
+        for counter in range(N):
+            n = _opaque(counter)
+            rate = tl.load(A + channels * N + n, mask=inside, other=0.0).to(tl.float32)
+            h = tl.load(state + n * c, mask=inside, other=0.0)
+            if WRITES == "states":
+                tl.store(states + (tile * N + n) * c, h, mask=inside)
+            more_outputs = ()
+            for i in tl.static_range(TILE):
+                time = tile * TILE + (TILE - 1 - i if ADJOINT else i)
+                decay = tl.exp2(steps[i] * rate)
                 if ADJOINT:
                     C_t = tl.load(C + (tokens[i] * (g * N) + n), mask=time < l, other=0.0).to(tl.float32)
-                    state = decay * (h[n] + inputs[i] * C_t)
+                    h = decay * (h + inputs[i] * C_t)
                 else:
                     B_t = tl.load(B + (tokens[i] * (g * N) + n), mask=time < l, other=0.0).to(tl.float32)
-                    state = decay * h[n] + (delta2 * inputs[i]) * (B_t * LN_2)
+                    h = decay * h + inputs[i] * (B_t * LN_2)
                 if WRITES == "y":
                     C_t = tl.load(C + (tokens[i] * (g * N) + n), mask=time < l, other=0.0).to(tl.float32)
-                    total += C_t * state
-                walked += (state,)
-            h = walked
-            outputs += (total,)
+                    more_outputs += (outputs[i] + C_t * h,)
+            if WRITES == "y":
+                outputs = more_outputs
+            tl.store(state + n * c, h, mask=inside)
+        tl.debug_barrier()                                                      # state is read again
         if WRITES == "y":
             for t in tl.static_range(TILE):
-                time = tile * TILE + t
-                tl.store(
-                    y + tokens[t] * c, _round(outputs[t], y.dtype.element_ty), mask=channels < tl.where(time < l, c, 0)
-                )
+                width = tl.where(tile * TILE + t < l, c, 0)
+                tl.store(y + tokens[t] * c, _round(outputs[t], y.dtype.element_ty), mask=channels < width)
     if WRITES == "ends":
         tl.store(spans + place + channels, span, mask=inside)
-        for n in tl.static_range(N):
-            tl.store(ends + place * N + n * c + channels, h[n], mask=inside)
 
 
 @triton.jit
@@ -374,7 +374,8 @@ def _walk_back(
             through_inputs += (tl.zeros((BLOCK,), tl.float32),)
             through_decays += (tl.zeros((BLOCK,), tl.float32),)
 
-        for n in range(N):
+        for counter in range(N):
+            n = _opaque(counter)
             rate = tl.load(A + channels * N + n, mask=inside, other=0.0).to(tl.float32)
             h = (tl.load(states + (tile * N + n) * c + channels, mask=inside, other=0.0),)
             decays = ()
@@ -498,8 +499,8 @@ def _on_the_tensors_device(run):
 
 
 def forward_tile(state_size: int) -> int:
-    """Tokens that the forward pass holds in registers at a time, beside the rates and states of its channels."""
-    return 16 if state_size <= 4 else 8
+    """Tokens that the forward pass holds in registers at a time: what fits beside the loop over the states."""
+    return 16 if state_size == 1 else 8
 
 
 def _walk_arguments(x, dt, B, C, W_dt, b_dt, A, paths):
@@ -542,18 +543,20 @@ def _cut(length: int, tile: int, segments: int) -> tuple[int, int]:
     return triton.cdiv(tiles, each), each
 
 
-def _segment_starts(inputs, sizes, options, adjoint: bool) -> Tensor:
+def _starts(inputs, sizes, options, adjoint: bool) -> Tensor:
     """The state (b, g, segments, n, c) that each segment starts from, in the direction of the walk."""
     A = inputs[6]
-    b, _, c, g, segments, _ = sizes
+    b, l, c, g, segments, _ = sizes
+    ends = torch.zeros((b, g, segments, A.shape[2], c), dtype=torch.float32, device=A.device)
+    if segments == 1:
+        return ends
+    starts, spans = torch.empty_like(ends), ends.new_empty((b, g, segments, c))
     blocks = triton.cdiv(c, FORWARD_BLOCK)
-    ends, starts = (A.new_empty((b, g, segments, A.shape[2], c), dtype=torch.float32) for _ in range(2))
-    spans = A.new_empty((b, g, segments, c), dtype=torch.float32)
     _walk[(blocks * b * g * segments,)](
-        *inputs, ends, ends, ends, ends, spans, *sizes, **options, STARTED=False, WRITES="ends", ADJOINT=adjoint,
+        *inputs, ends, ends, ends, spans, *sizes, **options, WRITES="ends", ADJOINT=adjoint,
     )
     _carry[(blocks * b * g,)](
-        A, ends, spans, starts, sizes[1], c, g, segments, N=A.shape[2], BLOCK=FORWARD_BLOCK, ADJOINT=adjoint, num_warps=1,
+        A, ends, spans, starts, l, c, g, segments, N=A.shape[2], BLOCK=FORWARD_BLOCK, ADJOINT=adjoint, num_warps=1,
     )
     return starts
 
@@ -582,17 +585,16 @@ def _sum_of_products(x: Tensor, grad_y: Tensor) -> Tensor:
 @_on_the_tensors_device
 def forward(x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None = None):
     """Same contract as the reference. segments: into how many pieces each path is cut; by default as many as pay."""
-    (b, l, c), (g, _, n) = x.shape, A.shape
-    tile = forward_tile(n)
+    (b, l, c), g = x.shape, A.shape[0]
+    tile = forward_tile(A.shape[2])
     inputs = _walk_arguments(x, dt, B, C, W_dt, b_dt, A, paths)
     x, A = inputs[0], inputs[6]
     segments, each = _cut(l, tile, segments or _choose_segments(x, g, tile))
     sizes, options = (b, l, c, g, segments, each), _options(inputs, FORWARD_BLOCK, tile)
-    starts = _segment_starts(inputs, sizes, options, adjoint=False) if segments > 1 else A
+    state = _starts(inputs, sizes, options, adjoint=False)
     parts = x.new_empty((g, b, l, c))
     _walk[(triton.cdiv(c, FORWARD_BLOCK) * b * g * segments,)](
-        *inputs, starts, parts, parts, parts, parts, *sizes, **options,
-        STARTED=segments > 1, WRITES="y", ADJOINT=False,
+        *inputs, state, parts, state, state, *sizes, **options, WRITES="y", ADJOINT=False,
     )
     return _merge_directions(parts, x, D.float().sum(0))
 
@@ -613,15 +615,11 @@ def backward(grad_y, x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None 
     def empty(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=torch.float32)
 
-    if segments > 1:
-        starts = _segment_starts(inputs, sizes, options, adjoint=False)
-        reaching = _segment_starts((grad_y, *inputs[1:]), sizes, options, adjoint=True)
-    else:
-        starts, reaching = A, empty(b, g, 1, n, c).zero_()
+    state = _starts(inputs, sizes, options, adjoint=False)
+    reaching = _starts((grad_y, *inputs[1:]), sizes, options, adjoint=True)
     states = empty(b, g, tiles, n, c)
     _walk[(triton.cdiv(c, FORWARD_BLOCK) * b * g * segments,)](
-        *inputs, starts, states, states, states, states, *sizes, **options,
-        STARTED=segments > 1, WRITES="states", ADJOINT=False,
+        *inputs, state, states, states, state, *sizes, **options, WRITES="states", ADJOINT=False,
     )
     parts, gs = x.new_empty((g, b, l, c)), x.new_empty((g, b, l, c))
     gB, gC = empty(blocks, b, l, g, n), empty(blocks, b, l, g, n)
