@@ -30,8 +30,11 @@ ARCHITECTURES = (80, 90)
 STAGES = ((640, 20), (1280, 40), (2560, 80))
 """Channels and ranks of LaMamba-XL's scans."""
 STATE_SIZES = (1, 16)
-FLOAT32 = frozenset("b_dt A state starts states ends spans reaching grad_B grad_C grad_b_dt grad_A skip sums".split())
-SIZES = frozenset("b l c g segments tiles_per_segment tokens tokens_per_program".split())
+FLOAT32 = frozenset((
+    "b_dt", "A", "state", "starts", "states", "ends", "spans", "reaching", "grad_B", "grad_C", "grad_b_dt", "grad_A",
+    "skip", "sums",
+))
+SIZES = frozenset(("b", "l", "c", "g", "segments", "tiles_per_segment", "tokens", "tokens_per_program"))
 
 
 def variants(quick: bool):
@@ -106,7 +109,8 @@ def measure(job) -> dict:
         file.flush()
         usage = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", file.name],
                                capture_output=True, text=True, check=True).stdout
-        listing = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run([TOOLS / "nvdisasm", "-c", file.name],
+                                 capture_output=True, text=True, check=True).stdout
     loop = longest_loop(listing)
     per_lane = constants.get("TILE", 0) * constants["BLOCK"] // 32
     return {
