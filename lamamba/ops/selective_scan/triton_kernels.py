@@ -143,7 +143,7 @@ def _log2(value):
 
 @triton.jit
 def _exp(s):
-    """exp(s) to the last digit or two: 2^(s / ln 2) alone would lose as many digits as s / ln 2 has before its point."""
+    """exp(s) to the last digit or two: 2^(s / ln 2) alone would lose as many digits as s / ln 2 has in front."""
     whole = tl.maximum(tl.floor(s * LOG2_E + 0.5), -200.0)
     rest = (s - whole * 0.693359375) + whole * 2.12194440e-4                    # s - whole ln 2, ln 2 in two parts
     return tl.exp2(rest * LOG2_E) * tl.exp2(whole)
@@ -231,8 +231,8 @@ def _walk(
 ):
     """Walk one segment of one path from its start.
 
-    state (b, g, segments, n, c) holds the states that the segments start from, and in the end those they reach. The n of
-    them are taken one after the other, tile by tile, so that N costs no registers.
+    state (b, g, segments, n, c) holds the states that the segments start from, and in the end those they reach. The n
+    of them are taken one after the other, tile by tile, so that N costs no registers.
 
     WRITES    "y"       y (g, b, l, c), without the skip
               "states"  the state before every tile: states (b, g, tiles, n, c)
@@ -322,10 +322,10 @@ def _walk_back(
         gh_t = C_t gy_t + exp(delta_{t+1} A) gh_{t+1}
 
     states (b, g, tiles, n, c) come from `_walk`. reaching (b, g, segments, n, c) holds what reaches each segment's last
-    token from later ones, exp(delta_{t+1} A) gh_{t+1}, and is used up. Written in grid order, for each direction: grad_x
-    (g, b, l, c) without the skip, grad_s (g, b, l, c), and for each block of channels its share of grad_B and grad_C
-    (blocks, b, l, g, n); for each segment its share of grad_b_dt (b, g, segments, c), and grad_A / ln 2 (b, g, segments,
-    n, c), which must come as zeros. The states are taken one after the other, so that N costs no registers.
+    token from later ones, exp(delta_{t+1} A) gh_{t+1}, and is used up. Written in grid order, for each direction:
+    grad_x (g, b, l, c) without the skip, grad_s (g, b, l, c), and for each block of channels its share of grad_B and
+    grad_C (blocks, b, l, g, n); for each segment its share of grad_b_dt (b, g, segments, c), and grad_A / ln 2
+    (b, g, segments, n, c), which must come as zeros.
     """
     channels, k, image, segment = _place(c, g, segments, BLOCK)
     inside = channels < c
@@ -393,19 +393,18 @@ def _walk_back(
 
             gh = tl.load(reaching + n * c, mask=inside, other=0.0)
             rate_sum = tl.load(grad_A + n * c, mask=inside, other=0.0)
-            to_B = ()
+            to_B = ()                                                           # filled from its last token
             more_inputs = ()
             more_decays = ()
-            for i in tl.static_range(TILE):
-                time = tile * TILE + TILE - 1 - i
-                C_t = tl.load(C + (tokens[TILE - 1 - i] * (g * N) + n), mask=time < l, other=0.0).to(tl.float32)
-                gh += grads[TILE - 1 - i] * C_t
-                to_B = (gh * (steps[TILE - 1 - i] * inputs[TILE - 1 - i]),) + to_B
-                more_inputs = (through_inputs[TILE - 1 - i] + gh * maps[TILE - 1 - i],) + more_inputs
-                gh *= decays[TILE - 1 - i]
-                through_decay = gh * h[TILE - 1 - i]
-                more_decays = (through_decays[TILE - 1 - i] + through_decay * rate,) + more_decays
-                rate_sum += through_decay * steps[TILE - 1 - i]
+            for t in tl.static_range(TILE - 1, -1, -1):
+                C_t = tl.load(C + (tokens[t] * (g * N) + n), mask=tile * TILE + t < l, other=0.0).to(tl.float32)
+                gh += grads[t] * C_t
+                to_B = (gh * (steps[t] * inputs[t]),) + to_B  # noqa: RUF005 (Triton knows no stars)
+                more_inputs = (through_inputs[t] + gh * maps[t],) + more_inputs  # noqa: RUF005
+                gh *= decays[t]
+                through_decay = gh * h[t]
+                more_decays = (through_decays[t] + through_decay * rate,) + more_decays  # noqa: RUF005
+                rate_sum += through_decay * steps[t]
             through_inputs = more_inputs
             through_decays = more_decays
             tl.store(reaching + n * c, gh, mask=inside)
@@ -418,8 +417,9 @@ def _walk_back(
             gs = (through_inputs[t] * inputs[t] + through_decays[t]) * _sigmoid(steps[t])
             bias_sum += gs
             gu = through_inputs[t] * (steps[t] * LN_2)
-            tl.store(grad_x + tokens[t] * c, _round(gu, grad_x.dtype.element_ty), mask=channels < tl.where(time < l, c, 0))
-            tl.store(grad_s + tokens[t] * c, _round(gs, grad_s.dtype.element_ty), mask=channels < tl.where(time < l, c, 0))
+            width = tl.where(time < l, c, 0)
+            tl.store(grad_x + tokens[t] * c, _round(gu, grad_x.dtype.element_ty), mask=channels < width)
+            tl.store(grad_s + tokens[t] * c, _round(gs, grad_s.dtype.element_ty), mask=channels < width)
 
     tl.store(grad_b_dt + place + channels, bias_sum, mask=inside)
 
