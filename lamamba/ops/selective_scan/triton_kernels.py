@@ -503,6 +503,11 @@ def forward_tile(state_size: int) -> int:
     return 16 if state_size == 1 else 8
 
 
+def registers(tile: int) -> dict[str, int]:
+    """Leave the compiler all registers where it would rather spill a few than use more than 168."""
+    return {"maxnreg": 255} if tile == 16 else {}
+
+
 def _walk_arguments(x, dt, B, C, W_dt, b_dt, A, paths):
     """What every walk is given: tensors without gaps, W_dt in parts (parts, g, c, r) of dt's type, 32-bit paths."""
     tensors = (x, dt, B, C, _in_parts(W_dt, dt.dtype), b_dt, A, paths.to(torch.int32))
@@ -522,7 +527,7 @@ def _options(inputs, block: int, tile: int) -> dict:
     _, dt, _, _, W_dt, _, A, _ = inputs
     return {
         "R": dt.shape[3], "N": A.shape[2], "PARTS": W_dt.shape[0], "BLOCK": block, "TILE": tile,
-        "RANK_STEP": RANK_STEP, "num_warps": 1,
+        "RANK_STEP": RANK_STEP, "num_warps": 1, **registers(tile),
     }
 
 
