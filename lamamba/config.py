@@ -104,7 +104,7 @@ class UNetConfig:
     objective: Objective = "noise"
     """What the output means: noise and variance (DDPM, the paper), or the velocity of a straight flow."""
     removed_blocks: tuple[str, ...] = ()
-    """Blocks or branches left out, by name: "encoder.0.1", "decoder.3.0.attention", "bottleneck" (with its residual)."""
+    """Blocks or branches left out by name: "encoder.0.1", "decoder.3.0.attention", "bottleneck" (with its residual)."""
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:

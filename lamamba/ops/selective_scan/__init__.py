@@ -129,7 +129,9 @@ def scan_operations(x_shape, A_shape) -> int:
 
 
 @register_flop_formula(torch.ops.lamamba.selective_scan)
-def _flops(x_shape, dt_shape, B_shape, C_shape, W_dt_shape, b_dt_shape, A_shape, *rest, out_shape=None, **kwargs) -> int:
+def _flops(
+    x_shape, dt_shape, B_shape, C_shape, W_dt_shape, b_dt_shape, A_shape, *rest, out_shape=None, **kwargs,
+) -> int:
     return 2 * projection_multiply_adds(x_shape, W_dt_shape) + scan_operations(x_shape, A_shape)
 
 
