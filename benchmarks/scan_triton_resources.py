@@ -44,19 +44,17 @@ def variants(quick: bool):
         for channels, rank in stages if dtype == "bf16" else stages[:1]:
             for n in STATE_SIZES:
                 common = {"R": rank, "N": n, "PARTS": parts, "RANK_STEP": kernels.RANK_STEP, "g": 4}
-                long = {**common, "BLOCK": kernels.FORWARD_BLOCK, "TILE": kernels.forward_tile(n), "ADJOINT": False}
-                short = {**long, "TILE": kernels.BACKWARD_TILE}
-                back = {**common, "BLOCK": kernels.BACKWARD_BLOCK, "TILE": kernels.BACKWARD_TILE}
+                long = {**common, "BLOCK": kernels.FORWARD_BLOCK, "TILE": kernels.TILE, "ADJOINT": False}
+                back = {**common, "BLOCK": kernels.BACKWARD_BLOCK, "TILE": kernels.TILE}
                 back["EXACT"] = dtype == "fp32"
-                free = kernels.registers(long["TILE"])
                 label = f"{dtype} c={channels} r={rank} n={n}"
-                yield f"walk y, {label}", kernels._walk, {**long, "WRITES": "y", "segments": 1}, free, dtype
-                yield f"walk states, {label}", kernels._walk, {**short, "WRITES": "states", "segments": 1}, {}, dtype
+                yield f"walk y, {label}", kernels._walk, {**long, "WRITES": "y", "segments": 1}, {}, dtype
+                yield f"walk states, {label}", kernels._walk, {**long, "WRITES": "states", "segments": 1}, {}, dtype
                 yield f"walk back, {label}", kernels._walk_back, {**back, "segments": 1}, {"num_stages": 1}, dtype
                 if rank == 20 and dtype == "bf16":
-                    yield f"segments: walk y, {label}", kernels._walk, {**long, "WRITES": "y"}, free, dtype
-                    yield f"segments: ends, {label}", kernels._walk, {**long, "WRITES": "ends"}, free, dtype
-                    ends_back = {**short, "WRITES": "ends", "ADJOINT": True}
+                    yield f"segments: walk y, {label}", kernels._walk, {**long, "WRITES": "y"}, {}, dtype
+                    yield f"segments: ends, {label}", kernels._walk, {**long, "WRITES": "ends"}, {}, dtype
+                    ends_back = {**long, "WRITES": "ends", "ADJOINT": True}
                     yield f"segments: ends of walking back, {label}", kernels._walk, ends_back, {}, dtype
                     carry = {"N": n, "BLOCK": kernels.FORWARD_BLOCK, "ADJOINT": False, "g": 4}
                     yield f"segments: carry, {label}", kernels._carry, carry, {}, dtype

@@ -35,8 +35,8 @@ from torch import Tensor
 FORWARD_BLOCK = 64
 BACKWARD_BLOCK = 32
 """Channels of a program: two or one for each lane of its single warp."""
-BACKWARD_TILE = 8
-"""Tokens in registers at a time; see `forward_tile` for the forward pass."""
+TILE = 8
+"""Tokens in registers at a time; with 16 a few of the kernels spill."""
 MAX_STATE_SIZE = 16
 RANK_STEP = 16
 """The shortest sum that a matrix instruction takes; the rank is padded to a multiple of it."""
@@ -77,23 +77,12 @@ def _four_rows(tile, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _eight_rows(tile, CHANNELS: tl.constexpr):
+def _rows(tile, CHANNELS: tl.constexpr):
+    """The 8 columns of a (channels, 8) tile one by one; without a shuffle, once tokens lie inside a lane."""
     even, odd = _halves(tile, CHANNELS, 8)
     row0, row2, row4, row6 = _four_rows(even, CHANNELS)
     row1, row3, row5, row7 = _four_rows(odd, CHANNELS)
     return row0, row1, row2, row3, row4, row5, row6, row7
-
-
-@triton.jit
-def _rows(tile, CHANNELS: tl.constexpr, TOKENS: tl.constexpr):
-    """The columns of a (channels, tokens) tile one by one; without a shuffle, once tokens lie inside a lane."""
-    if TOKENS == 8:
-        return _eight_rows(tile, CHANNELS)
-    else:
-        even, odd = _halves(tile, CHANNELS, 16)
-        row0, row2, row4, row6, row8, row10, row12, row14 = _eight_rows(even, CHANNELS)
-        row1, row3, row5, row7, row9, row11, row13, row15 = _eight_rows(odd, CHANNELS)
-        return row0, row1, row2, row3, row4, row5, row6, row7, row8, row9, row10, row11, row12, row13, row14, row15
 
 
 @triton.jit
@@ -264,7 +253,7 @@ def _walk(
         tile = last - 1 - step if ADJOINT else first + step
         times = tl.arange(0, TILE)
         times = tile * TILE + (TILE - 1 - times if ADJOINT else times)          # in the order of the walk
-        steps = _rows(_lift(dt, W_dt, bias, paths, times, channels, g, l, c, R, RANK_STEP, PARTS), BLOCK, TILE)
+        steps = _rows(_lift(dt, W_dt, bias, paths, times, channels, g, l, c, R, RANK_STEP, PARTS), BLOCK)
         tokens = ()
         inputs = ()
         outputs = ()
@@ -359,7 +348,7 @@ def _walk_back(
         tile = last - 1 - step
         times = tile * TILE + tl.arange(0, TILE)
         tile_tokens = tl.load(paths + times, mask=times < l, other=0)
-        steps = _rows(_lift(dt, W_dt, bias, paths, times, channels, g, l, c, R, RANK_STEP, PARTS), BLOCK, TILE)
+        steps = _rows(_lift(dt, W_dt, bias, paths, times, channels, g, l, c, R, RANK_STEP, PARTS), BLOCK)
         tokens = ()
         inputs = ()
         grads = ()
@@ -498,16 +487,6 @@ def _on_the_tensors_device(run):
     return run_there
 
 
-def forward_tile(state_size: int) -> int:
-    """Tokens that the forward pass holds in registers at a time: what fits beside the loop over the states."""
-    return 16 if state_size == 1 else 8
-
-
-def registers(tile: int) -> dict[str, int]:
-    """Leave the compiler all registers where it would rather spill a few than use more than 168."""
-    return {"maxnreg": 255} if tile == 16 else {}
-
-
 def _walk_arguments(x, dt, B, C, W_dt, b_dt, A, paths):
     """What every walk is given: tensors without gaps, W_dt in parts (parts, g, c, r) of dt's type, 32-bit paths."""
     tensors = (x, dt, B, C, _in_parts(W_dt, dt.dtype), b_dt, A, paths.to(torch.int32))
@@ -527,7 +506,7 @@ def _options(inputs, block: int, tile: int) -> dict:
     _, dt, _, _, W_dt, _, A, _ = inputs
     return {
         "R": dt.shape[3], "N": A.shape[2], "PARTS": W_dt.shape[0], "BLOCK": block, "TILE": tile,
-        "RANK_STEP": RANK_STEP, "num_warps": 1, **registers(tile),
+        "RANK_STEP": RANK_STEP, "num_warps": 1,
     }
 
 
@@ -591,7 +570,7 @@ def _sum_of_products(x: Tensor, grad_y: Tensor) -> Tensor:
 def forward(x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None = None):
     """Same contract as the reference. segments: into how many pieces each path is cut; by default as many as pay."""
     (b, l, c), g = x.shape, A.shape[0]
-    tile = forward_tile(A.shape[2])
+    tile = TILE
     inputs = _walk_arguments(x, dt, B, C, W_dt, b_dt, A, paths)
     x, A = inputs[0], inputs[6]
     segments, each = _cut(l, tile, segments or _choose_segments(x, g, tile))
@@ -609,7 +588,7 @@ def backward(grad_y, x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None 
     """Same contract as the reference. segments: as in `forward`."""
     dtypes = [tensor.dtype for tensor in (x, dt, B, C, W_dt, b_dt, A, D)]
     (b, l, c), (g, _, n) = x.shape, A.shape
-    tile = BACKWARD_TILE
+    tile = TILE
     blocks, tiles = triton.cdiv(c, BACKWARD_BLOCK), triton.cdiv(l, tile)
     inputs = _walk_arguments(x, dt, B, C, W_dt, b_dt, A, paths)
     x, dt, _, _, _, _, A, _ = inputs
