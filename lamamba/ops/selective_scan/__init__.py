@@ -24,6 +24,7 @@ from lamamba.ops.dispatch import Backend, Op
 OP = Op(
     "selective_scan",
     (
+        Backend("triton", "lamamba.ops.selective_scan.triton_kernels"),
         Backend("cpu", "lamamba.ops.selective_scan.cpu"),
         Backend("torch", "lamamba.ops.selective_scan.blocked"),
         Backend("reference", "lamamba.ops.selective_scan.reference"),

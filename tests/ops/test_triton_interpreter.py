@@ -1,0 +1,184 @@
+"""The Triton scan, run by Triton's interpreter on the CPU: what the kernels compute, without a GPU.
+
+The interpreter is chosen when a kernel is decorated, so these tests run in a process of their own:
+TRITON_INTERPRET=1 pytest tests/ops/test_triton_interpreter.py shows them one by one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_everything_under_the_interpreter")
+
+if INTERPRETED:
+    from lamamba.ops.scan_paths import scan_paths
+    from lamamba.ops.selective_scan import reference, selective_scan, triton_kernels
+
+GRADIENTS = ("x", "dt", "B", "C", "W_dt", "b_dt", "A", "D")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_everything_under_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", __file__], env=environment, capture_output=True, text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory is NaN, so that whatever a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_inputs(b, height, width, c, n, r, dtype=torch.float32, weights=None, scan="continuous"):
+    """Inputs at the scale of a fresh network: delta log-uniform in [0.001, 0.1], A about -1..-n."""
+    random = torch.Generator().manual_seed(b + 10 * height + 100 * width + c + n + r)
+    l, g = height * width, 4
+
+    def normal(*shape):
+        return torch.randn(shape, generator=random)
+
+    delta = torch.exp(torch.rand((g, c), generator=random) * 4.6 - 6.9)
+    b_dt = delta + torch.log(-torch.expm1(-delta))
+    A = -torch.arange(1, n + 1) * (0.5 + torch.rand((g, c, n), generator=random))
+    tokens = [normal(b, l, c), normal(b, l, g, r), normal(b, l, g, n), normal(b, l, g, n)]
+    parameters = [(2 * torch.rand((g, c, r), generator=random) - 1) / r**0.5, b_dt, A, normal(g, c)]
+    tensors = [t.to(dtype) for t in tokens] + [t.to(weights or dtype) for t in parameters]
+    return [*tensors, scan_paths(height, width, scan)], normal(b, l, c).to(dtype)
+
+
+def run_all(backend, inputs, grad_y, **kwargs):
+    return [backend.forward(*inputs, **kwargs), *backend.backward(grad_y, *inputs, **kwargs)]
+
+
+def relative_error(value, exact):
+    norm = exact.norm()
+    return ((value.double() - exact).norm() / norm).item() if norm > 0 else value.double().norm().item()
+
+
+def check_against_float64(inputs, grad_y, **kwargs):
+    """Every result at most twice as wrong as the plain recurrence in PyTorch in the same dtype.
+
+    A gradient of a few numbers may be luckily exact there; two units in float32's last place are never held against us.
+    """
+    results = run_all(triton_kernels, inputs, grad_y, **kwargs)
+    dtype = inputs[0].dtype
+    plain = run_all(reference, [t.to(dtype) if t.is_floating_point() else t for t in inputs], grad_y)
+    exact = run_all(reference, [t.double() if t.is_floating_point() else t for t in inputs], grad_y.double())
+    for name, ours, theirs, truth, like in zip(
+        ("y", *GRADIENTS), results, plain, exact, [inputs[0], *inputs[:-1]], strict=True
+    ):
+        assert ours.shape == like.shape, name
+        assert ours.dtype == like.dtype, name
+        allowed = 2 * max(relative_error(theirs, truth), 2 * torch.finfo(torch.float32).eps)
+        assert relative_error(ours, truth) <= allowed, name
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("b", "height", "width", "c", "n", "r", "scan"),
+    [
+        (1, 1, 1, 1, 1, 1, "continuous"),                                       # one token, one channel
+        (2, 3, 5, 48, 1, 5, "continuous"),                                      # odd length, several images
+        (1, 1, 13, 100, 2, 20, "continuous"),                                   # prime length, two blocks of channels
+        (1, 7, 3, 20, 3, 3, "cross"),
+        (1, 5, 4, 33, 4, 17, "continuous"),
+        (1, 3, 3, 6, 8, 2, "continuous"),
+        (1, 2, 5, 5, 16, 4, "cross"),
+    ],
+)
+def test_float32_matches_float64(b, height, width, c, n, r, scan):
+    check_against_float64(*make_inputs(b, height, width, c, n, r, scan=scan))
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("dtype", "n"), [(torch.bfloat16, 1), (torch.bfloat16, 3), (torch.float16, 1)])
+def test_16_bits_match_float64(dtype, n):
+    check_against_float64(*make_inputs(1, 3, 5, 20, n, 20, dtype=dtype))
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+def test_16_bit_tokens_with_float32_parameters_lose_nothing_of_the_parameters():
+    inputs, grad_y = make_inputs(1, 3, 5, 20, 2, 5, dtype=torch.bfloat16, weights=torch.float32)
+    check_against_float64(inputs, grad_y)
+    exact = run_all(reference, [t.double() if t.is_floating_point() else t for t in inputs], grad_y.double())
+    gradients = dict(zip(("y", *GRADIENTS), run_all(triton_kernels, inputs, grad_y), strict=True))
+    for name, truth in zip(("y", *GRADIENTS), exact, strict=True):
+        if name in ("b_dt", "A", "D"):
+            assert relative_error(gradients[name], truth) < 2e-6, name
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("segments", [2, 5])
+def test_a_path_may_be_cut_into_segments(segments):
+    check_against_float64(*make_inputs(1, 5, 7, 20, 2, 5), segments=segments)
+
+
+@interpreted
+def test_reads_inputs_with_gaps():
+    inputs, grad_y = make_inputs(1, 3, 3, 20, 1, 5)
+    gapped = [t.repeat_interleave(2, -1)[..., ::2] if t.is_floating_point() else t for t in inputs]
+    assert not gapped[0].is_contiguous()
+    expected = run_all(triton_kernels, inputs, grad_y)
+    for ours, theirs in zip(run_all(triton_kernels, gapped, grad_y.mT.contiguous().mT), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@interpreted
+def test_two_runs_give_the_same_bits():
+    inputs, grad_y = make_inputs(1, 3, 3, 40, 1, 5)
+    for first, second in zip(*(run_all(triton_kernels, inputs, grad_y) for _ in range(2)), strict=True):
+        assert torch.equal(first, second)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["x", "dt", "B", "C", "W_dt", "b_dt", "A", "D"])
+def test_nan_and_infinity_stay_visible(value, place):
+    inputs, _ = make_inputs(1, 3, 3, 5, 1, 3)
+    broken = inputs[GRADIENTS.index(place)]
+    broken[(0,) * broken.dim()] = value
+    y, expected = triton_kernels.forward(*inputs), reference.forward(*inputs)
+    assert torch.equal(torch.isfinite(y), torch.isfinite(expected))
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_large_time_step_forgets_and_a_tiny_one_keeps():
+    inputs, grad_y = make_inputs(1, 3, 3, 5, 2, 3)
+    inputs[5][:, 0], inputs[5][:, 1], inputs[5][:, 2] = 300.0, -60.0, -1000.0
+    check_against_float64(inputs, grad_y)
+
+
+@interpreted
+def test_is_the_named_back_end_of_the_op():
+    inputs, grad_y = make_inputs(1, 2, 3, 5, 1, 3)
+    inputs[0].requires_grad_()
+    y = selective_scan(*inputs, backend="triton")
+    y.backward(grad_y)
+    torch.testing.assert_close(inputs[0].grad, reference.backward(grad_y, *(t.detach() for t in inputs))[0])
+
+
+@interpreted
+def test_refuses_what_it_cannot_run():
+    x = torch.zeros(1, 2, 3)
+    assert triton_kernels.refusal(x, 16) is None
+    assert "at most 16" in triton_kernels.refusal(x, 17)
+    assert "not float64" in triton_kernels.refusal(x.double(), 1)
