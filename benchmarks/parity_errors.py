@@ -12,12 +12,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from lamamba import load_official  # noqa: E402
-from lamamba.diffusion.guidance import guided  # noqa: E402
-from lamamba.models.official import official_name  # noqa: E402
-from lamamba.ops import use_backend  # noqa: E402
-from lamamba.ops.selective_scan import OP  # noqa: E402
-from tests.networks import FILES, load_case, relative_error  # noqa: E402
+from lamamba import load_official
+from lamamba.diffusion.guidance import guided
+from lamamba.models.official import official_name
+from lamamba.ops import use_backend
+from lamamba.ops.selective_scan import OP
+from tests.networks import FILES, load_case, relative_error
 
 
 def errors(name: str) -> tuple[float, float, float | None]:
@@ -44,7 +44,7 @@ def main() -> None:
     print("| file | back end | outputs | gradients | guidance |\n|---|---|---|---|---|")
     for name in FILES:
         for backend in OP.backends:
-            if reason := backend.refusal(torch.zeros(1), 1):
+            if reason := backend.refusal("cpu", torch.float32, 1):
                 print(f"({backend.name}: {reason})", file=sys.stderr)
                 continue
             with use_backend(backend.name):

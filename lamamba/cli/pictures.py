@@ -26,8 +26,9 @@ def grid_picture(images: np.ndarray, columns: int, row_names: Sequence[str] = ()
     canvas = np.full((*shape, 3), BACKGROUND, dtype=np.uint8)
     for k, image in enumerate(images):
         top, left = GAP + k // columns * (height + GAP), margin + GAP + k % columns * (width + GAP)
-        cell = Image.fromarray(image if channels == 3 else image[..., 0]).resize((width, height), Image.Resampling.BICUBIC)
-        canvas[top : top + height, left : left + width] = np.asarray(cell).reshape(height, width, -1)
+        cell = Image.fromarray(image if channels == 3 else image[..., 0])
+        enlarged = np.asarray(cell.resize((width, height), Image.Resampling.BICUBIC))
+        canvas[top : top + height, left : left + width] = enlarged.reshape(height, width, -1)
     picture = Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)
     for row, name in enumerate(row_names):

@@ -13,7 +13,8 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,30 +27,43 @@ logger = logging.getLogger("lamamba.ops")
 ENVIRONMENT_VARIABLE = "LAMAMBA_BACKEND"
 
 _forced: list[str] = []
-_logged: set[tuple[str, str, str]] = set()
 
 
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op, as a module that may not be importable here.
 
-    The module has `forward`, `backward` and `refusal(x, state_size)`, which returns why it cannot take such inputs,
-    or None. Only a missing module (ModuleNotFoundError) lets the automatic choice pass a back end over.
+    The module has `forward`, `backward` and `refusal(device_type, dtype, state_size)`, which returns why it cannot take
+    such inputs, or None. Only a missing module (ModuleNotFoundError) lets the automatic choice pass a back end over.
     """
 
     name: str
     module: str
 
     def load(self) -> Any:
-        return importlib.import_module(self.module)
+        """The module.
 
-    def refusal(self, x: Tensor, state_size: int) -> str | None:
+        Raises:
+            ModuleNotFoundError: when a module that it needs is not installed.
+        """
+        module, missing = _import_once(self.module)
+        if missing:
+            raise ModuleNotFoundError(missing)
+        return module
+
+    def refusal(self, device_type: str, dtype: torch.dtype, state_size: int) -> str | None:
         """Why this back end cannot run such inputs here; None when it can."""
-        try:
-            module = self.load()
-        except ModuleNotFoundError as error:
-            return f"{error.name} is not installed"
-        return module.refusal(x, state_size)
+        module, missing = _import_once(self.module)
+        return missing or module.refusal(device_type, dtype, state_size)
+
+
+@cache
+def _import_once(module: str) -> tuple[Any, str | None]:
+    """A module, or what it misses. Remembered: Python searches for a missing module anew at every import."""
+    try:
+        return importlib.import_module(module), None
+    except ModuleNotFoundError as error:
+        return None, f"{error.name} is not installed"
 
 
 @dataclass(frozen=True)
@@ -58,10 +72,6 @@ class Op:
 
     name: str
     backends: tuple[Backend, ...]
-    _by_name: dict[str, Backend] = field(init=False, repr=False, compare=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._by_name.update({backend.name: backend for backend in self.backends})
 
     def get(self, name: str) -> Backend:
         """The back end of this name.
@@ -69,12 +79,15 @@ class Op:
         Raises:
             ValueError: for an unknown name; the nearest known one is named.
         """
-        if name not in self._by_name:
-            raise unknown_name("back end", name, [*self._by_name, "auto"])
-        return self._by_name[name]
+        for backend in self.backends:
+            if backend.name == name:
+                return backend
+        raise unknown_name("back end", name, [*(backend.name for backend in self.backends), "auto"])
 
     def choose(self, x: Tensor, state_size: int, requested: str | None = None) -> str:
         """The name of the back end that will run these inputs.
+
+        Under torch.compile the choice is made while compiling.
 
         Raises:
             ValueError: when the requested name is unknown.
@@ -85,29 +98,30 @@ class Op:
             requested, source = _forced[-1], "context manager"
         if requested is None and (value := os.environ.get(ENVIRONMENT_VARIABLE)):
             requested, source = value, f"environment variable {ENVIRONMENT_VARIABLE}"
-        if requested is not None and requested != "auto":
-            if x.device.type != "meta" and (reason := self.get(requested).refusal(x, state_size)):
-                raise RuntimeError(f"{self.name}: back end {requested!r} ({source}) cannot run here: {reason}")
-            return self.get(requested).name
-        return self._choose_automatically(x, state_size)
-
-    def _choose_automatically(self, x: Tensor, state_size: int) -> str:
-        passed_over: list[str] = []
-        for backend in self.backends:
-            reason = backend.refusal(x, state_size)
-            if reason is None:
-                _log_once(self.name, backend.name, str(x.device.type), passed_over)
-                return backend.name
-            passed_over.append(f"{backend.name}: {reason}")
-        raise RuntimeError(f"{self.name}: no back end can run here ({'; '.join(passed_over)})")
+        return _choose(self, x.device.type, x.dtype, state_size, requested, source)
 
 
-def _log_once(op: str, backend: str, device: str, passed_over: list[str]) -> None:
-    if torch.compiler.is_compiling() or (op, backend, device) in _logged:
-        return
-    _logged.add((op, backend, device))
+@torch.compiler.assume_constant_result
+def _choose(op: Op, device_type: str, dtype: torch.dtype, state_size: int, requested: str | None, source: str) -> str:
+    if requested is not None and requested != "auto":
+        backend = op.get(requested)
+        if device_type != "meta" and (reason := backend.refusal(device_type, dtype, state_size)):
+            raise RuntimeError(f"{op.name}: back end {requested!r} ({source}) cannot run here: {reason}")
+        return backend.name
+    passed_over: list[str] = []
+    for backend in op.backends:
+        reason = backend.refusal(device_type, dtype, state_size)
+        if reason is None:
+            _log_once(op.name, backend.name, device_type, tuple(passed_over))
+            return backend.name
+        passed_over.append(f"{backend.name}: {reason}")
+    raise RuntimeError(f"{op.name}: no back end can run here ({'; '.join(passed_over)})")
+
+
+@cache
+def _log_once(op: str, backend: str, device_type: str, passed_over: tuple[str, ...]) -> None:
     reason = "; ".join(passed_over) or "the fastest one"
-    logger.info("%s on %s uses back end %r (%s)", op, device, backend, reason)
+    logger.info("%s on %s uses back end %r (%s)", op, device_type, backend, reason)
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def train(
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     options = config.optimizer
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
+        model.parameters(), lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay, fused=True
     )
     state = TrainState(model, ema, optimizer)
     if run.restore(state):

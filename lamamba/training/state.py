@@ -149,8 +149,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     for full, value in tensors.items():
         key, name = full.split("/", 1)
         parameter = parameters[name]
-        device = "cpu" if key == "step" else parameter.device
-        optimizer.state[parameter][key] = value.to(device)
+        optimizer.state[parameter][key] = value.to(parameter.device)            # a fused AdamW counts steps there, too
 
 
 class RunFolder:

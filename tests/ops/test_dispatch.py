@@ -18,7 +18,7 @@ CPU_NAMES = ["torch", "reference"]
 @pytest.fixture(autouse=True)
 def _no_choice_in_force(monkeypatch):
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(dispatch, "_logged", set())
+    dispatch._log_once.cache_clear()
 
 
 def test_argument_goes_before_context_before_environment(monkeypatch):
@@ -80,3 +80,25 @@ def test_the_operator_runs_on_the_meta_device_and_counts_its_operations():
         y = selective_scan(**inputs)
     assert y.shape == (2, 15, 7)
     assert counter.get_total_flops() == 2 * (2 * 15 * 4 * 7 * 3) + 2 * 15 * 4 * 7 * (9 * 4 + 1)
+
+
+@pytest.mark.parametrize("name", ["cpu", "torch", "reference"])
+def test_compiles_into_one_graph_and_obeys_the_choice_in_force(name):
+    if reason := OP.get(name).refusal("cpu", torch.float32, 1):
+        pytest.skip(reason)
+    inputs = make_inputs()
+    graphs = []
+
+    def compiler(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(lambda **named: selective_scan(**named), fullgraph=True, backend=compiler)
+    with use_backend(name):
+        torch.testing.assert_close(compiled(**inputs), selective_scan(**inputs))
+    assert len(graphs) == 1
+    assert name in [argument for node in graphs[0].graph.nodes for argument in node.args]
+    with use_backend("reference"):
+        compiled(**inputs)                                                      # compiled anew for another choice
+    assert "reference" in [argument for node in graphs[-1].graph.nodes for argument in node.args]

@@ -47,7 +47,7 @@ def backend(request, monkeypatch):
             native.load()
         except RuntimeError as error:
             pytest.skip(str(error))
-    if reason := OP.get(name).refusal(torch.zeros(1), 1):
+    if reason := OP.get(name).refusal("cpu", torch.float32, 1):
         pytest.skip(reason)
     yield name
     monkeypatch.undo()

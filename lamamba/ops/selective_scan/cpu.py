@@ -30,11 +30,11 @@ class _Scan(ctypes.Structure):
     )
 
 
-def refusal(x: Tensor, state_size: int) -> str | None:
-    if x.device.type != "cpu":
-        return f"it runs on CPUs and the tensors are on {x.device.type}"
-    if x.dtype not in _DTYPES:
-        return f"it computes in float32 and x is {x.dtype}; the back end 'torch' takes every precision"
+def refusal(device_type: str, dtype: torch.dtype, state_size: int) -> str | None:
+    if device_type != "cpu":
+        return f"it runs on CPUs and the tensors are on {device_type}"
+    if dtype not in _DTYPES:
+        return f"it computes in float32 and x is {dtype}; the back end 'torch' takes every precision"
     if native.load() is None:
         return f"lamamba was installed without its compiled CPU kernels; {native.HOW_TO_BUILD}"
     return None
@@ -67,13 +67,14 @@ class _Call:
             W_dt.data_ptr(), b_dt.data_ptr(), A.data_ptr(), D.data_ptr(), self.paths.data_ptr(),
         )
 
-    def run(self, function, *, backward: bool) -> None:
+    def run(self, name: str, *, backward: bool) -> None:
         library = native.load()
+        assert library is not None                                              # refusal() saw to it
         library.lamamba_selective_scan_workspace.restype = c_int64
         scan = ctypes.byref(self.scan)
         workspace = torch.empty(library.lamamba_selective_scan_workspace(scan, backward))
         self.scan.workspace = workspace.data_ptr()
-        if function(scan):
+        if getattr(library, name)(scan):
             raise ValueError(f"paths name tokens outside 0 .. {self.scan.l - 1}")
 
 
@@ -84,7 +85,7 @@ def forward(x, dt, B, C, W_dt, b_dt, A, D, paths):
     call = _Call(x, dt, B, C, W_dt, b_dt, A, D, paths)
     y = torch.empty(x.shape, dtype=call.x.dtype)
     call.scan.y = y.data_ptr()
-    call.run(native.load().lamamba_selective_scan_forward, backward=False)
+    call.run("lamamba_selective_scan_forward", backward=False)
     return y.to(x.dtype)
 
 
@@ -100,5 +101,5 @@ def backward(grad_y, x, dt, B, C, W_dt, b_dt, A, D, paths):
     call.scan.gy, (call.scan.gy_b, call.scan.gy_l, _) = gy.data_ptr(), gy.stride()
     for name, grad in zip(("gx", "gdt", "gB", "gC", "gW_dt", "gb_dt", "gA", "gD"), grads, strict=True):
         setattr(call.scan, name, grad.data_ptr())
-    call.run(native.load().lamamba_selective_scan_backward, backward=True)
+    call.run("lamamba_selective_scan_backward", backward=True)
     return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, inputs, strict=True))

@@ -50,13 +50,13 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-def refusal(x: Tensor, state_size: int) -> str | None:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"it takes float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+def refusal(device_type: str, dtype: torch.dtype, state_size: int) -> str | None:
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it takes float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if state_size > MAX_STATE_SIZE:
         return f"it holds at most {MAX_STATE_SIZE} states in registers, not {state_size}"
-    if x.device.type != "cuda" and not triton.knobs.runtime.interpret:
-        return f"it needs a CUDA device (x is on {x.device.type}), or TRITON_INTERPRET=1"
+    if device_type != "cuda" and not triton.knobs.runtime.interpret:
+        return f"it needs a CUDA device (x is on {device_type}), or TRITON_INTERPRET=1"
     return None
 
 
