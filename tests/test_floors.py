@@ -15,7 +15,7 @@ FLOORS = [
     {"ops"},
     {"models", "diffusion", "data"},
     {"training", "generation", "evaluation", "benchmark"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -1,0 +1,57 @@
+"""What the README shows can be typed as it stands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_the_library_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("python")
+    names: dict = {}
+    exec(example, names)
+    assert names["output"].shape == (2, 8, 32, 32)
+    assert names["model"]._run_grid == (32, 48)
+
+
+COMMANDS = [
+    line.split("#")[0].strip() for block in blocks("") for line in block.splitlines() if line.startswith("lamamba ")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_every_command_exists(command, monkeypatch):
+    """The words after the verb are parsed by the verb's own parser, up to the point where work would begin."""
+    import importlib
+
+    from lamamba.cli import arguments
+
+    class Parsed(Exception):
+        pass
+
+    verb, *words = shlex.split(command)[1:]
+    module = importlib.import_module(f"lamamba.cli.{verb}")
+
+    def parse_and_stop(*given, **named):
+        arguments.parse(*given, **named)
+        raise Parsed
+
+    monkeypatch.setattr(module, "parse", parse_and_stop)
+    with pytest.raises(Parsed):
+        module.main(words)
+
+
+def test_files_it_names_exist():
+    for path in re.findall(r"(?:lamamba|docs|tests|benchmarks)/[\w./-]+\w", README):
+        assert (ROOT / path).exists(), path
