@@ -15,8 +15,9 @@ help:
 demo: $(VENV)/.digits
 	$(BIN)/lamamba demo --out demo $(ARGS)
 
+# One thread for each of pytest's processes: threads that wait for each other on shared cores wait long.
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -15,7 +15,8 @@ FLOORS = [
     {"ops"},
     {"models", "diffusion", "data"},
     {"training", "generation", "evaluation", "benchmark"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
