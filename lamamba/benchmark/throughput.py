@@ -34,6 +34,8 @@ MALLOC = {
 }
 """glibc keeps what it was given instead of returning it: fresh pages are dear, above all on virtual machines."""
 WARM_UP_PASSES = 2
+"""After the first one; a single one where that took longer than SLOW_PASS seconds."""
+SLOW_PASS = 5
 MIN_PASSES = 3
 SHORTEST_TURN = 0.1
 """Seconds that a network runs for before it is the other's turn; quick networks make several passes in a turn."""
@@ -145,7 +147,7 @@ def build(case: Case) -> nn.Module:
     model.to(device)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1 and not parameter.any():                     # adaLN-Zero would pass the input through
+            if parameter.dim() > 1 and not parameter.any():                     # or adaLN-Zero passes x through
                 parameter.normal_(std=0.02)
     return model
 
@@ -166,7 +168,7 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, rows: int):
         super().__init__()
         self.bias = linear.bias.detach() if linear.bias is not None else None
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to_mkldnn(), rows)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -234,7 +236,7 @@ class Runner:
     def warm_up(self) -> None:
         """Wait until the network is built, then let it run until it runs evenly."""
         self.facts |= self._receive()
-        self._send({"passes": WARM_UP_PASSES})
+        self._send({"passes": 1 if self.facts["first_pass_seconds"] > SLOW_PASS else WARM_UP_PASSES})
         warm = min(self._receive()["ms"])
         self.passes = max(1, math.ceil(1000 * SHORTEST_TURN / warm))
 
@@ -285,8 +287,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Time networks in turns: one row for each case.
 
-    Networks that fit into memory together stay there and take turns pass by pass; others are loaded one after the other,
-    twice over, so that a machine that grows slower is slow for all.
+    Networks that fit into memory together stay there and take turns pass by pass; others are loaded one after the
+    other, twice over, so that a machine that grows slower is slow for all.
 
     Args:
         seconds: how long each network runs, warm-up aside; at least MIN_PASSES passes all the same.

@@ -4,8 +4,8 @@
     -> {"passes": 3}                             <- {"ms": [...]}              milliseconds of each pass
     -> (end of file)                             <- {"peak_memory_bytes": ...} before it ends
 
-A process for each network makes its peak memory its own, lets the runner start it with settings that the C library reads
-only at the start, and lets two networks take turns that do not fit into memory together.
+A process for each network makes its peak memory its own, lets the runner start it with settings that the C library
+reads only at the start, and lets networks take turns that do not fit into memory together.
 """
 
 from __future__ import annotations
