@@ -233,9 +233,12 @@ class Runner:
         killed = "; probably out of memory" if status == -9 else ""
         return f"its process ended with status {status}{killed}{': ' + lines[-1] if lines else ''}"
 
-    def warm_up(self) -> None:
-        """Wait until the network is built, then let it run until it runs evenly."""
+    def wait_until_built(self) -> None:
+        """Until it has run once; raises RuntimeError with the reason where it cannot."""
         self.facts |= self._receive()
+
+    def warm_up(self) -> None:
+        """Let it run until it runs evenly, and find how many passes fill a turn."""
         self._send({"passes": 1 if self.facts["first_pass_seconds"] > SLOW_PASS else WARM_UP_PASSES})
         warm = min(self._receive()["ms"])
         self.passes = max(1, math.ceil(1000 * SHORTEST_TURN / warm))
@@ -312,11 +315,13 @@ def _take_turns(cases: Sequence[Case], seconds: float, on_progress: Callable[[st
     with contextlib.ExitStack() as stack:
         runners = []
         for case in cases:
-            on_progress(f"{case.model} {case.image_size} px: building and warming up")
-            runner = Runner(case)
-            stack.callback(runner.close)
+            runners.append(Runner(case))                                        # they are built side by side
+            stack.callback(runners[-1].close)
+        for runner in runners:
+            on_progress(f"{runner.case.model} {runner.case.image_size} px: building and warming up")
+            runner.wait_until_built()
+        for runner in runners:
             runner.warm_up()
-            runners.append(runner)
         began, turns = time.perf_counter(), 0
         least = math.ceil(MIN_PASSES / min(runner.passes for runner in runners))
         while turns < least or time.perf_counter() - began < seconds:

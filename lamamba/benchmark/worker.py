@@ -1,6 +1,6 @@
 """One network in a process of its own, timed on demand: python -m lamamba.benchmark.worker, spoken to in lines of JSON.
 
-    -> the case, as throughput.Case              <- {"ready": true, ...}       built, warmed up, and what it found
+    -> the case, as throughput.Case              <- {"ready": true, ...}       built, run once, and what it found
     -> {"passes": 3}                             <- {"ms": [...]}              milliseconds of each pass
     -> (end of file)                             <- {"peak_memory_bytes": ...} before it ends
 

@@ -128,13 +128,13 @@ def _missing(devices: dict[str, str], compilers: dict[str, str | None]) -> list[
         missing.append("triton is not installed: GPUs run the slow back end 'torch'; pip install triton")
     if compilers["C"] is None:
         missing.append(
-            f"no C compiler ({', '.join(COMPILERS)}, or the variable CC): Triton needs one once, at its first start on a "
-            f"GPU{'' if has_gpu else ' (there is none here)'}"
+            f"no C compiler ({', '.join(COMPILERS)}, or the variable CC): Triton needs one once, at its first start "
+            f"on a GPU{'' if has_gpu else ' (there is none here)'}"
         )
     if compilers["C++"] is None:
         missing.append(
-            f"no C++ compiler ({', '.join(CXX_COMPILERS)}, or the variable CXX): torch.compile on the CPU needs one always; "
-            f"everything else runs without"
+            f"no C++ compiler ({', '.join(CXX_COMPILERS)}, or the variable CXX): torch.compile on the CPU needs one "
+            f"always; everything else runs without"
         )
     kernels = _cpu_kernels()
     if kernels["instruction_set"] is None:

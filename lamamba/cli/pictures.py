@@ -109,12 +109,15 @@ def cost_curves(rows: list[dict[str, Any]], multiply_adds: dict[str, list[tuple[
 
 
 def _power_lines(axes: Any, tokens: list[float]) -> None:
-    """Thin lines that grow as the tokens and as their square, from the lowest first point."""
+    """Thin lines that grow as the tokens (below the lowest last point) and as their square (above the highest)."""
     if len(tokens) < 2:
         return
-    lowest = min(line.get_ydata()[0] for line in axes.lines) / 2
-    for power, name in ((1, "linear"), (2, "quadratic")):
-        axes.plot(
-            [tokens[0], tokens[-1]], [lowest, lowest * (tokens[-1] / tokens[0]) ** power], ":", color="grey",
-            linewidth=1, label=f"{name} (slope {power})",
+    heights, limits = [line.get_ydata()[-1] for line in axes.lines], axes.get_ylim()
+    for power, last, name in ((1, min(heights) / 1.6, "linear"), (2, max(heights) * 1.6, "quadratic")):
+        first = last * (tokens[0] / tokens[-1]) ** power
+        axes.plot([tokens[0], tokens[-1]], [first, last], ":", color="grey", linewidth=1)
+        axes.annotate(
+            name, (tokens[-1], last), (0, -20 if power == 1 else 4), textcoords="offset points", color="grey",
+            ha="right",
         )
+    axes.set_ylim(limits[0] / 2, limits[1] * 2)
