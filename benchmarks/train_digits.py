@@ -1,7 +1,8 @@
-"""Train the digits recipe for a while and keep its loss, to compare devices and precisions.
+r"""Train the digits recipe for a while and keep its loss, to compare devices and precisions.
 
     python benchmarks/train_digits.py --device cpu --json benchmarks/results/digits-cpu.json
-    python benchmarks/train_digits.py --device cuda --dtype bfloat16 --seconds 120 --against benchmarks/results/digits-cpu.json
+    python benchmarks/train_digits.py --device cuda --dtype bfloat16 --seconds 120 \
+        --against benchmarks/results/digits-cpu.json
 
 Every random number of a sample follows from the seed and the sample's place in the run, so that two runs see the same
 noise, times and labels at every step, whatever the device: their losses may be compared step by step. bfloat16 is
@@ -11,6 +12,7 @@ autocast over float32 weights.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -53,11 +55,8 @@ def losses_of_a_run(device: str, dtype: str, steps: int | None, seconds: float) 
 
     # around the whole loop, so it must not keep the weights that it has rounded
     mixed = torch.autocast(device.split(":")[0], getattr(torch, dtype), enabled=dtype != "float32", cache_enabled=False)
-    with tempfile.TemporaryDirectory() as folder, mixed:
-        try:
-            train(config, Digits(config.data.image_size), Path(folder) / "run", [watch])
-        except Enough:
-            pass
+    with tempfile.TemporaryDirectory() as folder, mixed, contextlib.suppress(Enough):
+        train(config, Digits(config.data.image_size), Path(folder) / "run", [watch])
     return losses, time.perf_counter() - began
 
 
