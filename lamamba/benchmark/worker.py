@@ -56,8 +56,7 @@ def _serve(requests: TextIO, replies: TextIO) -> None:
     if not torch.isfinite(first).all() or not first.any():
         raise RuntimeError(f"{case.model} gave an output that is not finite, or all zero")
     _reply(
-        replies, ready=True, first_pass_seconds=seconds, weights_bytes=weights_bytes, packed=case.packs_weights,
-        parameters=sum(parameter.numel() for parameter in model.parameters()) or case.parameters,
+        replies, ready=True, first_pass_seconds=seconds, weights_bytes=weights_bytes, packed=case.packs_weights
     )
     for line in requests:
         times = []

@@ -141,7 +141,8 @@ def _plan(chosen: BenchArguments) -> list[list[Case]]:
             parse_model(name, size, chosen.state_size)
     if chosen.state_size > 1:
         models = [name if "-n" in name else f"{name}-n{chosen.state_size}" for name in models]
-    device = str(pick_device(chosen.device))
+    picked = pick_device(chosen.device)
+    device = "cpu" if picked.type == "cpu" else str(picked)
     return [
         [
             Case(name, size, batch, chosen.dtype, device, chosen.mode, chosen.compile, chosen.threads, chosen.pack)
