@@ -14,6 +14,8 @@ VERBS = {
     "train": "train a network from a recipe (or resume: run the same command again)",
     "sample": "make pictures with a trained network",
     "info": "parameters, multiply-adds and memory of a network, without allocating it",
+    "bench": "LaMamba beside DiT: images per second, memory, multiply-adds",
+    "doctor": "what runs here and why: versions, back ends, compilers, a quick check of each",
     "convert": "official checkpoints to our format and back",
 }
 
@@ -28,6 +30,7 @@ a first walk:
   lamamba train digits --out runs/digits               the same training by itself; --dry-run shows the plan
   lamamba sample runs/digits --classes 3,7 --out grid.png
   lamamba info xl --image-size 512                     what the paper's largest network costs
+  lamamba doctor                                       which back end this machine will use, and what is missing
 
 environment:
   LAMAMBA_BACKEND     back end of the scan (torch, reference); by default the fastest that runs here

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from lamamba.config import LATENT_SCALE
 
 CELL_PIXELS = 48
 """Small images are enlarged (bicubic, which eyes read far better than blocks) until a cell is about this wide."""
@@ -65,3 +68,56 @@ def loss_curve(metrics: Path, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def cost_curves(rows: list[dict[str, Any]], multiply_adds: dict[str, list[tuple[int, int]]], path: Path) -> None:
+    """Draw what `lamamba bench` measured: time and multiply-adds of an image against its tokens, both axes logarithmic.
+
+    The tokens are LaMamba's, one for each latent pixel; a transformer with patch 2 has a quarter as many.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def tokens(image_size: int) -> float:
+        return (image_size / LATENT_SCALE) ** 2
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6))
+    for model, points in multiply_adds.items():
+        color, style = ("#b4641f", "s--") if model.startswith("dit") else ("#1f6fb4", "o-")
+        mine = sorted((row["image_size"], row["ms"] / row["batch"]) for row in rows if row["model"] == model)
+        left.plot([tokens(size) for size, _ in mine], [ms for _, ms in mine], style, color=color, label=model)
+        right.plot([tokens(size) for size, _ in points], [n / 1e9 for _, n in points], style, color=color, label=model)
+    left.set(title=f"time of an image ({rows[0]['mode']}, {rows[0]['dtype']}, {rows[0]['device']})", ylabel="ms")
+    right.set(title="multiply-adds of an image", ylabel="G multiply-adds")
+    timed = sorted({row["image_size"] for row in rows})
+    drawn = sorted({size for points in multiply_adds.values() for size, _ in points})
+    for axes, sizes in ((left, timed), (right, drawn)):
+        axes.set(xscale="log", yscale="log", xlabel="tokens (image side)")
+        axes.set_xticks([tokens(size) for size in sizes], [f"{tokens(size):,.0f}\n{size} px" for size in sizes])
+        axes.minorticks_off()
+        _power_lines(axes, [tokens(size) for size in sizes])
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.tight_layout()
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.replace(path)
+    plt.close(figure)
+
+
+def _power_lines(axes: Any, tokens: list[float]) -> None:
+    """Thin lines that grow as the tokens (below the lowest last point) and as their square (above the highest)."""
+    if len(tokens) < 2:
+        return
+    heights, limits = [line.get_ydata()[-1] for line in axes.lines], axes.get_ylim()
+    for power, last, name in ((1, min(heights) / 1.6, "linear"), (2, max(heights) * 1.6, "quadratic")):
+        first = last * (tokens[0] / tokens[-1]) ** power
+        axes.plot([tokens[0], tokens[-1]], [first, last], ":", color="grey", linewidth=1)
+        axes.annotate(
+            name, (tokens[-1], last), (0, -20 if power == 1 else 4), textcoords="offset points", color="grey",
+            ha="right",
+        )
+    axes.set_ylim(limits[0] / 2, limits[1] * 2)

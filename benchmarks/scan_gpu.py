@@ -1,0 +1,119 @@
+"""Milliseconds of the Triton scan on this GPU beside the least that its bytes and its exponentials take.
+
+    python benchmarks/scan_gpu.py [--quick] [--json FILE]
+
+bfloat16 tokens, float32 parameters, at the stages of LaMamba-XL: 256 pixels and batch 64, 512 and 16, 1024 and 4. The
+counts behind the floors are those of docs/gpu-scan.md, the rates an H200's unless options say otherwise; the rate of
+copying is measured, too. "of floor" is the floor's share of the time: 80 % is the aim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from lamamba.ops import scan_paths
+
+IMAGES_AND_SIDES = ((64, 32), (16, 64), (4, 128))
+STAGES = ((1, 640, 20), (2, 1280, 40), (4, 2560, 80))
+"""How much smaller the stage's grid is, its channels and its rank."""
+STATE_SIZES = (1, 16)
+NUM_PATHS = 4
+
+
+def make_inputs(b: int, side: int, c: int, r: int, n: int) -> list[torch.Tensor]:
+    l, g, device = side * side, NUM_PATHS, torch.device("cuda")
+    random = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random, device=device)
+
+    delta = torch.exp(torch.rand((g, c), generator=random, device=device) * 4.6 - 6.9)
+    tokens = [normal(b, l, c), normal(b, l, g, r), normal(b, l, g, n), normal(b, l, g, n)]
+    A = -torch.arange(1.0, n + 1, device=device).expand(g, c, n).contiguous()
+    parameters = [normal(g, c, r) * r**-0.5, torch.log(torch.expm1(delta)), A, torch.ones(g, c, device=device)]
+    return [*(tensor.bfloat16() for tensor in tokens), *parameters, scan_paths(side, side, device=device)]
+
+
+def milliseconds(function: Callable[[], object], repeats: int) -> float:
+    """The median of single calls, after some that are not counted."""
+    for _ in range(3):
+        function()
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for before, after in marks:
+        before.record()
+        function()
+        after.record()
+    torch.cuda.synchronize()
+    return statistics.median(before.elapsed_time(after) for before, after in marks)
+
+
+def floors(b: int, l: int, c: int, r: int, n: int, what: str, rates: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds that the bytes and the special functions take by themselves (docs/gpu-scan.md)."""
+    numbers = b * l * c
+    moved, special = {
+        "forward": (22 + 8 * (r + 2 * n) / c, 2 + n),
+        "backward": (54 + 6 * n, 5 + 2 * n),
+    }[what]
+    return {
+        "bytes_ms": 1000 * numbers * moved / (rates.terabytes * 1e12),
+        "special_ms": 1000 * NUM_PATHS * numbers * special / (rates.tera_special * 1e12),
+    }
+
+
+def copying_rate() -> float:
+    """TB/s of copying 2 GiB, reading and writing counted."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / milliseconds(lambda: target.copy_(source), 10) / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the first stages only")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--terabytes", type=float, default=4.3, help="copying, TB/s")
+    parser.add_argument("--tera-special", type=float, default=3.7, help="special functions, 10^12 a second")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device here: nothing to time")
+
+    from lamamba.ops.selective_scan import triton_kernels as kernels
+
+    rate = copying_rate()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copying {rate:.2f} TB/s, "
+          f"floors for {options.terabytes} TB/s and {options.tera_special} T special functions a second")
+    print(f"{'b':>3} {'l':>6} {'c':>5} {'n':>3}  {'':8} {'ms':>8} {'bytes':>8} {'special':>8} {'of floor':>9}")
+    rows = []
+    for b, full in IMAGES_AND_SIDES:
+        for scale, c, r in STAGES[: 1 if options.quick else None]:
+            for n in STATE_SIZES:
+                side = full // scale
+                inputs = make_inputs(b, side, c, r, n)
+                grad_y = torch.randn_like(inputs[0])
+                calls = {"forward": lambda x=inputs: kernels.forward(*x),
+                         "backward": lambda x=inputs, gy=grad_y: kernels.backward(gy, *x)}
+                for what, call in calls.items():
+                    ms = milliseconds(call, options.repeats)
+                    floor = floors(b, side * side, c, r, n, what, options)
+                    share = max(floor.values()) / ms
+                    rows.append({"b": b, "l": side * side, "c": c, "r": r, "n": n, "pass": what, "ms": ms, **floor,
+                                 "share_of_floor": share})
+                    print(f"{b:3} {side * side:6} {c:5} {n:3}  {what:8} {ms:8.3f} {floor['bytes_ms']:8.3f} "
+                          f"{floor['special_ms']:8.3f} {share:9.0%}", flush=True)
+    if options.json:
+        result = {"device": torch.cuda.get_device_name(), "copying_terabytes": rate, "rows": rows}
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

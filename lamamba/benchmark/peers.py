@@ -1,0 +1,117 @@
+"""The transformers that LaMamba is measured against: DiT-S/2 to XL/2, with diffusers' blocks and DiT's parameter count.
+
+diffusers' DiTTransformer2DModel gives each of its blocks an embedder of timestep and label of its own (749.8 M
+parameters for XL/2) and asks each of them anew; the paper's DiT has one (675 M), asked once. `DiT` here is that one.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.embeddings import PatchEmbed
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lamamba.config import LATENT_SCALE, unknown_name
+
+IN_CHANNELS, OUT_CHANNELS, PATCH_SIZE, NUM_CLASSES = 4, 8, 2, 1000
+
+
+@dataclass(frozen=True)
+class DiTSize:
+    """Table 1 of the DiT paper (arXiv 2212.09748)."""
+
+    width: int
+    depth: int
+    num_heads: int
+
+
+PEERS = {
+    "dit-s-2": DiTSize(384, 12, 6),
+    "dit-b-2": DiTSize(768, 12, 12),
+    "dit-l-2": DiTSize(1024, 24, 16),
+    "dit-xl-2": DiTSize(1152, 28, 16),
+}
+
+
+class _Given(nn.Module):
+    """Stands where diffusers' blocks have an embedder: the "timestep" they are handed is the embedding already."""
+
+    def forward(self, timestep: Tensor, class_labels: Tensor | None, hidden_dtype: torch.dtype | None = None) -> Tensor:
+        return timestep
+
+
+class DiT(nn.Module):
+    """DiT with patch 2 and one shared embedder. (b, 4, h, w), (b,), (b,) -> (b, 8, h, w), called as LaMambaUNet is.
+
+    Labels run from 0 to NUM_CLASSES, which means "no class"; the network itself drops none.
+    """
+
+    def __init__(self, size: DiTSize, grid: int):
+        super().__init__()
+        self.transformer = DiTTransformer2DModel(
+            num_attention_heads=size.num_heads, attention_head_dim=size.width // size.num_heads,
+            in_channels=IN_CHANNELS, out_channels=OUT_CHANNELS, num_layers=size.depth, sample_size=grid,
+            patch_size=PATCH_SIZE, num_embeds_ada_norm=NUM_CLASSES,
+        )
+        norms = [block.norm1 for block in self.transformer.transformer_blocks]
+        self.embedding = norms[0].emb
+        self.embedding.class_embedder.dropout_prob = 0.0
+        for norm in norms:
+            norm.emb = _Given()
+
+    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        c = self.embedding(timestep, class_labels, hidden_dtype=x.dtype)                            # (b, width)
+        return self.transformer(x, timestep=c, class_labels=None, return_dict=False)[0]
+
+
+def find_peer(name: str) -> DiTSize:
+    """The size of this name.
+
+    Raises:
+        ValueError: for an unknown name; the nearest is named.
+    """
+    if name not in PEERS:
+        raise unknown_name("peer", name, PEERS)
+    return PEERS[name]
+
+
+def build_peer(name: str, image_size: int, device: torch.device, dtype: torch.dtype) -> DiT:
+    """A peer with random weights, none of which is zero but biases; made in place, so that nothing else uses memory."""
+    size, grid = find_peer(name), image_size // LATENT_SCALE
+    with torch.device("meta"):
+        model = DiT(size, grid)
+    model.to(dtype).to_empty(device=device)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            module.reset_parameters()
+    embed = PatchEmbed(grid, grid, PATCH_SIZE, IN_CHANNELS, size.width)
+    model.transformer.pos_embed.pos_embed.copy_(embed.pos_embed)
+    return model
+
+
+@functools.cache
+def peer_multiply_adds(name: str, image_size: int) -> int:
+    """Multiply-adds of one image in one forward pass (the papers' "GFLOPs"), from a run on the meta device."""
+    grid = image_size // LATENT_SCALE
+    with torch.device("meta"):
+        model = DiT(find_peer(name), grid)
+        inputs = torch.empty(1, IN_CHANNELS, grid, grid), torch.empty(1), torch.empty(1, dtype=torch.int64)
+    with torch.no_grad(), FlopCounterMode(display=False) as operations:
+        model.to("meta")(*inputs)
+    return operations.get_total_flops() // 2
+
+
+def peer_activation_bytes(name: str, image_size: int) -> int:
+    """Roughly what training keeps of one image for its backward pass, in float32: 23 widths for each token and block.
+
+    The input and the two normalised, modulated copies of it, q, k and v, the attention's result, two gated branches,
+    and the hidden layer of 4 widths before and after its activation, with what modulating and gating keep.
+    """
+    size = find_peer(name)
+    tokens = (image_size // LATENT_SCALE // PATCH_SIZE) ** 2
+    return functools.reduce(operator.mul, (4, 23, size.width, size.depth, tokens))

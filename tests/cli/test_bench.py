@@ -1,0 +1,74 @@
+"""lamamba bench: a table, a file of fixed form, a picture; mistakes in one line before anything is built."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from lamamba.cli.bench import table
+from lamamba.cli.main import main
+
+
+def test_the_file_holds_rows_ratios_and_environment(capsys, tmp_path):
+    files = [tmp_path / name for name in ("b.json", "b.md", "b.png")]
+    status = main([
+        "bench", "--models", "s", "--peers", "dit-s-2", "--image-sizes", "32", "--batch", "1", "--device", "cpu",
+        "--seconds", "0", "--dtype", "bfloat16", "--threads", "1",
+        "--json", str(files[0]), "--markdown", str(files[1]), "--plot", str(files[2]),
+    ])
+    out = capsys.readouterr().out
+    assert status == 0
+    result = json.loads(files[0].read_text())
+    assert result.keys() == {"version", "rows", "ratios", "environment"}
+    wanted = {"model", "image_size", "batch", "dtype", "device", "mode", "ms", "images_per_second",
+              "peak_memory_bytes", "multiply_adds"}
+    assert all(wanted <= row.keys() for row in result["rows"])
+    assert [row["model"] for row in result["rows"]] == ["s", "dit-s-2"]
+    (ratio,) = result["ratios"]
+    assert {"model", "peer", "image_size", "batch", "dtype", "mode", "ratio"} <= ratio.keys()
+    assert {"device", "versions", "commit", "date", "settings"} <= result["environment"].keys()
+    assert result["environment"]["settings"]["threads"] == 1
+    for text in (out, files[1].read_text()):
+        assert f"{ratio['ratio']:.2f} |" in text
+        assert "MALLOC_" in text or result["environment"]["settings"]["malloc"] is None
+    assert Image.open(files[2]).size[0] > 800
+
+
+def test_the_table():
+    row = {"image_size": 256, "batch": 8, "dtype": "float32", "device": "cpu", "mode": "forward", "ms": 4000.0,
+           "ms_quartiles": [3990.0, 4010.0], "images_per_second": 2.0, "peak_memory_bytes": 2**30,
+           "multiply_adds": 45.55e9}
+    ours, theirs = {**row, "model": "xl"}, {**row, "model": "dit-xl-2", "peak_memory_bytes": None}
+    same = {key: row[key] for key in ("image_size", "batch", "mode")}
+    ratio = {**same, "model": "xl", "peer": "dit-xl-2", "ratio": 2.04}
+    heading, rule, first, second = table([ours, theirs], [ratio]).splitlines()
+    assert len({len(line) for line in (heading, rule, first, second)}) == 1
+    assert [cell.strip() for cell in first.split("|")[1:-1]] == [
+        "xl", "256", "8", "2", "4000.0", "3990.0 - 4010.0", "1024", "45.55", "2.04",
+    ]
+    assert " - |" in second
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--models", "xxl"], "did you mean 'xl'?"),
+    (["--peers", "dit-xl2"], "did you mean 'dit-xl-2'?"),
+    (["--models", "xl-16"], "model 'xl-16' is unknown"),
+    (["--image-sizes", "256,100"], "the nearest is 96"),
+    (["--image-sizes", "256;512"], "not a list of whole numbers"),
+    (["--image-sizes", "256,512", "--batch", "8,1,1"], "give one, or one for each"),
+    (["--batch", "0"], "at least 1"),
+    (["--dtype", "bfloat"], "did you mean 'bfloat16'?"),
+    (["--device", "cuda:9"], "device 'cuda:9' cannot be used here"),
+    (["--mode", "backward"], "--mode"),
+    (["--state-size", "0"], "--state-size 0 must be at least 1"),
+    (["--json", "nowhere/b.json"], "does not exist"),
+])
+def test_mistakes_are_answered_in_one_line(capsys, monkeypatch, tmp_path, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    status = main(["bench", *arguments])
+    err = capsys.readouterr().err
+    assert (status, len(err.strip().splitlines())) == (2, 1), err
+    assert said in err
+    assert not list(tmp_path.iterdir())

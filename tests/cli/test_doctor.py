@@ -1,0 +1,96 @@
+"""lamamba doctor: says what runs and why, and fails when a back end is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lamamba.cli.main import main
+from lamamba.ops.selective_scan import blocked
+
+
+@pytest.fixture
+def doctor(capsys):
+    def call(*arguments):
+        try:
+            status = main(["doctor", *arguments])
+        except SystemExit as end:
+            status = end.code
+        printed = capsys.readouterr()
+        return status, printed.out
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch):
+    for name in ("LAMAMBA_BACKEND", "LAMAMBA_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_healthy_machine(doctor):
+    status, out = doctor()
+    assert status == 0
+    assert out.endswith("all is well\n")
+    for words in ("selective_scan on cpu, float32", "selective_scan on cpu, bfloat16", "C++ compiler", "right:"):
+        assert words in out
+
+
+def test_json(doctor):
+    status, out = doctor("--json")
+    found = json.loads(out)
+    assert (status, found["healthy"]) == (0, True)
+    assert {"torch", "reference"} <= {check["backend"] for check in found["checks"] if check["passed"]}
+    assert sum(check["seconds"] for check in found["checks"] if check["device"] == "cpu") < 5
+    first = found["ops"][0]
+    assert first["refusals"][first["backend"]] is None
+    assert first["reason"] == "the fastest that can run here"
+
+
+def test_a_forced_back_end_is_said(doctor, monkeypatch):
+    monkeypatch.setenv("LAMAMBA_BACKEND", "reference")
+    status, out = doctor()
+    assert status == 0
+    assert "reference (LAMAMBA_BACKEND=reference asks for it; by itself it would be" in out
+
+
+@pytest.mark.parametrize(("variable", "value", "said"), [
+    ("LAMAMBA_BACKEND", "pytorch", "did you mean"),
+    ("LAMAMBA_BACKEND", "triton", "cannot run here"),
+])
+def test_a_choice_that_cannot_be_obeyed_is_unhealthy(doctor, monkeypatch, variable, value, said):
+    import torch
+
+    if value == "triton" and torch.cuda.is_available():
+        pytest.skip("it can run here")
+    monkeypatch.setenv(variable, value)
+    status, out = doctor()
+    assert status == 1
+    assert said in out
+
+
+@pytest.mark.parametrize("wrong", ["a little", "not a number", "raises"])
+def test_a_wrong_back_end_is_found(doctor, monkeypatch, wrong):
+    right = blocked.forward
+
+    def forward(*inputs):
+        if wrong == "raises":
+            raise IndexError("out of registers")
+        y = right(*inputs)
+        y[0, 0, 0] += 0.01 if wrong == "a little" else float("nan")
+        return y
+
+    monkeypatch.setattr(blocked, "forward", forward)
+    status, out = doctor()
+    assert status == 1
+    assert "WRONG" in out
+    assert "out of registers" in out or wrong != "raises"
+
+
+def test_missing_compilers_are_named(doctor, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    status, out = doctor()
+    assert status == 0
+    assert "no C compiler" in out
+    assert "torch.compile on the CPU needs one always" in out
