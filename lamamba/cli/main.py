@@ -33,28 +33,30 @@ a first walk:
   lamamba doctor                                       which back end this machine will use, and what is missing
 
 environment:
-  LAMAMBA_BACKEND     back end of the scan (torch, reference); by default the fastest that runs here
+  LAMAMBA_BACKEND     back end of the scan (triton, cpu, torch, reference); by default the fastest that runs here
   LAMAMBA_TRACEBACK   set to 1 to see where an error came from
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP)
-        return 0
-    if arguments[0] in ("-V", "--version"):
-        print(f"lamamba {__version__}")
-        return 0
-    verb, *rest = arguments
+    """Run one command; the exit status is 0, 2 for what the user can mend, 130 for Ctrl-C, 141 for a closed pipe."""
+    verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        if verb not in VERBS:
+        if verb in ("-h", "--help", "help"):
+            print(HELP)
+        elif verb in ("-V", "--version"):
+            print(f"lamamba {__version__}")
+        elif verb in VERBS:
+            importlib.import_module(f"lamamba.cli.{verb}").main(rest)
+        else:
             raise unknown_name("verb", verb, VERBS)
-        importlib.import_module(f"lamamba.cli.{verb}").main(rest)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:                                                     # as in: lamamba info xl | head -3
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         if os.environ.get("LAMAMBA_TRACEBACK") == "1":
             raise

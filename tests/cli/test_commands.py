@@ -69,6 +69,14 @@ def test_help_answers_at_once():
     assert min(times) < 2                                                       # half a second where nothing else runs
 
 
+def test_a_reader_that_stops_early_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m lamamba --help | head -1", shell=True, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("lamamba")
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_teaches(lamamba, verb):
     status, out, _ = lamamba(verb, "--help")
