@@ -340,7 +340,8 @@ def _row(case: Case, times: Sequence[float], facts: dict[str, Any], together: bo
     peak, stays = facts["peak_memory_bytes"], facts["weights_bytes"]
     return {
         "model": case.model, "image_size": case.image_size, "batch": case.batch, "dtype": case.dtype,
-        "device": case.device, "mode": case.mode, "ms": ms, "ms_quartiles": [low, high], "passes": len(times),
+        "device": case.device, "mode": case.mode, "ms": ms, "ms_quartiles": [low, high], "ms_fastest": min(times),
+        "passes": len(times),
         "images_per_second": 1000 * case.batch / ms, "peak_memory_bytes": peak,
         "activation_bytes_per_image": (peak - stays) / case.batch if peak is not None else None,
         "multiply_adds": case.multiply_adds, "parameters": case.parameters, "tokens": case.tokens,
