@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
 REQUIRED = os.environ.get("LAMAMBA_REQUIRE_KERNELS") == "1"
-SOURCES = ["lamamba/csrc/selective_scan.cpp"]
+SOURCES = ["lamamba/csrc/layers.cpp", "lamamba/csrc/selective_scan.cpp"]
 HEADERS = ["lamamba/csrc/parallel.h", "lamamba/csrc/vec.h"]
 
 # Instruction set: floats in a vector, flags for GCC and Clang, flags for MSVC.

@@ -13,14 +13,14 @@
 #include <omp.h>
 #endif
 
-namespace {
-
 struct OpenMP {
     void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
     int (*thread)() = nullptr;
     int (*threads)() = nullptr;
 };
-OpenMP openmp;
+inline OpenMP openmp;                                           // one for all sources of the library
+
+namespace {
 
 template <class Work>
 struct Shares {

@@ -15,12 +15,6 @@
 #include "parallel.h"
 #include "vec.h"
 
-#if defined(_WIN32)
-#define LAMAMBA_EXPORT extern "C" __declspec(dllexport)
-#else
-#define LAMAMBA_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
 // Mirrored by _Scan in lamamba/ops/selective_scan/cpu.py. Strides count elements; the last dimension has stride 1.
 struct Scan {
     int64_t b, l, c, g, r, n;

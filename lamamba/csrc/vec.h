@@ -27,6 +27,12 @@
 #define LAMAMBA_INLINE static inline __attribute__((always_inline))
 #endif
 
+#if defined(_WIN32)
+#define LAMAMBA_EXPORT extern "C" __declspec(dllexport)
+#else
+#define LAMAMBA_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
 namespace {
 
 constexpr int LANES = LAMAMBA_LANES;
@@ -267,6 +273,89 @@ LAMAMBA_INLINE uint16_t to_bfloat16(float value) {
     std::memcpy(&wide, &value, sizeof wide);
     uint32_t rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
     return uint16_t((wide & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// One vector from and to memory that may lie anywhere, as float32 or (uint16_t) bfloat16. Of the lanes from `count` on,
+// none is touched in memory; they read as 0. What is cut off goes through an array, so that vectors stay in registers.
+template <class To, class From>
+LAMAMBA_INLINE To copy(const From* from) {
+    To to;
+    std::memcpy(&to, from, sizeof to);
+    return to;
+}
+#if defined(__AVX512F__) && defined(LAMAMBA_VECTOR_TYPES)
+template <class To>
+LAMAMBA_INLINE To copy_some(const float* from, int64_t count) {
+    return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
+}
+template <class To>
+LAMAMBA_INLINE To copy_some(const uint16_t* from, int64_t count) {
+    return To(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), from));
+}
+LAMAMBA_INLINE void copy_some_to(float* to, Vec a, int64_t count) {
+    _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), a);
+}
+template <class From>
+LAMAMBA_INLINE void copy_some_to(uint16_t* to, From a, int64_t count) {
+    _mm256_mask_storeu_epi16(to, __mmask16((1u << count) - 1), __m256i(a));
+}
+#else
+template <class To, class From>
+LAMAMBA_INLINE To copy_some(const From* from, int64_t count) {
+    From lanes[LANES] = {};
+    std::memcpy(lanes, from, size_t(count) * sizeof(From));
+    return copy<To>(lanes);
+}
+template <class From, class To>
+LAMAMBA_INLINE void copy_some_to(To* to, From a, int64_t count) {
+    To lanes[LANES];
+    std::memcpy(lanes, &a, sizeof lanes);
+    std::memcpy(to, lanes, size_t(count) * sizeof(To));
+}
+#endif
+LAMAMBA_INLINE Vec read(const float* from, int64_t count = LANES) {
+    return count >= LANES ? copy<Vec>(from) : copy_some<Vec>(from, count);
+}
+LAMAMBA_INLINE void write(float* to, Vec a, int64_t count = LANES) {
+    if (count >= LANES) std::memcpy(to, &a, sizeof a);
+    else copy_some_to(to, a, count);
+}
+
+#ifdef LAMAMBA_VECTOR_TYPES
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES), may_alias));
+LAMAMBA_INLINE Vec widen(Halves a) { return floats(__builtin_convertvector(a, Bits) << 16); }
+LAMAMBA_INLINE Halves narrow(Vec a) {
+    const Bits wide = bits(a), rounded = ((wide + 0x7fff + ((wide >> 16) & 1)) >> 16) & 0xffff;
+    return __builtin_convertvector((wide & 0x7fffffff) > 0x7f800000 ? Bits{} + 0x7fc0 : rounded, Halves);
+}
+#else
+struct Halves { uint16_t lane[LANES]; };
+LAMAMBA_INLINE Vec widen(Halves a) {
+    Vec b;
+    for (int i = 0; i < LANES; ++i) b.lane[i] = from_bfloat16(a.lane[i]);
+    return b;
+}
+LAMAMBA_INLINE Halves narrow(Vec a) {
+    Halves b;
+    for (int i = 0; i < LANES; ++i) b.lane[i] = to_bfloat16(a.lane[i]);
+    return b;
+}
+#endif
+
+LAMAMBA_INLINE Vec read(const uint16_t* from, int64_t count = LANES) {
+    return widen(count >= LANES ? copy<Halves>(from) : copy_some<Halves>(from, count));
+}
+LAMAMBA_INLINE void write(uint16_t* to, Vec a, int64_t count = LANES) {
+    const Halves b = narrow(a);
+    if (count >= LANES) std::memcpy(to, &b, sizeof b);
+    else copy_some_to(to, b, count);
+}
+
+LAMAMBA_INLINE float sum(Vec a) {
+    float lanes[LANES], result = 0.0f;
+    std::memcpy(lanes, &a, sizeof lanes);
+    for (int i = 0; i < LANES; ++i) result += lanes[i];
+    return result;
 }
 
 }  // namespace

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamamba.config import Grid
 from lamamba.models.geometry import Geometry
+from lamamba.ops.layers import window_attention
 
 
 class WindowAttention(nn.Module):
@@ -23,35 +23,32 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.bias_table = nn.Parameter(torch.empty((2 * window[0] - 1) * (2 * window[1] - 1), num_heads))
         self.out_proj = nn.Linear(width, width)
+        self._kept: tuple[Grid, Tensor, Tensor] | None = None
 
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.bias_table, std=0.02)
 
     def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
-        b, h, w, c = x.shape
-        (wh, ww), (H, W) = geometry.window, geometry.padded
-        shift = geometry.shift if self.shifted else (0, 0)
-        rows, columns, tokens, heads = H // wh, W // ww, wh * ww, self.num_heads
-
+        shift, mask = (geometry.shift, geometry.shifted_mask) if self.shifted else ((0, 0), geometry.mask)
         qkv = self.qkv(x)                                                       # in grid order: a token is a token
-        if (h, w) != (H, W):
-            qkv = F.pad(qkv, (0, 0, 0, W - w, 0, H - h))
-        if shift != (0, 0):
-            qkv = qkv.roll((-shift[0], -shift[1]), (1, 2))
-        qkv = qkv.view(b, rows, wh, columns, ww, 3, heads, c // heads)
-        q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, b, rows * columns, heads, tokens, -1)
+        y = window_attention(qkv, self._bias(geometry), mask, self.num_heads, geometry.window, shift)
+        return self.out_proj(y)
 
-        bias = self.bias_table[geometry.relative_positions].view(tokens, tokens, heads).permute(2, 0, 1)
-        mask = geometry.shifted_mask if self.shifted else geometry.mask
-        if mask is None:                                                        # every window has the same bias
-            q, k, v = (part.flatten(0, 1) for part in (q, k, v))                # (b windows, heads, tokens, d)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
-        else:                                                                   # every image has the same masks
-            bias = bias.masked_fill(~mask[:, None], float("-inf")).flatten(0, 1)
-            q, k, v = (part.flatten(1, 2) for part in (q, k, v))                # (b, windows heads, tokens, d)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
+    def _bias(self, geometry: Geometry) -> Tensor:
+        """The table's row of every pair of a window's tokens: (heads, tokens, tokens).
 
-        y = y.reshape(b, rows, columns, heads, wh, ww, -1).permute(0, 1, 4, 2, 5, 3, 6).reshape(b, H, W, c)
-        if shift != (0, 0):
-            y = y.roll(shift, (1, 2))
-        return self.out_proj(y[:, :h, :w])
+        On a CPU without gradients it is kept and made again when the table has changed. The numbers themselves are
+        compared, which costs a twentieth of making it: an edit through `.data` leaves no other trace.
+        """
+        table, window = self.bias_table, geometry.window
+        keeps = table.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if keeps and self._kept is not None:
+            kept_window, kept_table, bias = self._kept
+            if kept_window == window and kept_table.dtype == table.dtype and torch.equal(kept_table, table):
+                return bias
+        tokens = window[0] * window[1]
+        bias = table[geometry.relative_positions].view(tokens, tokens, self.num_heads).permute(2, 0, 1)
+        if keeps:
+            bias = bias.to(torch.promote_types(table.dtype, torch.float32)).contiguous()
+            self._kept = window, table.detach().clone(), bias
+        return bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,11 +10,21 @@ from lamamba.config import UNetConfig
 from lamamba.models.attention import WindowAttention
 from lamamba.models.geometry import Geometry
 from lamamba.models.ss2d import SS2D
+from lamamba.ops.layers import few_rows_linear, modulated_norm
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift, with (b, c) shift and scale for (b, h, w, c) tokens."""
-    return x * (1 + scale[:, None, None]) + shift[:, None, None]
+class ModulatedNorm(nn.LayerNorm):
+    """LayerNorm(x) (1 + scale) + shift, with (b, c) shift and scale for (b, h, w, c) tokens."""
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        return modulated_norm(x, self.weight, self.bias, shift, scale, self.eps)
+
+
+class ConditionLinear(nn.Linear):
+    """A Linear for one row per image: reading its weights is the work."""
+
+    def forward(self, c: Tensor) -> Tensor:
+        return few_rows_linear(c, self.weight, self.bias)
 
 
 class MLP(nn.Module):
@@ -46,9 +57,9 @@ class LaMambaBlock(nn.Module):
             "mlp": lambda: MLP(width, int(config.mlp_ratio * width)),
         }
         branches = config.branches(name)
-        self.condition = nn.Linear(config.condition_width, width) if projects_condition else nn.Identity()
-        self.modulation = nn.Linear(width, 3 * len(branches) * width)
-        self.norms = nn.ModuleDict({branch: nn.LayerNorm(width) for branch in branches})
+        self.condition = ConditionLinear(config.condition_width, width) if projects_condition else nn.Identity()
+        self.modulation = ConditionLinear(width, 3 * len(branches) * width)
+        self.norms = nn.ModuleDict({branch: ModulatedNorm(width) for branch in branches})
         self.branches = nn.ModuleDict({branch: build[branch]() for branch in branches})
 
     def zero_modulation(self) -> None:
@@ -58,6 +69,6 @@ class LaMambaBlock(nn.Module):
         vectors = iter(self.modulation(F.silu(self.condition(c))).chunk(3 * len(self.branches), dim=-1))
         for name, branch in self.branches.items():
             shift, scale, gate = next(vectors), next(vectors), next(vectors)
-            y = branch(modulate(self.norms[name](x), shift, scale), geometry)
-            x = x + gate[:, None, None] * y
+            y = branch(self.norms[name](x, shift, scale), geometry)
+            x = torch.addcmul(x, gate[:, None, None], y)                        # x + gate y
         return x

@@ -66,7 +66,6 @@ class Geometry(nn.Module):
     def __init__(self, grid: Grid, window: Grid, scan: str):
         super().__init__()
         self.grid, self.window = grid, window
-        self.padded = padded_grid(grid, window)
         self.shift = window_shift(grid, window)
         self.register_buffer("paths", scan_paths(*grid, scan).clone(), persistent=False)
         self.register_buffer("relative_positions", relative_positions(window).flatten(), persistent=False)

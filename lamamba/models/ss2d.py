@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lamamba.models.geometry import Geometry
 from lamamba.ops import selective_scan
+from lamamba.ops.layers import gated_norm, local_mixing
 from lamamba.ops.scan_paths import NUM_PATHS
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -49,10 +50,10 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
         b, h, w, _ = x.shape
         x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (b, h, w, c) each
-        x = F.silu(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)).reshape(b, h * w, -1)
+        x = local_mixing(x, self.conv.weight).reshape(b, h * w, -1)
         # a projection of single tokens commutes with the reading order: one product for all four directions
         projected = F.linear(x, self.W_x.flatten(0, 1)).view(b, h * w, NUM_PATHS, -1)
         dt, B, C = projected.split([self.dt_rank, self.state_size, self.state_size], dim=-1)
         A = -torch.exp(self.A_log.float())
-        y = selective_scan(x, dt, B, C, self.W_dt, self.b_dt, A, self.D, geometry.paths)
-        return self.out_proj(self.out_norm(y).view(b, h, w, -1) * F.silu(z))
+        y = selective_scan(x, dt, B, C, self.W_dt, self.b_dt, A, self.D, geometry.paths).view(b, h, w, -1)
+        return self.out_proj(gated_norm(y, z, self.out_norm.weight, self.out_norm.bias, self.out_norm.eps))

@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from lamamba.config import NUM_STAGES, STAGE_SCALES, Grid, UNetConfig, as_grid, check_grid
-from lamamba.models.block import LaMambaBlock, modulate
+from lamamba.models.block import ConditionLinear, LaMambaBlock, ModulatedNorm
 from lamamba.models.embeddings import PatchEmbedding, TimestepEmbedding, position_table
 from lamamba.models.geometry import Geometry
 from lamamba.models.resample import PatchExpanding, PatchMerging
@@ -43,9 +43,9 @@ class Head(nn.Module):
         super().__init__()
         width = config.width
         self.expand = PatchExpanding(width, width, config.patch_size)
-        self.condition = nn.Linear(config.condition_width, width)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.condition = ConditionLinear(config.condition_width, width)
+        self.modulation = ConditionLinear(width, 2 * width)
+        self.norm = ModulatedNorm(width, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(width, config.output_channels)
 
     def zero_outputs(self) -> None:
@@ -54,7 +54,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.modulation(F.silu(self.condition(c))).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm(self.expand(x)), shift, scale))
+        return self.linear(self.norm(self.expand(x), shift, scale))
 
 
 class LaMambaUNet(ModelMixin, ConfigMixin):
@@ -107,9 +107,8 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         nn.init.normal_(self.label_embedding.weight, std=0.02)
         self.position_embedding.copy_(position_table(self.architecture.token_grid, self.architecture.width))
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters") and type(module).__module__.startswith(
-                "lamamba."
-            ):
+            kind = type(module)                                                 # what PyTorch's layers do is done
+            if module is not self and kind.__module__.startswith("lamamba.") and "reset_parameters" in vars(kind):
                 module.reset_parameters()
             if isinstance(module, LaMambaBlock):
                 module.zero_modulation()

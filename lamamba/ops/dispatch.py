@@ -138,3 +138,6 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+def backend_in_force() -> str:
+    """The name that the context manager or the environment demands; "auto" where neither does."""
+    return _forced[-1] if _forced else os.environ.get(ENVIRONMENT_VARIABLE) or "auto"

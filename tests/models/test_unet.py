@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.registry import lookup_backend
 
 from lamamba import LaMambaUNet, UNetConfig
 from lamamba.models.attention import WindowAttention
@@ -170,6 +172,106 @@ class TestWindowAttention:
         x = torch.randn(2, *grid, 8)
         expected = self.slow(attention, x, window, shifted)
         torch.testing.assert_close(attention(x, Geometry(grid, window, "continuous")), expected, rtol=1e-4, atol=1e-5)
+
+
+class TestKeptBias:
+    """The windows' bias is gathered once, and again whenever the table it comes from is another one."""
+
+    WINDOW = (4, 4)
+
+    @pytest.fixture
+    def attention(self):
+        torch.manual_seed(0)
+        attention = WindowAttention(8, 2, self.WINDOW, shifted=True)
+        attention.reset_parameters()
+        return attention
+
+    def answer(self, attention, dtype=torch.float32):
+        x = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+        return attention(x, Geometry((8, 8), self.WINDOW, "continuous"))
+
+    def check_is_fresh(self, attention, dtype=torch.float32):
+        with torch.no_grad():
+            kept = self.answer(attention, dtype)
+            attention._kept = None
+            torch.testing.assert_close(kept, self.answer(attention, dtype), rtol=0, atol=0, equal_nan=True)
+
+    @torch.no_grad()
+    def test_is_made_once(self, attention):
+        self.answer(attention)
+        bias = attention._kept[-1]
+        self.answer(attention)
+        assert attention._kept[-1] is bias
+
+    @pytest.mark.parametrize("change", [
+        lambda a: a.bias_table.mul_(2),
+        lambda a: a.bias_table.data.mul_(2),
+        lambda a: a.bias_table.data[3].fill_(math.nan),
+        lambda a: setattr(a, "bias_table", torch.nn.Parameter(2 * a.bias_table)),
+        lambda a: a.load_state_dict({name: 2 * value for name, value in a.state_dict().items()}),
+        lambda a: a.load_state_dict({name: 2 * value for name, value in a.state_dict().items()}, assign=True),
+        lambda a: torch.nn.init.normal_(a.bias_table),
+    ], ids=["in place", "data", "nan", "another parameter", "load", "assign", "init"])
+    def test_follows_the_table(self, attention, change):
+        with torch.no_grad():
+            before = self.answer(attention)
+            change(attention)
+            assert not torch.equal(self.answer(attention), before)
+        self.check_is_fresh(attention)
+
+    def test_follows_the_optimizer_and_leaves_gradients_alone(self, attention):
+        with torch.no_grad():
+            self.answer(attention)
+        optimizer = torch.optim.SGD([attention.bias_table], lr=1.0)
+        self.answer(attention).square().sum().backward()
+        assert attention.bias_table.grad.any()
+        optimizer.step()
+        self.check_is_fresh(attention)
+
+    def test_follows_the_precision(self, attention):
+        self.check_is_fresh(attention)
+        self.check_is_fresh(attention.double(), torch.float64)
+        self.check_is_fresh(attention.bfloat16(), torch.bfloat16)
+
+    def test_is_copied_with_the_module_and_not_saved(self, attention):
+        with torch.inference_mode():
+            expected = self.answer(attention)
+        names = set(attention.state_dict())
+        again = copy.deepcopy(attention)
+        assert names == set(again.state_dict()) == {
+            "bias_table", "qkv.weight", "qkv.bias", "out_proj.weight", "out_proj.bias"
+        }
+        assert torch.equal(self.answer(again), self.answer(attention))
+        torch.testing.assert_close(self.answer(again), expected)
+        self.check_is_fresh(again)
+
+
+class TestCompiled:
+    """torch.compile takes the whole network as one graph, at most twice for all batch sizes."""
+
+    @pytest.mark.parametrize("gradients", [False, True])
+    def test_agrees_with_eager(self, gradients):
+        removed = ("bottleneck", "encoder.0.0", "encoder.1.0", "encoder.2.0", "encoder.3.0",    # two blocks are left
+                   *(f"decoder.{stage}.{i}" for stage in range(4) for i in (0, 1)))
+        config = small_config(depths=(2, 1, 1, 1), removed_blocks=removed)
+        model, graphs = random_network(config), []
+
+        def compiler(graph, inputs):
+            graphs.append(graph)
+            return lookup_backend("aot_eager")(graph, inputs)
+
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, backend=compiler)
+        with torch.set_grad_enabled(gradients):
+            for batch in (2,) if gradients else (2, 3):
+                inputs = random_inputs(config, batch=batch)
+                expected, result = model(*inputs), compiled(*inputs)
+                assert relative_error(result, expected.detach()) <= 1e-6
+                if gradients:
+                    weight = model.encoder[0].blocks["1"].branches["attention"].bias_table
+                    ours, theirs = (torch.autograd.grad(y.square().sum(), weight)[0] for y in (result, expected))
+                    assert relative_error(ours, theirs) <= 1e-5
+        assert len(graphs) <= 2
 
 
 class TestBeginning:

@@ -1,0 +1,51 @@
+"""The layers' formulas in plain PyTorch: any device, any precision, differentiable."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lamamba.config import Grid
+
+
+def modulated_norm(x, weight, bias, shift, scale, eps) -> Tensor:
+    normal = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return normal * (1 + scale[:, None, None]) + shift[:, None, None]
+
+
+def gated_norm(x, z, weight, bias, eps) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * F.silu(z)
+
+
+def local_mixing(x, weight) -> Tensor:
+    mixed = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=1, groups=weight.shape[0])
+    return F.silu(mixed.permute(0, 2, 3, 1))
+
+
+def window_attention(qkv, bias, mask, num_heads: int, window: Grid, shift: Grid) -> Tensor:
+    b, h, w, c = qkv.shape[0], qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
+    (wh, ww), heads = window, num_heads
+    rows, columns, tokens = -(-h // wh), -(-w // ww), wh * ww
+    H, W = rows * wh, columns * ww
+    if (h, w) != (H, W):
+        qkv = F.pad(qkv, (0, 0, 0, W - w, 0, H - h))
+    if tuple(shift) != (0, 0):
+        qkv = qkv.roll((-shift[0], -shift[1]), (1, 2))
+    qkv = qkv.view(b, rows, wh, columns, ww, 3, heads, c // heads)
+    q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, b, rows * columns, heads, tokens, -1)
+
+    if mask is None:                                                            # every window has the same bias
+        q, k, v = (part.flatten(0, 1) for part in (q, k, v))                    # (b windows, heads, tokens, d)
+    else:                                                                       # every image has the same masks
+        bias = bias.masked_fill(~mask[:, None], float("-inf")).flatten(0, 1)
+        q, k, v = (part.flatten(1, 2) for part in (q, k, v))                    # (b, windows heads, tokens, d)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
+
+    y = y.reshape(b, rows, columns, heads, wh, ww, -1).permute(0, 1, 4, 2, 5, 3, 6).reshape(b, H, W, c)
+    if tuple(shift) != (0, 0):
+        y = y.roll(shift, (1, 2))
+    return y[:, :h, :w]
+
+
+def few_rows_linear(x, weight, bias) -> Tensor:
+    return F.linear(x, weight, bias)
