@@ -25,7 +25,8 @@ def padded_grid(grid: Grid, window: Grid) -> Grid:
 
 def window_shift(grid: Grid, window: Grid) -> Grid:
     """How far shifted blocks roll each axis: half a window, or nothing where one window covers the axis."""
-    return tuple(side // 2 if length > side else 0 for length, side in zip(grid, window, strict=True))  # type: ignore
+    down, right = (side // 2 if length > side else 0 for length, side in zip(grid, window, strict=True))
+    return down, right
 
 
 def same_region(grid: Grid, window: Grid, shift: Grid) -> Tensor | None:
