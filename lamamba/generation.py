@@ -10,6 +10,7 @@ import torch
 from lamamba.data.codec import Decoder, PixelCodec
 from lamamba.diffusion.denoise import denoise, make_scheduler, samplers_for
 from lamamba.diffusion.guidance import guided
+from lamamba.models.conditioning import ConditionedNetwork
 from lamamba.models.unet import LaMambaUNet
 
 
@@ -71,7 +72,10 @@ def generate(
             if on_step:
                 on_step(before + done, total * len(batches))
 
-        predict = guided(model, chosen, guidance, config.num_classes)
+        null = [config.num_classes] if guidance != 1 else []
+        present = None if labels is None else [*(labels[k] for k in batch), *null]
+        network = ConditionedNetwork(model, scheduler.timesteps.tolist(), present)
+        predict = guided(network, chosen, guidance, config.num_classes)
         x0 = denoise(predict, scheduler, noise, generators=generators, on_step=report)
         images.append(decoder.decode(x0))
     return np.concatenate(images)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lamamba.benchmark.flops import Cost, count
 from lamamba.benchmark.peers import PEERS, build_peer, find_peer, peer_activation_bytes, peer_multiply_adds
 from lamamba.config import LATENT_SCALE, PRESETS, UNetConfig, unknown_name
+from lamamba.models.packing import can_pack
 from lamamba.models.unet import LaMambaUNet
 
 Mode = Literal["forward", "train"]
@@ -160,38 +161,6 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     timestep = torch.rand(case.batch, generator=random) * 1000
     labels = torch.randint(0, 1000, (case.batch,), generator=random)
     return x.to(device, dtype), timestep.to(device), labels.to(device)
-
-
-class PackedLinear(nn.Module):
-    """A Linear layer whose bfloat16 weight lies in the order oneDNN wants."""
-
-    def __init__(self, linear: nn.Linear, rows: int):
-        super().__init__()
-        self.bias = linear.bias.detach() if linear.bias is not None else None
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-@functools.cache
-def can_pack() -> bool:
-    """Whether this build of torch and this processor have oneDNN's packed bfloat16 products."""
-    try:
-        linear = nn.Linear(32, 32).to(torch.bfloat16)
-        return bool(torch.isfinite(PackedLinear(linear, 32)(torch.ones(32, 32, dtype=torch.bfloat16))).all())
-    except (AttributeError, RuntimeError):
-        return False
-
-
-def pack_linears(model: nn.Module, rows: int) -> None:
-    """Replace every Linear layer by a packed one, for products of about so many rows."""
-    for name, child in list(model.named_children()):
-        if isinstance(child, nn.Linear):
-            setattr(model, name, PackedLinear(child, rows))
-            child.weight = None  # type: ignore[assignment]
-        else:
-            pack_linears(child, rows)
 
 
 class Runner:

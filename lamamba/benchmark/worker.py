@@ -73,12 +73,13 @@ def prepare(case: Case, model: torch.nn.Module, device: torch.device) -> tuple[C
     """What is timed, returning the network's output (or the loss), and the bytes of everything that stays in memory."""
     import torch
 
-    from lamamba.benchmark.throughput import inputs, pack_linears
+    from lamamba.benchmark.throughput import inputs
+    from lamamba.models.packing import pack_weights
 
     x, timestep, labels = inputs(case, device)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if case.packs_weights:
-        pack_linears(model, case.tokens * case.batch)
+        pack_weights(model, case.tokens * case.batch)
     network = torch.compile(model, dynamic=False) if case.compile else model
     if case.mode == "forward":
         model.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -44,6 +44,8 @@ class SampleArguments:
     """For models of latents: a diffusers AutoencoderKL, a folder or a hub id such as stabilityai/sd-vae-ft-ema."""
     device: str = "auto"
     """"auto" (a GPU where there is one), or a PyTorch device."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the network (the sampler's own arithmetic stays in float32)."""
 
 
 def parse_classes(text: str | None, label_names: tuple[str, ...], num_classes: int) -> list[int]:
@@ -72,10 +74,13 @@ def main(arguments: list[str]) -> None:
     if chosen.num < 1 or chosen.seed < 0:
         raise ValueError(f"--num {chosen.num} must be at least 1 and --seed {chosen.seed} at least 0")
 
+    import torch
+
     from lamamba.cli.observers import StepBar
     from lamamba.cli.pictures import grid_picture, save_picture
     from lamamba.data.codec import LatentDecoder
     from lamamba.generation import generate
+    from lamamba.models.packing import pack_weights
     from lamamba.training.loop import pick_device
     from lamamba.training.state import find_network
 
@@ -102,9 +107,13 @@ def main(arguments: list[str]) -> None:
     elif chosen.autoencoder is not None:
         raise ValueError("this model makes pixels: leave --autoencoder out")
 
+    model = model.to(device, getattr(torch, chosen.dtype))
+    if chosen.dtype == "bfloat16" and device.type == "cpu":
+        tokens = config.token_grid[0] * config.token_grid[1]
+        pack_weights(model, tokens * min(count, chosen.batch_size))
     with StepBar("sampling") as bar:
         images = generate(
-            model.to(device), labels, range(chosen.seed, chosen.seed + count), sampler=chosen.sampler,
+            model, labels, range(chosen.seed, chosen.seed + count), sampler=chosen.sampler,
             num_steps=chosen.steps, guidance=guidance, batch_size=chosen.batch_size, decoder=decoder, on_step=bar,
         )
     save_picture(grid_picture(images, columns, names), chosen.out)

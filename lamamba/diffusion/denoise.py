@@ -103,7 +103,7 @@ def denoise(
     """Walk the scheduler's timesteps from pure noise to a clean image.
 
     Args:
-        predict: (x, t (b,)) -> output, from `guided`.
+        predict: (x, t (b,)) -> output, from `guided`; t lies where the scheduler has its timesteps: on the CPU.
         scheduler: from `make_scheduler`.
         noise: (b, c, h, w) standard normal.
         generators: one per image, for schedulers that draw noise on the way; so image k depends on its own alone.
@@ -120,7 +120,7 @@ def denoise(
     timesteps = scheduler.timesteps
     for i, t in enumerate(timesteps):
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        output = predict(scaled, t.to(x.device).expand(x.shape[0]))
+        output = predict(scaled, t.expand(x.shape[0]))
         if not takes_variance:
             output = output[:, : x.shape[1]]
         x = scheduler.step(output, t, x, **extra).prev_sample

@@ -65,8 +65,16 @@ class LaMambaBlock(nn.Module):
     def zero_modulation(self) -> None:
         nn.init.zeros_(self.modulation.weight)
 
-    def forward(self, x: Tensor, c: Tensor, geometry: Geometry) -> Tensor:
-        vectors = iter(self.modulation(F.silu(self.condition(c))).chunk(3 * len(self.branches), dim=-1))
+    def modulate(self, c: Tensor) -> Tensor:
+        """What the condition (b, condition width) tells this block: (b, 3 branches width)."""
+        return self.modulation(F.silu(self.condition(c)))
+
+    def forward(self, x: Tensor, c: Tensor | None, geometry: Geometry, modulation: Tensor | None = None) -> Tensor:
+        """x (b, h, w, width); the condition c, unless `modulate` has made of it all that is needed already."""
+        if modulation is None:
+            assert c is not None
+            modulation = self.modulate(c)
+        vectors = iter(modulation.chunk(3 * len(self.branches), dim=-1))
         for name, branch in self.branches.items():
             shift, scale, gate = next(vectors), next(vectors), next(vectors)
             y = branch(self.norms[name](x, shift, scale), geometry)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,9 +31,9 @@ class Stage(nn.Module):
             if config.branches(f"{name}.{i}")
         })
 
-    def forward(self, x: Tensor, c: Tensor, geometry: Geometry) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor | None, geometry: Geometry, ready: Iterator[Tensor | None]) -> Tensor:
         for block in self.blocks.values():
-            x = block(x, c, geometry)
+            x = block(x, c, geometry, next(ready))
         return x
 
 
@@ -52,8 +53,15 @@ class Head(nn.Module):
         for linear in (self.modulation, self.linear):
             nn.init.zeros_(linear.weight)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.modulation(F.silu(self.condition(c))).chunk(2, dim=-1)
+    def modulate(self, c: Tensor) -> Tensor:
+        """What the condition tells the head: (b, 2 width)."""
+        return self.modulation(F.silu(self.condition(c)))
+
+    def forward(self, x: Tensor, c: Tensor | None, modulation: Tensor | None = None) -> Tensor:
+        if modulation is None:
+            assert c is not None
+            modulation = self.modulate(c)
+        shift, scale = modulation.chunk(2, dim=-1)
         return self.linear(self.norm(self.expand(x), shift, scale))
 
 
@@ -144,7 +152,44 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         resized = F.interpolate(table, self._run_grid, mode="bicubic", align_corners=False)
         return resized[0].permute(1, 2, 0).to(self.position_embedding.dtype)
 
-    def forward(self, x: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+    def _modulated(self) -> Iterator[LaMambaBlock | Head]:
+        """All that the condition speaks to, in the order of the data."""
+        for stage in (*self.encoder, self.bottleneck, *self.decoder):
+            yield from stage.blocks.values()
+        yield self.head
+
+    @property
+    def condition_outputs(self) -> int:
+        """Numbers that `condition` makes of one time and label."""
+        return sum(part.modulation.out_features for part in self._modulated())
+
+    def condition(self, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+        """All that the network makes of times and labels alone, for `forward` to start from: (b, condition_outputs).
+
+        Making it reads a third of the parameters and does not depend on x: a sampler needs it once for each time and
+        label of a whole run, whatever the number of images (lamamba.models.conditioning).
+
+        Args:
+            timestep: (b,), or a single number for all labels.
+            class_labels: (b,) int64 in 0 .. num_classes; None for an unconditional network.
+
+        Raises:
+            ValueError: when class_labels do not fit the configuration.
+        """
+        timestep = torch.as_tensor(timestep, device=self.device)
+        rows = class_labels.shape[0] if class_labels is not None else timestep.numel()
+        self._check_labels(class_labels, rows)
+        c = self._embed(timestep.expand(rows), class_labels)
+        return torch.cat([part.modulate(c) for part in self._modulated()], dim=-1)
+
+    def _embed(self, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
+        rows = torch.zeros_like(timestep, dtype=torch.int64) if class_labels is None else class_labels
+        return self.timestep_embedding(timestep) + self.label_embedding(rows)                       # (b, 4 width)
+
+    def forward(
+        self, x: Tensor, timestep: Tensor | float | None, class_labels: Tensor | None = None, *,
+        conditioning: Tensor | None = None,
+    ) -> Tensor:
         """Predict noise and variance, or a velocity, from a noisy input.
 
         Args:
@@ -152,35 +197,54 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
             timestep: (b,) or a single number, 0 (clean) to 1000 (noise); fractions are fine.
             class_labels: (b,) int64 in 0 .. num_classes, where num_classes means "no class";
                 None for an unconditional network.
+            conditioning: (b, condition_outputs) from `condition`; then timestep and class_labels are not read.
 
         Returns:
             (b, out_channels, h, w): for objective "noise" the noise, then the variance's interpolation; for "flow" the
             velocity eps - x0.
 
         Raises:
-            ValueError: when x, timestep or class_labels do not fit the configuration.
+            ValueError: when x, timestep, class_labels or conditioning do not fit the configuration.
         """
-        self._check_input(x, class_labels)
-        timestep = torch.as_tensor(timestep, device=x.device).expand(x.shape[0])
-        c = self.timestep_embedding(timestep) + self.label_embedding(self._rows(x, class_labels))   # (b, 4 width)
+        self._check_input(x)
+        c, ready = self._condition(x, timestep, class_labels, conditioning)
         at = dict(zip((1, 2, 4), self.geometries, strict=True))
         x = self.patch_embedding(x) + self._positions()                                             # (b, h, w, width)
 
         skips = []
         for s, stage in enumerate(self.encoder):
-            x = stage(x, c, at[STAGE_SCALES[s]])
+            x = stage(x, c, at[STAGE_SCALES[s]], ready)
             skips.append(x)
             if s < 2:
                 x = self.merges[s](x)                                           # (b, h / 2, w / 2, 2 c)
         if "bottleneck" not in self.architecture.removed_blocks:
-            x = x + self.bottleneck(x, c, at[4])
+            x = x + self.bottleneck(x, c, at[4], ready)
         for s, stage in enumerate(self.decoder):
             if s >= 2:
                 x = self.expands[s - 2](x)                                      # (b, 2 h, 2 w, c / 2)
-            x = stage(x + skips.pop(), c, at[STAGE_SCALES[NUM_STAGES - 1 - s]])
-        return self.head(x, c).permute(0, 3, 1, 2)                              # (b, out_channels, h, w)
+            x = stage(x + skips.pop(), c, at[STAGE_SCALES[NUM_STAGES - 1 - s]], ready)
+        return self.head(x, c, next(ready)).permute(0, 3, 1, 2)                             # (b, out_channels, h, w)
 
-    def _check_input(self, x: Tensor, class_labels: Tensor | None) -> None:
+    def _condition(
+        self, x: Tensor, timestep: Tensor | float | None, class_labels: Tensor | None, conditioning: Tensor | None
+    ) -> tuple[Tensor | None, Iterator[Tensor | None]]:
+        """c (b, 4 width), and for every part what `condition` has made of it already: nothing, or all, and no c."""
+        if conditioning is not None:
+            sizes = [part.modulation.out_features for part in self._modulated()]
+            fits = (x.shape[0], sum(sizes))
+            if tuple(conditioning.shape) != fits:
+                raise ValueError(
+                    f"conditioning has shape {tuple(conditioning.shape)}, x needs {fits}, "
+                    "a row for each image, as condition() gives them"
+                )
+            return None, iter(conditioning.split(sizes, dim=-1))
+        if timestep is None:
+            raise ValueError("timestep is None: give the time of each image, or conditioning made by condition()")
+        self._check_labels(class_labels, x.shape[0])
+        c = self._embed(torch.as_tensor(timestep, device=x.device).expand(x.shape[0]), class_labels)
+        return c, itertools.repeat(None)
+
+    def _check_input(self, x: Tensor) -> None:
         config, p = self.architecture, self.architecture.patch_size
         fits = (config.in_channels, self._run_grid[0] * p, self._run_grid[1] * p)
         if x.dim() != 4 or tuple(x.shape[1:]) != fits:
@@ -188,6 +252,9 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
             if x.dim() == 4 and x.shape[1] == fits[0] and x.shape[2] % (4 * p) == 0 and x.shape[3] % (4 * p) == 0:
                 other = f"; to run on this size, call model.set_grid(({x.shape[2] // p}, {x.shape[3] // p})) first"
             raise ValueError(f"x has shape {tuple(x.shape)}, the network reads (b, {', '.join(map(str, fits))}){other}")
+
+    def _check_labels(self, class_labels: Tensor | None, batch: int) -> None:
+        config = self.architecture
         if config.num_classes == 0 and class_labels is not None:
             raise ValueError("this network is unconditional (num_classes=0): pass class_labels=None")
         if config.num_classes > 0:
@@ -196,8 +263,8 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
                     f"this network is conditional: pass class_labels (b,), 0 .. {config.num_classes - 1} for a class "
                     f"or {config.num_classes} for none"
                 )
-            if class_labels.shape != x.shape[:1]:
-                raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}, x needs ({x.shape[0]},)")
+            if class_labels.shape != (batch,):
+                raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}, x needs ({batch},)")
             if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
                 low, high = int(class_labels.min()), int(class_labels.max())
                 if low < 0 or high > config.num_classes:
@@ -205,11 +272,6 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
                         f"class_labels run from {low} to {high}; they must lie in 0 .. {config.num_classes} "
                         f"({config.num_classes} means no class)"
                     )
-
-    def _rows(self, x: Tensor, class_labels: Tensor | None) -> Tensor:
-        if class_labels is None:
-            return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        return class_labels
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any):

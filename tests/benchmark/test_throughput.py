@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lamamba.benchmark import throughput
-from lamamba.benchmark.throughput import Case, PackedLinear, build, can_pack, inputs, measure, pack_linears, ratios
+from lamamba.benchmark.throughput import Case, build, inputs, measure, ratios
+from lamamba.models.packing import PackedLinear, can_pack, pack_weights
 
 
 def pair(**changes) -> list[Case]:
@@ -60,11 +61,10 @@ def test_a_fresh_network_says_something(index):
     with torch.no_grad():
         plain = model(*inputs(case, torch.device("cpu")))
         assert plain.float().std() > 0.01
-        if can_pack():
-            pack_linears(model, 32)
-            packed = model(*inputs(case, torch.device("cpu")))
-            assert (packed - plain).abs().max() <= 0.05 * plain.abs().max()
-            assert any(isinstance(module, PackedLinear) for module in model.modules())
+        pack_weights(model, 32)
+        packed = model(*inputs(case, torch.device("cpu")))
+        assert (packed - plain).abs().max() <= 0.05 * plain.abs().max()
+        assert any(isinstance(module, PackedLinear) for module in model.modules()) == can_pack()
 
 
 def test_rows_that_differ_in_anything_have_no_ratio():
