@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +22,6 @@ MAX_ERROR = 1e-4
 """Largest error over largest value that float32 may have, forward or in a gradient; right back ends have about 1e-6."""
 RESULTS = ("y", "x", "dt", "B", "C", "W_dt", "b_dt", "A", "D")
 PACKAGES = ("diffusers", "accelerate", "safetensors", "numpy", "triton")
-COMPILERS = ("cl",) if sys.platform == "win32" else ("cc", "gcc", "clang")
-CXX_COMPILERS = ("cl",) if sys.platform == "win32" else ("c++", "g++", "clang++")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +40,11 @@ def main(arguments: list[str]) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything that the command reports, as plain values."""
+    from lamamba.models.compiling import find_compiler
     from lamamba.ops.selective_scan import OP
 
     devices = _devices()
-    compilers = {"C": _compiler("CC", COMPILERS), "C++": _compiler("CXX", CXX_COMPILERS)}
+    compilers = {language: find_compiler(language) for language in ("C", "C++")}
     ops = [_choice(OP, device, dtype) for device in devices for dtype in DTYPES]
     checks = [check for device in devices for backend in OP.backends if (check := check_backend(OP, backend, device))]
     return {
@@ -121,6 +118,7 @@ def _choice(op: Any, device: str, dtype: str) -> dict[str, Any]:
 def _missing(devices: dict[str, str], compilers: dict[str, str | None]) -> list[str]:
     """What would make more things run, or run faster."""
     from lamamba.cli.bench import version_of
+    from lamamba.models.compiling import C_COMPILERS, CXX_COMPILERS
 
     missing = []
     has_gpu = any(device.startswith("cuda") for device in devices)
@@ -128,7 +126,7 @@ def _missing(devices: dict[str, str], compilers: dict[str, str | None]) -> list[
         missing.append("triton is not installed: GPUs run the slow back end 'torch'; pip install triton")
     if compilers["C"] is None:
         missing.append(
-            f"no C compiler ({', '.join(COMPILERS)}, or the variable CC): Triton needs one once, at its first start "
+            f"no C compiler ({', '.join(C_COMPILERS)}, or the variable CC): Triton needs one once, at its first start "
             f"on a GPU{'' if has_gpu else ' (there is none here)'}"
         )
     if compilers["C++"] is None:
@@ -140,12 +138,6 @@ def _missing(devices: dict[str, str], compilers: dict[str, str | None]) -> list[
     if kernels["instruction_set"] is None:
         missing.append(f"compiled CPU kernels: {kernels['note']}")
     return missing
-
-
-def _compiler(variable: str, names: tuple[str, ...]) -> str | None:
-    """The first compiler on the path, or the one that a variable names."""
-    given = os.environ.get(variable, "").split()
-    return next((path for name in (*given[:1], *names) if (path := shutil.which(name))), None)
 
 
 def check_backend(op: Any, backend: Any, device: str) -> dict[str, Any] | None:

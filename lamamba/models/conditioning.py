@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lamamba.models.cuda_graph import RecordedNetwork, is_small, record
 from lamamba.models.unet import LaMambaUNet
 
 ROWS_BYTES = 256 << 20
@@ -20,6 +21,8 @@ ROWS_BYTES = 256 << 20
 
 class ConditionedNetwork:
     """A network whose conditioning is made ahead, some steps at a time: called as the network is.
+
+    On a GPU, passes over small batches are recorded as a CUDA graph and replayed.
 
     Args:
         model: the network; its weights must not change meanwhile.
@@ -46,6 +49,8 @@ class ConditionedNetwork:
         row_bytes = model.condition_outputs * next(model.parameters()).element_size()
         self._steps_ahead = max(1, rows_bytes // (row_bytes * self._rows_per_step))
         self._made: dict[float, Tensor] = {}
+        self._recorded: RecordedNetwork | None = None
+        self._records = True
 
     def __call__(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
         """The network's output for images that share one time and have some of the run's labels.
@@ -58,7 +63,16 @@ class ConditionedNetwork:
         else:
             assert self._row_of_label is not None
             chosen = rows[self._row_of_label[class_labels]]
-        return self._model(x.to(chosen.dtype), None, conditioning=chosen).to(x.dtype)
+        return self._run(x.to(chosen.dtype), chosen).to(x.dtype)
+
+    def _run(self, x: Tensor, conditioning: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() and is_small(x, self._model):
+            if self._recorded is None or not self._recorded.takes(x, conditioning):
+                self._recorded = record(self._model, x, conditioning) if self._records else None
+                self._records = self._recorded is not None
+            if self._recorded is not None:
+                return self._recorded(x, conditioning)
+        return self._model(x, None, conditioning=conditioning)
 
     def _rows_at(self, time: float) -> Tensor:
         if time not in self._made:

@@ -98,6 +98,9 @@ def test_training_leaves_a_run_that_samples(trained, lamamba, tmp_path):
     lamamba(*command, "--batch-size", 3, "--out", "h.png")
     again = np.asarray(Image.open(tmp_path / "h.png"))
     assert np.abs(again.astype(int) - picture.astype(int)).max() <= 2          # one grey level, enlarged
+    assert lamamba(*command, "--dtype", "bfloat16", "--out", "half.png")[0] == 0
+    half = np.asarray(Image.open(tmp_path / "half.png"))
+    assert np.abs(half.astype(int) - picture.astype(int)).mean() < 10
 
 
 def test_the_same_command_again_goes_on(trained, lamamba):

@@ -13,6 +13,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from lamamba import LaMambaUNet, UNetConfig
 from lamamba.models.attention import WindowAttention
+from lamamba.models.compiling import compile_network, find_compiler
 from lamamba.models.embeddings import TimestepEmbedding, position_table
 from lamamba.models.geometry import Geometry
 from lamamba.ops import native, use_backend
@@ -86,7 +87,9 @@ class TestBfloat16:
     """Half the bits: outputs within 2 % of float32's, and training that goes as it does in float32."""
 
     @pytest.mark.parametrize("backend", ["cpu", "torch"])
-    @pytest.mark.parametrize("changes", [{}, {"state_size": 16}, {"patch_size": 2}, {"scan": "cross", "num_classes": 0}])
+    @pytest.mark.parametrize("changes", [
+        {}, {"state_size": 16}, {"patch_size": 2}, {"scan": "cross", "num_classes": 0},
+    ])
     def test_outputs(self, backend, changes):
         if backend == "cpu" and native.load() is None:
             pytest.skip("no compiled kernels")
@@ -103,7 +106,8 @@ class TestBfloat16:
     def test_training_under_autocast(self):
         config = small_config(in_channels=1, objective="flow")
         random = torch.Generator().manual_seed(2)
-        faces, eps = torch.rand(3, 1, 8, 8, generator=random).round() * 2 - 1, torch.randn(24, 1, 8, 8, generator=random)
+        faces = torch.rand(3, 1, 8, 8, generator=random).round() * 2 - 1
+        eps = torch.randn(24, 1, 8, 8, generator=random)
         labels, time = torch.arange(24) % 3, torch.rand(24, generator=random)
         x0, share = faces[labels], time[:, None, None, None]
         xt, velocity = (1 - share) * x0 + share * eps, eps - x0
@@ -289,11 +293,30 @@ class TestKeptBias:
 class TestCompiled:
     """torch.compile takes the whole network as one graph, at most twice for all batch sizes."""
 
+    @staticmethod
+    def two_blocks():
+        removed = ("bottleneck", "encoder.0.0", "encoder.1.0", "encoder.2.0", "encoder.3.0",
+                   *(f"decoder.{stage}.{i}" for stage in range(4) for i in (0, 1)))
+        return small_config(depths=(2, 1, 1, 1), removed_blocks=removed)
+
+    @pytest.mark.skipif(find_compiler("C++") is None, reason="needs a C++ compiler")
+    def test_machine_code_agrees_with_eager(self):
+        config = self.two_blocks()
+        model, inputs = random_network(config), random_inputs(config)
+        with torch.no_grad():
+            expected = model(*inputs)
+            torch.compiler.reset()
+            compile_network(model)
+            assert relative_error(model(*inputs), expected) <= 1e-5
+
+    def test_a_missing_compiler_is_named(self, monkeypatch):
+        monkeypatch.setattr("shutil.which", lambda name: None)
+        with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler and none was found"):
+            compile_network(random_network(self.two_blocks()))
+
     @pytest.mark.parametrize("gradients", [False, True])
     def test_agrees_with_eager(self, gradients):
-        removed = ("bottleneck", "encoder.0.0", "encoder.1.0", "encoder.2.0", "encoder.3.0",    # two blocks are left
-                   *(f"decoder.{stage}.{i}" for stage in range(4) for i in (0, 1)))
-        config = small_config(depths=(2, 1, 1, 1), removed_blocks=removed)
+        config = self.two_blocks()
         model, graphs = random_network(config), []
 
         def compiler(graph, inputs):

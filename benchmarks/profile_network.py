@@ -1,0 +1,116 @@
+"""Where the time of a network goes on this CPU, by kind of operation, beside what its products alone would take.
+
+    python benchmarks/profile_network.py --models xl dit-xl-2 --image-size 256 --batch 8 --dtype bfloat16
+
+The floor is the time of a network's multiply-adds at the speed of one large square product (packed, for bfloat16),
+measured in the same run: what would be left if everything else cost nothing and all products were that large. The
+floor of the scan is its exponentials (benchmarks/scan_cpu.py).
+
+Fresh pages are dear on virtual machines: the script runs itself again with malloc told to keep what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from lamamba.benchmark.throughput import MALLOC
+
+if sys.platform == "linux" and any(os.environ.get(name) != value for name, value in MALLOC.items()):
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lamamba.benchmark.throughput import Case, build, inputs
+from lamamba.models.packing import pack_weights
+
+KINDS = {
+    "matrix products": ("aten::addmm", "aten::mm", "aten::bmm", "mkldnn::_linear_pointwise", "aten::mkldnn_linear"),
+    "scan": ("lamamba::selective_scan",),
+    "attention": ("lamamba::window_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
+                  "aten::_scaled_dot_product_attention_math"),
+    "norms and gates": ("lamamba::modulated_norm", "lamamba::gated_norm", "aten::native_layer_norm", "aten::addcmul"),
+    "GELU": ("aten::gelu",),
+    "convolutions": ("lamamba::local_mixing", "aten::mkldnn_convolution", "aten::_conv_depthwise2d",
+                     "aten::thnn_conv2d", "aten::slow_conv2d_forward", "aten::_slow_conv2d_forward"),
+    "adaLN products of few rows": ("lamamba::few_rows_linear",),
+    "additions, multiplications": ("aten::add", "aten::add_", "aten::mul", "aten::mul_", "aten::silu"),
+    "copies": ("aten::copy_", "aten::cat"),
+}
+KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
+
+
+def profiled(case: Case, passes: int) -> tuple[float, dict[str, float]]:
+    """Milliseconds of a pass without the profiler (median), and those of each kind of operation under it."""
+    device = torch.device(case.device)
+    torch.manual_seed(0)
+    model = build(case).eval()
+    if case.packs_weights:
+        pack_weights(model, case.tokens * case.batch)
+    arguments, times = inputs(case, device), []
+    with torch.no_grad():
+        model(*arguments)
+        for _ in range(passes):
+            began = time.perf_counter()
+            model(*arguments)
+            times.append(1000 * (time.perf_counter() - began))
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            for _ in range(passes):
+                model(*arguments)
+    kinds: dict[str, float] = defaultdict(float)
+    for event in trace.key_averages():
+        kinds[KIND_OF.get(event.key, "everything else")] += event.self_cpu_time_total / 1000 / passes
+    return statistics.median(times), dict(kinds)
+
+
+def products_per_second(dtype: torch.dtype, side: int = 2048) -> float:
+    """Multiply-adds a second of one large packed product."""
+    x, linear = torch.randn(side, side).to(dtype), torch.nn.Linear(side, side, bias=False).to(dtype)
+    network = torch.nn.Sequential(linear)
+    if dtype == torch.bfloat16:
+        pack_weights(network, side)
+    with torch.no_grad():
+        network(x)
+        times = []
+        for _ in range(7):
+            began = time.perf_counter()
+            network(x)
+            times.append(time.perf_counter() - began)
+    return side**3 / statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Where the time of a network goes")
+    parser.add_argument("--models", nargs="+", default=["xl", "dit-xl-2"])
+    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    speed = products_per_second(getattr(torch, options.dtype))
+    print(f"{options.dtype}: {speed / 1e9:.0f} G multiply-adds a second in one large product")
+    found = {"dtype": options.dtype, "multiply_adds_per_second": speed, "networks": {}}
+    for name in options.models:
+        case = Case(name, options.image_size, options.batch, options.dtype, "cpu", "forward")
+        ms, kinds = profiled(case, options.passes)
+        total, floor = sum(kinds.values()), 1000 * case.multiply_adds * options.batch / speed
+        print(f"\n{name}, {options.image_size} px, batch {options.batch}: {ms:.0f} ms a pass; its "
+              f"{case.multiply_adds * options.batch / 1e9:.0f} G multiply-adds alone would take {floor:.0f} ms")
+        for kind, share in sorted(kinds.items(), key=lambda item: -item[1]):
+            print(f"  {kind:<28} {share:8.1f} ms {share / total:6.1%}")
+        found["networks"][name] = {"ms": ms, "floor_ms": floor, "kinds_ms": kinds}
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

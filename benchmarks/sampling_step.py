@@ -1,0 +1,83 @@
+"""What a guided sampling step costs, and what making the conditioning ahead saves of it.
+
+    python benchmarks/sampling_step.py [--model xl] [--image-size 256] [--batches 1 8] [--dtype float32] [--device cpu]
+
+"plain" calls the network for every row of the guided batch; "ahead" makes the conditioning of all steps first (on a
+GPU, small batches are replayed as a CUDA graph as well). A run is as many steps as given, all of it timed; the two take
+turns, medians of runs, divided by the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from lamamba.benchmark.throughput import MALLOC
+
+if sys.platform == "linux" and any(os.environ.get(name) != value for name, value in MALLOC.items()):
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+
+import torch
+
+from lamamba.benchmark.throughput import Case, build
+from lamamba.diffusion.guidance import guided
+from lamamba.models.conditioning import ConditionedNetwork
+from lamamba.models.packing import pack_weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a guided sampling step costs")
+    parser.add_argument("--model", default="xl")
+    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    dtype, device = getattr(torch, options.dtype), torch.device(options.device)
+    case = Case(options.model, options.image_size, 1, options.dtype, options.device, "forward")
+    torch.manual_seed(0)
+    model = build(case).eval()
+    if case.packs_weights:
+        pack_weights(model, case.tokens * 2 * max(options.batches))
+    times, found = torch.linspace(999, 0, options.steps).tolist(), []
+    for batch in options.batches:
+        labels = torch.arange(batch, device=device) % model.architecture.num_classes
+        null = model.architecture.num_classes
+        x = torch.randn(batch, 4, *model.architecture.input_size, device=device, dtype=dtype)
+
+        def run(
+            kind: str, labels: torch.Tensor = labels, null: int = null, x: torch.Tensor = x, batch: int = batch
+        ) -> float:
+            began = time.perf_counter()
+            network = ConditionedNetwork(model, times, [*labels.tolist(), null]) if kind == "ahead" else model
+            predict = guided(network, labels, 4.0, null)
+            for t in times:
+                predict(x, torch.full((batch,), t))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return 1000 * (time.perf_counter() - began) / options.steps
+
+        kinds = ("plain", "ahead")
+        with torch.no_grad():
+            for kind in kinds:
+                run(kind)
+            turns = [[run(kind) for kind in kinds] for _ in range(options.runs)]
+        plain, ahead = (statistics.median(column) for column in zip(*turns, strict=True))
+        print(f"{options.model} {options.image_size} px {options.dtype}, {batch} guided: {plain:.1f} ms a step plain, "
+              f"{ahead:.1f} ms with conditioning made ahead ({plain / ahead:.2f} times as fast)", flush=True)
+        found.append({"batch": batch, "plain_ms": plain, "ahead_ms": ahead})
+    if options.json:
+        options.json.write_text(json.dumps({**vars(options), "json": None, "rows": found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
