@@ -29,8 +29,8 @@ DESCRIPTION = """Time LaMamba presets beside DiT-S/2 to DiT-XL/2: same batch, pr
 DiT is diffusers' DiTTransformer2DModel with one embedder for all blocks (675 M parameters for XL/2). Every network has
 a process of its own; on Linux CPUs these start with the same MALLOC_ settings. On CPUs bfloat16 weights of both are
 packed for oneDNN. Times are medians with quartiles. Peak memory is that of the GPU's allocator, or what the process
-occupies more than before the network was built: weights, activations and, in training, gradients and the optimizer's
-moments. A training step in bfloat16 is one under autocast, with float32 weights."""
+occupies more than before the network was built; "MiB an image" is the peak less weights (in training, gradients and
+moments, too), divided by the batch. A training step in bfloat16 has float32 weights and runs under autocast."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 PLOTTED_SIZES = (256, 512, 1024, 2048)
@@ -102,7 +102,8 @@ def main(arguments: list[str]) -> None:
     print(f"\n{text}")
     if chosen.markdown:
         lines = "\n".join(f"- {key}: {value}" for key, value in _described(facts))
-        write_atomically(chosen.markdown, f"# LaMamba beside DiT\n\n{lines}\n\n{text}\n")
+        what = "training step" if chosen.mode == "train" else "forward pass"
+        write_atomically(chosen.markdown, f"# LaMamba beside DiT: {what}, {chosen.dtype}\n\n{lines}\n\n{text}\n")
     if chosen.plot:
         from lamamba.cli.pictures import cost_curves
 
@@ -255,7 +256,8 @@ def commit() -> str | None:
 
 
 HEADINGS = (
-    "network", "px", "batch", "images/s", "ms a pass", "quartiles", "peak MiB", "G multiply-adds", "LaMamba / DiT",
+    "network", "px", "batch", "images/s", "ms a pass", "quartiles", "peak MiB", "MiB an image", "G multiply-adds",
+    "LaMamba / DiT",
 )
 
 
@@ -268,10 +270,11 @@ def table(rows: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> str:
             if ratio["model"] == row["model"] and all(ratio[key] == row[key] for key in ("image_size", "batch", "mode"))
         ]
         low, high = row["ms_quartiles"]
-        peak = row["peak_memory_bytes"]
+        peak, activations = row["peak_memory_bytes"], row["activation_bytes_per_image"]
         cells.append((
             row["model"], str(row["image_size"]), str(row["batch"]), f"{row['images_per_second']:.3g}",
             f"{row['ms']:.1f}", f"{low:.1f} - {high:.1f}", f"{peak / 2**20:.0f}" if peak is not None else "-",
+            f"{activations / 2**20:.0f}" if activations is not None else "-",
             f"{row['multiply_adds'] / 1e9:.2f}",
             ", ".join(f"{ratio['ratio']:.2f}" + (f" ({ratio['peer']})" if len(same) > 1 else "") for ratio in same),
         ))
