@@ -12,8 +12,11 @@ from torch import Tensor
 
 from lamamba import LaMambaUNet, UNetConfig
 from lamamba.models.official import derive_config
+from lamamba.ops import native
 
 PARITY = Path(__file__).parent / "parity"
+BACKENDS = [*(f"cpu/{name}" for name in native.INSTRUCTION_SETS), "torch", "reference"]
+"""Of the scan, on CPUs; the compiled one comes once for each of its instruction sets."""
 FILES = ("cond_state1", "cond_state16_rgb", "patch2", "uncond_cross_scan")
 
 

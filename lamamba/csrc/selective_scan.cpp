@@ -221,6 +221,29 @@ LAMAMBA_INLINE void lift(const Tile& tile, int64_t r, const float* W, float* out
     for (; t < tile.count; ++t) lift_tokens<V, 1>(tile.dt + t, r, W, out + t * V * LANES);
 }
 
+// delta = softplus(W_dt dt + b_dt) and delta x of one tile, rows of V vectors; for the backward pass also the slopes of
+// softplus. The largest delta, or NaN where one is.
+template <int V, bool has_slopes = false>
+LAMAMBA_INLINE float time_steps(
+    const Tile& tile, int64_t r, const float* W, const float* x, float* delta, float* du, float* slopes = nullptr) {
+    constexpr int width = V * LANES;
+    lift<V>(tile, r, W, delta);
+    Vec longest{};
+    for (int64_t t = 0; t < tile.count; ++t) {
+        Vec before[V], e[V], step[V];
+        load_row<V>(before, delta + t * width);
+        softplus<V>(before, e, step);
+        for (int v = 0; v < V; ++v) {
+            const int64_t at = t * width + v * LANES;
+            longest = larger(step[v], longest);
+            store(delta + at, step[v]);
+            if constexpr (has_slopes) store(slopes + at, sigmoid(before[v], e[v]));
+            store(du + at, step[v] * load(x + tile.token[t] * width + v * LANES));
+        }
+    }
+    return largest(longest);
+}
+
 // M states of one tile, starting with the n-th: h goes on from where it stands. C . h over the states is summed in
 // y_tile and, with the last ones, added to y on the grid.
 template <int V, int M, bool tame>
@@ -297,20 +320,8 @@ void forward_block(const Scan& s, const Plan& plan, int64_t image, int64_t c0) {
         std::fill(h, h + s.n * width, 0.0f);
         for (int64_t start = 0; start < s.l; start += TILE) {
             const Tile tile(s, image, k, start);
-            lift<V>(tile, s.r, W, delta);
-            Vec longest{};
-            for (int64_t t = 0; t < tile.count; ++t) {
-                Vec before[V], e[V], step[V];
-                load_row<V>(before, delta + t * width);
-                softplus<V>(before, e, step);
-                for (int v = 0; v < V; ++v) {
-                    const int64_t at = t * width + v * LANES;
-                    longest = larger(step[v], longest);
-                    store(delta + at, step[v]);
-                    store(du + at, step[v] * load(x + tile.token[t] * width + v * LANES));
-                }
-            }
-            with_flag(is_tame(largest(longest), fastest), [&](auto tame) {
+            const float longest = time_steps<V>(tile, s.r, W, x, delta, du);
+            with_flag(is_tame(longest, fastest), [&](auto tame) {
                 int64_t n = 0;
                 for (; n + 2 <= s.n; n += 2)
                     scan_states<V, 2, tame.value>(tile, n, n + 2 == s.n, delta, du, A, h, y_tile, y);
@@ -489,21 +500,7 @@ void backward_block(const Scan& s, const Plan& plan, int64_t image, int64_t c0, 
         for (int64_t i = 0; i < tiles; ++i) {
             const Tile tile(s, image, k, i * TILE);
             float *delta = deltas + i * TILE * width, *slope = slopes + i * TILE * width;
-            lift<V>(tile, s.r, W, delta);
-            Vec longest{};
-            for (int64_t t = 0; t < tile.count; ++t) {
-                Vec before[V], e[V], step[V];
-                load_row<V>(before, delta + t * width);
-                softplus<V>(before, e, step);
-                for (int v = 0; v < V; ++v) {
-                    const int64_t at = t * width + v * LANES;
-                    longest = larger(step[v], longest);
-                    store(delta + at, step[v]);
-                    store(slope + at, sigmoid(before[v], e[v]));
-                    store(buffers.du + at, step[v] * load(x + tile.token[t] * width + v * LANES));
-                }
-            }
-            tame_tiles[i] = is_tame(largest(longest), fastest);
+            tame_tiles[i] = is_tame(time_steps<V, true>(tile, s.r, W, x, delta, buffers.du, slope), fastest);
             if (i + 1 == tiles) break;
             const float *before = starts + i * state, *du = buffers.du;
             with_flag(tame_tiles[i], [&](auto tame) {

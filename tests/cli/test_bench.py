@@ -40,7 +40,8 @@ def test_the_table():
     row = {"image_size": 256, "batch": 8, "dtype": "float32", "device": "cpu", "mode": "forward", "ms": 4000.0,
            "ms_quartiles": [3990.0, 4010.0], "images_per_second": 2.0, "peak_memory_bytes": 2**30,
            "activation_bytes_per_image": 2**24, "multiply_adds": 45.55e9}
-    ours, theirs = {**row, "model": "xl"}, {**row, "model": "dit-xl-2", "peak_memory_bytes": None, "activation_bytes_per_image": None}
+    unknown = {"peak_memory_bytes": None, "activation_bytes_per_image": None}
+    ours, theirs = {**row, "model": "xl"}, {**row, "model": "dit-xl-2", **unknown}
     same = {key: row[key] for key in ("image_size", "batch", "mode")}
     ratio = {**same, "model": "xl", "peer": "dit-xl-2", "ratio": 2.04}
     heading, rule, first, second = table([ours, theirs], [ratio]).splitlines()

@@ -12,8 +12,7 @@ from lamamba import LaMambaUNet, load_official, to_official
 from lamamba.diffusion.guidance import guided
 from lamamba.models.official import official_name
 from lamamba.ops import use_backend
-from tests.networks import FILES, load_case, relative_error
-from tests.ops.test_selective_scan import BACKENDS, backend  # noqa: F401 (a fixture)
+from tests.networks import BACKENDS, FILES, load_case, relative_error
 
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 2e-4
 
@@ -23,7 +22,7 @@ def case(request):
     return load_case(request.param)
 
 
-def test_outputs_and_gradients(case, backend):  # noqa: F811
+def test_outputs_and_gradients(case, backend):
     model = load_official(case.weights, case.config)
     x = case.tensors["in.x"].requires_grad_()
     with use_backend(backend):
@@ -40,7 +39,7 @@ def test_outputs_and_gradients(case, backend):  # noqa: F811
 
 
 @torch.no_grad()
-def test_one_image_at_a_time(case, backend):  # noqa: F811
+def test_one_image_at_a_time(case, backend):
     model = load_official(case.weights, case.config)
     for i, x in enumerate(case.tensors["in.x"]):
         labels = None if case.labels is None else case.labels[i : i + 1]

@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lamamba.ops import native, scan_paths, selective_scan
+from lamamba.ops import scan_paths, selective_scan
 from lamamba.ops.selective_scan import OP, reference
 
 NAMES = ("x", "dt", "B", "C", "W_dt", "b_dt", "A", "D")
-BACKENDS = [*(f"cpu/{name}" for name in native.INSTRUCTION_SETS), "torch", "reference"]
 
 
 @pytest.fixture(autouse=True)
@@ -34,24 +33,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request, monkeypatch):
-    """The name of each back end that runs on CPUs; the compiled one comes once for each of its instruction sets."""
-    name, _, instruction_set = request.param.partition("/")
-    if instruction_set:
-        monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, instruction_set)
-        native.load.cache_clear()
-        try:
-            native.load()
-        except RuntimeError as error:
-            pytest.skip(str(error))
-    if reason := OP.get(name).refusal("cpu", torch.float32, 1):
-        pytest.skip(reason)
-    yield name
-    monkeypatch.undo()
-    native.load.cache_clear()
 
 
 def make_inputs(b=1, height=4, width=4, c=8, n=1, r=2, g=4, dtype=torch.float32, seed=0) -> dict[str, Tensor]:

@@ -1,0 +1,28 @@
+"""Back ends of the scan that run on CPUs, for whoever tests with each of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lamamba.ops import native
+from lamamba.ops.selective_scan import OP
+from tests.networks import BACKENDS
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """The name of each back end that runs on CPUs; the compiled one comes once for each of its instruction sets."""
+    name, _, instruction_set = request.param.partition("/")
+    if instruction_set:
+        monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, instruction_set)
+        native.load.cache_clear()
+        try:
+            native.load()
+        except RuntimeError as error:
+            pytest.skip(str(error))
+    if reason := OP.get(name).refusal("cpu", torch.float32, 1):
+        pytest.skip(reason)
+    yield name
+    monkeypatch.undo()
+    native.load.cache_clear()
