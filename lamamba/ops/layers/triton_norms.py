@@ -217,12 +217,11 @@ def modulated_norm_backward(grad_y, x, weight, bias, shift, scale, eps):
         sums, weight, bias, scale, grad_shift, grad_scale, parts, b, c, scale.stride(0), shares,
         BLOCK=SUM_BLOCK, num_warps=1,
     )
-    grad_bias, grad_weight = parts.sum(1)
-    return grad_x, _like(grad_weight, weight), _like(grad_bias, bias), grad_shift, grad_scale
+    return grad_x, _like(parts[1].sum(0), weight), _like(parts[0].sum(0), bias), grad_shift, grad_scale
 
 
 def _like(grad: Tensor, parameter: Tensor | None) -> Tensor:
-    return grad.new_empty(0) if parameter is None else grad.to(parameter.dtype, copy=True)
+    return grad.new_empty(0) if parameter is None else grad.to(parameter.dtype)
 
 
 @on_the_tensors_device
@@ -249,18 +248,12 @@ def gated_norm_backward(grad_y, x, z, weight, bias, eps):
         grad_y, x, z, weight, bias, None, grad_x, grad_z, sums, h * w, c, z.stride(0), 0, shares, each, eps,
         BLOCK=block, num_warps=warps,
     )
-    grad_bias, grad_weight = sums.sum(0)
-    return grad_x, grad_z, _like(grad_weight, weight), _like(grad_bias, bias)
-
-
-@on_the_tensors_device
-def gated_sum(x, y, gate):
-    return torch.addcmul(x, gate[:, None, None], y)                             # one pass already
+    return grad_x, grad_z, _like(sums[:, 1].sum(0), weight), _like(sums[:, 0].sum(0), bias)
 
 
 @on_the_tensors_device
 def gated_sum_backward(grad, y, gate):
-    """Gradients of y and gate; that of x is grad itself."""
+    """Gradients of y and gate in x + gate y; that of x is grad itself."""
     grad, y = _packed(grad, y)
     gate, grad_y = _rows(gate), torch.empty_like(y)
     (b, h, w, c), (block, warps) = y.shape, _block(y.shape[3])

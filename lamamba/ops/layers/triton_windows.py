@@ -26,8 +26,8 @@ from torch import Tensor
 from lamamba.config import Grid
 from lamamba.ops.triton_pieces import matrix_product, on_the_tensors_device, processors, round_to
 
-MOST_TOKENS = 64
-"""Of a window: the scores of more would not fit into registers."""
+CHUNK = 16
+"""The shortest sum that a matrix instruction takes; with longer pieces the compiler needs more registers."""
 FORWARD_WARPS, BACKWARD_WARPS = 4, 8
 PROGRAMS_PER_PROCESSOR = 16
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -35,12 +35,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _tokens(unit, h, w, rows, columns, shift_h, shift_w, H: tl.constexpr, W: tl.constexpr, TOKENS: tl.constexpr):
-    """The grid's place of each token of a window, counted through all images, and whether it is in the grid."""
+    """Where a window's image begins, in tokens; each token's place in that image, and whether it is in the grid."""
     window, place = unit % (rows * columns), tl.arange(0, TOKENS)
     row = (window // columns * H + place // W + shift_h) % (rows * H)
     column = (window % columns * W + place % W + shift_w) % (columns * W)
-    image = (unit // (rows * columns)).to(tl.int64)
-    return (image * h + row) * w + column, (place < H * W) & (row < h) & (column < w)
+    begin = (unit // (rows * columns)).to(tl.int64) * (h * w)
+    return begin, row * w + column, (place < H * W) & (row < h) & (column < w)
 
 
 @triton.jit
@@ -109,16 +109,15 @@ def _attend(
     y += head * D
     bias += head * (SIZE * SIZE)
     for unit in range(share * units_each, tl.minimum((share + 1) * units_each, units)):
-        tokens, real = _tokens(unit, h, w, rows, columns, shift_h, shift_w, H, W, TOKENS)
+        begin, tokens, real = _tokens(unit, h, w, rows, columns, shift_h, shift_w, H, W, TOKENS)
         here = None if mask is None else mask + unit % (rows * columns) * (SIZE * SIZE)
-        p = _probabilities(
-            qkv, qkv + width, bias, here, tokens, real, 3 * width, scale, D, CHUNK, SIZE, TOKENS
-        )
-        p = round_to(p, qkv.dtype.element_ty)
+        q = qkv + begin * (3 * width)
+        p = _probabilities(q, q + width, bias, here, tokens, real, 3 * width, scale, D, CHUNK, SIZE, TOKENS)
+        p = round_to(p, q.dtype.element_ty)
         for first in range(0, D, CHUNK):
-            v = _load(qkv + 2 * width, tokens, real, first, 3 * width, D, CHUNK)
+            v = _load(q + 2 * width, tokens, real, first, 3 * width, D, CHUNK)
             part = matrix_product(p, v, tl.zeros((TOKENS, CHUNK), tl.float32))
-            _store(y, part, tokens, real, first, width, D, CHUNK)
+            _store(y + begin * width, part, tokens, real, first, width, D, CHUNK)
 
 
 @triton.jit
@@ -127,7 +126,7 @@ def _attend_backward(
     units, units_each, h, w, rows, columns, shift_h, shift_w, heads, scale,
     H: tl.constexpr, W: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
 ):
-    """grad_qkv (b, h, w, 3 heads d), and this program's part of the bias's gradient: sums (shares, heads, SIZE, SIZE)."""
+    """grad_qkv (b, h, w, 3 heads d), and this program's part of the bias gradient: sums (shares, heads, SIZE, SIZE)."""
     head, share = tl.program_id(0) % heads, tl.program_id(0) // heads
     SIZE: tl.constexpr = H * W
     width = heads * D
@@ -137,43 +136,30 @@ def _attend_backward(
     bias += head * (SIZE * SIZE)
     sum_gs = tl.zeros((TOKENS, TOKENS), tl.float32)
     for unit in range(share * units_each, tl.minimum((share + 1) * units_each, units)):
-        tokens, real = _tokens(unit, h, w, rows, columns, shift_h, shift_w, H, W, TOKENS)
+        begin, tokens, real = _tokens(unit, h, w, rows, columns, shift_h, shift_w, H, W, TOKENS)
         here = None if mask is None else mask + unit % (rows * columns) * (SIZE * SIZE)
-        p = _probabilities(
-            qkv, qkv + width, bias, here, tokens, real, 3 * width, scale, D, CHUNK, SIZE, TOKENS
-        )
+        q, gq, gy = qkv + begin * (3 * width), grad_qkv + begin * (3 * width), grad_y + begin * width
+        p = _probabilities(q, q + width, bias, here, tokens, real, 3 * width, scale, D, CHUNK, SIZE, TOKENS)
         gp = tl.zeros((TOKENS, TOKENS), tl.float32)
         for first in range(0, D, CHUNK):
             gp = matrix_product(
-                _load(grad_y, tokens, real, first, width, D, CHUNK),
-                _load_turned(qkv + 2 * width, tokens, real, first, 3 * width, D, CHUNK), gp,
+                _load(gy, tokens, real, first, width, D, CHUNK),
+                _load_turned(q + 2 * width, tokens, real, first, 3 * width, D, CHUNK), gp,
             )
         gs = p * (gp - tl.sum(p * gp, 1)[:, None])
         sum_gs += gs
-        p = round_to(p, qkv.dtype.element_ty)
-        gs = round_to(gs, qkv.dtype.element_ty)
+        p, gs = round_to(p, q.dtype.element_ty), round_to(gs, q.dtype.element_ty)
         zeros = tl.zeros((TOKENS, CHUNK), tl.float32)
         for first in range(0, D, CHUNK):
-            gv = matrix_product(tl.trans(p), _load(grad_y, tokens, real, first, width, D, CHUNK), zeros)
-            _store(grad_qkv + 2 * width, gv, tokens, real, first, 3 * width, D, CHUNK)
-            gq = matrix_product(gs, _load(qkv + width, tokens, real, first, 3 * width, D, CHUNK), zeros)
-            _store(grad_qkv, gq * scale, tokens, real, first, 3 * width, D, CHUNK)
-            gk = matrix_product(tl.trans(gs), _load(qkv, tokens, real, first, 3 * width, D, CHUNK), zeros)
-            _store(grad_qkv + width, gk * scale, tokens, real, first, 3 * width, D, CHUNK)
+            part = matrix_product(gs, _load(q + width, tokens, real, first, 3 * width, D, CHUNK), zeros)
+            _store(gq, part * scale, tokens, real, first, 3 * width, D, CHUNK)
+            part = matrix_product(tl.trans(gs), _load(q, tokens, real, first, 3 * width, D, CHUNK), zeros)
+            _store(gq + width, part * scale, tokens, real, first, 3 * width, D, CHUNK)
+            part = matrix_product(tl.trans(p), _load(gy, tokens, real, first, width, D, CHUNK), zeros)
+            _store(gq + 2 * width, part, tokens, real, first, 3 * width, D, CHUNK)
     query, key = tl.arange(0, TOKENS)[:, None], tl.arange(0, TOKENS)[None, :]
     sums += tl.program_id(0).to(tl.int64) * (SIZE * SIZE)
     tl.store(sums + query * SIZE + key, sum_gs, mask=(query < SIZE) & (key < SIZE))
-
-
-def refusal(window: Grid) -> str | None:
-    """Why these kernels cannot take windows of this size; None when they can."""
-    size = window[0] * window[1]
-    return None if size <= MOST_TOKENS else f"windows have at most {MOST_TOKENS} tokens, not {size}"
-
-
-def _chunk(d: int) -> int:
-    """Channels of a piece: 32 where that wastes no more than 16, the shortest sum that a matrix instruction takes."""
-    return 32 if triton.cdiv(d, 32) * 2 == triton.cdiv(d, 16) else 16
 
 
 def _sizes(qkv, num_heads, window, shift):
@@ -187,7 +173,8 @@ def _sizes(qkv, num_heads, window, shift):
     sizes = (units, each, h, w, rows, columns, shift[0], shift[1], num_heads, d**-0.5)
     size = window[0] * window[1]
     constants = {
-        "H": window[0], "W": window[1], "TOKENS": max(triton.next_power_of_2(size), 16), "D": d, "CHUNK": _chunk(d),
+        "H": window[0], "W": window[1], "TOKENS": max(triton.next_power_of_2(size), 16), "D": d, "CHUNK": CHUNK,
+        "num_stages": 1,
     }
     return triton.cdiv(units, each), sizes, constants
 
