@@ -39,7 +39,8 @@ def variants(quick: bool):
         for width in WIDTHS[-1:] if quick else WIDTHS:
             def norm(name, kernel, channels, dtype=dtype, **absent):
                 block, warps = triton_norms._block(channels)
-                return (f"{name}, {dtype} c={channels}", "triton_norms", kernel, {"BLOCK": block, **absent}, warps, dtype)
+                constants = {"BLOCK": block, **absent}
+                return f"{name}, {dtype} c={channels}", "triton_norms", kernel, constants, warps, dtype
 
             yield norm("modulated norm", "_norm", width, z=None, z_row=0)
             yield norm("modulated norm, backward", "_norm_backward", width, z=None, grad_z=None, z_row=0)
@@ -82,7 +83,8 @@ def compile_ahead(kernel, constants: dict, warps: int, dtype: str, arch: int):
         if name not in NOT_DIVISIBLE | SMALL or signature[name].startswith("*"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": 1 if attention else 3})
+    options = {"num_warps": warps, "num_stages": 1 if attention else 3}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def measure(job) -> dict:

@@ -102,7 +102,7 @@ def longest_loop(listing: str) -> Counter:
 
 
 def resources(cubin: bytes) -> tuple[dict, Counter]:
-    """Registers, shared memory, stack and spills of a kernel's machine code, and the instructions of its longest loop."""
+    """Registers, shared memory, stack and spills in a kernel's machine code, and its longest loop's instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
