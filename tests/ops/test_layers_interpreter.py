@@ -57,7 +57,7 @@ CASES = {
     "gated_norm": ("gated_norm", gated_norm_inputs),
     "gated_sum": ("gated_sum", gated_sum_inputs),
     "local_mixing": ("local_mixing", local_mixing_inputs),
-    "window_attention": ("window_attention", lambda: window_attention_inputs((9, 6), (4, 4), d=20)),
+    "window_attention": ("window_attention", lambda: window_attention_inputs((6, 4), (4, 4), d=20)),
 }
 
 
