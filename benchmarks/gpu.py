@@ -23,20 +23,24 @@ TRAINING_SECONDS = 120
 
 def steps(folder: Path) -> dict[str, tuple[list[str], int, Path | None]]:
     """name: command, limit in seconds, and the file that it leaves. The limits together are 9 minutes."""
-    files = {name: folder / f"{name}.json" for name in ("scan", "forward", "train", "digits")}
+    files = {name: folder / f"{name}.json" for name in ("scan", "layers", "forward", "train", "digits")}
     return {
         "tests": ([sys.executable, "-m", "pytest", "-q", "-x", "tests/ops/test_selective_scan_gpu.py",
-                   "tests/models/test_cuda_graph.py"], 120, None),
-        "scan": ([sys.executable, "benchmarks/scan_gpu.py", "--json", str(files["scan"])], 70, files["scan"]),
+                   "tests/ops/test_layers_gpu.py", "tests/models/test_cuda_graph.py"], 130, None),
+        "scan": ([sys.executable, "benchmarks/scan_gpu.py", "--json", str(files["scan"])], 50, files["scan"]),
+        "layers": (
+            [sys.executable, "benchmarks/layers_gpu.py", "--seconds", "40", "--json", str(files["layers"])],
+            60, files["layers"],
+        ),
         "forward": (
             [*BENCH, "--image-sizes", "256,512,1024", "--batch", "64,16,4", "--seconds", "4",
              "--json", str(files["forward"])],
-            120, files["forward"],
+            95, files["forward"],
         ),
         "train": (
             [*BENCH, "--image-sizes", "256", "--batch", "32", "--mode", "train", "--seconds", "5",
              "--json", str(files["train"])],
-            70, files["train"],
+            50, files["train"],
         ),
         "digits": (
             [sys.executable, "benchmarks/train_digits.py", "--device", "cuda", "--dtype", "bfloat16",

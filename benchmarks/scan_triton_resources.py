@@ -101,23 +101,30 @@ def longest_loop(listing: str) -> Counter:
     return Counter(re.split(r"[.\s]", text)[0] for text in instructions[first : last + 1])
 
 
-def measure(job) -> dict:
-    name, kernel, constants, options, dtype, arch = job
+def resources(cubin: bytes) -> tuple[dict, Counter]:
+    """Registers, shared memory, stack and spills in a kernel's machine code, and its longest loop's instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compile_ahead(getattr(kernels, kernel), constants, options, dtype, arch))
+        file.write(cubin)
         file.flush()
         usage = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", file.name],
                                capture_output=True, text=True, check=True).stdout
         listing = subprocess.run([TOOLS / "nvdisasm", "-c", file.name],
                                  capture_output=True, text=True, check=True).stdout
-    loop = longest_loop(listing)
-    per_lane = constants.get("TILE", 0) * constants["BLOCK"] // 32
-    return {
-        "kernel": name, "arch": f"sm_{arch}",
+    found = {
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "shared": int(re.search(r"SHARED:(\d+)", usage).group(1)),
         "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
         "spill_loads": len(re.findall(r"\bLDL", listing)), "spill_stores": len(re.findall(r"\bSTL", listing)),
+    }
+    return found, longest_loop(listing)
+
+
+def measure(job) -> dict:
+    name, kernel, constants, options, dtype, arch = job
+    found, loop = resources(compile_ahead(getattr(kernels, kernel), constants, options, dtype, arch))
+    per_lane = constants.get("TILE", 0) * constants["BLOCK"] // 32
+    return {
+        "kernel": name, "arch": f"sm_{arch}", **found,
         "loop": sum(loop.values()), "loop_special": loop["MUFU"], "loop_elements": per_lane,
     }
 

@@ -13,7 +13,8 @@ from lamamba._version import __version__
 from lamamba.cli.arguments import parse
 
 DESCRIPTION = """Print versions, the back end that each op will use on each device and why, and what is missing; then
-check every back end that runs here, forward and every gradient, against the plain recurrence in float64.
+check every back end that runs here, forward and every gradient, against the plain recurrence in float64, and the
+layers that are chosen here against their formulas.
 
 The exit status is 1 when a check fails."""
 
@@ -47,8 +48,10 @@ def examine() -> dict[str, Any]:
     compilers = {language: find_compiler(language) for language in ("C", "C++")}
     ops = [_choice(OP, device, dtype) for device in devices for dtype in DTYPES]
     checks = [check for device in devices for backend in OP.backends if (check := check_backend(OP, backend, device))]
+    checks += [check_layers(device) for device in devices]
     return {
         "versions": _versions(), "devices": devices, "cpu_kernels": _cpu_kernels(), "ops": ops,
+        "layers": [_layers_choice(device, dtype) for device in devices for dtype in DTYPES],
         "compilers": compilers, "missing": _missing(devices, compilers), "checks": checks,
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("LAMAMBA_")},
         "healthy": all(check["passed"] for check in checks) and not any("error" in op for op in ops),
@@ -115,6 +118,17 @@ def _choice(op: Any, device: str, dtype: str) -> dict[str, Any]:
     return found
 
 
+def _layers_choice(device: str, dtype: str) -> dict[str, Any]:
+    """What runs norms, gates, windows and the convolution, without gradients and with them."""
+    import torch
+
+    from lamamba.ops.layers import backend_for
+
+    x = torch.zeros((1, 1, 1, 1), device=device, dtype=getattr(torch, dtype))
+    return {"device": device, "dtype": dtype, "inference": backend_for(x),
+            "training": backend_for(x.requires_grad_())}
+
+
 def _missing(devices: dict[str, str], compilers: dict[str, str | None]) -> list[str]:
     """What would make more things run, or run faster."""
     from lamamba.cli.bench import version_of
@@ -173,6 +187,45 @@ def check_backend(op: Any, backend: Any, device: str) -> dict[str, Any] | None:
     }
 
 
+def check_layers(device: str) -> dict[str, Any]:
+    """Largest relative error of the layers as they are chosen on a device, without gradients, against the formulas."""
+    import torch
+
+    from lamamba.ops import layers
+
+    began, random = time.perf_counter(), torch.Generator().manual_seed(0)
+    (b, h, w, c), heads = (2, 5, 7, 20), 2
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random)
+
+    calls = {
+        "modulated_norm": (normal(b, h, w, c), normal(c), normal(c), normal(b, c), normal(b, c), 1e-5),
+        "gated_norm": (normal(b, h, w, c), normal(b, h, w, c), normal(c), normal(c), 1e-5),
+        "local_mixing": (normal(b, h, w, c), normal(c, 1, 3, 3)),
+        "window_attention": (normal(b, h, w, 3 * c), normal(heads, 16, 16), None, heads, (4, 4), (0, 0)),
+    }
+    found: dict[str, Any] = {"op": "layers", "device": device}
+    try:
+        errors = {}
+        for name, arguments in calls.items():
+            exact = [value.double() if isinstance(value, torch.Tensor) else value for value in arguments]
+            there = [value.to(device) if isinstance(value, torch.Tensor) else value for value in arguments]
+            truth = getattr(layers.reference, name)(*exact)
+            with torch.no_grad():
+                result = getattr(layers, name)(*there).cpu().double()
+            errors[name] = float((result - truth).abs().max() / truth.abs().max())
+        found["backend"] = layers.backend_for(torch.zeros((1, 1, 1, 1), device=device))
+    except Exception as error:                                                  # whatever it is, it is the finding
+        message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return {**found, "backend": "?", "passed": False, "error": message}
+    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
+    return {
+        **found, "forward_error": errors[worst], "worst": worst, "seconds": time.perf_counter() - began,
+        "passed": all(error <= MAX_ERROR for error in errors.values()),
+    }
+
+
 def _small_inputs() -> tuple[list[Any], Any]:
     """Inputs of the scan at the scale of a fresh network, on a grid whose sizes no vector width divides."""
     import torch
@@ -205,19 +258,23 @@ def _report(findings: dict[str, Any]) -> str:
         for name, reason in op["refusals"].items():
             used = "will be used" if name == op["backend"] else "can run here"
             lines.append(f"  {name:<13}{'no: ' + reason if reason else used}")
+    lines += ["", "layers: norms, gates, windows, convolution (formula: several PyTorch operations)"]
+    lines += [f"  {layers['device']}, {layers['dtype']}: {layers['inference']}, with gradients {layers['training']}"
+              for layers in findings["layers"]]
     lines += ["", "missing" if findings["missing"] else "missing        nothing"]
     lines += [f"  - {what}" for what in findings["missing"]]
     variables = findings["environment"]
     lines += ["", "variables" if variables else "variables      none of ours is set"]
     lines += [f"  {name}={value}" for name, value in variables.items()]
-    lines += ["", "checks against the recurrence in float64 (largest error over largest value, float32)"]
+    lines += ["", "checks against the formulas in float64 (largest error over largest value, float32)"]
     for check in findings["checks"]:
         verdict = "right" if check["passed"] else "WRONG"
-        detail = check.get("error") or (
-            f"forward {check['forward_error']:.1e}, gradients {check['gradient_error']:.1e} "
-            f"(allowed {MAX_ERROR:.0e}), {check['seconds']:.2f} s"
-        )
-        lines.append(f"  {check['op']} {check['backend']:<10} {check['device']:<7} {verdict}: {detail}")
+        detail = check.get("error")
+        if detail is None:
+            gradients = f", gradients {check['gradient_error']:.1e}" if "gradient_error" in check else ""
+            detail = f"forward {check['forward_error']:.1e}{gradients} (allowed {MAX_ERROR:.0e})"
+            detail += f", {check['seconds']:.2f} s"
+        lines.append(f"  {check['op']:<14} {check['backend']:<10} {check['device']:<7} {verdict}: {detail}")
     lines += ["", "all is well" if findings["healthy"] else "something is wrong: see the lines above"]
     return "\n".join(lines)
 

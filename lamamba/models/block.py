@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,7 +9,7 @@ from lamamba.config import UNetConfig
 from lamamba.models.attention import WindowAttention
 from lamamba.models.geometry import Geometry
 from lamamba.models.ss2d import SS2D
-from lamamba.ops.layers import few_rows_linear, modulated_norm
+from lamamba.ops.layers import few_rows_linear, gated_sum, modulated_norm
 
 
 class ModulatedNorm(nn.LayerNorm):
@@ -78,5 +77,5 @@ class LaMambaBlock(nn.Module):
         for name, branch in self.branches.items():
             shift, scale, gate = next(vectors), next(vectors), next(vectors)
             y = branch(self.norms[name](x, shift, scale), geometry)
-            x = torch.addcmul(x, gate[:, None, None], y)                        # x + gate y
+            x = gated_sum(x, y, gate)                                           # x + gate y
         return x

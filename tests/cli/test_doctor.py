@@ -37,6 +37,22 @@ def test_a_healthy_machine(doctor):
         assert words in out
 
 
+@pytest.mark.parametrize("wrong", ["value", "raises"])
+def test_a_wrong_layer_is_found(doctor, monkeypatch, wrong):
+    from lamamba.ops import layers
+
+    def gated_norm(*arguments):
+        if wrong == "raises":
+            raise RuntimeError("out of registers")
+        return layers.reference.gated_norm(*arguments) + 0.01
+
+    monkeypatch.setattr(layers, "gated_norm", gated_norm)
+    status, out = doctor()
+    assert status == 1
+    assert "layers" in out
+    assert "WRONG" in out
+
+
 def test_json(doctor):
     status, out = doctor("--json")
     found = json.loads(out)

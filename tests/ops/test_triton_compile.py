@@ -1,4 +1,4 @@
-"""The machine code of the Triton scan: it compiles for sm_80 and sm_90 without a GPU, and nothing spills."""
+"""The machine code of the Triton kernels: they compile for sm_80 and sm_90 without a GPU, and nothing spills."""
 
 from __future__ import annotations
 
@@ -12,24 +12,39 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "scan_triton_resources.py"
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def resources():
+def compile_all(script: str) -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     run = subprocess.run(
-        [sys.executable, SCRIPT, "--quick", "--json"], env=environment, capture_output=True, text=True,
-        cwd=SCRIPT.parents[1],
+        [sys.executable, ROOT / "benchmarks" / script, "--quick", "--json"], env=environment, capture_output=True,
+        text=True, cwd=ROOT,
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
 
-def test_nothing_spills(resources):
+def assert_nothing_spills(resources: list[dict]) -> None:
     spilling = [row for row in resources if row["spill_loads"] or row["spill_stores"] or row["stack"]]
     assert {row["arch"] for row in resources} == {"sm_80", "sm_90"}
     assert not spilling, spilling
+
+
+@pytest.fixture(scope="module")
+def resources():
+    return compile_all("scan_triton_resources.py")
+
+
+def test_nothing_of_the_scan_spills(resources):
+    assert_nothing_spills(resources)
+
+
+def test_nothing_of_the_layers_spills_and_several_programs_share_a_multiprocessor():
+    layers = compile_all("layers_triton_resources.py")
+    assert_nothing_spills(layers)
+    assert max(row["shared"] for row in layers) <= 48 * 1024
 
 
 def test_little_shared_memory_is_needed(resources):

@@ -55,7 +55,7 @@ class _FewRows(ctypes.Structure):
 
 def _run(name: str, kind: type[ctypes.Structure], x: Tensor, *values) -> None:
     library = native.load()
-    assert library is not None                                                  # _runs_compiled() saw to it
+    assert library is not None                                                  # the room's door saw to it
     call = kind(native.num_threads(), x.dtype == torch.bfloat16, *values)
     function = getattr(library, name)
     function.restype = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,6 +16,10 @@ def modulated_norm(x, weight, bias, shift, scale, eps) -> Tensor:
 
 def gated_norm(x, z, weight, bias, eps) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * F.silu(z)
+
+
+def gated_sum(x, y, gate) -> Tensor:
+    return torch.addcmul(x, gate[:, None, None], y)
 
 
 def local_mixing(x, weight) -> Tensor:

@@ -25,12 +25,12 @@ What all this should cost is worked out in docs/gpu-scan.md.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lamamba.ops.triton_pieces import INTERPRETED, matrix_product, on_the_tensors_device, processors, round_to
 
 FORWARD_BLOCK = 64
 BACKWARD_BLOCK = 32
@@ -45,7 +45,6 @@ MERGE_TOKENS, MERGE_BLOCK = 16, 128
 WARPS_PER_PROCESSOR = 8
 """Programs that keep one multiprocessor busy; paths are cut into segments when there are far fewer."""
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -92,17 +91,6 @@ def _opaque(n):
         return n
     else:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [n], tl.int32, True, 1)
-
-
-@triton.jit
-def _round(value, dtype: tl.constexpr):
-    """float32 in a memory type, to the nearest number; the interpreter by itself would cut bfloat16's digits off."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return tl.where(value == value, nearest, bits).to(tl.float32, bitcast=True).to(dtype)
-    else:
-        return value.to(dtype)
 
 
 @triton.jit
@@ -158,15 +146,6 @@ def _sigmoid(delta2):
 
 
 @triton.jit
-def _dot(a, b, total):
-    """total + a @ b of 16-bit factors in float32; the interpreter multiplies no bfloat16."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
-    else:
-        return tl.dot(a, b, total)
-
-
-@triton.jit
 def _lift(
     dt, W_dt, bias, paths, times, channels, g, l, c,
     R: tl.constexpr, RANK_STEP: tl.constexpr, PARTS: tl.constexpr,
@@ -188,10 +167,7 @@ def _lift(
                 W_dt + part * (g * c * R) + channels[:, None] * R + rank[None, :],
                 mask=(channels < c)[:, None] & (rank < R)[None, :], other=0.0,
             )
-            if low.dtype == tl.float32:
-                s = tl.dot(weight, low, s, input_precision="ieee")
-            else:
-                s = _dot(weight, low, s)
+            s = matrix_product(weight, low, s)
     return _softplus2(s + bias[:, None], low.dtype == tl.float32)
 
 
@@ -292,7 +268,7 @@ def _walk(
         if WRITES == "y":
             for t in tl.static_range(TILE):
                 width = tl.where(tile * TILE + t < l, c, 0)
-                tl.store(y + tokens[t] * c, _round(outputs[t], y.dtype.element_ty), mask=channels < width)
+                tl.store(y + tokens[t] * c, round_to(outputs[t], y.dtype.element_ty), mask=channels < width)
     if WRITES == "ends":
         tl.store(spans + place + channels, span, mask=inside)
 
@@ -407,8 +383,8 @@ def _walk_back(
             bias_sum += gs
             gu = through_inputs[t] * (steps[t] * LN_2)
             width = tl.where(time < l, c, 0)
-            tl.store(grad_x + tokens[t] * c, _round(gu, grad_x.dtype.element_ty), mask=channels < width)
-            tl.store(grad_s + tokens[t] * c, _round(gs, grad_s.dtype.element_ty), mask=channels < width)
+            tl.store(grad_x + tokens[t] * c, round_to(gu, grad_x.dtype.element_ty), mask=channels < width)
+            tl.store(grad_s + tokens[t] * c, round_to(gs, grad_s.dtype.element_ty), mask=channels < width)
 
     tl.store(grad_b_dt + place + channels, bias_sum, mask=inside)
 
@@ -452,7 +428,7 @@ def _merge(
     size = tl.cast(tokens, tl.int64) * c
     for k in range(g):
         total += tl.load(parts + place + k * size, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + place, _round(total, y.dtype.element_ty), mask=inside)
+    tl.store(y + place, round_to(total, y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -474,17 +450,6 @@ def _products(
         product *= tl.load(grad_y + place, mask=inside, other=0.0).to(tl.float32)
         total += tl.sum(product, 0)
     tl.store(sums + tl.program_id(1) * c + channels, total, mask=channels < c)
-
-
-def _on_the_tensors_device(run):
-    """Triton launches on the current device; make that the first argument's."""
-
-    @functools.wraps(run)
-    def run_there(tensor, *args, **kwargs):
-        with torch.cuda.device_of(tensor):
-            return run(tensor, *args, **kwargs)
-
-    return run_there
 
 
 def _walk_arguments(x, dt, B, C, W_dt, b_dt, A, paths):
@@ -516,7 +481,7 @@ def _choose_segments(x: Tensor, directions: int, tile: int) -> int:
         return 1
     b, l, c = x.shape
     programs = b * directions * triton.cdiv(c, FORWARD_BLOCK)
-    wanted = WARPS_PER_PROCESSOR * torch.cuda.get_device_properties(x.device).multi_processor_count
+    wanted = WARPS_PER_PROCESSOR * processors(x)
     return 1 if 3 * programs > wanted else min(triton.cdiv(wanted, programs), triton.cdiv(l, 4 * tile))
 
 
@@ -566,7 +531,7 @@ def _sum_of_products(x: Tensor, grad_y: Tensor) -> Tensor:
     return sums.sum(0)
 
 
-@_on_the_tensors_device
+@on_the_tensors_device
 def forward(x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None = None):
     """Same contract as the reference. segments: into how many pieces each path is cut; by default as many as pay."""
     (b, l, c), g = x.shape, A.shape[0]
@@ -583,7 +548,7 @@ def forward(x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None = None):
     return _merge_directions(parts, x, D.float().sum(0))
 
 
-@_on_the_tensors_device
+@on_the_tensors_device
 def backward(grad_y, x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None = None):
     """Same contract as the reference. segments: as in `forward`."""
     dtypes = [tensor.dtype for tensor in (x, dt, B, C, W_dt, b_dt, A, D)]

@@ -1,0 +1,116 @@
+"""Milliseconds of the layers' Triton kernels on this GPU, beside the formula in eager PyTorch and under torch.compile.
+
+    python benchmarks/layers_gpu.py [--quick] [--seconds 40] [--json FILE]
+
+bfloat16 throughout, batch 64 at 256 pixels, the stages of LaMamba-XL. "backward" is a forward and a backward pass less
+a forward pass. "bytes" is what the kernel's own bytes take (docs/gpu-layers.md) at an H200's 4.3 TB/s of copying unless
+an option says otherwise. Compiling takes seconds for each layer, so only the first stage is compiled, and nothing more
+once the time is up; what was measured until then is in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from scan_gpu import milliseconds
+
+from lamamba.models.geometry import Geometry
+from lamamba.ops import layers, use_backend
+from lamamba.ops.layers import reference
+
+IMAGES = 64
+STAGES = ((32, 320), (16, 640), (8, 1280))
+"""Side of the grid and channels of a block; the scans inside have twice as many."""
+NUM_HEADS, WINDOW = 16, (8, 8)
+BYTES = {
+    "modulated_norm": (4, 6), "gated_norm": (6, 10), "gated_sum": (6, 6), "local_mixing": (4, 10),
+    "window_attention": (8, 14), "window_attention, shifted": (8, 14),
+}
+"""For each number of the output, forward and backward, sums for vectors aside."""
+
+
+def make_inputs(name: str, side: int, width: int) -> tuple:
+    """A layer's inputs as a network gives them; all floating-point ones ask for gradients."""
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    def leaf(x: torch.Tensor) -> torch.Tensor:
+        return x.requires_grad_()
+
+    tokens, inner = (IMAGES, side, side, width), (IMAGES, side, side, 2 * width)
+    shift, scale, gate = (leaf(part) for part in normal(IMAGES, 3 * width).chunk(3, dim=-1))
+    if name == "modulated_norm":
+        return leaf(normal(*tokens)), leaf(normal(width)), leaf(normal(width)), shift, scale, 1e-5
+    if name == "gated_sum":
+        return leaf(normal(*tokens)), leaf(normal(*tokens)), gate
+    x, z = (leaf(part) for part in normal(*inner[:3], 4 * width).chunk(2, dim=-1))
+    if name == "gated_norm":
+        return leaf(normal(*inner)), z, leaf(normal(2 * width)), leaf(normal(2 * width)), 1e-5
+    if name == "local_mixing":
+        return x, leaf(normal(2 * width, 1, 3, 3))
+    geometry = Geometry((side, side), WINDOW, "continuous").cuda()
+    mask, shift_by = (geometry.shifted_mask, geometry.shift) if "shifted" in name else (geometry.mask, (0, 0))
+    pairs = WINDOW[0] * WINDOW[1]
+    bias = leaf(normal(NUM_HEADS, pairs, pairs))
+    return leaf(normal(*tokens[:3], 3 * width)), bias, mask, NUM_HEADS, WINDOW, shift_by
+
+
+def measure(function: Any, inputs: tuple, repeats: int) -> tuple[float, float]:
+    """Milliseconds of a forward pass without gradients, and of a backward pass."""
+    asking = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    grad_y = torch.randn_like(function(*inputs))
+    with torch.no_grad():
+        forward = milliseconds(lambda: function(*inputs), repeats)
+    both = milliseconds(lambda: torch.autograd.grad(function(*inputs), asking, grad_y), repeats)
+    return forward, both - milliseconds(lambda: function(*inputs), repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the first stage only")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=40, help="after which nothing more is compiled")
+    parser.add_argument("--terabytes", type=float, default=4.3, help="copying, TB/s")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device here: nothing to time")
+
+    began, rows = time.perf_counter(), []
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; bytes for {options.terabytes} TB/s")
+    print(f"{'layer':26} {'side':>4} {'c':>5} {'way':9} {'forward':>8} {'bytes':>7} {'backward':>8} {'bytes':>7}")
+    cases = [(name, side, width, way) for way in ("kernel", "eager") for side, width in STAGES for name in BYTES]
+    cases += [(name, side, width, "compiled") for side, width in STAGES[:1] for name in BYTES]
+    for name, side, width, way in cases:
+        if (options.quick and side != STAGES[0][0]) or (
+            way == "compiled" and time.perf_counter() - began > options.seconds
+        ):
+            continue
+        layer, inputs = name.partition(",")[0], make_inputs(name, side, width)
+        formula = getattr(reference, layer)
+        function = {"kernel": getattr(layers, layer), "eager": formula}.get(way) or torch.compile(formula)
+        with use_backend("triton" if way == "kernel" else "torch"):
+            forward, backward = measure(function, inputs, options.repeats)
+        channels = width * (2 if layer in ("gated_norm", "local_mixing") else 1)
+        floors = [1000 * IMAGES * side * side * channels * size / (options.terabytes * 1e12) for size in BYTES[name]]
+        print(f"{name:26} {side:4} {channels:5} {way:9} {forward:8.3f} {floors[0]:7.3f} {backward:8.3f} "
+              f"{floors[1]:7.3f}", flush=True)
+        rows.append({"layer": name, "b": IMAGES, "side": side, "c": channels, "way": way, "forward_ms": forward,
+                     "backward_ms": backward, "forward_bytes_ms": floors[0], "backward_bytes_ms": floors[1]})
+        if options.json:
+            result = {"device": torch.cuda.get_device_name(), "rows": rows}
+            options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""LayerNorm with what follows it, and the gated residual sum, as Triton kernels: one pass over the tokens each way.
+
+    normal = (x - mean) / deviation                       over the channels of a token
+    modulated_norm    y = normal (w (1 + scale)) + (bias (1 + scale) + shift)
+    gated_norm        y = (normal w + bias) SiLU(z)
+
+One program takes some tokens of one image, one after the other, so that it forms weight and bias once. Nothing is kept
+for the backward pass but the inputs: a token's mean and deviation cost no memory traffic where its row is read anyway.
+The gradients of vectors are sums over tokens: each program keeps its own in registers, and a second pass adds the
+programs' sums in a fixed order. Sums are float32 whatever the inputs are.
+
+    sizes: b images, l tokens of an image, c channels
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lamamba.ops.triton_pieces import on_the_tensors_device, processors, round_to
+
+CHANNELS_PER_WARP = 512
+"""16 numbers of a row for each lane."""
+WARPS_PER_PROCESSOR = 32
+"""Warps that keep one multiprocessor busy; programs take more tokens where there are enough of them."""
+FEWEST_TOKENS, MOST_TOKENS = 4, 64
+"""Of a program: below, its sums cost more than its tokens; above, the last programs would leave the device idle."""
+SUM_BLOCK = 128
+
+
+@triton.jit
+def _vector(pointer, channels, c, default: tl.constexpr):
+    """A weight of every channel, or its default where there is none."""
+    if pointer is None:
+        return tl.full((channels.shape[0],), default, tl.float32)
+    else:
+        return tl.load(pointer + channels, mask=channels < c, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _normalize(x, inside, c, eps):
+    """A row less its mean, over its deviation; and one over the deviation."""
+    centred = tl.where(inside, x - tl.sum(x, 0) / c, 0.0)
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 0) / c + eps)
+    return centred * inverse, inverse
+
+
+@triton.jit
+def _norm(
+    x, z, weight, bias, shift, scale, y,
+    l, c, z_row, shift_row, scale_row, shares, tokens_each, eps,
+    BLOCK: tl.constexpr,
+):
+    """y of one share of an image's tokens. z is None for modulated_norm; shift and scale are None for gated_norm."""
+    image, share = tl.program_id(0) // shares, tl.program_id(0) % shares
+    channels = tl.arange(0, BLOCK)
+    inside = channels < c
+    w, add = _vector(weight, channels, c, 1.0), _vector(bias, channels, c, 0.0)
+    if scale is not None:
+        more = 1 + _vector(scale + image.to(tl.int64) * scale_row, channels, c, 0.0)
+        w, add = w * more, add * more + _vector(shift + image.to(tl.int64) * shift_row, channels, c, 0.0)
+    first = image.to(tl.int64) * l
+    for token in range(share * tokens_each, tl.minimum((share + 1) * tokens_each, l)):
+        place = (first + token) * c + channels
+        row = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        normal, _ = _normalize(row, inside, c, eps)
+        result = normal * w + add
+        if z is not None:
+            gate = tl.load(z + (first + token) * z_row + channels, mask=inside, other=0.0).to(tl.float32)
+            result *= gate * tl.sigmoid(gate)
+        tl.store(y + place, round_to(result, y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_backward(
+    grad_y, x, z, weight, bias, scale, grad_x, grad_z, sums,
+    l, c, z_row, scale_row, shares, tokens_each, eps,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of one share of an image's tokens, and its sums (b, shares, 2, c) of grad and of grad * normal.
+
+    grad is that of normal w + bias; modulated_norm's 1 + scale is no part of it and is multiplied in afterwards.
+    """
+    program = tl.program_id(0)
+    image, share = program // shares, program % shares
+    channels = tl.arange(0, BLOCK)
+    inside = channels < c
+    w = _vector(weight, channels, c, 1.0)
+    if scale is not None:
+        w *= 1 + _vector(scale + image.to(tl.int64) * scale_row, channels, c, 0.0)
+    else:
+        add = _vector(bias, channels, c, 0.0)
+    sum_grad = tl.zeros((BLOCK,), tl.float32)
+    sum_product = tl.zeros((BLOCK,), tl.float32)
+    first = image.to(tl.int64) * l
+    for token in range(share * tokens_each, tl.minimum((share + 1) * tokens_each, l)):
+        place = (first + token) * c + channels
+        row = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_y + place, mask=inside, other=0.0).to(tl.float32)
+        normal, inverse = _normalize(row, inside, c, eps)
+        if z is not None:
+            gate = tl.load(z + (first + token) * z_row + channels, mask=inside, other=0.0).to(tl.float32)
+            sigmoid = tl.sigmoid(gate)
+            to_gate = grad * (normal * w + add) * (sigmoid * (1 + gate * (1 - sigmoid)))
+            tl.store(grad_z + place, round_to(to_gate, grad_z.dtype.element_ty), mask=inside)
+            grad *= gate * sigmoid
+        sum_grad += grad
+        sum_product += grad * normal
+        grad *= w
+        grad -= tl.sum(grad, 0) / c + normal * (tl.sum(grad * normal, 0) / c)
+        tl.store(grad_x + place, round_to(grad * inverse, grad_x.dtype.element_ty), mask=inside)
+    sums += program.to(tl.int64) * 2 * c + channels
+    tl.store(sums, sum_grad, mask=inside)
+    tl.store(sums + c, sum_product, mask=inside)
+
+
+@triton.jit
+def _vector_gradients(
+    sums, weight, bias, scale, grad_shift, grad_scale, grad_parameters,
+    b, c, scale_row, shares,
+    BLOCK: tl.constexpr,
+):
+    """One image's gradients of shift and scale, and its part (2, b, c) of those of bias and weight, from `sums`."""
+    image = tl.program_id(0).to(tl.int64)
+    channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channels < c
+    sums += image * shares * 2 * c + channels
+    sum_grad = tl.zeros((BLOCK,), tl.float32)
+    sum_product = tl.zeros((BLOCK,), tl.float32)
+    for share in range(shares):
+        sum_grad += tl.load(sums + share * 2 * c, mask=inside, other=0.0)
+        sum_product += tl.load(sums + (share * 2 + 1) * c, mask=inside, other=0.0)
+    place = image * c + channels
+    to_scale = _vector(weight, channels, c, 1.0) * sum_product + _vector(bias, channels, c, 0.0) * sum_grad
+    tl.store(grad_shift + place, round_to(sum_grad, grad_shift.dtype.element_ty), mask=inside)
+    tl.store(grad_scale + place, round_to(to_scale, grad_scale.dtype.element_ty), mask=inside)
+    more = 1 + _vector(scale + image * scale_row, channels, c, 0.0)
+    tl.store(grad_parameters + place, more * sum_grad, mask=inside)
+    tl.store(grad_parameters + b * c + place, more * sum_product, mask=inside)
+
+
+@triton.jit
+def _gated_sum_backward(
+    grad, y, gate, grad_y, sums,
+    l, c, gate_row, shares, tokens_each,
+    BLOCK: tl.constexpr,
+):
+    """Gradient of y in x + gate y for one share of an image's tokens, and its sums (b, shares, c) of grad * y."""
+    program = tl.program_id(0)
+    image, share = program // shares, program % shares
+    channels = tl.arange(0, BLOCK)
+    inside = channels < c
+    weight = _vector(gate + image.to(tl.int64) * gate_row, channels, c, 0.0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    first = image.to(tl.int64) * l
+    for token in range(share * tokens_each, tl.minimum((share + 1) * tokens_each, l)):
+        place = (first + token) * c + channels
+        row = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+        total += row * tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_y + place, round_to(row * weight, grad_y.dtype.element_ty), mask=inside)
+    tl.store(sums + program.to(tl.int64) * c + channels, total, mask=inside)
+
+
+def _shares(x: Tensor, warps: int) -> tuple[int, int]:
+    """(shares of an image's tokens, tokens of each): enough programs to fill the device, no more."""
+    b, l = x.shape[0], x.shape[1] * x.shape[2]
+    programs = WARPS_PER_PROCESSOR * processors(x) // warps
+    each = min(max(b * l // programs, FEWEST_TOKENS), MOST_TOKENS)
+    return triton.cdiv(l, each), each
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """With channels next to each other; everything else may lie anywhere."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _block(c: int) -> tuple[int, int]:
+    """Channels of a program, a power of two, and its warps."""
+    block = max(triton.next_power_of_2(c), 32)
+    return block, min(max(block // CHANNELS_PER_WARP, 1), 8)
+
+
+def _packed(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+@on_the_tensors_device
+def modulated_norm(x, weight, bias, shift, scale, eps):
+    x, weight, bias = _packed(x, weight, bias)
+    shift, scale, y = _rows(shift), _rows(scale), torch.empty_like(x)
+    (b, h, w, c), (block, warps) = x.shape, _block(x.shape[3])
+    shares, each = _shares(x, warps)
+    _norm[(b * shares,)](
+        x, None, weight, bias, shift, scale, y, h * w, c, 0, shift.stride(0), scale.stride(0), shares, each, eps,
+        BLOCK=block, num_warps=warps,
+    )
+    return y
+
+
+@on_the_tensors_device
+def modulated_norm_backward(grad_y, x, weight, bias, shift, scale, eps):
+    """Gradients of x, weight, bias, shift and scale; without numbers for a weight or bias that is None."""
+    grad_y, x, weight, bias = _packed(grad_y, x, weight, bias)
+    scale, grad_x = _rows(scale), torch.empty_like(x)
+    (b, h, w, c), (block, warps) = x.shape, _block(x.shape[3])
+    shares, each = _shares(x, warps)
+    sums = x.new_empty((b, shares, 2, c), dtype=torch.float32)
+    _norm_backward[(b * shares,)](
+        grad_y, x, None, weight, bias, scale, grad_x, None, sums, h * w, c, 0, scale.stride(0), shares, each, eps,
+        BLOCK=block, num_warps=warps,
+    )
+    grad_shift, grad_scale = shift.new_empty(b, c), scale.new_empty(b, c)
+    parts = sums.new_empty((2, b, c))
+    _vector_gradients[(b, triton.cdiv(c, SUM_BLOCK))](
+        sums, weight, bias, scale, grad_shift, grad_scale, parts, b, c, scale.stride(0), shares,
+        BLOCK=SUM_BLOCK, num_warps=1,
+    )
+    return grad_x, _like(parts[1].sum(0), weight), _like(parts[0].sum(0), bias), grad_shift, grad_scale
+
+
+def _like(grad: Tensor, parameter: Tensor | None) -> Tensor:
+    return grad.new_empty(0) if parameter is None else grad.to(parameter.dtype)
+
+
+@on_the_tensors_device
+def gated_norm(x, z, weight, bias, eps):
+    x, weight, bias = _packed(x, weight, bias)
+    (b, h, w, c), (block, warps) = x.shape, _block(x.shape[3])
+    z, y = _rows(z.reshape(-1, c)), torch.empty_like(x)                         # a view where rows are evenly spaced
+    shares, each = _shares(x, warps)
+    _norm[(b * shares,)](
+        x, z, weight, bias, None, None, y, h * w, c, z.stride(0), 0, 0, shares, each, eps, BLOCK=block, num_warps=warps,
+    )
+    return y
+
+
+@on_the_tensors_device
+def gated_norm_backward(grad_y, x, z, weight, bias, eps):
+    """Gradients of x, z, weight and bias."""
+    grad_y, x, weight, bias = _packed(grad_y, x, weight, bias)
+    (b, h, w, c), (block, warps) = x.shape, _block(x.shape[3])
+    z, grad_x, grad_z = _rows(z.reshape(-1, c)), torch.empty_like(x), torch.empty_like(x)
+    shares, each = _shares(x, warps)
+    sums = x.new_empty((b * shares, 2, c), dtype=torch.float32)
+    _norm_backward[(b * shares,)](
+        grad_y, x, z, weight, bias, None, grad_x, grad_z, sums, h * w, c, z.stride(0), 0, shares, each, eps,
+        BLOCK=block, num_warps=warps,
+    )
+    return grad_x, grad_z, _like(sums[:, 1].sum(0), weight), _like(sums[:, 0].sum(0), bias)
+
+
+@on_the_tensors_device
+def gated_sum_backward(grad, y, gate):
+    """Gradients of y and gate in x + gate y; that of x is grad itself."""
+    grad, y = _packed(grad, y)
+    gate, grad_y = _rows(gate), torch.empty_like(y)
+    (b, h, w, c), (block, warps) = y.shape, _block(y.shape[3])
+    shares, each = _shares(y, warps)
+    sums = y.new_empty((b, shares, c), dtype=torch.float32)
+    _gated_sum_backward[(b * shares,)](
+        grad, y, gate, grad_y, sums, h * w, c, gate.stride(0), shares, each, BLOCK=block, num_warps=warps,
+    )
+    return grad_y, sums.sum(1).to(gate.dtype)

@@ -1,0 +1,241 @@
+"""The layers' Triton kernels, run by Triton's interpreter on the CPU: values and every gradient, without a GPU.
+
+The interpreter is chosen when a kernel is decorated, so these tests run in a process of their own:
+TRITON_INTERPRET=1 pytest tests/ops/test_layers_interpreter.py shows them one by one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from lamamba.ops import layers, use_backend
+from lamamba.ops.layers import gpu, reference
+from tests.ops.test_layers import (
+    gated_norm_inputs,
+    local_mixing_inputs,
+    modulated_norm_inputs,
+    window_attention_inputs,
+)
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_everything_under_the_interpreter")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_everything_under_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", __file__], env=environment, capture_output=True, text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory_and_fixed_numbers():
+    torch.manual_seed(3)
+    torch.use_deterministic_algorithms(True)                    # fills what torch.empty returns with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def gated_sum_inputs(b=2, h=3, w=5, c=16):
+    return torch.randn(b, h, w, c), torch.randn(b, h, w, c), torch.randn(b, 3 * c)[:, c : 2 * c]
+
+
+CASES = {
+    "modulated_norm": ("modulated_norm", modulated_norm_inputs),
+    "gated_norm": ("gated_norm", gated_norm_inputs),
+    "gated_sum": ("gated_sum", gated_sum_inputs),
+    "local_mixing": ("local_mixing", local_mixing_inputs),
+    "window_attention": ("window_attention", lambda: window_attention_inputs((6, 4), (4, 4), d=20)),
+}
+
+
+def with_type(inputs, dtype, weights=None, tokens=None):
+    """The floating-point inputs in other types, each a leaf that asks for its gradient; vectors may have their own."""
+    def convert(x):
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        rounded = x.to(dtype if x.dim() == 4 and x.shape[-1] != 3 else weights or dtype)
+        return rounded.to(tokens or rounded.dtype).requires_grad_()
+
+    return [convert(x) for x in inputs]
+
+
+def run_all(function, inputs, grad_y):
+    """y and the gradients of all that ask for one."""
+    y = function(*inputs)
+    asking = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, asking, grad_y.to(y.dtype))]
+
+
+def relative_error(value, exact):
+    norm = exact.norm()
+    return ((value.double() - exact).norm() / norm).item() if norm > 0 else value.double().norm().item()
+
+
+def check(name, inputs, dtype=torch.float32, weights=None):
+    """Every result at most twice as wrong as the formula in the same type, or four units in float32's last place."""
+    grad_y = torch.randn_like(getattr(reference, name)(*inputs)).to(dtype)
+    with use_backend("triton"):
+        results = run_all(getattr(layers, name), with_type(inputs, dtype, weights), grad_y)
+    plain = run_all(getattr(reference, name), with_type(inputs, dtype), grad_y)
+    exact = run_all(getattr(reference, name), with_type(inputs, dtype, weights, torch.float64), grad_y)
+    asking = [x for x in with_type(inputs, dtype, weights) if isinstance(x, torch.Tensor) and x.requires_grad]
+    for place, (ours, theirs, truth) in enumerate(zip(results, plain, exact, strict=True)):
+        assert ours.shape == truth.shape, place
+        assert ours.dtype == (asking[place - 1].dtype if place else dtype), place
+        allowed = 2 * max(relative_error(theirs, truth), 2 * torch.finfo(torch.float32).eps)
+        assert relative_error(ours, truth) <= allowed, (place, relative_error(ours, truth), allowed)
+
+
+@interpreted
+class TestAgainstFloat64:
+    @pytest.mark.parametrize("affine", [True, False])
+    @pytest.mark.parametrize(("b", "h", "w", "c"), [(2, 3, 5, 48), (1, 1, 1, 1), (3, 2, 3, 100)])
+    def test_modulated_norm(self, b, h, w, c, affine):
+        check("modulated_norm", modulated_norm_inputs(b, h, w, c, affine))
+
+    @pytest.mark.parametrize(("b", "h", "w", "c"), [(2, 3, 5, 48), (1, 1, 1, 1), (3, 2, 3, 100)])
+    def test_gated_norm_and_sum(self, b, h, w, c):
+        check("gated_norm", gated_norm_inputs(b, h, w, c))
+        check("gated_sum", gated_sum_inputs(b, h, w, c))
+
+    @pytest.mark.parametrize(("b", "h", "w", "c"), [(1, 9, 10, 20), (1, 1, 1, 1), (2, 4, 1, 65), (1, 1, 9, 7)])
+    def test_local_mixing(self, b, h, w, c):
+        check("local_mixing", local_mixing_inputs(b, h, w, c))
+
+    @pytest.mark.parametrize(("grid", "window", "d", "shifted"), [
+        ((16, 8), (8, 8), 20, True), ((8, 8), (8, 8), 4, False), ((6, 7), (4, 4), 5, True), ((9, 4), (4, 2), 33, False),
+        ((3, 3), (3, 3), 64, True), ((7, 10), (7, 7), 17, True), ((1, 1), (1, 1), 1, False),
+    ])
+    def test_window_attention(self, grid, window, d, shifted):
+        check("window_attention", window_attention_inputs(grid, window, d=d, shifted=shifted, b=1))
+
+    def test_padding_that_no_mask_hides(self):
+        qkv, bias, _, *rest = window_attention_inputs((5, 7), (4, 4), d=6, b=2)
+        check("window_attention", (qkv, bias, None, *rest))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("case", CASES)
+    def test_16_bits(self, case, dtype):
+        name, make = CASES[case]
+        check(name, make(), dtype)
+
+    @pytest.mark.parametrize("case", [case for case in CASES if case != "gated_sum"])
+    def test_16_bit_tokens_with_float32_parameters(self, case):
+        name, make = CASES[case]
+        check(name, make(), torch.bfloat16, torch.float32)
+
+
+@interpreted
+@pytest.mark.parametrize("case", CASES)
+class TestEveryLayer:
+    def test_two_runs_give_the_same_bits_and_gaps_do_not_matter(self, case):
+        name, make = CASES[case]
+        inputs = make()
+        grad_y = torch.randn_like(getattr(reference, name)(*inputs))
+        gapped = [x.repeat_interleave(2, -1)[..., ::2] if isinstance(x, torch.Tensor) else x for x in inputs]
+        with use_backend("triton"):
+            first = run_all(getattr(layers, name), with_type(inputs, torch.float32), grad_y)
+            again = run_all(getattr(layers, name), with_type(inputs, torch.float32), grad_y.mT.contiguous().mT)
+            leaves = [x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+                      for x in gapped]
+            with_gaps = run_all(getattr(layers, name), leaves, grad_y)
+        for results in zip(first, again, with_gaps, strict=True):
+            assert torch.equal(results[0], results[1])
+            assert torch.equal(results[0], results[2])
+
+    def test_keeps_nothing_but_its_inputs(self, case):
+        name, make = CASES[case]
+        inputs = with_type(make(), torch.float32)
+        kept = []
+        with use_backend("triton"), saved_tensors_hooks(lambda x: (kept.append(x.data_ptr()), x)[1], lambda x: x):
+            getattr(layers, name)(*inputs)
+        given = [x.data_ptr() for x in inputs if isinstance(x, torch.Tensor)]
+        assert kept
+        assert set(kept) <= set(given)
+        assert name != "gated_sum" or given[0] not in kept
+
+    def test_runs_on_fake_tensors(self, case):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        name, make = CASES[case]
+        leaves = with_type(make(), torch.float32)
+        with FakeTensorMode() as mode, use_backend("triton"):
+            inputs = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in leaves]
+            asking = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+            y = getattr(layers, name)(*inputs)
+            assert y.grad_fn is not None
+            grads = torch.autograd.grad(y.sum(), asking)
+        assert [grad.shape for grad in grads] == [x.shape for x in asking]
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    def test_nan_and_infinity_stay_visible(self, case):
+        name, make = CASES[case]
+        inputs = make()
+        inputs[0][0, 1, 2, 3] = math.nan
+        inputs[0][1, 2, 3, 5] = math.inf
+        with use_backend("triton"), torch.enable_grad():
+            inputs = with_type(inputs, torch.float32)
+            ours = getattr(layers, name)(*inputs)
+        assert torch.equal(ours.isfinite(), getattr(reference, name)(*inputs).isfinite())
+
+
+@interpreted
+def test_only_the_named_back_end_runs_on_cpus(monkeypatch):
+    calls = []
+    run = gpu._kernels
+    monkeypatch.setattr(gpu, "_kernels", lambda name: (calls.append(name), run(name))[1])
+    inputs = with_type(gated_norm_inputs(), torch.float32)
+    for backend in ("auto", "torch", "cpu", "reference"):
+        with use_backend(backend):
+            layers.gated_norm(*inputs)
+    assert not calls
+    with use_backend("triton"):
+        layers.gated_norm(*inputs)
+        layers.gated_norm(*with_type(inputs, torch.float64))                    # they take no float64
+        layers.window_attention(*window_attention_inputs((9, 9), (9, 9), shifted=False))    # nor such large windows
+    assert calls == ["gated_norm"]
+
+
+@interpreted
+def test_operations_are_counted_as_those_of_the_formulas():
+    def count(name, inputs) -> int:
+        with FlopCounterMode(display=False) as counter, use_backend("triton"):
+            getattr(layers, name)(*inputs)
+        return counter.get_total_flops()
+
+    qkv, bias, mask, *rest = window_attention_inputs((8, 16), b=1, shifted=False)
+    for name, inputs in {"window_attention": (qkv, bias, mask, *rest), "local_mixing": local_mixing_inputs()}.items():
+        on_meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs]
+        assert count(name, inputs) == count(name, on_meta) > 0
+
+
+@interpreted
+def test_compiled_networks_keep_the_formulas_of_norms_and_the_kernels_of_windows():
+    targets = []
+
+    def compiler(graph, example):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    def network(x, z, weight, bias, eps, attention):
+        return layers.gated_norm(x, z, weight, bias, eps), layers.window_attention(*attention)
+
+    torch.compiler.reset()
+    inputs = *gated_norm_inputs(), with_type(window_attention_inputs(), torch.float32)
+    with use_backend("triton"):
+        torch.compile(network, fullgraph=True, backend=compiler)(*inputs)
+    assert "lamamba.gpu_window_attention" in targets
+    assert not any("gpu_gated_norm" in target for target in targets)
