@@ -26,7 +26,7 @@ def steps(folder: Path) -> dict[str, tuple[list[str], int, Path | None]]:
     files = {name: folder / f"{name}.json" for name in ("scan", "layers", "forward", "train", "digits")}
     return {
         "tests": ([sys.executable, "-m", "pytest", "-q", "-x", "tests/ops/test_selective_scan_gpu.py",
-                   "tests/ops/test_layers_gpu.py", "tests/models/test_cuda_graph.py"], 140, None),
+                   "tests/ops/test_layers_gpu.py", "tests/models/test_cuda_graph.py"], 135, None),
         "scan": ([sys.executable, "benchmarks/scan_gpu.py", "--json", str(files["scan"])], 50, files["scan"]),
         "layers": (
             [sys.executable, "benchmarks/layers_gpu.py", "--seconds", "40", "--json", str(files["layers"])],
