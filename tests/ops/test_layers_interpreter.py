@@ -138,9 +138,30 @@ class TestAgainstFloat64:
         check(name, make(), torch.bfloat16, torch.float32)
 
 
+    def test_16_bit_branch_added_to_a_float32_sum(self):
+        """As under autocast."""
+        x, y, gate = gated_sum_inputs()
+        leaves = [x.requires_grad_(), y.bfloat16().requires_grad_(), gate.bfloat16().requires_grad_()]
+        grad = torch.randn_like(x)
+        with use_backend("triton"):
+            ours = run_all(layers.gated_sum, leaves, grad)
+        exact = run_all(reference.gated_sum, [leaf.detach().double().requires_grad_() for leaf in leaves], grad)
+        for value, truth, dtype, allowed in zip(
+            ours, exact, [torch.float32] * 2 + [torch.bfloat16] * 2, [1e-7, 1e-7, 3e-3, 3e-3], strict=True
+        ):
+            assert value.dtype == dtype
+            assert relative_error(value, truth) < allowed
+
+
 @interpreted
 @pytest.mark.parametrize("case", CASES)
 class TestEveryLayer:
+    def test_is_a_well_formed_operator(self, case):
+        name, make = CASES[case]
+        operator = getattr(torch.ops.lamamba, f"gpu_{name}").default
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(operator, tuple(with_type(make(), torch.float32)), test_utils=tests)
+
     def test_two_runs_give_the_same_bits_and_gaps_do_not_matter(self, case):
         name, make = CASES[case]
         inputs = make()

@@ -56,7 +56,8 @@ def gated_norm(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 
 
 def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + gate y: x and y (b, h, w, c), gate (b, c). PyTorch's own forward pass; a kernel for the backward pass."""
-    if _wants_gradients(x, y, gate) and _runs_on_gpu("gated_sum", [x, y], [gate]):
+    fits = y.dtype == gate.dtype and x.dtype in (y.dtype, torch.float32)        # the sum has x's type
+    if fits and _wants_gradients(x, y, gate) and _runs_on_gpu("gated_sum", [x], [y, gate]):
         return torch.ops.lamamba.gpu_gated_sum(x, y, gate)
     return reference.gated_sum(x, y, gate)
 

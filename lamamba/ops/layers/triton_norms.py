@@ -23,7 +23,7 @@ from lamamba.ops.triton_pieces import on_the_tensors_device, processors, round_t
 
 CHANNELS_PER_WARP = 512
 """16 numbers of a row for each lane."""
-WARPS_PER_PROCESSOR = 32
+FORWARD_WARPS, BACKWARD_WARPS = 32, 24
 """Warps that keep one multiprocessor busy; programs take more tokens where there are enough of them."""
 FEWEST_TOKENS, MOST_TOKENS = 4, 64
 """Of a program: below, its sums cost more than its tokens; above, the last programs would leave the device idle."""
@@ -163,10 +163,10 @@ def _gated_sum_backward(
     tl.store(sums + program.to(tl.int64) * c + channels, total, mask=inside)
 
 
-def _shares(x: Tensor, warps: int) -> tuple[int, int]:
+def _shares(x: Tensor, warps: int, warps_per_processor: int) -> tuple[int, int]:
     """(shares of an image's tokens, tokens of each): enough programs to fill the device, no more."""
     b, l = x.shape[0], x.shape[1] * x.shape[2]
-    programs = WARPS_PER_PROCESSOR * processors(x) // warps
+    programs = warps_per_processor * processors(x) // warps
     each = min(max(b * l // programs, FEWEST_TOKENS), MOST_TOKENS)
     return triton.cdiv(l, each), each
 
@@ -191,7 +191,7 @@ def modulated_norm(x, weight, bias, shift, scale, eps):
     x, weight, bias = _packed(x, weight, bias)
     shift, scale, y = _rows(shift), _rows(scale), torch.empty_like(x)
     (b, h, w, c), (block, warps) = x.shape, _block(x.shape[3])
-    shares, each = _shares(x, warps)
+    shares, each = _shares(x, warps, FORWARD_WARPS)
     _norm[(b * shares,)](
         x, None, weight, bias, shift, scale, y, h * w, c, 0, shift.stride(0), scale.stride(0), shares, each, eps,
         BLOCK=block, num_warps=warps,
@@ -205,7 +205,7 @@ def modulated_norm_backward(grad_y, x, weight, bias, shift, scale, eps):
     grad_y, x, weight, bias = _packed(grad_y, x, weight, bias)
     scale, grad_x = _rows(scale), torch.empty_like(x)
     (b, h, w, c), (block, warps) = x.shape, _block(x.shape[3])
-    shares, each = _shares(x, warps)
+    shares, each = _shares(x, warps, BACKWARD_WARPS)
     sums = x.new_empty((b, shares, 2, c), dtype=torch.float32)
     _norm_backward[(b * shares,)](
         grad_y, x, None, weight, bias, scale, grad_x, None, sums, h * w, c, 0, scale.stride(0), shares, each, eps,
@@ -229,7 +229,7 @@ def gated_norm(x, z, weight, bias, eps):
     x, weight, bias = _packed(x, weight, bias)
     (b, h, w, c), (block, warps) = x.shape, _block(x.shape[3])
     z, y = _rows(z.reshape(-1, c)), torch.empty_like(x)                         # a view where rows are evenly spaced
-    shares, each = _shares(x, warps)
+    shares, each = _shares(x, warps, FORWARD_WARPS)
     _norm[(b * shares,)](
         x, z, weight, bias, None, None, y, h * w, c, z.stride(0), 0, 0, shares, each, eps, BLOCK=block, num_warps=warps,
     )
@@ -242,7 +242,7 @@ def gated_norm_backward(grad_y, x, z, weight, bias, eps):
     grad_y, x, weight, bias = _packed(grad_y, x, weight, bias)
     (b, h, w, c), (block, warps) = x.shape, _block(x.shape[3])
     z, grad_x, grad_z = _rows(z.reshape(-1, c)), torch.empty_like(x), torch.empty_like(x)
-    shares, each = _shares(x, warps)
+    shares, each = _shares(x, warps, BACKWARD_WARPS)
     sums = x.new_empty((b * shares, 2, c), dtype=torch.float32)
     _norm_backward[(b * shares,)](
         grad_y, x, z, weight, bias, None, grad_x, grad_z, sums, h * w, c, z.stride(0), 0, shares, each, eps,
@@ -257,7 +257,7 @@ def gated_sum_backward(grad, y, gate):
     grad, y = _packed(grad, y)
     gate, grad_y = _rows(gate), torch.empty_like(y)
     (b, h, w, c), (block, warps) = y.shape, _block(y.shape[3])
-    shares, each = _shares(y, warps)
+    shares, each = _shares(y, warps, BACKWARD_WARPS)
     sums = y.new_empty((b, shares, c), dtype=torch.float32)
     _gated_sum_backward[(b * shares,)](
         grad, y, gate, grad_y, sums, h * w, c, gate.stride(0), shares, each, BLOCK=block, num_warps=warps,

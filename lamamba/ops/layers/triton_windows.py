@@ -29,7 +29,8 @@ from lamamba.ops.triton_pieces import matrix_product, on_the_tensors_device, pro
 CHUNK = 16
 """The shortest sum that a matrix instruction takes; with longer pieces the compiler needs more registers."""
 FORWARD_WARPS, BACKWARD_WARPS = 4, 8
-PROGRAMS_PER_PROCESSOR = 16
+PROGRAMS_PER_PROCESSOR = 8
+"""More would share out the windows more evenly, and each has a sum of its own for the bias."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
