@@ -11,7 +11,6 @@ from lamamba.config import unknown_name
 
 VERBS = {
     "demo": "train on handwritten digits before your eyes, and see what the model learned",
-    "data": "look at every image of a folder before training does",
     "train": "train a network from a recipe (or resume: run the same command again)",
     "sample": "make pictures with a trained network",
     "info": "parameters, multiply-adds and memory of a network, without allocating it",

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from lamamba.data.check import find_images, known_bad
-
-logger = logging.getLogger("lamamba.data")
-
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CACHE_BYTES = 2 << 30
 """Decoded images are kept in memory when the whole set is smaller than this."""
 
@@ -48,37 +45,38 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+@dataclass
+class _Entry:
+    path: Path
+    label: int
+
+
 class ImageFolder:
     """Images below a folder; the names of its subfolders, sorted, are the classes.
 
-    Files that `lamamba data check` found bad are skipped. Where one turns out bad all the same, the next good image of
-    the set takes its place, always the same one; too many of them end the reading.
-
-    Args:
-        folder: with images, or one subfolder of images per class.
-        image_size: side in pixels that they are cropped and scaled to.
-        channels: 1 for grey, 3 for colour.
-        max_bad: bad files, unknown before, that are borne.
-
     Raises:
         FileNotFoundError: when the folder is missing.
-        ValueError: when it holds no good images, or images both beside and inside subfolders.
+        ValueError: when it holds no images, or images both beside and inside subfolders.
     """
 
-    def __init__(self, folder: str | Path, image_size: int, channels: int = 3, max_bad: int = 16):
-        self.folder, self.image_size, self.channels, self.max_bad = Path(folder), image_size, channels, max_bad
+    def __init__(self, folder: str | Path, image_size: int, channels: int = 3):
+        self.folder, self.image_size, self.channels = Path(folder), image_size, channels
         self.name = str(folder)
-        paths, self.label_names, labels = find_images(self.folder)
-        skipped = known_bad(self.folder)
-        self._entries = [
-            (path, label) for path, label in zip(paths, labels, strict=True)
-            if path.relative_to(self.folder).as_posix() not in skipped
-        ]
-        if not self._entries:
-            raise ValueError(f"{folder}: all {len(paths)} images are bad; lamamba data check {folder} says why")
-        self.num_skipped = len(paths) - len(self._entries)
-        self.bad: dict[Path, str] = {}
-        """Files that turned out bad while they were read, with the reason."""
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder; give one with images, or with one subfolder per class")
+        flat = _images_in(self.folder)
+        classes = [sub for sub in sorted(self.folder.iterdir()) if sub.is_dir() and _images_below(sub)]
+        if flat and classes:
+            raise ValueError(
+                f"{folder} holds {len(flat)} images beside {len(classes)} subfolders with images; put every image into "
+                "the subfolder of its class, or all of them into one flat folder"
+            )
+        if not flat and not classes:
+            raise ValueError(f"{folder} holds no images ({', '.join(EXTENSIONS)}), neither flat nor in subfolders")
+        self.label_names = tuple(sub.name for sub in classes)
+        self._entries = [_Entry(path, 0) for path in flat]
+        for label, sub in enumerate(classes):
+            self._entries += [_Entry(path, label) for path in _images_below(sub)]
         self._cache: dict[int, np.ndarray] | None = None
         if len(self._entries) * channels * image_size**2 <= CACHE_BYTES:
             self._cache = {}
@@ -87,46 +85,34 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _decode(self, index: int) -> np.ndarray | None:
-        """(channels, size, size) uint8; None, and an entry in `bad`, for a file that cannot be read."""
+    def _decode(self, index: int) -> np.ndarray:
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        path, _ = self._entries[index]
-        if path in self.bad:
-            return None
+        path = self._entries[index].path
         try:
             with Image.open(path) as image:
                 square = centre_crop(image.convert("L" if self.channels == 1 else "RGB"), self.image_size)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            self.bad[path] = str(error)
-            logger.warning("%s cannot be read as an image (%s): another one takes its place", path, error)
-            return None
+        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} cannot be read as an image ({error}); mend it or take it out") from error
         pixels = np.asarray(square, dtype=np.uint8).reshape(self.image_size, self.image_size, self.channels)
         pixels = pixels.transpose(2, 0, 1)
         if self._cache is not None:
             self._cache[index] = pixels
         return pixels
 
-    def _decode_or_next(self, index: int) -> tuple[np.ndarray, int]:
-        """The image and label of the first good file from this one on."""
-        for step in range(len(self._entries)):
-            place = (index + step) % len(self._entries)
-            pixels = self._decode(place)
-            if pixels is not None:
-                return pixels, self._entries[place][1]
-            if len(self.bad) > self.max_bad:
-                break
-        shown = "; ".join(f"{path}: {reason}" for path, reason in list(self.bad.items())[:5])
-        raise ValueError(
-            f"{len(self.bad)} images cannot be read, more than the {self.max_bad} that are borne ({shown}); "
-            f"run lamamba data check {self.folder}, and the bad ones will be skipped"
-        )
-
     def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Images (b, channels, size, size) uint8 and labels (b,) int64.
 
         Raises:
-            ValueError: naming files, when more than `max_bad` cannot be decoded.
+            ValueError: naming a file that cannot be decoded.
         """
-        images, labels = zip(*self._pool.map(self._decode_or_next, indices), strict=True)
-        return np.stack(images), np.array(labels, dtype=np.int64)
+        images = np.stack(list(self._pool.map(self._decode, indices)))
+        return images, np.array([self._entries[i].label for i in indices], dtype=np.int64)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and path.is_file())
+
+
+def _images_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())

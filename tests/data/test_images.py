@@ -52,6 +52,16 @@ def test_folders_that_do_not_fit(tmp_path):
         ImageFolder(tmp_path, 16)
 
 
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    write_images(tmp_path, 2)
+    (tmp_path / "000.png").write_bytes((tmp_path / "000.png").read_bytes()[:60])
+    (tmp_path / "zzz.jpg").write_text("hello")
+    images = ImageFolder(tmp_path, 16)
+    for index, name in ((0, "000.png"), (2, "zzz.jpg")):
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+            images.read([index])
+
+
 @pytest.mark.parametrize("size", [(64, 64), (100, 70), (33, 200), (16, 16), (10, 12)])
 def test_centre_crop_is_square(size):
     assert centre_crop(Image.new("RGB", size), 16).size == (16, 16)
