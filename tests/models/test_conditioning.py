@@ -59,3 +59,14 @@ def test_a_time_that_nobody_announced_is_made_when_it_comes():
         for time in (900.0, 451.25):
             t = torch.full((2,), time)
             torch.testing.assert_close(network(x, t, None), model(x, t))
+
+
+def test_both_halves_compile_into_one_graph():
+    model = random_network(small_config(removed_blocks=("bottleneck", "encoder.1.0", "encoder.2.0", "encoder.3.0")))
+    x, t, labels = random_inputs(model.architecture)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    condition = torch.compile(model.condition, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected = model(x, t, labels)
+        torch.testing.assert_close(compiled(x, None, conditioning=condition(t, labels)), expected)
