@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
 
 from lamamba.cli.arguments import parse
 from lamamba.training.config import TrainConfig, load_recipe, recipe_names
@@ -28,6 +31,9 @@ Options given here go before the recipe's. Running the same command again resume
 
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments(TrainConfig):
+    ema_decays: Annotated[tuple[float, ...], tyro.conf.arg(aliases=("--ema-decay",))] = (0.9999,)
+    """Weight of the past in the running mean of the weights, constant; short runs need less. One mean is kept for each
+    number; the first one is what samples come from."""
     out: Path | None = None
     """Folder of the run; by default runs/RECIPE."""
     dry_run: bool = False
@@ -47,11 +53,25 @@ def main(arguments: list[str]) -> None:
     config = TrainConfig(**{f.name: getattr(chosen, f.name) for f in dataclasses.fields(TrainConfig)})
     out = chosen.out or Path("runs") / Path(name).stem
 
+    from lamamba.training.interrupt import EXIT_INTERRUPTED, Interrupted
+    from lamamba.training.processes import MainProcessError, end_processes, is_main_process
+
     images = open_images(config)
     if chosen.dry_run:
-        _print_plan(config, images, out)
-    else:
+        if is_main_process():
+            print_plan(config, images, out)
+        return
+    try:
         run_training(config, images, out)
+    except Interrupted as stop:
+        if is_main_process():
+            print(stop, file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except MainProcessError:                                                    # it says by itself what happened
+        sys.exit(2)
+    finally:
+        end_processes()
+    if is_main_process():
         print(f"done: {out}\nsample it: lamamba sample {out} --out grid.png")
 
 
@@ -77,10 +97,13 @@ def run_training(config: TrainConfig, images: ImageSet, out: Path, observers: Se
     """Train with a live line and sample grids; returns the final state."""
     from lamamba.cli.observers import ProgressLine, SampleGrid
     from lamamba.training.loop import describe, train
+    from lamamba.training.processes import is_main_process
     from lamamba.training.state import RunFolder
 
     architecture, facts = describe(config, images)
     folder = RunFolder(out)
+    if not is_main_process():
+        return train(config, images, out, [SampleGrid(config.sampling, folder.samples, facts.label_names), *observers])
     resumed = int(folder.names()[-1].removeprefix("step_")) if folder.names() else 0
     print(f"{out}: {len(images):,} images of {images.name}, {len(facts.label_names) or 'no'} classes, "
           f"{_parameters(architecture):.2f} M parameters", flush=True)
@@ -99,7 +122,7 @@ def _parameters(architecture: Any) -> float:
     return count(architecture).parameters / 1e6
 
 
-def _print_plan(config: TrainConfig, images: ImageSet, out: Path) -> None:
+def print_plan(config: TrainConfig, images: ImageSet, out: Path) -> None:
     from lamamba.benchmark.flops import count
     from lamamba.training.loop import describe, pick_device
 
