@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from lamamba.cli.arguments import parse
-from lamamba.training.config import TrainConfig, load_recipe, recipe_names
+from lamamba.config import LATENT_SCALE
+from lamamba.training.config import DataOptions, TrainConfig, load_recipe, recipe_names
 
 if TYPE_CHECKING:
     from lamamba.data.images import ImageSet
     from lamamba.training.loop import Observer
+    from lamamba.training.samples import Samples
 
 DESCRIPTION = f"""Train a network: lamamba train RECIPE [options].
 
@@ -27,6 +30,10 @@ Options given here go before the recipe's. Running the same command again resume
   lamamba train digits --out runs/digits
   lamamba train folder --data.source photos/ --data.image-size 64 --out runs/photos
   lamamba train digits --steps 200 --optimizer.learning-rate 5e-4 --dry-run"""
+
+
+LATENT_CHANNELS = 4
+"""Of the Stable Diffusion autoencoders, whose latents the paper's recipes train on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +63,12 @@ def main(arguments: list[str]) -> None:
     from lamamba.training.interrupt import EXIT_INTERRUPTED, Interrupted
     from lamamba.training.processes import MainProcessError, end_processes, is_main_process
 
-    images = open_images(config)
     if chosen.dry_run:
         if is_main_process():
-            print_plan(config, images, out)
+            print_plan(config, plan_images(config), out)
         return
     try:
-        run_training(config, images, out)
+        run_training(config, open_images(config), out)
     except Interrupted as stop:
         if is_main_process():
             print(stop, file=sys.stderr)
@@ -82,6 +88,10 @@ def open_images(config: TrainConfig) -> ImageSet:
         OSError, ValueError: when it is missing or does not fit.
     """
     data = config.data
+    if data.kind == "latents":
+        raise ValueError(
+            f"data.kind='latents' ({data.source}) cannot be read by this version yet; --dry-run prints the plan"
+        )
     if data.source == "digits":
         from lamamba.data.digits import Digits
 
@@ -91,6 +101,41 @@ def open_images(config: TrainConfig) -> ImageSet:
     from lamamba.data.images import ImageFolder
 
     return ImageFolder(data.source, data.image_size, data.channels)
+
+
+def plan_images(config: TrainConfig) -> ImageSet | PlannedData:
+    """The image set for a plan: what a recipe says of its data stands in for data that is not there yet.
+
+    Raises:
+        OSError, ValueError: when the data does not fit, or is missing and the recipe does not say what it would be.
+    """
+    data = config.data
+    if data.expected_images is None or (data.kind == "images" and Path(data.source).is_dir()):
+        return open_images(config)
+    return PlannedData(data)
+
+
+class PlannedData:
+    """Data that is not there: how much of it there will be, and of what shape."""
+
+    def __init__(self, data: DataOptions):
+        is_latent = data.kind == "latents"
+        self.name = f"{data.source} (not read; as the recipe says)"
+        self.image_size = data.image_size
+        self.input_size = data.image_size // LATENT_SCALE if is_latent else data.image_size
+        self.channels = LATENT_CHANNELS if is_latent else data.channels
+        self.codec, self.scale, self.draws_latents = "latents" if is_latent else "pixels", 1.0, is_latent
+        self.label_names = tuple(str(label) for label in range(data.expected_classes or 0))
+        self._count = data.expected_images or 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, indices: Sequence[int], draws: Any) -> Any:
+        raise ValueError(f"{self.name} cannot be trained on")
+
+    def files(self, indices: Sequence[int]) -> list[str]:
+        raise ValueError(f"{self.name} has no files")
 
 
 def run_training(config: TrainConfig, images: ImageSet, out: Path, observers: Sequence[Observer] = ()) -> Any:
@@ -122,23 +167,53 @@ def _parameters(architecture: Any) -> float:
     return count(architecture).parameters / 1e6
 
 
-def print_plan(config: TrainConfig, images: ImageSet, out: Path) -> None:
+def print_plan(config: TrainConfig, data: ImageSet | Samples, out: Path) -> None:
+    """What a run would be: network, cost, memory, speed of passing the data, and the learning rate as a curve."""
     from lamamba.benchmark.flops import count
-    from lamamba.training.loop import describe, pick_device
+    from lamamba.benchmark.memory import training_memory
+    from lamamba.training.loop import describe
+    from lamamba.training.processes import launched_processes, pick_device
 
-    architecture, _ = describe(config, images)
-    cost = count(architecture)
+    architecture, _ = describe(config, data)
+    cost, processes, options = count(architecture), launched_processes(), config.processes
+    share = math.ceil(math.ceil(config.batch_size / processes) / options.accumulation_steps)
+    memory = training_memory(
+        architecture, share, num_averages=len(config.ema_decays), processes=processes,
+        sharded=options.sharding == "full", bfloat16=config.precision.autocast == "bfloat16",
+        checkpoint_activations=options.checkpoint_activations, accumulates=options.accumulation_steps > 1,
+    )
     print(json.dumps({"train": config.to_dict(), "architecture": architecture.to_dict()}, indent=2))
-    weights = cost.parameters * 4 * 5 / 2**30                                   # weights, gradient, two moments, EMA
-    epochs = config.steps * config.batch_size / len(images)
-    activations = cost.activation_bytes * config.batch_size / 2**30
+    per_epoch = len(data) / config.batch_size
     print(f"""
 run folder        {out}
-data              {images.name}: {len(images):,} images, {images.image_size} x {images.image_size}
-device            {pick_device(config.device)}
+data              {data.name}: {len(data):,} images, {data.image_size} x {data.image_size}
+device            {pick_device(config.device)}, {processes} process{'es' if processes > 1 else ''}
 parameters        {cost.parameters / 1e6:.2f} M
 multiply-adds     {cost.matrix / 1e9:.3f} G per image and forward pass, and {cost.scan / 1e9:.3f} G of the scan
-memory            about {weights:.2f} GiB weights and optimizer, {activations:.2f} GiB activations
-run               {config.steps} steps of {config.batch_size}: {epochs:.1f} epochs""")
+memory            about {memory.peak / 2**30:.2f} GiB on each device: {memory.state / 2**30:.2f} weights, averages and \
+optimizer, {memory.step / 2**30:.2f} for a step of {share} image{'s' if share > 1 else ''} at a time
+step              {config.batch_size} images = {processes} processes x {options.accumulation_steps} x {share}
+run               {config.steps:,} steps, {per_epoch:,.1f} steps per epoch: {config.steps / per_epoch:,.1f} epochs
+
+{rate_curve(config)}""")
     for warning in config.warnings():
         print(f"warning: {warning}")
+
+
+CURVE_WIDTH, CURVE_HEIGHT = 64, 6
+
+
+def rate_curve(config: TrainConfig) -> str:
+    """The learning rate over the run, drawn with characters."""
+    steps = [round(column * (config.steps - 1) / (CURVE_WIDTH - 1)) for column in range(CURVE_WIDTH)]
+    rates = [config.learning_rate_at(step) for step in steps]
+    top = max(rates)
+    rows = []
+    for row in range(CURVE_HEIGHT, 0, -1):
+        marks = "".join("#" if rate > top * (row - 0.5) / CURVE_HEIGHT else " " for rate in rates)
+        label = f"{top:.1e}" if row == CURVE_HEIGHT else ""
+        rows.append(f"{label:>16}  |{marks}".rstrip())
+    last = f"{config.steps:,}"
+    rows.append(f"{'0':>16}  +{'-' * CURVE_WIDTH}")
+    rows.append(f"{'learning rate':>16}   0{'steps':^{CURVE_WIDTH - 1 - len(last)}}{last}")
+    return "\n".join(rows)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -196,8 +197,8 @@ def read_checkpoint(place: Path, state: TrainState, processes: Processes) -> Non
                 tensors = load_file(place / "optimizer.safetensors")
                 torch.set_rng_state(tensors.pop("random/torch"))
                 restore_optimizer(state.model, state.optimizer, tensors)
-    except (KeyError, dcp.api.CheckpointException) as error:
-        raise ValueError(f"{place} does not fit this network: {str(error).splitlines()[0]}") from error
+    except (KeyError, SafetensorError, dcp.api.CheckpointException) as error:
+        raise ValueError(f"{place} does not fit this network or is damaged: {str(error).splitlines()[0]}") from error
     state.step = int(values["step"])
     state.left_out, state.faults = int(values.get("left_out", 0)), int(values.get("faults", 0))
 

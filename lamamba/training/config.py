@@ -73,6 +73,8 @@ class DataOptions:
 
     source: str = "digits"
     """"digits" (1,797 handwritten ones, from scikit-learn), or a folder: one subfolder per class, or flat."""
+    kind: Literal["images", "latents"] = "images"
+    """"images": the network reads pixels; "latents": source is a folder that lamamba encode has written."""
     image_size: int = 8
     """Side in pixels; images are cropped to squares and scaled."""
     channels: Literal[1, 3] = 1
@@ -81,6 +83,10 @@ class DataOptions:
     """Mirror every other image left to right (not for digits or text)."""
     use_labels: bool = True
     """Train class by class where the data has classes; no: an unconditional model."""
+    expected_images: int | None = None
+    """Images that a recipe was written for: the plan of --dry-run, where the data is not there yet."""
+    expected_classes: int | None = None
+    """Classes that a recipe was written for; data with another number is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +257,8 @@ class TrainConfig:
             "processes.accumulation_steps": (self.processes.accumulation_steps, 1),
             "processes.data_workers": (self.processes.data_workers, 0),
             "faults.max_skips": (self.faults.max_skips, 0),
+            "data.expected_images": (self.data.expected_images or 1, 1),
+            "data.expected_classes": (self.data.expected_classes or 0, 0),
             "watch.held_out": (self.watch.held_out, 0), "watch.held_out_every": (self.watch.held_out_every, 1),
         }
         for name, (value, least) in limits.items():

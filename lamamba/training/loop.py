@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +82,12 @@ def describe(config: TrainConfig, data: ImageSet | Samples) -> tuple[UNetConfig,
     Raises:
         ValueError: when model and data do not fit.
     """
-    samples = as_samples(data, config)
+    samples, expected = as_samples(data, config), config.data.expected_classes
+    if expected is not None and expected != len(samples.label_names):
+        raise ValueError(
+            f"{samples.name} has {len(samples.label_names)} classes, data.expected_classes={expected}; give the data "
+            "that the recipe was written for, or the number of yours"
+        )
     label_names = samples.label_names if config.data.use_labels else ()
     architecture = config.model.build(
         channels=samples.channels, num_classes=len(label_names), input_size=samples.input_size
@@ -160,8 +164,11 @@ class _Training:
     def run(self, observers: Sequence[Observer], request: StopRequest) -> TrainState:
         """Resume, then step by step: forward, backward, agree with the others, update, tell, save."""
         config, state, processes, folder = self._config, self.state, self._processes, self._folder
-        if not self._restore() and config.start.mode == "everything":
-            continue_official(Path(str(config.start.source)), state)
+        if not self._restore():
+            if config.start.mode == "everything":
+                continue_official(Path(str(config.start.source)), state)
+            if config.faults.on_non_finite == "back":                           # there must be something to go back to
+                self._save(must=True)
         feed = self._feed.pieces(state.step + state.left_out)
         clock = _Clock(config.batch_size, state.step)
         with _MetricsFile(folder, config, state.step, processes) as metrics:
@@ -248,8 +255,8 @@ class _Training:
         state, options = self.state, self._config.faults
         number = state.step + state.left_out
         report = self._report(batches, value, norm)
-        newest = self._processes.broadcast(self._folder.names()[-1:])
-        last = f" Last checkpoint: {newest[0] if newest else 'none yet'}."
+        newest = self._folder.names()[-1:] or ["none yet"]
+        last = f" Last checkpoint: {newest[0]}."
         hint = " A lower --optimizer.learning-rate or --optimizer.max-grad-norm 1 often helps"
         self._note("not finite", step=state.step + 1, batch=number, policy=options.on_non_finite, report=report)
         if options.on_non_finite == "stop":
@@ -262,8 +269,6 @@ class _Training:
             state.left_out += 1
             self._warn("%s The batch is skipped (%d of %d)", report, state.faults, options.max_skips)
             return
-        if not newest:
-            raise FloatingPointError(f"{report} There is no checkpoint yet to go back to{hint}")
         faults = state.faults
         self._restore()
         state.faults, state.left_out = faults, number + 1 - state.step
@@ -277,7 +282,8 @@ class _Training:
                  and not local(p.grad).isfinite().all()]
         mine = []
         for batch in batches:
-            origin, rows = find_origin(state.model, functools.partial(self._losses, batch, state.model))
+            agree = (lambda one: processes.sum(float(one))[0] > 0) if processes.is_sharded else bool
+            origin, rows = find_origin(state.model, functools.partial(self._losses, batch, state.model), agree)
             if origin is not None:
                 indices = [batch.indices[row] for row in rows] or batch.indices
                 files = self._samples.files(indices)
@@ -372,7 +378,7 @@ class _MetricsFile:
     """metrics.jsonl, one line per logged step, and the trackers beside it; written by the main process."""
 
     def __init__(self, folder: RunFolder, config: TrainConfig, step: int, processes: Processes):
-        self._path, self._is_main, self._file = folder.metrics, processes.is_main, None
+        self._path, self._is_main = folder.metrics, processes.is_main
         self._config, self._folder = config, folder
         self.forget_after(step)
 
@@ -386,24 +392,20 @@ class _MetricsFile:
     def __exit__(self, *exception: object) -> None:
         for tracker in self._trackers:
             tracker.finish()
-        if self._file:
-            self._file.close()
 
     def write(self, line: dict[str, float]) -> None:
         if not self._is_main:
             return
-        if self._file is None:
-            self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:                                                # a full disk: training can go on
+            logger.warning("%s cannot be written: %s", self._path, error)
         for tracker in self._trackers:
             tracker.log({key: value for key, value in line.items() if key != "step"}, int(line["step"]))
 
     def forget_after(self, step: int) -> None:
         """Drop lines of steps that will be done again."""
-        if self._file:
-            self._file.close()
-            self._file = None
         if self._is_main and self._path.exists():
             kept = []
             for line in self._path.read_text(encoding="utf-8").splitlines():
@@ -413,5 +415,3 @@ class _MetricsFile:
                 except (json.JSONDecodeError, KeyError, TypeError):             # a line cut off by a kill
                     continue
             write_atomically(self._path, "".join(kept))
-
-    _file: TextIO | None

@@ -18,12 +18,15 @@ def is_finite(value: Any) -> bool:
     return all(is_finite(part) for part in value) if isinstance(value, tuple | list) else True
 
 
-def find_origin(network: nn.Module, losses: Callable[[], Tensor]) -> tuple[str | None, list[int]]:
+def find_origin(
+    network: nn.Module, losses: Callable[[], Tensor], agree: Callable[[bool], bool] = bool
+) -> tuple[str | None, list[int]]:
     """Run a batch once more and watch every module: where do numbers stop being finite?
 
     Args:
         network: what is watched; its gradients are overwritten.
         losses: runs the network on the batch and gives each sample's loss, (b,).
+        agree: whether any process says yes, where the backward pass needs all of them.
 
     Returns:
         A phrase that names the innermost module and the direction ("forward" or "backward"), or None when all is
@@ -64,7 +67,7 @@ def find_origin(network: nn.Module, losses: Callable[[], Tensor]) -> tuple[str |
         rows = [row for row, value in enumerate(values.tolist()) if not torch.isfinite(torch.tensor(value))]
         if not found and rows:
             found.append("loss itself: made from a finite output")
-        if not found:
+        if not agree(bool(found)):
             values.mean().backward()
     finally:
         network._compiled_call_impl = compiled

@@ -234,10 +234,13 @@ class RunFolder:
         return sorted(path.name for path in self.checkpoints.iterdir() if path.name.startswith("step_"))
 
     def note(self, what: str, **facts: Any) -> None:
-        """Add a line to events.jsonl: what happened to the run, and when."""
+        """Add a line to events.jsonl: what happened to the run, and when. A full disk is logged, not raised."""
         line = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": what, **facts}
-        with self.events.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.events.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self.events, error)
 
     def save(
         self, step: int, fill: Callable[[Path], None], processes: Processes, *, keep: int, keep_every: int = 0
@@ -259,7 +262,8 @@ class RunFolder:
         temporary = self.checkpoints / f".tmp_{place.name}"
 
         def begin() -> None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left_behind in self.checkpoints.glob(".*_step_*"):              # by a kill during a save
+                shutil.rmtree(left_behind)
             temporary.mkdir(parents=True)
 
         def finish() -> None:
@@ -273,7 +277,9 @@ class RunFolder:
             _flush(self.checkpoints)
             for name in self.names()[:-keep]:
                 if not keep_every or int(name.removeprefix("step_")) % keep_every:
-                    shutil.rmtree(self.checkpoints / name)
+                    dropped = self.checkpoints / f".old_{name}"                 # never half a checkpoint of that name
+                    os.replace(self.checkpoints / name, dropped)
+                    shutil.rmtree(dropped)
 
         try:
             processes.together(begin)
@@ -371,7 +377,7 @@ def load_network(folder: Path) -> LaMambaUNet:
         raise FileNotFoundError(f"{folder} holds no network: there is no config.json in it")
     read_json(folder / "config.json")
     try:
-        return LaMambaUNet.from_pretrained(folder, local_files_only=True)
+        return LaMambaUNet.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (SafetensorError, OSError, RuntimeError) as error:
         raise ValueError(f"the weights in {folder} are missing or damaged: {str(error).splitlines()[0]}") from error
 

@@ -8,7 +8,9 @@ import math
 
 import pytest
 
+from lamamba.cli.train import PlannedData
 from lamamba.training.config import ModelOptions, OptimizerOptions, TrainConfig, load_recipe, recipe_names
+from lamamba.training.loop import describe
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -16,8 +18,9 @@ def test_every_recipe_is_valid_and_survives_json(name):
     recipe = load_recipe(name)
     assert TrainConfig.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert recipe.warnings() == []
+    architecture, facts = describe(recipe, PlannedData(dataclasses.replace(recipe.data, expected_images=1)))
     size = recipe.data.image_size
-    recipe.model.build(channels=recipe.data.channels, num_classes=10, input_size=size)
+    assert (facts.image_size, architecture.input_size[0]) == (size, size // (8 if facts.codec == "latents" else 1))
 
 
 def test_a_file_of_ones_own(tmp_path):
