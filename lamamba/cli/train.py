@@ -184,15 +184,16 @@ def print_plan(config: TrainConfig, data: ImageSet | Samples, out: Path) -> None
     )
     print(json.dumps({"train": config.to_dict(), "architecture": architecture.to_dict()}, indent=2))
     per_epoch = len(data) / config.batch_size
+    group = "1 process" if processes == 1 else f"{processes} processes"
     print(f"""
 run folder        {out}
 data              {data.name}: {len(data):,} images, {data.image_size} x {data.image_size}
-device            {pick_device(config.device)}, {processes} process{'es' if processes > 1 else ''}
+device            {pick_device(config.device)}, {group}
 parameters        {cost.parameters / 1e6:.2f} M
 multiply-adds     {cost.matrix / 1e9:.3f} G per image and forward pass, and {cost.scan / 1e9:.3f} G of the scan
 memory            about {memory.peak / 2**30:.2f} GiB on each device: {memory.state / 2**30:.2f} weights, averages and \
 optimizer, {memory.step / 2**30:.2f} for a step of {share} image{'s' if share > 1 else ''} at a time
-step              {config.batch_size} images = {processes} processes x {options.accumulation_steps} x {share}
+step              {config.batch_size} images = {group} x {options.accumulation_steps} x {share}
 run               {config.steps:,} steps, {per_epoch:,.1f} steps per epoch: {config.steps / per_epoch:,.1f} epochs
 
 {rate_curve(config)}""")

@@ -36,7 +36,11 @@ class StopRequest:
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Take SIGTERM and SIGUSR1 as requests to stop, and give them back afterwards (signals reach main threads only)."""
+    """Take SIGTERM and SIGUSR1 as requests to stop (signals reach main threads only).
+
+    Afterwards they mean what they meant before; but after a request they are ignored, so that one more does not take
+    the exit status from a process that is about to end.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -46,7 +50,7 @@ def listening() -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in former.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if request.name is None else signal.SIG_IGN)
 
 
 def ignore_in_worker() -> None:

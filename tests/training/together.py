@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import queue
 import socket
 import sys
+import time
 import traceback
 
 import pytest
@@ -122,9 +124,16 @@ def together(count, work, *arguments, seconds=100):
         process.start()
     answers = {}
     try:
-        for _ in processes:
-            index, is_well, value = results.get(timeout=seconds)
-            answers[index] = value if is_well else Failed(*value)
+        deadline = time.monotonic() + seconds
+        while len(answers) < count:
+            try:
+                index, is_well, value = results.get(timeout=0.5)
+            except queue.Empty:
+                dead = [i for i, p in enumerate(processes) if i not in answers and p.exitcode is not None]
+                assert time.monotonic() < deadline, f"no answer within {seconds} s"
+                assert not dead or not results.empty(), f"process {dead[0]} died: {processes[dead[0]].exitcode}"
+            else:
+                answers[index] = value if is_well else Failed(*value)
     finally:
         for process in processes:
             process.join(10 if len(answers) == count else 0.1)
