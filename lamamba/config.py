@@ -140,7 +140,7 @@ class UNetConfig:
             ratio = getattr(self, name)
             if not ratio > 0 or (ratio * self.width) % 1:
                 raise ValueError(f"{name}={ratio} times width={self.width} must be a whole number of channels")
-        expected = {"noise": 2 * self.in_channels, "flow": self.in_channels}[self.objective]
+        expected = self.in_channels * (2 if self.objective == "noise" else 1)
         if self.out_channels != expected:
             raise ValueError(
                 f"out_channels={self.out_channels} does not fit objective={self.objective!r} with "

@@ -60,8 +60,7 @@ def main(arguments: list[str]) -> None:
     config = TrainConfig(**{f.name: getattr(chosen, f.name) for f in dataclasses.fields(TrainConfig)})
     out = chosen.out or Path("runs") / Path(name).stem
 
-    from lamamba.training.interrupt import EXIT_INTERRUPTED, Interrupted
-    from lamamba.training.processes import MainProcessError, end_processes, is_main_process
+    from lamamba.training.processes import end_processes, is_main_process
 
     if chosen.dry_run:
         if is_main_process():
@@ -69,12 +68,6 @@ def main(arguments: list[str]) -> None:
         return
     try:
         run_training(config, open_images(config), out)
-    except Interrupted as stop:
-        if is_main_process():
-            print(stop, file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    except MainProcessError:                                                    # it says by itself what happened
-        sys.exit(2)
     finally:
         end_processes()
     if is_main_process():
@@ -139,7 +132,24 @@ class PlannedData:
 
 
 def run_training(config: TrainConfig, images: ImageSet, out: Path, observers: Sequence[Observer] = ()) -> Any:
-    """Train with a live line and sample grids; returns the final state."""
+    """Train with a live line and sample grids; returns the final state.
+
+    Exits with status 75 when a signal has stopped the run, and with 2 where the main process has said why it failed.
+    """
+    from lamamba.training.interrupt import EXIT_INTERRUPTED, Interrupted
+    from lamamba.training.processes import MainProcessError, is_main_process
+
+    try:
+        return _train_and_tell(config, images, out, observers)
+    except Interrupted as stop:
+        if is_main_process():
+            print(stop, file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except MainProcessError:                                                    # it says by itself what happened
+        sys.exit(2)
+
+
+def _train_and_tell(config: TrainConfig, images: ImageSet, out: Path, observers: Sequence[Observer]) -> Any:
     from lamamba.cli.observers import ProgressLine, SampleGrid
     from lamamba.training.loop import describe, train
     from lamamba.training.processes import is_main_process

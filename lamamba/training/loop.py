@@ -145,8 +145,9 @@ class _Training:
         self._gamma = loss.min_snr_gamma if loss.weighting == "min-snr" else None
 
         torch.manual_seed(config.seed)                                          # the same weights on every process
-        starts_from_weights = config.start.source is not None and config.start.mode == "weights"
-        network = start_network(config.start, architecture) if starts_from_weights else LaMambaUNet(architecture)
+        takes_weights = config.start.source is not None and config.start.mode == "weights"
+        takes_weights &= not processes.broadcast(folder.names())                # a restart has better ones
+        network = start_network(config.start, architecture) if takes_weights else LaMambaUNet(architecture)
         model = network.to(processes.device).train()
         averages = averages_of(model, config.ema_decays)
         if config.processes.checkpoint_activations:
@@ -224,13 +225,14 @@ class _Training:
         """Gradients of the whole batch on every process: (mean loss, gradient norm, all finite, asked to stop)."""
         config, state, processes = self._config, self.state, self._processes
         state.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
+        totals = []
         for number, batch in enumerate(batches):
             with processes.accumulate(self._network, is_last=number == len(batches) - 1):
                 losses = self._losses(batch, self._network)
                 # DDP and FSDP take the mean over processes; the sum over all of them, over the batch, is wanted
                 (losses.sum() * (processes.count / config.batch_size)).backward()
-            total += float(losses.detach().sum())
+            totals.append(losses.detach().sum())
+        total = float(torch.stack(totals).sum())
         norm = float(whole(nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.max_grad_norm)))
         all_losses, faults, asked = processes.sum(
             total, float(not (math.isfinite(total) and math.isfinite(norm))), float(request.name is not None)

@@ -160,6 +160,7 @@ class Feed:
         loader = torch.utils.data.DataLoader(
             cast(Any, self), batch_size=None, sampler=cast(Any, keys), num_workers=workers, prefetch_factor=2,
             pin_memory=self._pins, worker_init_fn=_begin_worker,
+            generator=torch.Generator(),                                        # not the global one: it is saved
         )
         try:
             yield from loader

@@ -106,6 +106,8 @@ def check_version(path: Path, values: Mapping[str, Any], newest: int = RUN_VERSI
 
 
 def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():                                       # Windows flushes files only
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -247,6 +249,8 @@ class RunFolder:
     ) -> Path:
         """Make the checkpoint of a step: filled under another name, hashed, flushed, renamed; then drop the oldest.
 
+        A whole one of that step stays as it is: what comes after it is the same again, to the bit.
+
         Args:
             step: optimizer steps done.
             fill: writes the checkpoint's files into the folder it is given, all processes together.
@@ -261,10 +265,17 @@ class RunFolder:
         place = self.checkpoints / f"step_{step:08d}"
         temporary = self.checkpoints / f".tmp_{place.name}"
 
-        def begin() -> None:
+        def begin() -> bool:
+            if place.exists():
+                try:
+                    check_manifest(place)
+                    return False                                                # replacing a whole one would risk it
+                except ValueError:
+                    pass
             for left_behind in self.checkpoints.glob(".*_step_*"):              # by a kill during a save
                 shutil.rmtree(left_behind)
             temporary.mkdir(parents=True)
+            return True
 
         def finish() -> None:
             values = {"version": RUN_VERSION, "files": hashes, "files_sha256": _hash_of_hashes(hashes)}
@@ -282,7 +293,8 @@ class RunFolder:
                     shutil.rmtree(dropped)
 
         try:
-            processes.together(begin)
+            if not processes.broadcast(processes.together(begin)):
+                return place
             fill(temporary)
             hashes = _hash_together(temporary, processes)
             processes.together(finish)

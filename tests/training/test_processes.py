@@ -78,7 +78,8 @@ SPLIT = dict(sharding="full")
 
 def test_a_split_network_trains_saves_resumes_and_loads_in_one_process(alone, tmp_path):
     settings = config(batch_size=6, steps=6, checkpoint_every=3, keep_checkpoints=5)
-    split = config(batch_size=6, steps=6, checkpoint_every=3, keep_checkpoints=5, processes=SPLIT)
+    pieces = dict(**SPLIT, accumulation_steps=2)
+    split = config(batch_size=6, steps=6, checkpoint_every=3, keep_checkpoints=5, processes=pieces)
     results = together(2, run, split, tmp_path / "run")
     assert [result["split"] for result in results] == [{True}, {True}]          # all parameters, averages and moments
     assert_same_run(results, alone)
