@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -57,8 +58,19 @@ def steps_of(folder, settings, images, stop_at=None):
 
 
 def hashes(folder):
-    """Of every file of the newest checkpoint: weights, averages, optimizer, random state, counts."""
-    return json.loads((RunFolder(folder).newest() / "manifest.json").read_text())["files"]
+    """Of every file of the newest checkpoint: weights, averages, optimizer, random state, counts.
+
+    Tensors are hashed by name: the headers of torch's split files come in any order.
+    """
+    from safetensors.numpy import load_file
+
+    place, found = RunFolder(folder).newest(), {}
+    for name, digest in json.loads((place / "manifest.json").read_text())["files"].items():
+        if name.endswith(".safetensors"):
+            tensors = load_file(place / name)
+            digest = {key: hashlib.sha256(tensors[key].tobytes()).hexdigest() for key in tensors}
+        found[name] = digest
+    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)
