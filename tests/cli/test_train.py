@@ -19,6 +19,7 @@ from lamamba.training.config import OptimizerOptions, TrainConfig
 from lamamba.training.interrupt import EXIT_INTERRUPTED
 from lamamba.training.state import RunFolder
 from tests.cli.test_commands import TINY, run
+from tests.training.together import free_port
 
 
 @pytest.fixture
@@ -73,9 +74,9 @@ def test_the_learning_rate_is_drawn_as_it_runs():
 
 
 LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "lamamba"],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lamamba"],
     "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-                   "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "lamamba"],
+                   "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()), "-m", "lamamba"],
 }
 
 
