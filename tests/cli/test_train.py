@@ -136,7 +136,7 @@ def test_plot_draws_one_or_several_runs(lamamba, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    ([], "required"),
+    ([], "name at least one run"),
     (["nowhere"], "nowhere has no metrics.jsonl"),
     (["empty"], "has no lines yet"),
     (["empty", "--smooth", "2"], "must lie in [0, 1]"),
