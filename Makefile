@@ -5,11 +5,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test lint install install-test clean
+.PHONY: help demo test faults lint install install-test clean
 
 help:
 	@echo "make demo   train on handwritten digits, look at demo/digits.png (a few minutes on two CPU cores)"
 	@echo "make test   linter, type checker and tests"
+	@echo "make faults kills, starves and poisons trainings many times; prints what was tried and survived (minutes)"
 	@echo "make clean  remove .venv and what the build left"
 
 demo: $(VENV)/.digits
@@ -18,6 +19,9 @@ demo: $(VENV)/.digits
 # One thread for each of pytest's processes: threads that wait for each other on shared cores wait long.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto $(ARGS)
+
+faults: $(VENV)/.test
+	OMP_NUM_THREADS=1 LAMAMBA_FAULTS=full $(BIN)/python -m pytest tests/faults -m faults $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

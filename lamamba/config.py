@@ -24,7 +24,7 @@ STAGE_WIDTHS = (1, 2, 4, 4)
 STAGE_SCALES = (1, 2, 4, 4)
 """How many times smaller a stage's grid is than the first one's."""
 
-Objective = Literal["noise", "flow"]
+Objective = Literal["noise", "v", "flow"]
 Grid = tuple[int, int]
 
 LATENT_SCALE = 8
@@ -94,7 +94,7 @@ class UNetConfig:
     in_channels: int = 4
     """Channels of the noisy input: 4 for latents, 3 for RGB pixels."""
     out_channels: int | None = None
-    """Channels of the output; by default 2 * in_channels with a learned variance, in_channels for flow."""
+    """Channels of the output; by default 2 * in_channels with a learned variance, in_channels for v and flow."""
     num_classes: int = 1000
     """Class labels; 0 for an unconditional network. The row after the last label means "no class"."""
     grid: int | tuple[int, int] = 32
@@ -102,7 +102,8 @@ class UNetConfig:
     scan: Literal["continuous", "cross"] = "continuous"
     """Reading order of the grid: snakes (the paper) or plain rows and columns (its ablation)."""
     objective: Objective = "noise"
-    """What the output means: noise and variance (DDPM, the paper), or the velocity of a straight flow."""
+    """What the output means: noise and variance (DDPM, the paper), v (a mix of noise and image), or the velocity of a
+    straight flow."""
     removed_blocks: tuple[str, ...] = ()
     """Blocks or branches left out: "encoder.0.1", "decoder.3.0.attention", "bottleneck" (with its residual)."""
 
@@ -128,7 +129,7 @@ class UNetConfig:
         if len(self.depths) != NUM_STAGES or any(not isinstance(depth, int) or depth < 1 for depth in self.depths):
             raise ValueError(f"depths={self.depths} must be {NUM_STAGES} whole numbers of at least 1, one per stage")
         for name, value in (("scan", self.scan), ("objective", self.objective)):
-            known = {"scan": ("continuous", "cross"), "objective": ("noise", "flow")}[name]
+            known = {"scan": ("continuous", "cross"), "objective": ("noise", "v", "flow")}[name]
             if value not in known:
                 raise unknown_name(name, str(value), known)
         if self.width % 4:
@@ -139,7 +140,7 @@ class UNetConfig:
             ratio = getattr(self, name)
             if not ratio > 0 or (ratio * self.width) % 1:
                 raise ValueError(f"{name}={ratio} times width={self.width} must be a whole number of channels")
-        expected = {"noise": 2 * self.in_channels, "flow": self.in_channels}[self.objective]
+        expected = self.in_channels * (2 if self.objective == "noise" else 1)
         if self.out_channels != expected:
             raise ValueError(
                 f"out_channels={self.out_channels} does not fit objective={self.objective!r} with "

@@ -13,6 +13,7 @@ VERBS = {
     "demo": "train on handwritten digits before your eyes, and see what the model learned",
     "train": "train a network from a recipe (or resume: run the same command again)",
     "sample": "make pictures with a trained network",
+    "plot": "loss, gradient norm and speed of one or several runs as a picture",
     "info": "parameters, multiply-adds and memory of a network, without allocating it",
     "bench": "LaMamba beside DiT: images per second, memory, multiply-adds",
     "doctor": "what runs here and why: versions, back ends, compilers, a quick check of each",
@@ -39,7 +40,10 @@ environment:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 2 for what the user can mend, 130 for Ctrl-C, 141 for a closed pipe."""
+    """Run one command; the exit status is 0, 2 for what the user can mend, 130 for Ctrl-C, 141 for a closed pipe.
+
+    75 is a training that a signal has stopped after a checkpoint: the same command resumes it.
+    """
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         if verb in ("-h", "--help", "help"):

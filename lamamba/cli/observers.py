@@ -20,17 +20,17 @@ PLAIN_LINES = 20
 
 
 class ProgressLine:
-    """A bar with loss, speed and time left on a terminal; a plain line now and then in a file."""
+    """A bar with loss, gradient norm, speed, memory and time left on a terminal; plain lines in a file."""
 
     def __init__(self, steps: int, first_step: int = 0):
-        self._steps = steps
+        self._steps, self._first_step = steps, first_step
         self._console = Console()
         self._live = self._console.is_terminal
         self._bar = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[speed]} images/s"), TimeRemainingColumn(), console=self._console,
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(), console=self._console,
         )
-        self._task = self._bar.add_task("training", total=steps, completed=first_step, loss="-", speed="-")
+        self._task = self._bar.add_task("training", total=steps, completed=first_step, facts="")
         self._smooth: float | None = None
 
     def __enter__(self) -> ProgressLine:
@@ -46,13 +46,16 @@ class ProgressLine:
 
     def __call__(self, moment: Moment) -> None:
         self._smooth = moment.loss if self._smooth is None else 0.95 * self._smooth + 0.05 * moment.loss
-        loss, speed = f"{self._smooth:.4f}", f"{moment.images_per_second:.0f}"
+        facts = (
+            f"loss {self._smooth:.4f}  gradient norm {moment.grad_norm:.3f}  {moment.images_per_second:.0f} images/s  "
+            f"{moment.peak_memory / 2**30:.2f} GiB"
+        )
         if self._live:
-            self._bar.update(self._task, completed=moment.step, loss=loss, speed=speed)
+            self._bar.update(self._task, completed=moment.step, facts=facts)
         elif moment.step % max(1, self._steps // PLAIN_LINES) == 0 or moment.step == self._steps:
+            left = moment.seconds / max(1, moment.step - self._first_step) * (self._steps - moment.step)
             print(
-                f"step {moment.step}/{self._steps}  loss {loss}  gradient norm {moment.grad_norm:.3f}  "
-                f"{speed} images/s  {moment.seconds:.0f} s", flush=True,
+                f"step {moment.step}/{self._steps}  {facts}  {moment.seconds:.0f} s, {left:.0f} s left", flush=True
             )
 
 
@@ -67,10 +70,13 @@ class SampleGrid:
         options = self._options
         if not options.every or (moment.step % options.every and moment.step != moment.steps):
             return
+        network = moment.whole_ema()
+        if network is None:                                                     # the main process draws
+            return
         rows = max(1, len(self._names))
         labels = [row for row in range(rows) for _ in range(options.per_class)] if self._names else None
         images = generate(
-            moment.ema, labels, range(rows * options.per_class), sampler=options.sampler,
+            network, labels, range(rows * options.per_class), sampler=options.sampler,
             num_steps=options.num_steps, guidance=options.guidance if self._names else 1.0,
         )
         picture = grid_picture(images, options.per_class, self._names)

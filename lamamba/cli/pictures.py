@@ -70,6 +70,72 @@ def loss_curve(metrics: Path, path: Path) -> None:
     plt.close(figure)
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last one that is cut off is left out.
+
+    Raises:
+        ValueError: when no line is whole.
+    """
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:                                            # a run that was killed, or still runs
+            continue
+    if not lines:
+        raise ValueError(f"{path} has no lines yet; let the run make some steps")
+    return lines
+
+
+def _running_mean(values: list[float], span: int) -> np.ndarray:
+    """Mean over the span before and up to each value; over what there is at the beginning."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - span)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def run_curves(runs: dict[str, list[dict[str, Any]]], path: Path, smooth: float) -> None:
+    """Draw loss, gradient norm and images per second of runs, given by name as their metrics' lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(3, 1, figsize=(8, 8), sharex=True, height_ratios=(2.2, 1, 1))
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for number, (name, lines) in enumerate(runs.items()):
+        color = colors[number % len(colors)]
+        steps = [line["step"] for line in lines]
+        span = max(1, round(smooth * len(lines)))
+        for axes, key in zip(panels, ("loss", "grad_norm", "images_per_second"), strict=True):
+            values = [float(line[key]) for line in lines]
+            if span > 1:
+                axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, _running_mean(values, span), color=color, linewidth=1.6, label=name)
+        held_out = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
+        if held_out:
+            panels[0].plot(*zip(*held_out, strict=True), "o", color=color, markersize=4, markeredgecolor="white",
+                           label=f"{name}, held out")
+    panels[0].set(ylabel="loss")
+    panels[1].set(ylabel="gradient norm", yscale="log")
+    panels[2].set(ylabel="images / s", xlabel="optimizer step", ylim=(0, None))
+    for axes in panels:
+        axes.grid(alpha=0.3, which="both" if axes.get_yscale() == "log" else "major")
+        axes.spines[["top", "right"]].set_visible(False)
+    losses = sorted(float(line["loss"]) for lines in runs.values() for line in lines)
+    if losses[-1] > 3 * losses[int(0.95 * len(losses))]:                        # the first steps would hide the others
+        panels[0].set(yscale="log")
+    panels[0].legend(frameon=False, fontsize="small")
+    figure.align_ylabels(panels)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.replace(path)
+    plt.close(figure)
+
+
 def cost_curves(rows: list[dict[str, Any]], multiply_adds: dict[str, list[tuple[int, int]]], path: Path) -> None:
     """Draw what `lamamba bench` measured: time and multiply-adds of an image against its tokens, both axes logarithmic.
 

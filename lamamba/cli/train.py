@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
 
 from lamamba.cli.arguments import parse
-from lamamba.training.config import TrainConfig, load_recipe, recipe_names
+from lamamba.config import LATENT_SCALE
+from lamamba.training.config import DataOptions, TrainConfig, load_recipe, recipe_names
 
 if TYPE_CHECKING:
     from lamamba.data.images import ImageSet
     from lamamba.training.loop import Observer
+    from lamamba.training.samples import Samples
 
 DESCRIPTION = f"""Train a network: lamamba train RECIPE [options].
 
@@ -26,8 +32,15 @@ Options given here go before the recipe's. Running the same command again resume
   lamamba train digits --steps 200 --optimizer.learning-rate 5e-4 --dry-run"""
 
 
+LATENT_CHANNELS = 4
+"""Of the Stable Diffusion autoencoders, whose latents the paper's recipes train on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments(TrainConfig):
+    ema_decays: Annotated[tuple[float, ...], tyro.conf.arg(aliases=("--ema-decay",))] = (0.9999,)
+    """Weight of the past in the running mean of the weights, constant; short runs need less. One mean is kept for each
+    number; the first one is what samples come from."""
     out: Path | None = None
     """Folder of the run; by default runs/RECIPE."""
     dry_run: bool = False
@@ -47,11 +60,17 @@ def main(arguments: list[str]) -> None:
     config = TrainConfig(**{f.name: getattr(chosen, f.name) for f in dataclasses.fields(TrainConfig)})
     out = chosen.out or Path("runs") / Path(name).stem
 
-    images = open_images(config)
+    from lamamba.training.processes import end_processes, is_main_process
+
     if chosen.dry_run:
-        _print_plan(config, images, out)
-    else:
-        run_training(config, images, out)
+        if is_main_process():
+            print_plan(config, plan_images(config), out)
+        return
+    try:
+        run_training(config, open_images(config), out)
+    finally:
+        end_processes()
+    if is_main_process():
         print(f"done: {out}\nsample it: lamamba sample {out} --out grid.png")
 
 
@@ -62,6 +81,10 @@ def open_images(config: TrainConfig) -> ImageSet:
         OSError, ValueError: when it is missing or does not fit.
     """
     data = config.data
+    if data.kind == "latents":
+        raise ValueError(
+            f"data.kind='latents' ({data.source}) cannot be read by this version yet; --dry-run prints the plan"
+        )
     if data.source == "digits":
         from lamamba.data.digits import Digits
 
@@ -73,14 +96,69 @@ def open_images(config: TrainConfig) -> ImageSet:
     return ImageFolder(data.source, data.image_size, data.channels)
 
 
+def plan_images(config: TrainConfig) -> ImageSet | PlannedData:
+    """The image set for a plan: what a recipe says of its data stands in for data that is not there yet.
+
+    Raises:
+        OSError, ValueError: when the data does not fit, or is missing and the recipe does not say what it would be.
+    """
+    data = config.data
+    if data.expected_images is None or (data.kind == "images" and Path(data.source).is_dir()):
+        return open_images(config)
+    return PlannedData(data)
+
+
+class PlannedData:
+    """Data that is not there: how much of it there will be, and of what shape."""
+
+    def __init__(self, data: DataOptions):
+        is_latent = data.kind == "latents"
+        self.name = f"{data.source} (not read; as the recipe says)"
+        self.image_size = data.image_size
+        self.input_size = data.image_size // LATENT_SCALE if is_latent else data.image_size
+        self.channels = LATENT_CHANNELS if is_latent else data.channels
+        self.codec, self.scale, self.draws_latents = "latents" if is_latent else "pixels", 1.0, is_latent
+        self.label_names = tuple(str(label) for label in range(data.expected_classes or 0))
+        self._count = data.expected_images or 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, indices: Sequence[int], draws: Any) -> Any:
+        raise ValueError(f"{self.name} cannot be trained on")
+
+    def files(self, indices: Sequence[int]) -> list[str]:
+        raise ValueError(f"{self.name} has no files")
+
+
 def run_training(config: TrainConfig, images: ImageSet, out: Path, observers: Sequence[Observer] = ()) -> Any:
-    """Train with a live line and sample grids; returns the final state."""
+    """Train with a live line and sample grids; returns the final state.
+
+    Exits with status 75 when a signal has stopped the run, and with 2 where the main process has said why it failed.
+    """
+    from lamamba.training.interrupt import EXIT_INTERRUPTED, Interrupted
+    from lamamba.training.processes import MainProcessError, is_main_process
+
+    try:
+        return _train_and_tell(config, images, out, observers)
+    except Interrupted as stop:
+        if is_main_process():
+            print(stop, file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except MainProcessError:                                                    # it says by itself what happened
+        sys.exit(2)
+
+
+def _train_and_tell(config: TrainConfig, images: ImageSet, out: Path, observers: Sequence[Observer]) -> Any:
     from lamamba.cli.observers import ProgressLine, SampleGrid
     from lamamba.training.loop import describe, train
+    from lamamba.training.processes import is_main_process
     from lamamba.training.state import RunFolder
 
     architecture, facts = describe(config, images)
     folder = RunFolder(out)
+    if not is_main_process():
+        return train(config, images, out, [SampleGrid(config.sampling, folder.samples, facts.label_names), *observers])
     resumed = int(folder.names()[-1].removeprefix("step_")) if folder.names() else 0
     print(f"{out}: {len(images):,} images of {images.name}, {len(facts.label_names) or 'no'} classes, "
           f"{_parameters(architecture):.2f} M parameters", flush=True)
@@ -99,23 +177,54 @@ def _parameters(architecture: Any) -> float:
     return count(architecture).parameters / 1e6
 
 
-def _print_plan(config: TrainConfig, images: ImageSet, out: Path) -> None:
+def print_plan(config: TrainConfig, data: ImageSet | Samples, out: Path) -> None:
+    """What a run would be: network, cost, memory, speed of passing the data, and the learning rate as a curve."""
     from lamamba.benchmark.flops import count
-    from lamamba.training.loop import describe, pick_device
+    from lamamba.benchmark.memory import training_memory
+    from lamamba.training.loop import describe
+    from lamamba.training.processes import launched_processes, pick_device
 
-    architecture, _ = describe(config, images)
-    cost = count(architecture)
+    architecture, _ = describe(config, data)
+    cost, processes, options = count(architecture), launched_processes(), config.processes
+    share = math.ceil(math.ceil(config.batch_size / processes) / options.accumulation_steps)
+    memory = training_memory(
+        architecture, share, num_averages=len(config.ema_decays), processes=processes,
+        sharded=options.sharding == "full", bfloat16=config.precision.autocast == "bfloat16",
+        checkpoint_activations=options.checkpoint_activations, accumulates=options.accumulation_steps > 1,
+    )
     print(json.dumps({"train": config.to_dict(), "architecture": architecture.to_dict()}, indent=2))
-    weights = cost.parameters * 4 * 5 / 2**30                                   # weights, gradient, two moments, EMA
-    epochs = config.steps * config.batch_size / len(images)
-    activations = cost.activation_bytes * config.batch_size / 2**30
+    per_epoch = len(data) / config.batch_size
+    group = "1 process" if processes == 1 else f"{processes} processes"
     print(f"""
 run folder        {out}
-data              {images.name}: {len(images):,} images, {images.image_size} x {images.image_size}
-device            {pick_device(config.device)}
+data              {data.name}: {len(data):,} images, {data.image_size} x {data.image_size}
+device            {pick_device(config.device)}, {group}
 parameters        {cost.parameters / 1e6:.2f} M
 multiply-adds     {cost.matrix / 1e9:.3f} G per image and forward pass, and {cost.scan / 1e9:.3f} G of the scan
-memory            about {weights:.2f} GiB weights and optimizer, {activations:.2f} GiB activations
-run               {config.steps} steps of {config.batch_size}: {epochs:.1f} epochs""")
+memory            about {memory.peak / 2**30:.2f} GiB on each device: {memory.state / 2**30:.2f} weights, averages and \
+optimizer, {memory.step / 2**30:.2f} for a step of {share} image{'s' if share > 1 else ''} at a time
+step              {config.batch_size} images = {group} x {options.accumulation_steps} x {share}
+run               {config.steps:,} steps, {per_epoch:,.1f} steps per epoch: {config.steps / per_epoch:,.1f} epochs
+
+{rate_curve(config)}""")
     for warning in config.warnings():
         print(f"warning: {warning}")
+
+
+CURVE_WIDTH, CURVE_HEIGHT = 64, 6
+
+
+def rate_curve(config: TrainConfig) -> str:
+    """The learning rate over the run, drawn with characters."""
+    steps = [round(column * (config.steps - 1) / (CURVE_WIDTH - 1)) for column in range(CURVE_WIDTH)]
+    rates = [config.learning_rate_at(step) for step in steps]
+    top = max(rates)
+    rows = []
+    for row in range(CURVE_HEIGHT, 0, -1):
+        marks = "".join("#" if rate > top * (row - 0.5) / CURVE_HEIGHT else " " for rate in rates)
+        label = f"{top:.1e}" if row == CURVE_HEIGHT else ""
+        rows.append(f"{label:>16}  |{marks}".rstrip())
+    last = f"{config.steps:,}"
+    rows.append(f"{'0':>16}  +{'-' * CURVE_WIDTH}")
+    rows.append(f"{'learning rate':>16}   0{'steps':^{CURVE_WIDTH - 1 - len(last)}}{last}")
+    return "\n".join(rows)

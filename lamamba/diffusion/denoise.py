@@ -30,27 +30,34 @@ _BETAS: dict[str, Any] = {
 class Sampler:
     """A diffusers scheduler under its short name, with the settings that agree with the official samplers."""
 
-    objective: Objective
-    make: Callable[[], Any]
+    objectives: tuple[Objective, ...]
+    make: Callable[[Objective], Any]
     default_steps: int
     min_steps: int = 1
 
 
+def _noise_levels(objective: Objective) -> dict[str, Any]:
+    return {**_BETAS, "prediction_type": "epsilon" if objective == "noise" else "v_prediction"}
+
+
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler("noise", lambda: DDPMScheduler(
-        **_BETAS, variance_type="learned_range", clip_sample=False, timestep_spacing="linspace"), 250, min_steps=2),
-    "ddim": Sampler("noise", lambda: DDIMScheduler(
-        **_BETAS, clip_sample=False, set_alpha_to_one=True, steps_offset=0, timestep_spacing="leading"), 50),
-    "dpm++": Sampler("noise", lambda: DPMSolverMultistepScheduler(
-        **_BETAS, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace"), 25),
-    "flow-euler": Sampler("flow", lambda: FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS), 50),
-    "flow-heun": Sampler("flow", lambda: FlowMatchHeunDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS), 25),
+    "ddpm": Sampler(("noise", "v"), lambda objective: DDPMScheduler(
+        **_noise_levels(objective), variance_type="learned_range" if objective == "noise" else "fixed_small",
+        clip_sample=False, timestep_spacing="linspace"), 250, min_steps=2),
+    "ddim": Sampler(("noise", "v"), lambda objective: DDIMScheduler(
+        **_noise_levels(objective), clip_sample=False, set_alpha_to_one=True, steps_offset=0,
+        timestep_spacing="leading"), 50),
+    "dpm++": Sampler(("noise", "v"), lambda objective: DPMSolverMultistepScheduler(
+        **_noise_levels(objective), algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace"), 25),
+    "flow-euler": Sampler(
+        ("flow",), lambda _: FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS), 50),
+    "flow-heun": Sampler(("flow",), lambda _: FlowMatchHeunDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS), 25),
 }
 
 
 def samplers_for(objective: Objective) -> list[str]:
     """Names of the samplers that fit an objective, the default first."""
-    return [name for name, sampler in SAMPLERS.items() if sampler.objective == objective]
+    return [name for name, sampler in SAMPLERS.items() if objective in sampler.objectives]
 
 
 def respaced_steps(num_steps: int) -> list[int]:
@@ -73,9 +80,9 @@ def make_scheduler(name: str, objective: Objective, num_steps: int | None = None
     if name not in SAMPLERS:
         raise unknown_name("sampler", name, SAMPLERS)
     sampler = SAMPLERS[name]
-    if sampler.objective != objective:
+    if objective not in sampler.objectives:
         raise ValueError(
-            f"sampler {name!r} is for {sampler.objective} models, this one was trained for {objective}; "
+            f"sampler {name!r} is for {' and '.join(sampler.objectives)} models, this one was trained for {objective}; "
             f"use {' or '.join(samplers_for(objective))}"
         )
     num_steps = sampler.default_steps if num_steps is None else num_steps
@@ -83,7 +90,7 @@ def make_scheduler(name: str, objective: Objective, num_steps: int | None = None
         raise ValueError(
             f"sampler {name!r} takes {sampler.min_steps} to {NUM_TIMESTEPS} steps, not {num_steps}"
         )
-    scheduler = sampler.make()
+    scheduler = sampler.make(objective)
     if name == "ddpm":
         scheduler.set_timesteps(timesteps=respaced_steps(num_steps))
     else:

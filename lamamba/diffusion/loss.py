@@ -58,13 +58,31 @@ def variational_bound(output: Tensor, x0: Tensor, xt: Tensor, t: Tensor, schedul
     return torch.where(t == 0, last_step, kl) / math.log(2)
 
 
-def hybrid_loss(output: Tensor, x0: Tensor, xt: Tensor, t: Tensor, eps: Tensor, schedule: NoiseSchedule) -> Tensor:
+def min_snr_weight(t: Tensor, schedule: NoiseSchedule, gamma: float) -> Tensor:
+    """min(snr, gamma) / snr for noise, min(snr, gamma) / (snr + 1) for v: (b,)  (Hang et al., 2023, Section 3.4).
+
+    Both weigh the error of the implied x0 by min(snr, gamma).
+    """
+    snr = schedule.signal_to_noise(t)
+    return snr.clamp(max=gamma) / (snr if schedule.objective == "noise" else snr + 1)
+
+
+def hybrid_loss(
+    output: Tensor, x0: Tensor, xt: Tensor, t: Tensor, eps: Tensor, schedule: NoiseSchedule,
+    weight: Tensor | float = 1.0,
+) -> Tensor:
     """Noise error plus the variational bound, not rescaled: (b,)  (Improved DDPM, Eq. 16; as in DiT and the paper).
 
     Args:
         output: (b, 2c, h, w), noise then variance; x0, xt, eps: (b, c, h, w); t: (b,) int64 in 0 .. 999.
+        weight: (b,), of the noise error only: the bound has its own weights.
     """
-    return noise_loss(output, eps) + variational_bound(output, x0, xt, t, schedule)
+    return weight * noise_loss(output, eps) + variational_bound(output, x0, xt, t, schedule)
+
+
+def velocity_loss(output: Tensor, x0: Tensor, t: Tensor, eps: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Mean squared error of v: (b,)  (Salimans & Ho, 2022)."""
+    return _mean((output - schedule.velocity(x0, eps, t)) ** 2)
 
 
 def flow_loss(output: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
@@ -72,8 +90,14 @@ def flow_loss(output: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
     return _mean((output - (eps - x0)) ** 2)
 
 
-def training_loss(output: Tensor, x0: Tensor, xt: Tensor, t: Tensor, eps: Tensor, schedule: Schedule) -> Tensor:
-    """The loss of the schedule's objective: (b,)."""
+def training_loss(
+    output: Tensor, x0: Tensor, xt: Tensor, t: Tensor, eps: Tensor, schedule: Schedule,
+    min_snr_gamma: float | None = None,
+) -> Tensor:
+    """The loss of the schedule's objective: (b,). min_snr_gamma turns the weight of little noise down (noise and v)."""
     if isinstance(schedule, FlowSchedule):
         return flow_loss(output, x0, eps)
-    return hybrid_loss(output, x0, xt, t, eps, schedule)
+    weight = 1.0 if min_snr_gamma is None else min_snr_weight(t, schedule, min_snr_gamma)
+    if schedule.objective == "v":
+        return weight * velocity_loss(output, x0, t, eps, schedule)
+    return hybrid_loss(output, x0, xt, t, eps, schedule, weight)

@@ -18,12 +18,23 @@ def _per_image(values: Tensor, x: Tensor) -> Tensor:
     return values.to(x.device, x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
+def logit_normal(uniform: Tensor, mean: float = 0.0, deviation: float = 1.0) -> Tensor:
+    """Numbers in (0, 1) whose logits are normal, from uniform ones: (b,) float64 (Stable Diffusion 3, Eq. 19)."""
+    # float64, and away from 0 and 1, whose normal quantiles are infinite
+    normal = torch.special.ndtri(uniform.double().clamp(1e-9, 1 - 1e-9))
+    return torch.sigmoid(mean + deviation * normal)
+
+
 class NoiseSchedule:
-    """DDPM's 1000 steps with linear betas 1e-4 .. 0.02 (Ho et al., 2020; Improved DDPM's learned variance range)."""
+    """DDPM's 1000 steps with linear betas 1e-4 .. 0.02 (Ho et al., 2020; Improved DDPM's learned variance range).
 
-    objective: Objective = "noise"
+    Args:
+        objective: "noise" or "v"; the noise levels are the same.
+        times: None for evenly drawn steps, or (mean, deviation) of logit-normal ones.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, objective: Objective = "noise", times: tuple[float, float] | None = None) -> None:
+        self.objective, self.times = objective, times
         betas = np.linspace(1e-4, 0.02, NUM_TIMESTEPS, dtype=np.float64)
         alphas = 1 - betas
         alphas_cumprod = np.cumprod(alphas)
@@ -43,13 +54,25 @@ class NoiseSchedule:
         return _per_image(values[t.cpu()], x)
 
     def timestep(self, uniform: Tensor) -> Tensor:
-        """Evenly drawn steps 0 .. 999 from uniform numbers in [0, 1): (b,) int64."""
+        """Steps 0 .. 999 from uniform numbers in [0, 1): (b,) int64."""
+        if self.times is not None:
+            uniform = logit_normal(uniform, *self.times)
         return (uniform * NUM_TIMESTEPS).long().clamp(max=NUM_TIMESTEPS - 1)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps  (DDPM, Eq. 4)."""
         alpha_bar = self.alphas_cumprod
         return self.at(alpha_bar.sqrt(), t, x0) * x0 + self.at((1 - alpha_bar).sqrt(), t, x0) * eps
+
+    def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0  (Salimans & Ho, 2022, Section 4)."""
+        alpha_bar = self.alphas_cumprod
+        return self.at(alpha_bar.sqrt(), t, x0) * eps - self.at((1 - alpha_bar).sqrt(), t, x0) * x0
+
+    def signal_to_noise(self, t: Tensor) -> Tensor:
+        """alpha_bar_t / (1 - alpha_bar_t): (b,) float32 on t's device."""
+        alpha_bar = self.alphas_cumprod[t.cpu()]
+        return (alpha_bar / (1 - alpha_bar)).float().to(t.device)
 
     def predict_x0(self, xt: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The clean image that this noise would imply; undoes `add_noise`."""
@@ -69,15 +92,22 @@ class NoiseSchedule:
 
 
 class FlowSchedule:
-    """The straight line from image to noise (rectified flow); t / 1000 is the share of noise."""
+    """The straight line from image to noise (rectified flow); t / 1000 is the share of noise.
+
+    Args:
+        times: (mean, deviation) of logit-normal times, or None for evenly drawn ones.
+    """
 
     objective: Objective = "flow"
 
+    def __init__(self, times: tuple[float, float] | None = (0.0, 1.0)) -> None:
+        self.times = times
+
     def timestep(self, uniform: Tensor) -> Tensor:
-        """Logit-normal times from uniform numbers in (0, 1): (b,) float in 0 .. 1000 (Stable Diffusion 3, Eq. 19)."""
-        # float64, and away from 0 and 1, whose normal quantiles are infinite
-        normal = torch.special.ndtri(uniform.double().clamp(1e-9, 1 - 1e-9))
-        return (torch.sigmoid(normal) * NUM_TIMESTEPS).float()
+        """Times from uniform numbers in (0, 1): (b,) float in 0 .. 1000."""
+        if self.times is not None:
+            uniform = logit_normal(uniform, *self.times)
+        return (uniform * NUM_TIMESTEPS).float()
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """xt = (1 - t/1000) x0 + t/1000 eps."""
@@ -88,6 +118,11 @@ class FlowSchedule:
 Schedule = NoiseSchedule | FlowSchedule
 
 
-def make_schedule(objective: Objective) -> Schedule:
-    """The training-side schedule of an objective."""
-    return NoiseSchedule() if objective == "noise" else FlowSchedule()
+def make_schedule(
+    objective: Objective, timesteps: str | None = None, logit_mean: float = 0.0, logit_deviation: float = 1.0
+) -> Schedule:
+    """The training-side schedule of an objective; times are drawn "uniform", "logit-normal", or as suits it (None)."""
+    if timesteps is None:
+        timesteps = "logit-normal" if objective == "flow" else "uniform"
+    times = (logit_mean, logit_deviation) if timesteps == "logit-normal" else None
+    return FlowSchedule(times) if objective == "flow" else NoiseSchedule(objective, times)

@@ -239,6 +239,47 @@ def load_official(
     return model.eval()
 
 
+def official_optimizer(
+    content: Mapping[str, Any], model: LaMambaUNet
+) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
+    """AdamW's memory from an official training checkpoint, under our parameters' names.
+
+    The file numbers parameters in the order of its weights, tables aside.
+
+    Returns:
+        "exp_avg/NAME", "exp_avg_sq/NAME" and "step/NAME" tensors; the optimizer steps done (the official script's own
+        count is of micro-batches); and the settings of its parameter group.
+
+    Raises:
+        ValueError: when there is no such memory, or it does not fit the weights.
+    """
+    ours = {official_name(name): (name, parameter) for name, parameter in model.named_parameters()}
+    order = [key for key in _weights(content, "model") if key in ours]
+    try:
+        memory, (group,) = content["opt"]["state"], content["opt"]["param_groups"]
+        numbers = group["params"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError("the checkpoint's optimizer is not an AdamW over one group of parameters") from error
+    if len(numbers) != len(order) or set(memory) != set(numbers):
+        raise ValueError(
+            f"the checkpoint's optimizer remembers {len(memory)} of {len(numbers)} parameters, the network has "
+            f"{len(order)}: they do not belong together"
+        )
+    tensors: dict[str, Tensor] = {}
+    for number, key in zip(numbers, order, strict=True):
+        name, parameter = ours[key]
+        for kind in ("exp_avg", "exp_avg_sq"):
+            value = memory[number][kind]
+            if tuple(value.shape) != _official_shape(name, parameter.shape):
+                raise ValueError(f"{kind} of {key} has shape {tuple(value.shape)}, which is not its parameter's")
+            tensors[f"{kind}/{name}"] = value.reshape(parameter.shape).clone()
+        tensors[f"step/{name}"] = torch.as_tensor(memory[number]["step"], dtype=torch.float32)
+    steps = {int(value) for name, value in tensors.items() if name.startswith("step/")}
+    if len(steps) != 1:
+        raise ValueError(f"the checkpoint's parameters have made different numbers of steps: {sorted(steps)}")
+    return tensors, steps.pop(), {key: value for key, value in group.items() if key != "params"}
+
+
 @torch.no_grad()
 def _load_strictly(model: LaMambaUNet, state: Mapping[str, Tensor]) -> None:
     parameters = {official_name(name): (name, parameter) for name, parameter in model.named_parameters()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,10 @@ from lamamba.models.resample import PatchExpanding, PatchMerging
 class Stage(nn.Module):
     """Blocks on one grid. Every second block shifts its windows; a removed block leaves its number unused."""
 
+    gradient_checkpointing = False
+    """Set by diffusers' enable_gradient_checkpointing: keep a block's input, compute the rest again when needed."""
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
     def __init__(self, config: UNetConfig, name: str, stage: int, depth: int, *, is_decoder: bool = False):
         super().__init__()
         projects = is_decoder or config.stage_width(stage) != config.condition_width
@@ -33,7 +37,10 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor | None, geometry: Geometry, ready: Iterator[Tensor | None]) -> Tensor:
         for block in self.blocks.values():
-            x = block(x, c, geometry, next(ready))
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, c, geometry, next(ready))
+            else:
+                x = block(x, c, geometry, next(ready))
         return x
 
 
@@ -76,7 +83,7 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
     """
 
     config_name = "config.json"
-    _supports_gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
 
     def __init__(self, config: UNetConfig):
         super().__init__()

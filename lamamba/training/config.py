@@ -10,12 +10,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lamamba.config import PRESETS, Objective, UNetConfig, unknown_name
 
-RUN_VERSION = 1
-"""Raised when a run's config.json can no longer be read by older code; old versions stay readable."""
+RUN_VERSION = 2
+"""Raised when a run's config.json can no longer be read by older code; old versions stay readable.
+
+1: one process, one average of the weights. 2: several of both, and what was left out of the data.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,8 @@ class ModelOptions:
     scan: Literal["continuous", "cross"] | None = None
     """Reading order of the grid."""
     objective: Objective = "noise"
-    """"noise": DDPM with learned variance, the paper's; "flow": rectified flow, quicker on small data."""
+    """"noise": DDPM with learned variance, the paper's; "v": a mix of noise and image (Salimans & Ho);
+    "flow": rectified flow, quicker on small data."""
 
     def build(self, *, channels: int, num_classes: int, input_size: int) -> UNetConfig:
         """The network's full configuration for images of this many channels, classes and input pixels.
@@ -69,6 +73,8 @@ class DataOptions:
 
     source: str = "digits"
     """"digits" (1,797 handwritten ones, from scikit-learn), or a folder: one subfolder per class, or flat."""
+    kind: Literal["images", "latents"] = "images"
+    """"images": the network reads pixels; "latents": source is a folder that lamamba encode has written."""
     image_size: int = 8
     """Side in pixels; images are cropped to squares and scaled."""
     channels: Literal[1, 3] = 1
@@ -77,6 +83,10 @@ class DataOptions:
     """Mirror every other image left to right (not for digits or text)."""
     use_labels: bool = True
     """Train class by class where the data has classes; no: an unconditional model."""
+    expected_images: int | None = None
+    """Images that a recipe was written for: the plan of --dry-run, where the data is not there yet."""
+    expected_classes: int | None = None
+    """Classes that a recipe was written for; data with another number is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,17 +94,103 @@ class OptimizerOptions:
     """AdamW."""
 
     learning_rate: float = 1e-4
-    """Constant, after the warm-up."""
+    """The highest; reached after the warm-up."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises from zero."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant (the paper), or half a cosine down to zero at the run's last step."""
     cooldown_share: float = 0.0
-    """Share of the run, at its end, over which the learning rate falls to zero along a line."""
+    """Share of a constant run, at its end, over which the learning rate falls to zero along a line."""
     weight_decay: float = 0.0
     """0 as in DiT; the official LaMamba-Diff script leaves PyTorch's 0.01."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the gradient's running mean and of its square's."""
     max_grad_norm: float = math.inf
     """Clip the gradient to this norm; inf: only measure it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """Which times are drawn, and how much each counts."""
+
+    timesteps: Literal["uniform", "logit-normal"] | None = None
+    """How times are drawn; by default evenly for noise and v, logit-normal (Stable Diffusion 3) for flow."""
+    logit_mean: float = 0.0
+    """Of logit-normal times: below 0 more often near the image, above 0 more often near the noise."""
+    logit_deviation: float = 1.0
+    """Of logit-normal times: how widely they spread."""
+    weighting: Literal["none", "min-snr"] = "none"
+    """"min-snr": times with little noise count less (Hang et al., 2023); for noise and v."""
+    min_snr_gamma: float = 5.0
+    """Signal-to-noise ratio above which min-snr turns the weight down."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessOptions:
+    """How the work is spread. Nothing here changes what is learned, beyond rounding."""
+
+    sharding: Literal["none", "full"] = "none"
+    """"none": every process holds the whole network (DDP); "full": parameters, gradients, optimizer and averages are
+    split among the processes (FSDP2)."""
+    accumulation_steps: int = 1
+    """Pieces into which a process cuts its share of the batch, one after the other, to save memory."""
+    checkpoint_activations: bool = False
+    """Keep only the blocks' inputs and compute the rest again for the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """torch.compile the network: minutes at the start, faster steps on GPUs. Not with sharding."""
+    data_workers: int = 0
+    """Processes that read ahead, for each training process; 0: read between the steps."""
+    timeout_minutes: float = 30.0
+    """How long processes wait for one another before they give up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionOptions:
+    """How numbers are rounded. Recorded with the run; part of what a run is, so a restart cannot change it."""
+
+    autocast: Literal["none", "bfloat16"] = "none"
+    """"bfloat16": matrix products in bfloat16; weights, the scan's state, norms and the loss stay float32."""
+    tf32: bool = True
+    """Float32 products of NVIDIA GPUs may round their inputs to TF32, as in the official training. CPUs do not."""
+    deterministic: bool = False
+    """Only operations that give the same bits every time (torch.use_deterministic_algorithms); slower on GPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultOptions:
+    """What happens when a loss or a gradient is not finite. The weights are never touched by such a step."""
+
+    on_non_finite: Literal["stop", "skip", "back"] = "stop"
+    """"stop" with a report; "skip" the batch; go "back" to the last checkpoint and leave out all batches since."""
+    max_skips: int = 10
+    """How often a run may skip or go back before it stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchOptions:
+    """What is measured and shown besides the training loss."""
+
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics go besides metrics.jsonl. A tracker that cannot be reached is left out; the run goes on."""
+    project: str = "lamamba"
+    """The trackers' name for a group of runs."""
+    held_out: int = 0
+    """Images that are never trained on, to measure the averaged network's loss at fixed times and noise."""
+    held_out_every: int = 1000
+    """Steps between measurements of the held-out loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions:
+    """What training starts from, when not from fresh weights."""
+
+    source: str | None = None
+    """A run, a checkpoint, a saved model, or an official checkpoint (.pt)."""
+    mode: Literal["weights", "everything"] = "weights"
+    """"weights": the averaged weights only, for fine-tuning; "everything": go on with an official training checkpoint,
+    its weights, averages, optimizer and step."""
+    replace_labels: bool = False
+    """Give the data's classes a fresh label table; needed when they are not the classes of the source."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,13 +216,20 @@ class TrainConfig:
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    start: StartOptions = field(default_factory=StartOptions)
+    processes: ProcessOptions = field(default_factory=ProcessOptions)
+    precision: PrecisionOptions = field(default_factory=PrecisionOptions)
+    faults: FaultOptions = field(default_factory=FaultOptions)
+    watch: WatchOptions = field(default_factory=WatchOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     batch_size: int = 64
-    """Images per optimizer step."""
+    """Images per optimizer step, over all processes together."""
     steps: int = 1000
     """Optimizer steps of the whole run."""
-    ema_decay: float = 0.9999
-    """Weight of the past in the running mean of the weights, constant; short runs need less."""
+    ema_decays: tuple[float, ...] = (0.9999,)
+    """Weight of the past in the running mean of the weights, constant; short runs need less. One mean is kept for each
+    number; the first one is what samples come from."""
     label_dropout: float = 0.1
     """Probability of training a sample without its label, which guidance needs."""
     seed: int = 0
@@ -137,46 +240,88 @@ class TrainConfig:
     """Steps between checkpoints; the last step always writes one."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept on disk."""
+    keep_every: int = 0
+    """Checkpoints at multiples of so many steps are kept for good; 0: none. A multiple of checkpoint_every."""
     device: str = "auto"
     """"auto" (a GPU where there is one), or a PyTorch device such as cpu or cuda:1."""
 
     def __post_init__(self) -> None:
+        _check_choices(self, "")
         limits = {
             "batch_size": (self.batch_size, 1), "steps": (self.steps, 1), "log_every": (self.log_every, 1),
             "checkpoint_every": (self.checkpoint_every, 1), "keep_checkpoints": (self.keep_checkpoints, 1),
+            "keep_every": (self.keep_every, 0), "seed": (self.seed, 0),
             "sampling.every": (self.sampling.every, 0), "sampling.num_steps": (self.sampling.num_steps, 1),
             "sampling.per_class": (self.sampling.per_class, 1), "data.image_size": (self.data.image_size, 4),
-            "optimizer.warmup_steps": (self.optimizer.warmup_steps, 0), "seed": (self.seed, 0),
+            "optimizer.warmup_steps": (self.optimizer.warmup_steps, 0),
+            "processes.accumulation_steps": (self.processes.accumulation_steps, 1),
+            "processes.data_workers": (self.processes.data_workers, 0),
+            "faults.max_skips": (self.faults.max_skips, 0),
+            "data.expected_images": (self.data.expected_images or 1, 1),
+            "data.expected_classes": (self.data.expected_classes or 0, 0),
+            "watch.held_out": (self.watch.held_out, 0), "watch.held_out_every": (self.watch.held_out_every, 1),
         }
         for name, (value, least) in limits.items():
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
-        shares = {
-            "ema_decay": self.ema_decay, "label_dropout": self.label_dropout,
-            "optimizer.cooldown_share": self.optimizer.cooldown_share,
-        }
-        for name, share in shares.items():
+        shares = {"label_dropout": self.label_dropout, "optimizer.cooldown_share": self.optimizer.cooldown_share}
+        for name, share in [*shares.items(), *(("ema_decays", decay) for decay in self.ema_decays)]:
             if not 0 <= share < 1:
                 raise ValueError(f"{name}={share} must lie in [0, 1)")
-        if not self.optimizer.learning_rate > 0 or not self.optimizer.max_grad_norm > 0:
-            raise ValueError("optimizer.learning_rate and optimizer.max_grad_norm must be above 0")
+        above_zero = {
+            "optimizer.learning_rate": self.optimizer.learning_rate,
+            "optimizer.max_grad_norm": self.optimizer.max_grad_norm,
+            "loss.min_snr_gamma": self.loss.min_snr_gamma, "loss.logit_deviation": self.loss.logit_deviation,
+            "processes.timeout_minutes": self.processes.timeout_minutes,
+        }
+        for name, number in above_zero.items():
+            if not number > 0:
+                raise ValueError(f"{name}={number} must be above 0")
+        if not self.ema_decays or len(set(self.ema_decays)) < len(self.ema_decays):
+            raise ValueError(f"ema_decays={self.ema_decays} must be one number or several different ones")
+        if self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"keep_every={self.keep_every} must be a multiple of checkpoint_every={self.checkpoint_every}: "
+                "other steps have no checkpoint to keep"
+            )
+        if self.optimizer.schedule == "cosine" and self.optimizer.cooldown_share:
+            raise ValueError("optimizer.cooldown_share is for constant schedules; a cosine ends at zero by itself")
+        if self.loss.weighting == "min-snr" and self.model.objective == "flow":
+            raise ValueError(
+                "loss.weighting='min-snr' is for noise and v; for flow, loss.logit_mean moves the times instead"
+            )
+        if self.processes.compile and self.processes.sharding != "none":
+            raise ValueError("processes.compile does not go with processes.sharding='full' yet; leave one of them out")
+        if self.start.mode == "everything" and (self.start.source is None or self.start.replace_labels):
+            raise ValueError(
+                "start.mode='everything' goes on with an official training checkpoint as it is: give it as "
+                "start.source, without start.replace_labels"
+            )
 
     def warnings(self) -> list[str]:
         """What is allowed but probably not meant."""
-        initial = self.ema_decay**self.steps
-        if initial <= 0.02:
-            return []
-        fitting = 1 - 5 / max(self.steps, 10)
-        return [
-            f"after {self.steps} steps, ema_decay={self.ema_decay} leaves {initial:.0%} of the averaged weights at "
-            f"their initial values; samples will look like noise. --ema-decay {fitting:.4g} would fit this run"
-        ]
+        found = []
+        for decay in self.ema_decays:
+            initial = decay**self.steps
+            if initial > 0.02 and self.start.source is None:
+                fitting = 1 - 5 / max(self.steps, 10)
+                found.append(
+                    f"after {self.steps} steps, ema_decay {decay} leaves {initial:.0%} of the averaged weights at "
+                    "their initial values; samples will look like noise. "
+                    f"--ema-decays {fitting:.4g} would fit this run"
+                )
+        if self.steps < self.optimizer.warmup_steps:
+            found.append(f"the run ends before its warm-up: steps={self.steps} of {self.optimizer.warmup_steps}")
+        return found
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of optimizer step 0, 1, ..."""
         options, rate = self.optimizer, self.optimizer.learning_rate
         if step < options.warmup_steps:
-            rate *= (step + 1) / options.warmup_steps
+            return rate * (step + 1) / options.warmup_steps
+        if options.schedule == "cosine":
+            done = (step - options.warmup_steps) / max(1, self.steps - options.warmup_steps)
+            return rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
         cooldown = options.cooldown_share * self.steps
         if cooldown and step >= self.steps - cooldown:
             rate *= (self.steps - step) / (cooldown + 1)
@@ -204,13 +349,19 @@ class TrainConfig:
 
 
 _SECTIONS: dict[str, type] = {
-    "model": ModelOptions, "data": DataOptions, "optimizer": OptimizerOptions, "sampling": SamplingOptions,
+    "model": ModelOptions, "data": DataOptions, "optimizer": OptimizerOptions, "loss": LossOptions,
+    "start": StartOptions, "processes": ProcessOptions, "precision": PrecisionOptions, "faults": FaultOptions,
+    "watch": WatchOptions, "sampling": SamplingOptions,
 }
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     given: dict[str, Any] = {}
+    if not prefix and "ema_decay" in values:                                    # its name in version 1
+        values = {key: value for key, value in values.items() if key != "ema_decay"} | {
+            "ema_decays": [values["ema_decay"]]
+        }
     for key, value in values.items():
         if key not in fields:
             raise unknown_name("option", prefix + key, [prefix + name for name in fields])
@@ -228,6 +379,20 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
             raise ValueError(f"{prefix}{key}={value!r} must be a {fields[key].type}")
         given[key] = value
     return cls(**given)
+
+
+def _check_choices(options: Any, prefix: str) -> None:
+    """Refuse a word that is not among those an option knows, in every section."""
+    for name, hint in get_type_hints(type(options)).items():
+        value = getattr(options, name)
+        if dataclasses.is_dataclass(value):
+            _check_choices(value, f"{prefix}{name}.")
+            continue
+        of = next((part for part in (hint, *get_args(hint)) if get_origin(part) is Literal), None)
+        if of is not None:
+            for word in value if isinstance(value, tuple) else (value,):
+                if word is not None and word not in get_args(of):
+                    raise unknown_name(prefix + name, str(word), map(str, get_args(of)))
 
 
 _PLAIN: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_SAMPLE, _ORDER = 1, 2
+_SAMPLE, _ORDER, _HELD_OUT, _SPLIT = 1, 2, 3, 4
 """Streams of numbers that never meet."""
 
 
@@ -33,19 +33,34 @@ class Draws:
     """(b,) bool: whether the image is mirrored."""
     eps: Tensor
     """(b, c, h, w) standard normal noise."""
+    crop: np.ndarray
+    """(b, 2) uniform: where a random crop begins, from the top and from the left."""
+    latent: Tensor | None = None
+    """(b, c, h, w) standard normal: the draw from an autoencoder's posterior; None unless it was asked for."""
 
 
-def draw(seed: int, places: Sequence[int], shape: tuple[int, ...]) -> Draws:
-    """The numbers of the samples at these places in the run; shape is one image's (c, h, w)."""
-    time, label, mirror, eps = [], [], [], []
+def draw(
+    seed: int, places: Sequence[int], shape: tuple[int, ...], *, latent: bool = False, held_out: bool = False
+) -> Draws:
+    """The numbers of the samples at these places in the run; shape is one image's (c, h, w).
+
+    Asking for a latent draw changes none of the others. Held-out images have places, and so numbers, of their own.
+    """
+    time, label, mirror, eps, crop, posterior = [], [], [], [], [], []
     for place in places:
-        generator = _generator(seed, _SAMPLE, place)
+        generator = _generator(seed, _HELD_OUT if held_out else _SAMPLE, place)
         uniform = generator.random(3)
         time.append(uniform[0])
         label.append(uniform[1])
         mirror.append(uniform[2] < 0.5)
         eps.append(generator.standard_normal(shape, dtype=np.float32))
-    return Draws(torch.tensor(time), torch.tensor(label), np.array(mirror), torch.from_numpy(np.stack(eps)))
+        crop.append(generator.random(2))
+        if latent:
+            posterior.append(generator.standard_normal(shape, dtype=np.float32))
+    return Draws(
+        torch.tensor(time), torch.tensor(label), np.array(mirror), torch.from_numpy(np.stack(eps)), np.stack(crop),
+        torch.from_numpy(np.stack(posterior)) if latent else None,
+    )
 
 
 @lru_cache(maxsize=4)
@@ -56,3 +71,15 @@ def _order(seed: int, epoch: int, size: int) -> np.ndarray:
 def image_indices(seed: int, places: Sequence[int], size: int) -> list[int]:
     """Which image stands at each place: every epoch of `size` places is a fresh shuffle of all images."""
     return [int(_order(seed, place // size, size)[place % size]) for place in places]
+
+
+def split_held_out(seed: int, size: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the images to train on, and of those never trained on: a choice that depends on the seed alone.
+
+    Raises:
+        ValueError: when nothing would be left to train on.
+    """
+    if held_out >= size:
+        raise ValueError(f"watch.held_out={held_out} leaves nothing of {size} images to train on; hold out fewer")
+    order = _generator(seed, _SPLIT, 0).permutation(size) if held_out else np.arange(size)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])

@@ -2,9 +2,9 @@
 
     RUN/config.json                     the run's configuration, the network's, and what a sampler must know
     RUN/metrics.jsonl                   one line per logged step
+    RUN/events.jsonl                    starts, saves, faults and stops, with their time
     RUN/samples/step_00000500.png       sample grids
-    RUN/checkpoints/step_00000500/      model/ and ema/ (diffusers folders), optimizer.safetensors,
-                                        sampling.json, state.json and manifest.json with every file's hash
+    RUN/checkpoints/step_00000500/      see lamamba.training.checkpoint; manifest.json has every file's hash
 
 A checkpoint is written beside its place, flushed, and renamed into it: a folder of that name is whole or damaged by
 something else, which the manifest shows. Nothing is ever unpickled.
@@ -15,24 +15,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lamamba._version import __version__
 from lamamba.config import Objective, UNetConfig
 from lamamba.models.unet import LaMambaUNet
 from lamamba.training.config import RUN_VERSION, TrainConfig
+from lamamba.training.processes import MainProcessError, Processes
+
+logger = logging.getLogger("lamamba.training")
 
 MANIFEST = "manifest.json"
+SAMPLING_VERSION = 1
+"""Of sampling.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +54,10 @@ class SamplingFacts:
     """Factor on the codec's output before the network sees it (latents; 1 for pixels)."""
     label_names: tuple[str, ...] = ()
     """One name per class."""
-    version: int = RUN_VERSION
+    version: int = SAMPLING_VERSION
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_json(path, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> SamplingFacts:
@@ -62,7 +67,7 @@ class SamplingFacts:
             ValueError: when it is damaged or of a newer format.
         """
         values = read_json(path)
-        check_version(path, values)
+        check_version(path, values, SAMPLING_VERSION)
         known = {f.name for f in dataclasses.fields(cls)}
         plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         if unknown := values.keys() - known:
@@ -88,14 +93,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def check_version(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """A JSON object into a file, for people to read, too."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def check_version(path: Path, values: Mapping[str, Any], newest: int = RUN_VERSION) -> None:
     """Refuse a file of a newer format than this code reads."""
     version = values.get("version")
-    if not isinstance(version, int) or version > RUN_VERSION:
-        raise ValueError(f"{path} has format version {version}, this lamamba reads up to {RUN_VERSION}; upgrade it")
+    if not isinstance(version, int) or version > newest:
+        raise ValueError(f"{path} has format version {version}, this lamamba reads up to {newest}; upgrade it")
 
 
 def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():                                       # Windows flushes files only
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -123,33 +135,41 @@ def _hash_of_hashes(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
-@dataclass
-class TrainState:
-    """Everything that training changes."""
+def _hash_together(folder: Path, processes: Processes) -> dict[str, str]:
+    """Hashes of all files below a folder, each made by one of the processes.
 
-    model: LaMambaUNet
-    ema: LaMambaUNet
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    """Optimizer steps done."""
+    Raises:
+        OSError: on all of them, when one cannot read a file.
+    """
+    processes.wait()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    mine, failure = {}, None
+    try:
+        mine = {path.relative_to(folder).as_posix(): _hash(path) for path in files[processes.index :: processes.count]}
+    except OSError as error:
+        failure = str(error)
+    hashes: dict[str, str] = {}
+    for part, other_failure in processes.gather((mine, failure)):
+        if other_failure:
+            raise OSError(other_failure)
+        hashes |= part
+    return dict(sorted(hashes.items()))
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's memory under the parameters' names: "exp_avg/head.linear.weight", ..."""
-    return {
-        f"{key}/{name}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+def _move_aside(place: Path) -> None:
+    """Rename a damaged checkpoint, for people to look at, so that nobody takes it for one."""
+    if place.exists():
+        aside = place.with_name(f"damaged_{place.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(place, aside)
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Undo `optimizer_tensors`."""
-    parameters = dict(model.named_parameters())
-    for full, value in tensors.items():
-        key, name = full.split("/", 1)
-        parameter = parameters[name]
-        optimizer.state[parameter][key] = value.to(parameter.device)            # a fused AdamW counts steps there, too
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong; of what went wrong on a process, where several were at work."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (inner, _) = next(iter(error.failures.items()))
+        return f"process {rank}: {_cause(inner)}"
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 class RunFolder:
@@ -160,14 +180,24 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self.metrics = self.path / "metrics.jsonl"
+        self.events = self.path / "events.jsonl"
         self.config = self.path / "config.json"
 
+    def prepare(self) -> None:
+        """Make the folder, ready to be locked.
+
+        Raises:
+            FileExistsError: when it holds something that is not a run.
+        """
+        if not self.config.exists() and self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
+            raise FileExistsError(f"{self.path} exists, is not empty and holds no run; give another folder with --out")
+        self.path.mkdir(parents=True, exist_ok=True)
+
     def create(self, config: TrainConfig, architecture: UNetConfig, facts: SamplingFacts) -> None:
-        """Make the folder, or check that it belongs to the very same run.
+        """Write what the run is into its folder, or check that the folder belongs to the very same run.
 
         Raises:
             ValueError: when the folder holds a run with another configuration; every difference is named.
-            FileExistsError: when the folder holds something that is not a run.
         """
         values = {
             "version": RUN_VERSION, "lamamba": __version__, "train": config.to_dict(),
@@ -176,17 +206,17 @@ class RunFolder:
         values = json.loads(json.dumps(values))
         if self.config.exists():
             self._check_same(read_json(self.config), values)
-        elif self.path.is_dir() and any(self.path.iterdir()):
-            raise FileExistsError(f"{self.path} exists, is not empty and holds no run; give another folder with --out")
-        self.samples.mkdir(parents=True, exist_ok=True)
+        self.samples.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         write_atomically(self.config, json.dumps(values, indent=2) + "\n")
 
     def _check_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         check_version(self.config, old)
+        old = {**old, "train": TrainConfig.from_dict(old["train"]).to_dict()}   # options that it did not know yet
         may_change = {
-            "train.steps", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.device",
-            "train.sampling", "lamamba",
+            "version", "lamamba", "sampling.version", "train.steps", "train.log_every", "train.checkpoint_every",
+            "train.keep_checkpoints", "train.keep_every", "train.device", "train.sampling", "train.processes",
+            "train.faults", "train.watch.trackers", "train.watch.project", "train.watch.held_out_every",
         }
         differences = [
             f"{name}: {before!r} there, {after!r} here"
@@ -205,34 +235,78 @@ class RunFolder:
             return []
         return sorted(path.name for path in self.checkpoints.iterdir() if path.name.startswith("step_"))
 
-    def save(self, state: TrainState, facts: SamplingFacts, keep: int) -> Path:
-        """Write a checkpoint of this step and drop the oldest ones beyond `keep`, in this order.
+    def note(self, what: str, **facts: Any) -> None:
+        """Add a line to events.jsonl: what happened to the run, and when. A full disk is logged, not raised."""
+        line = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": what, **facts}
+        try:
+            with self.events.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self.events, error)
+
+    def save(
+        self, step: int, fill: Callable[[Path], None], processes: Processes, *, keep: int, keep_every: int = 0
+    ) -> Path:
+        """Make the checkpoint of a step: filled under another name, hashed, flushed, renamed; then drop the oldest.
+
+        A whole one of that step stays as it is: what comes after it is the same again, to the bit.
+
+        Args:
+            step: optimizer steps done.
+            fill: writes the checkpoint's files into the folder it is given, all processes together.
+            processes: all of them must call this.
+            keep: newest checkpoints that stay.
+            keep_every: checkpoints at multiples of so many steps stay, too.
 
         Raises:
-            OSError: when the disk is full or not writable; older checkpoints are untouched.
+            OSError: when the disk is full or not writable; older checkpoints are untouched and nothing is left behind.
+            MainProcessError: on the other processes.
         """
-        place = self.checkpoints / f"step_{state.step:08d}"
+        place = self.checkpoints / f"step_{step:08d}"
         temporary = self.checkpoints / f".tmp_{place.name}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        state.model.save_pretrained(temporary / "model")
-        state.ema.save_pretrained(temporary / "ema")
-        facts.save(temporary / "sampling.json")
-        tensors = optimizer_tensors(state.model, state.optimizer) | {"random/torch": torch.get_rng_state()}
-        save_file(tensors, temporary / "optimizer.safetensors")
-        state_values = {"version": RUN_VERSION, "step": state.step}
-        (temporary / "state.json").write_text(json.dumps(state_values) + "\n", encoding="utf-8")
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        hashes = {path.relative_to(temporary).as_posix(): _hash(path) for path in files}
-        manifest = {"version": RUN_VERSION, "files": hashes, "files_sha256": _hash_of_hashes(hashes)}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for path in [*files, temporary / MANIFEST, temporary / "model", temporary / "ema", temporary]:
-            _flush(path)
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(temporary, place)
-        _flush(self.checkpoints)
-        for name in self.names()[:-keep]:
-            shutil.rmtree(self.checkpoints / name)
+
+        def begin() -> bool:
+            if place.exists():
+                try:
+                    check_manifest(place)
+                    return False                                                # replacing a whole one would risk it
+                except ValueError:
+                    pass
+            for left_behind in self.checkpoints.glob(".*_step_*"):              # by a kill during a save
+                shutil.rmtree(left_behind)
+            temporary.mkdir(parents=True)
+            return True
+
+        def finish() -> None:
+            values = {"version": RUN_VERSION, "files": hashes, "files_sha256": _hash_of_hashes(hashes)}
+            write_json(temporary / MANIFEST, values)
+            folders = {(temporary / name).parent for name in hashes} | {temporary}
+            for path in [*(temporary / name for name in hashes), temporary / MANIFEST, *folders]:
+                _flush(path)
+            _move_aside(place)                                                  # a damaged one of this step
+            os.replace(temporary, place)
+            _flush(self.checkpoints)
+            for name in self.names()[:-keep]:
+                if not keep_every or int(name.removeprefix("step_")) % keep_every:
+                    dropped = self.checkpoints / f".old_{name}"                 # never half a checkpoint of that name
+                    os.replace(self.checkpoints / name, dropped)
+                    shutil.rmtree(dropped)
+
+        try:
+            if not processes.broadcast(processes.together(begin)):
+                return place
+            fill(temporary)
+            hashes = _hash_together(temporary, processes)
+            processes.together(finish)
+        except MainProcessError:
+            raise
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            newest = self.names()[-1] if self.names() else "none"
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {self.checkpoints}: {_cause(error)}; the "
+                f"newest whole one stays ({newest}). Make room or mend the disk"
+            ) from error
         return place
 
     def newest(self) -> Path | None:
@@ -248,25 +322,30 @@ class RunFolder:
         check_manifest(place)
         return place
 
-    def restore(self, state: TrainState) -> bool:
-        """Continue from the newest checkpoint; whether there was one.
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint that is whole, to resume from; damaged ones are named in the log and moved aside.
 
         Raises:
-            ValueError: when the checkpoint is damaged or belongs to another network.
+            ValueError: when there are checkpoints and none is whole: starting afresh would bury the run.
         """
-        place = self.newest()
-        if place is None:
-            return False
-        for name, target in (("model", state.model), ("ema", state.ema)):
-            saved = load_network(place / name)
-            if saved.architecture != target.architecture:
-                raise ValueError(f"{place / name} is a network with another configuration: {saved.architecture}")
-            target.load_state_dict(saved.state_dict())
-        tensors = load_file(place / "optimizer.safetensors")
-        torch.set_rng_state(tensors.pop("random/torch"))
-        restore_optimizer(state.model, state.optimizer, tensors)
-        state.step = int(read_json(place / "state.json")["step"])
-        return True
+        faults = []
+        for name in reversed(self.names()):
+            place = self.checkpoints / name
+            try:
+                check_manifest(place)
+            except ValueError as error:
+                faults.append(str(error))
+                continue
+            for fault in faults:
+                logger.warning("%s. Going on from %s", fault, name)
+                self.note("damaged", fault=fault, used=name)
+            for newer in self.names():
+                if newer > name:
+                    _move_aside(self.checkpoints / newer)
+            return place
+        if faults:
+            raise ValueError(f"no checkpoint of {self.path} is whole: {'; '.join(faults)}")
+        return None
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
@@ -310,7 +389,7 @@ def load_network(folder: Path) -> LaMambaUNet:
         raise FileNotFoundError(f"{folder} holds no network: there is no config.json in it")
     read_json(folder / "config.json")
     try:
-        return LaMambaUNet.from_pretrained(folder, local_files_only=True)
+        return LaMambaUNet.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (SafetensorError, OSError, RuntimeError) as error:
         raise ValueError(f"the weights in {folder} are missing or damaged: {str(error).splitlines()[0]}") from error
 

@@ -20,7 +20,7 @@ from tests.networks import PARITY
 TINY = [
     "--model.width", "8", "--model.num-heads", "2", "--model.depths", "1", "1", "1", "1",
     "--model.bottleneck-depth", "1",
-    "--steps", "3", "--batch-size", "4", "--ema-decay", "0.1", "--sampling.every", "0", "--device", "cpu",
+    "--steps", "3", "--batch-size", "4", "--ema-decays", "0.1", "--sampling.every", "0", "--device", "cpu",
 ]
 
 

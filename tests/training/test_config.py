@@ -8,7 +8,9 @@ import math
 
 import pytest
 
+from lamamba.cli.train import PlannedData
 from lamamba.training.config import ModelOptions, OptimizerOptions, TrainConfig, load_recipe, recipe_names
+from lamamba.training.loop import describe
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -16,8 +18,9 @@ def test_every_recipe_is_valid_and_survives_json(name):
     recipe = load_recipe(name)
     assert TrainConfig.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert recipe.warnings() == []
+    architecture, facts = describe(recipe, PlannedData(dataclasses.replace(recipe.data, expected_images=1)))
     size = recipe.data.image_size
-    recipe.model.build(channels=recipe.data.channels, num_classes=10, input_size=size)
+    assert (facts.image_size, architecture.input_size[0]) == (size, size // (8 if facts.codec == "latents" else 1))
 
 
 def test_a_file_of_ones_own(tmp_path):
@@ -34,7 +37,14 @@ def test_a_file_of_ones_own(tmp_path):
     ("model = 3", "must be a section"),
     ("steps = = 3", "is not a TOML file"),
     ("steps = 0", "steps=0 must be at least 1"),
-    ("ema_decay = 1.0", r"ema_decay=1.0 must lie in \[0, 1\)"),
+    ("ema_decay = 1.0", r"ema_decays=1.0 must lie in \[0, 1\)"),
+    ("ema_decays = [0.9, 0.9]", "one number or several different ones"),
+    ("[optimizer]\nschedule = 'cosin'", "optimizer.schedule 'cosin' is unknown; did you mean 'cosine'"),
+    ("[watch]\ntrackers = ['tensorbord']", "did you mean 'tensorboard'"),
+    ("keep_every = 700\ncheckpoint_every = 500", "must be a multiple of checkpoint_every=500"),
+    ("[loss]\nweighting = 'min-snr'\n[model]\nobjective = 'flow'", "is for noise and v"),
+    ("[start]\nmode = 'everything'", "give it as start.source"),
+    ("[processes]\ncompile = true\nsharding = 'full'", "leave one of them out"),
 ])
 def test_a_file_that_does_not_fit(tmp_path, text, said):
     (tmp_path / "mine.toml").write_text(text)
@@ -57,9 +67,9 @@ def test_a_model_that_does_not_fit_its_images():
 
 
 def test_an_ema_that_outlasts_the_run_is_warned_of():
-    (warning,) = TrainConfig(steps=1300, ema_decay=0.9999).warnings()
+    (warning,) = TrainConfig(steps=1300, ema_decays=(0.9999, 0.99)).warnings()
     assert "88%" in warning
-    assert "--ema-decay 0.9962" in warning
+    assert "--ema-decays 0.9962" in warning
 
 
 def test_the_learning_rate_warms_up_and_cools_down():
@@ -69,3 +79,18 @@ def test_the_learning_rate_warms_up_and_cools_down():
     assert rates[9:80] == [1.0] * 71
     assert all(a > b > 0 for a, b in zip(rates[80:], rates[81:], strict=False))
     assert dataclasses.replace(config, optimizer=OptimizerOptions()).learning_rate_at(99) == 1e-4
+
+
+def test_a_cosine_falls_from_the_warm_up_to_zero():
+    options = OptimizerOptions(learning_rate=1.0, warmup_steps=10, schedule="cosine")
+    rates = [TrainConfig(steps=110, optimizer=options).learning_rate_at(step) for step in range(111)]
+    assert rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.5)
+    assert rates[110] == pytest.approx(0)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_the_first_version_s_single_average_is_still_read():
+    old = TrainConfig().to_dict()
+    del old["ema_decays"], old["processes"], old["loss"]
+    assert TrainConfig.from_dict({**old, "ema_decay": 0.99}) == TrainConfig(ema_decays=(0.99,))

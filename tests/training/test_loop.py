@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +16,9 @@ import torch
 from lamamba import LaMambaUNet
 from lamamba.data.digits import Digits
 from lamamba.data.images import ImageFolder
+from lamamba.training.checkpoint import update_ema
 from lamamba.training.config import DataOptions, ModelOptions, OptimizerOptions, TrainConfig
-from lamamba.training.loop import train, update_ema
+from lamamba.training.loop import train
 from lamamba.training.state import RunFolder, SamplingFacts, find_network
 from tests.data.test_images import write_images
 
@@ -23,7 +27,7 @@ TINY = ModelOptions(width=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=
 
 def config(**changes) -> TrainConfig:
     fields = dict(
-        model=TINY, batch_size=4, steps=4, ema_decay=0.5, log_every=1, checkpoint_every=2, device="cpu",
+        model=TINY, batch_size=4, steps=4, ema_decays=(0.5,), log_every=1, checkpoint_every=2, device="cpu",
         optimizer=OptimizerOptions(learning_rate=1e-2, max_grad_norm=1.0),
     )
     return TrainConfig(**{**fields, **changes})
@@ -51,7 +55,7 @@ def states_equal(a, b) -> bool:
     return same and moments and a.step == b.step
 
 
-@pytest.mark.parametrize("objective", ["flow", "noise"])
+@pytest.mark.parametrize("objective", ["flow", "noise", "v"])
 def test_learns_a_few_images(tmp_path, objective):
     losses = []
     model = dataclasses.replace(TINY, width=16, objective=objective)
@@ -156,8 +160,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    train(config(), FewDigits(4), folder)
-    return folder
+    return folder, train(config(), FewDigits(4), folder)
 
 
 @pytest.mark.parametrize("file", [
@@ -165,7 +168,8 @@ def finished(tmp_path_factory):
     "state.json", "sampling.json", "ema/config.json", "manifest.json",
 ])
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
-def test_a_damaged_checkpoint_is_named(finished, tmp_path, file, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path, file, damage, caplog):
+    finished, finished_state = finished
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     path = folder / "checkpoints" / "step_00000004" / file
@@ -177,44 +181,92 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path, file, damage):
         path.write_bytes(content[: len(content) // 2] if damage == "truncated" else content)
     with pytest.raises(ValueError, match=path.name.split(".")[0]):
         find_network(folder)
-    with pytest.raises(ValueError, match=path.name.split(".")[0]):
+    state = train(config(steps=4), FewDigits(4), folder)
+    (warning,) = [record.message for record in caplog.records if "damaged" in record.message]
+    assert path.name.split(".")[0] in warning
+    assert "Going on from step_00000002" in warning
+    assert states_equal(state, finished_state)
+    assert (folder / "checkpoints" / "damaged_step_00000004").is_dir()
+    assert find_network(folder)
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_started_afresh(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    for path in folder.glob("checkpoints/*/state.json"):
+        path.write_text("{}")
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole: .*state.json.*state.json"):
         train(config(steps=6), FewDigits(4), folder)
 
 
 def test_an_unfinished_save_is_not_mistaken_for_a_checkpoint(finished, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
+    shutil.copytree(finished[0], folder)
     shutil.copytree(folder / "checkpoints" / "step_00000004", folder / "checkpoints" / ".tmp_step_00000005")
     assert RunFolder(folder).newest().name == "step_00000004"
 
 
 def test_a_checkpoint_of_a_newer_format_is_refused(finished, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
+    shutil.copytree(finished[0], folder)
     path = folder / "checkpoints" / "step_00000004" / "manifest.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 9'))
+    path.write_text(path.read_text().replace('"version": 2', '"version": 9'))
     with pytest.raises(ValueError, match="format version 9"):
         find_network(folder)
 
 
-def test_a_disk_that_fills_up_leaves_the_old_checkpoint(finished, tmp_path, monkeypatch):
-    import resource
-
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
+@contextlib.contextmanager
+def full_disk(limit: int):
+    """No file may grow beyond this many bytes, as if the disk were full."""
+    resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    import signal
-
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises(Exception, match=r"(?i)file too large|i/o error|No space"):
-            train(config(steps=6), FewDigits(4), folder)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_runs_of_the_first_version_are_resumed_and_sampled(tmp_path):
+    """version1/run was made by lamamba 0.1.0 before there were several processes."""
+    folder = tmp_path / "run"
+    shutil.copytree(Path(__file__).parent / "version1" / "run", folder)
+    model, facts = find_network(folder)
+    assert (model.architecture.width, facts.label_names[:2]) == (4, ("0", "1"))
+    run = json.loads((folder / "config.json").read_text())
+    settings = dataclasses.replace(TrainConfig.from_dict(run["train"]), steps=3)
+    state = train(settings, FewDigits(5), folder)
+    assert (state.step, state.optimizer.state[next(state.model.parameters())]["step"].item()) == (3, 3)
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
+def test_a_disk_that_fills_up_leaves_the_old_checkpoint(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    with full_disk(20_000), pytest.raises(OSError, match=r"step 6 could not be written .*too large.*step_00000004"):
+        train(config(steps=6), FewDigits(4), folder)
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step_00000002", "step_00000004"}
     assert RunFolder(folder).newest().name == "step_00000004"
     assert train(config(steps=6), FewDigits(4), folder).step == 6
+
+
+def test_training_goes_on_when_a_checkpoint_cannot_be_written(tmp_path, caplog):
+    """The disk is full at step 2 and has room again at step 4."""
+    with contextlib.ExitStack() as stack:
+        def watch(moment):
+            if moment.step == 1:
+                stack.enter_context(full_disk(20_000))
+            if moment.step == 2:
+                stack.close()
+
+        state = train(config(), FewDigits(5), tmp_path / "run", [watch])
+    assert "step 2 could not be written" in caplog.text
+    assert "Training goes on" in caplog.text
+    assert RunFolder(tmp_path / "run").names() == ["step_00000004"]
+    assert states_equal(state, train(config(), FewDigits(5), tmp_path / "whole"))
 
 
 def test_a_folder_of_pictures_trains_with_and_without_classes(tmp_path):

@@ -1,0 +1,48 @@
+"""lamamba plot: loss, gradient norm and speed of one or several runs in one picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lamamba.cli.arguments import parse
+
+DESCRIPTION = """Draw loss, gradient norm and images per second of runs over their steps, into one PNG.
+
+  lamamba plot runs/digits
+  lamamba plot runs/a runs/b runs/c --out compared.png
+
+Thin lines are what was logged, thick ones a running mean; dots are the loss on held-out images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotArguments:
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders (or their metrics.jsonl)."""
+    out: Path = Path("runs.png")
+    """The picture."""
+    smooth: float = 0.02
+    """Share of a run that the running mean spans; 0: none."""
+
+
+def main(arguments: list[str]) -> None:
+    chosen = parse(PlotArguments, arguments, "plot", DESCRIPTION)
+    if not chosen.runs:
+        raise ValueError("name at least one run, as in lamamba plot runs/digits")
+    if not 0 <= chosen.smooth <= 1:
+        raise ValueError(f"--smooth {chosen.smooth} must lie in [0, 1]")
+
+    from lamamba.cli.pictures import read_metrics, run_curves
+
+    metrics = {}
+    for run in chosen.runs:
+        path = run if run.suffix == ".jsonl" else run / "metrics.jsonl"
+        if not path.is_file():
+            raise FileNotFoundError(f"{run} has no metrics.jsonl; give the folder of a run that has begun")
+        metrics[str(run)] = read_metrics(path)
+    run_curves(metrics, chosen.out, chosen.smooth)
+    told = (f"{name} to step {lines[-1]['step']}" for name, lines in metrics.items())
+    print(f"{chosen.out}: {', '.join(told)}")

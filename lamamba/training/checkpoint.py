@@ -1,0 +1,234 @@
+"""What a checkpoint holds, and how processes write and read it together.
+
+    step_00000500/ema/, ema_0.999/, ...     averaged networks, whole, as diffusers saves them: what samplers load
+                  model/                    the network itself          (or shards/, where it is split among processes)
+                  optimizer.safetensors     AdamW's memory
+                  shards/*.safetensors      network and AdamW's memory in pieces (torch.distributed.checkpoint)
+                  sampling.json             what a sampler must know
+                  state.json                step, what was left out, how the run was set up
+                  manifest.json             every file's hash
+
+Either kind is read by any number of processes. All of it is safetensors and JSON: nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lamamba.models.unet import LaMambaUNet
+from lamamba.training.config import RUN_VERSION
+from lamamba.training.processes import Processes, local, whole
+from lamamba.training.state import SamplingFacts, load_network, read_json, write_json
+
+logger = logging.getLogger("lamamba.training")
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes."""
+
+    model: LaMambaUNet
+    averages: dict[float, LaMambaUNet]
+    """The averaged networks by their decay, the first one first."""
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    """Optimizer steps done."""
+    left_out: int = 0
+    """Batches of the data's order that were not trained on; batch step + left_out comes next."""
+    faults: int = 0
+    """How often a loss or gradient was not finite."""
+
+    @property
+    def ema(self) -> LaMambaUNet:
+        """The first averaged network."""
+        return next(iter(self.averages.values()))
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema = decay ema + (1 - decay) model, for every parameter, or for this process's part of it."""
+    torch._foreach_lerp_(
+        [local(p) for p in ema.parameters()], [local(p) for p in model.parameters()], 1 - decay
+    )
+
+
+@torch.no_grad()
+def whole_network(network: LaMambaUNet, processes: Processes) -> LaMambaUNet | None:
+    """The network in one piece, for the main process (None for the others). All processes must ask.
+
+    A network that is not split is given as it is; a split one is put together on the CPU.
+    """
+    if not processes.is_sharded:
+        return network if processes.is_main else None
+    state = {}
+    for name, parameter in network.named_parameters():
+        tensor = whole(parameter)
+        if processes.is_main:
+            state[name] = tensor.cpu()
+    if not processes.is_main:
+        return None
+    copy_ = LaMambaUNet(network.architecture)
+    copy_.load_state_dict(state, assign=True)
+    return copy_.requires_grad_(False).eval()
+
+
+def folder_name(decay: float, first: float) -> str:
+    """Where an averaged network lies in a checkpoint: the first one in "ema"."""
+    return "ema" if decay == first else f"ema_{decay:g}"
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's memory under the parameters' names: "exp_avg/head.linear.weight", ..."""
+    return {
+        f"{key}/{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Undo `optimizer_tensors`."""
+    parameters = dict(model.named_parameters())
+    for full, value in tensors.items():
+        key, name = full.split("/", 1)
+        parameter = parameters[name]
+        value = value.to(parameter.device)                                      # a fused AdamW counts steps there, too
+        optimizer.state[parameter][key] = _split_like(parameter, value) if key in MOMENTS else value
+
+
+def write_checkpoint(
+    place: Path, state: TrainState, facts: SamplingFacts, processes: Processes, setup: Mapping[str, Any]
+) -> None:
+    """Fill an empty folder, all processes together; nothing is flushed or renamed yet.
+
+    Raises:
+        OSError, RuntimeError: when a file cannot be written; MainProcessError on the processes that could write theirs.
+    """
+    first = next(iter(state.averages))
+    values = {
+        "version": RUN_VERSION, "step": state.step, "left_out": state.left_out, "faults": state.faults,
+        "ema_decays": list(state.averages), "optimizer_steps": _optimizer_steps(state), **setup,
+    }
+
+    def write_small() -> None:
+        facts.save(place / "sampling.json")
+        write_json(place / "state.json", values)
+        if not processes.is_sharded:
+            state.model.save_pretrained(place / "model")
+            tensors = optimizer_tensors(state.model, state.optimizer) | {"random/torch": torch.get_rng_state()}
+            save_file(tensors, place / "optimizer.safetensors")
+
+    processes.together(write_small)
+    for decay, average in state.averages.items():
+        network = whole_network(average, processes)
+
+        def write_average(network: LaMambaUNet | None = network, decay: float = decay) -> None:
+            assert network is not None
+            network.save_pretrained(place / folder_name(decay, first))
+
+        processes.together(write_average)
+    if processes.is_sharded:
+        writer = HuggingFaceStorageWriter(str(place / "shards"), save_distributed=True)
+        dcp.save(_shards(state), storage_writer=writer)
+
+
+def _optimizer_steps(state: TrainState) -> float:
+    steps = {float(local(memory["step"])) for memory in state.optimizer.state.values()}
+    assert len(steps) <= 1, f"parameters have made different numbers of steps: {steps}"
+    return steps.pop() if steps else 0.0
+
+
+def _shards(state: TrainState) -> dict[str, Tensor]:
+    """The network and the optimizer's moments, by name; moments are made where there are none yet."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in state.model.named_parameters():
+        tensors[f"model/{name}"] = parameter.detach()
+        memory = state.optimizer.state[parameter]
+        for key in MOMENTS:
+            tensors[f"{key}/{name}"] = memory.setdefault(key, torch.zeros_like(parameter.detach()))
+    return tensors
+
+
+def read_checkpoint(place: Path, state: TrainState, processes: Processes) -> None:
+    """Continue from a checkpoint, written whole or in pieces, by however many processes.
+
+    Raises:
+        ValueError: when it belongs to another network, keeps other averages, or is damaged.
+    """
+    values = read_json(place / "state.json")
+    kept = values.get("ema_decays", list(state.averages)[:1])
+    if kept != list(state.averages):
+        raise ValueError(f"{place} keeps averages of {kept}, this run of {list(state.averages)}; repeat its ema_decays")
+    first = next(iter(state.averages))
+    for decay, average in state.averages.items():
+        _read_network(place / folder_name(decay, first), average)
+    try:
+        if (place / "shards").is_dir():
+            _read_tensors(place / "shards", tensors := _shards(state))
+            for parameter in state.model.parameters():
+                state.optimizer.state[parameter]["step"] = torch.tensor(
+                    float(values["optimizer_steps"]), device=parameter.device
+                )
+        else:
+            _read_network(place / "model", state.model)
+            if processes.is_sharded:
+                tensors = {key: value for key, value in _shards(state).items() if not key.startswith("model/")}
+                _read_tensors(place, tensors)
+                steps = load_file(place / "optimizer.safetensors")
+                for name, parameter in state.model.named_parameters():
+                    state.optimizer.state[parameter]["step"] = steps[f"step/{name}"].to(parameter.device)
+            else:
+                tensors = load_file(place / "optimizer.safetensors")
+                torch.set_rng_state(tensors.pop("random/torch"))
+                restore_optimizer(state.model, state.optimizer, tensors)
+    except (KeyError, SafetensorError, dcp.api.CheckpointException) as error:
+        raise ValueError(f"{place} does not fit this network or is damaged: {str(error).splitlines()[0]}") from error
+    state.step = int(values["step"])
+    state.left_out, state.faults = int(values.get("left_out", 0)), int(values.get("faults", 0))
+
+
+def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
+
+
+@torch.no_grad()
+def _read_network(folder: Path, target: LaMambaUNet) -> None:
+    saved = load_network(folder)
+    if saved.architecture != target.architecture:
+        raise ValueError(f"{folder} is a network with another configuration: {saved.architecture}")
+    tensors = dict(saved.named_parameters())
+    for name, parameter in target.named_parameters():
+        put(parameter, tensors[name])
+
+
+@torch.no_grad()
+def put(parameter: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into a parameter, or this process's part of it into a split one."""
+    parameter.copy_(_split_like(parameter, value.to(parameter.device, parameter.dtype)))
+
+
+def _split_like(parameter: Tensor, value: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def averages_of(model: LaMambaUNet, decays: tuple[float, ...]) -> dict[float, LaMambaUNet]:
+    """Copies of a network that training will average into, by their decay."""
+    return {decay: copy.deepcopy(model).requires_grad_(False).eval() for decay in decays}

@@ -1,0 +1,91 @@
+"""What training starts from when not from fresh weights: a trained network, or a whole official checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from lamamba.config import UNetConfig
+from lamamba.models.official import load_official, official_optimizer, read_official
+from lamamba.models.unet import LaMambaUNet
+from lamamba.training.checkpoint import TrainState, put, restore_optimizer
+from lamamba.training.config import StartOptions
+from lamamba.training.state import find_network
+
+logger = logging.getLogger("lamamba.training")
+
+
+def start_network(options: StartOptions, architecture: UNetConfig) -> LaMambaUNet:
+    """A network with the averaged weights of the source, and a fresh label table where that is asked for.
+
+    A fresh table keeps the row for "no class": what it means stays the same.
+
+    Raises:
+        FileNotFoundError: when there is no such source.
+        ValueError: when the source is another network, or knows other classes and nobody said to replace them.
+    """
+    assert options.source is not None
+    source = Path(options.source)
+    saved = load_official(source) if source.suffix == ".pt" else find_network(source)[0]
+    changes = {"num_classes"} if options.replace_labels else set()
+    _check_same(saved.architecture, architecture, source, changes)
+    network = LaMambaUNet(architecture)                                         # its label table is fresh already
+    table = saved.state_dict()
+    if options.replace_labels:
+        no_class = table.pop("label_embedding.weight")[-1]
+        with torch.no_grad():
+            network.label_embedding.weight[-1] = no_class
+    missing, unexpected = network.load_state_dict(table, strict=False)
+    assert not unexpected, unexpected
+    assert missing == (["label_embedding.weight"] if options.replace_labels else []), missing
+    return network
+
+
+def continue_official(path: Path, state: TrainState) -> None:
+    """Go on with an official training checkpoint: weights, average, AdamW's memory and its number of steps.
+
+    The official file keeps one average; further ones start from its weights.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it holds another network, or lacks a part.
+    """
+    content = read_official(path)
+    if lacking := [part for part in ("model", "ema", "opt") if part not in content]:
+        raise ValueError(
+            f"{path} lacks {', '.join(lacking)}: it is no whole training checkpoint; use --start.mode weights"
+        )
+    networks = {part: load_official(content, weights=part) for part in ("model", "ema")}
+    _check_same(networks["model"].architecture, state.model.architecture, path, set())
+    for network, part in ((state.model, "model"), *(
+        (average, "ema" if average is state.ema else "model") for average in state.averages.values()
+    )):
+        tensors = dict(networks[part].named_parameters())
+        for name, parameter in network.named_parameters():
+            put(parameter, tensors[name])
+    memory, step, group = official_optimizer(content, networks["model"])
+    restore_optimizer(state.model, state.optimizer, memory)
+    state.step = step
+    ours = state.optimizer.param_groups[0]
+    for key in ("lr", "weight_decay", "betas"):
+        if group[key] != ours[key]:
+            logger.warning("%s was trained with %s=%s; this run goes on with %s", path, key, group[key], ours[key])
+
+
+def _check_same(saved: UNetConfig, wanted: UNetConfig, source: Path, changes: set[str]) -> None:
+    differences = [
+        f"{field.name}: {getattr(saved, field.name)!r} there, {getattr(wanted, field.name)!r} here"
+        for field in fields(UNetConfig)
+        if field.name not in changes and getattr(saved, field.name) != getattr(wanted, field.name)
+    ]
+    if differences:
+        hint = ""
+        if saved.num_classes != wanted.num_classes and "num_classes" not in changes:
+            hint = "; to train on other classes, give --start.replace-labels"
+        raise ValueError(
+            f"{source} is another network than this run's ({'; '.join(differences)}): let --model.preset and its "
+            f"options name the one that is there{hint}"
+        )

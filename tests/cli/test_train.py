@@ -1,0 +1,148 @@
+"""lamamba train as users start it: the plan of every recipe, launchers, a stop with its status; and lamamba plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lamamba.cli.main import main
+from lamamba.cli.train import CURVE_WIDTH, rate_curve
+from lamamba.training.config import OptimizerOptions, TrainConfig
+from lamamba.training.interrupt import EXIT_INTERRUPTED
+from lamamba.training.state import RunFolder
+from tests.cli.test_commands import TINY, run
+from tests.training.together import free_port
+
+
+@pytest.fixture
+def lamamba(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LAMAMBA_TRACEBACK", raising=False)
+
+    def call(*arguments):
+        try:
+            status = main(list(map(str, arguments)))
+        except SystemExit as end:
+            status = end.code or 0
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return call
+
+
+EXPECTED = {
+    "xl_256": ("652.48 M", "5,004.6 steps per epoch"), "b_256": ("105.31 M", "256 images = 1 process x 1 x 256"),
+    "s_256": ("26.71 M", "79.9 epochs"), "digits": ("8 x 8",),
+}
+"""The others are checked by tests/training/test_config.py; a plan of a large network takes seconds."""
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_recipe_prints_its_plan_without_its_data(lamamba, tmp_path, name):
+    status, out, err = lamamba("train", name, "--dry-run")
+    assert status == 0, err
+    for words in ("parameters", "memory            about", "steps per epoch", "learning rate", *EXPECTED[name]):
+        assert words in out
+    assert not list(tmp_path.iterdir())
+    assert "warning" not in out
+
+
+def test_a_recipe_whose_data_is_missing_says_so(lamamba):
+    status, _, err = lamamba("train", "s_256")
+    assert (status, "latents/imagenet_256" in err) == (2, True)
+
+
+def test_the_learning_rate_is_drawn_as_it_runs():
+    settings = TrainConfig(steps=1000, optimizer=OptimizerOptions(warmup_steps=250, schedule="cosine"))
+    rows = rate_curve(settings).splitlines()
+    drawn = [row.split("|")[1] for row in rows if "|" in row]
+    heights = [sum(row[column : column + 1] == "#" for row in drawn) for column in range(CURVE_WIDTH)]
+    peak = heights.index(max(heights))
+    assert rows[0].strip().startswith("1.0e-04")
+    assert heights[0] == heights[-1] == 0
+    assert 0.15 * CURVE_WIDTH < peak < 0.3 * CURVE_WIDTH
+    assert heights[:peak] == sorted(heights[:peak])
+    assert heights[peak + CURVE_WIDTH // 4 :] == sorted(heights[peak + CURVE_WIDTH // 4 :], reverse=True)
+
+
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lamamba"],
+    "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+                   "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()), "-m",
+                   "lamamba"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_start_the_same_command_unchanged(launcher, tmp_path):
+    command = ["train", "digits", *TINY, "--out", str(tmp_path / "run"), "--sampling.every", "3",
+               "--sampling.num-steps", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *LAUNCHERS[launcher], *command], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("done: ") == 1                                     # one process speaks
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert (events[0]["processes"], events[-1]["event"]) == (2, "finished")
+    assert (tmp_path / "run" / "samples" / "step_00000003.png").is_file()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+def test_sigterm_ends_with_a_checkpoint_and_its_own_status(tmp_path):
+    command = [sys.executable, "-m", "lamamba", "train", "digits", *TINY, "--steps", "1000000", "--log-every", "1",
+               "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED == 75
+    assert "run the same command again to resume" in complaint
+    newest = RunFolder(tmp_path / "run").newest()
+    assert newest.name in complaint
+    resumed = run("train", "digits", *TINY, "--steps", int(newest.name[5:]) + 1, "--out", tmp_path / "run")
+    assert f"resuming at step {int(newest.name[5:])}" in resumed.stdout
+
+
+def write_run(folder, steps, *, speed=100.0, held_out=False):
+    folder.mkdir(parents=True)
+    lines = [
+        {"step": step, "loss": 1 / step**0.5, "grad_norm": 2.0, "images_per_second": speed,
+         **({"held_out_loss": 1.1 / step**0.5} if held_out and step % 50 == 0 else {})}
+        for step in range(1, steps + 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "lo')
+
+
+def test_plot_draws_one_or_several_runs(lamamba, tmp_path):
+    write_run(tmp_path / "a", 200, held_out=True)
+    write_run(tmp_path / "b", 100, speed=50.0)
+    status, out, err = lamamba("plot", "a", "--out", "one.png")
+    assert (status, out) == (0, "one.png: a to step 200\n"), err
+    assert lamamba("plot", "a", "b", "--out", "pictures/two.png")[0] == 0
+    one, two = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in ("one.png", "pictures/two.png"))
+    orange = [(np.abs(picture - (255, 127, 14)).sum(-1) < 30).sum() for picture in (one, two)]
+    assert orange[0] == 0                                                       # the second run's colour
+    assert orange[1] > 500
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ([], "name at least one run"),
+    (["nowhere"], "nowhere has no metrics.jsonl"),
+    (["empty"], "has no lines yet"),
+    (["empty", "--smooth", "2"], "must lie in [0, 1]"),
+])
+def test_what_cannot_be_plotted(lamamba, tmp_path, arguments, said):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "metrics.jsonl").touch()
+    status, _, err = lamamba("plot", *arguments)
+    assert (status, said in err, len(err.strip().splitlines())) == (2, True, 1), err

@@ -1,0 +1,150 @@
+"""One run on one, two and four processes: the same images, and to rounding the same losses. Real gloo groups."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from lamamba.training.loop import train
+from lamamba.training.processes import MainProcessError, part
+from lamamba.training.state import find_network
+from tests.training.together import FewDigits, config, pytestmark, states_equal, together  # noqa: F401
+
+
+def run(settings, folder, images=7):
+    """Train; what was seen, lost and learned, as plain values."""
+    from torch.distributed.tensor import DTensor
+
+    digits, losses, norms, whole = FewDigits(images), [], [], []
+
+    def watch(moment):
+        losses.append(moment.loss)
+        norms.append(moment.grad_norm)
+        if moment.step == moment.steps:
+            whole.append(moment.whole_ema())
+
+    state = train(settings, digits, folder, [watch])
+    kinds = {isinstance(p, DTensor) for p in (*state.model.parameters(), *state.ema.parameters())}
+    kinds |= {isinstance(memory["exp_avg"], DTensor) for memory in state.optimizer.state.values()}
+    ema = [p.numpy() for p in whole[0].parameters()] if whole and whole[0] is not None else None
+    return {"seen": digits.seen, "losses": losses, "norms": norms, "split": kinds, "ema": ema, "step": state.step}
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Six steps of six of seven images, in one process: (folder, result)."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    return folder, run(config(batch_size=6, steps=6, checkpoint_every=3, keep_checkpoints=5), folder)
+
+
+def assert_same_run(results, alone, steps=6):
+    one, count = alone[1], len(results)
+    for step in range(steps):                                                   # process by process, as one would see
+        shares = [part(range(6), index, count) for index in range(count)]
+        starts = [step * len(share) for share in shares]
+        seen = [
+            index for result, share, begin in zip(results, shares, starts, strict=True)
+            for index in result["seen"][begin : begin + len(share)]
+        ]
+        assert seen == one["seen"][step * 6 : (step + 1) * 6]
+    for result in results:
+        np.testing.assert_allclose(result["losses"], one["losses"], rtol=2e-5)
+        np.testing.assert_allclose(result["norms"], one["norms"], rtol=1e-3)
+        assert result["step"] == steps
+    for p, q in zip(results[0]["ema"], one["ema"], strict=True):
+        np.testing.assert_allclose(p, q, atol=1e-3)                             # AdamW's first steps enlarge rounding
+    assert all(result["ema"] is None for result in results[1:])                 # the main process has it in one piece
+
+
+@pytest.mark.parametrize(("count", "pieces"), [(1, 3), (2, 1), (4, 1), (2, 3)])
+def test_any_number_of_processes_and_pieces_gives_the_same_run(alone, tmp_path, count, pieces):
+    """With four processes the shares differ: 2, 2, 1 and 1 images."""
+    settings = config(batch_size=6, steps=6, checkpoint_every=3, processes=dict(accumulation_steps=pieces))
+    assert_same_run(together(count, run, settings, tmp_path / "run"), alone)
+    told = [(line["step"], line["loss"]) for line in lines(tmp_path / "run")]
+    for (step, loss), line in zip(told, lines(alone[0]), strict=True):
+        assert (step, loss) == (line["step"], pytest.approx(line["loss"], rel=2e-5))
+
+
+SPLIT = dict(sharding="full")
+
+
+def test_a_split_network_trains_saves_resumes_and_loads_in_one_process(alone, tmp_path):
+    settings = config(batch_size=6, steps=6, checkpoint_every=3, keep_checkpoints=5)
+    pieces = dict(**SPLIT, accumulation_steps=2)
+    split = config(batch_size=6, steps=6, checkpoint_every=3, keep_checkpoints=5, processes=pieces)
+    results = together(2, run, split, tmp_path / "run")
+    assert [result["split"] for result in results] == [{True}, {True}]          # all parameters, averages and moments
+    assert_same_run(results, alone)
+    place = tmp_path / "run" / "checkpoints" / "step_00000003"
+    assert len(list((place / "shards").glob("*.safetensors"))) == 2
+    assert not list((tmp_path / "run").rglob("*.metadata"))                     # nothing pickled
+    model, _ = find_network(place)
+    assert model.architecture.width == 8
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    resumed = together(2, run, split, tmp_path / "run")
+    assert [result["split"] for result in resumed] == [{True}, {True}]
+    assert resumed[0]["losses"] == results[0]["losses"][3:]                     # to the bit
+    for p, q in zip(resumed[0]["ema"], results[0]["ema"], strict=True):
+        assert np.array_equal(p, q)
+    one = run(settings, tmp_path / "alone")                                     # and from two processes to one
+    np.testing.assert_allclose(one["losses"], results[0]["losses"][3:], rtol=2e-5)
+    assert one["seen"] == alone[1]["seen"][18:]
+
+
+def test_the_number_of_processes_may_change_at_a_restart(alone, tmp_path):
+    """From one process to a split two, to two, back to one: the run that one process alone would make."""
+    folder = tmp_path / "run"
+    shutil.copytree(alone[0], folder)
+    shutil.rmtree(folder / "checkpoints" / "step_00000006")
+    for steps, count, options in ((4, 2, SPLIT), (5, 2, {}), (6, 1, {})):
+        settings = config(batch_size=6, steps=steps, checkpoint_every=1, processes=options)
+        (first, *_) = together(count, run, settings, folder)
+        np.testing.assert_allclose(first["losses"], alone[1]["losses"][steps - 1 : steps], rtol=2e-5)
+    for (p, q) in zip(first["ema"], alone[1]["ema"], strict=True):
+        np.testing.assert_allclose(p, q, atol=1e-3)
+    started = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [line["processes"] for line in started if line["event"] == "resumed"] == [2, 2, 1]
+
+
+def test_parts_are_neighbours_that_differ_by_one_at_most():
+    for size in range(1, 20):
+        for count in range(1, size + 1):
+            parts = [part(range(5, 5 + size), index, count) for index in range(count)]
+            assert [place for places in parts for place in places] == list(range(5, 5 + size))
+            assert {len(places) for places in parts} <= {size // count, size // count + 1}
+
+
+def test_what_does_not_fit_is_refused_everywhere(tmp_path):
+    answers = together(2, run, config(batch_size=3, processes=dict(accumulation_steps=2)), tmp_path / "small")
+    assert [answer.args[0] for answer in answers] == [ValueError, ValueError]
+    assert "batch_size=3 cannot be cut into 2 processes x 2" in answers[0].args[1]
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
+        train(config(processes=SPLIT), FewDigits(4), tmp_path / "alone")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    first, second = together(2, run, config(), tmp_path / "full")
+    assert (first.args[0], second.args[0]) == (FileExistsError, MainProcessError)
+    assert not list(tmp_path.glob("*/checkpoints"))
+
+
+def test_accelerate_s_own_fsdp_is_refused_with_the_way_to_ours(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="--processes.sharding full"):
+        train(config(), FewDigits(4), tmp_path)
+
+
+def test_accumulation_in_one_process_resumes_to_the_bit(tmp_path):
+    settings = config(batch_size=5, processes=dict(accumulation_steps=2))
+    whole = train(settings, FewDigits(7), tmp_path / "whole")
+    train(config(batch_size=5, steps=2, processes=dict(accumulation_steps=2)), FewDigits(7), tmp_path / "parts")
+    assert states_equal(whole, train(settings, FewDigits(7), tmp_path / "parts"))
