@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 KINDS = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 """Classes of diffusers that turn one image into one grid of latents."""
+WITH_POSTERIOR = ("AutoencoderKL", "AsymmetricAutoencoderKL")
+"""Those whose latents are drawn from a normal distribution; the others' are a function of the image."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NOT_IDENTITY = {"sample_size", "force_upcast"}
 """Entries of a configuration that change no latent."""
@@ -45,6 +47,7 @@ class Autoencoder:
         """Of weights and configuration: two copies of one autoencoder have the same, whatever their names."""
         self._network = self._network.to(self.device, dtype)
         self.in_channels: int = self.config["in_channels"]
+        self.has_posterior = self.kind in WITH_POSTERIOR
 
     def _identity(self) -> str:
         digest = hashlib.sha256(json.dumps([self.kind, _telling(type(self._network), self.config)]).encode())
@@ -56,16 +59,15 @@ class Autoencoder:
     def __str__(self) -> str:
         return f"{self.name} ({self.kind}, {self.sha256[:12]})"
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean and standard deviation (b, c, h, w) float32 of the latents of pixels (b, in_channels, H, W) in [-1, 1].
 
         Autoencoders without a posterior give their latents as the mean, and None.
         """
         encoded = self._network.encode(pixels.to(self.device, self.dtype))
-        posterior = getattr(encoded, "latent_dist", None)
-        if posterior is not None:
-            return posterior.mean.float(), posterior.std.float()
+        if self.has_posterior:
+            return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
         latents = encoded.latent if hasattr(encoded, "latent") else encoded.latents
         return latents.float(), None
 
@@ -86,7 +88,7 @@ class Autoencoder:
         c, h, w = mean.shape[1:]
         return c, h, w
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels (b, channels, H, W) float32, about -1 .. 1, of latents (b, c, h, w)."""
         return self._network.decode(latents.to(self.device, self.dtype)).sample.float()

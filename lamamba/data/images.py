@@ -171,12 +171,17 @@ class Images:
         channels: 1 for grey, 3 for colour.
         crop: "centre", or "random", which wants numbers with every image.
         left_out: files known to be bad, by name (see lamamba.data.manifest).
-        max_bad_images: how many unforeseen bad files to bear before reading stops with their names.
+        max_bad_images: how many unforeseen bad files to bear before reading stops with their names; counted by each
+            process for itself.
+        caches: keep decoded images in memory where all of them fit into CACHE_BYTES.
+
+    Raises:
+        ValueError: when nothing is left.
     """
 
     def __init__(
         self, source: Source, image_size: int, channels: int = 3, *, crop: Crop = "centre",
-        left_out: Collection[str] = (), max_bad_images: int = 0,
+        left_out: Collection[str] = (), max_bad_images: int = 0, caches: bool = True,
     ):
         self.name, self.label_names = source.name, source.label_names
         self.image_size, self.channels, self.crop = image_size, channels, crop
@@ -187,12 +192,13 @@ class Images:
             self._kept = np.array([k for k in range(len(source)) if source.file(k) not in self._left_out], dtype=np.int64)
             if not len(self._kept):
                 raise ValueError(f"{self.name} has no good image: all {len(source)} are left out by its manifest")
-        self._labels = source.labels[self._kept]
+        self.labels = source.labels[self._kept]
+        """(n,) int64."""
         self.bad: dict[str, str] = {}
         """Unforeseen bad files met so far by this process, and what is wrong with them."""
         self._is_bad: set[int] = set()
         self._cache: dict[int, np.ndarray] | None = None
-        if crop == "centre" and len(self._kept) * channels * image_size**2 <= CACHE_BYTES:
+        if caches and crop == "centre" and len(self._kept) * channels * image_size**2 <= CACHE_BYTES:
             self._cache = {}
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
@@ -224,7 +230,7 @@ class Images:
             raise ValueError("crop='random' needs three random numbers for every image; give them as crops")
         rows = [(index, None if crops is None else crops[row]) for row, index in enumerate(indices)]
         read = list(self._threads().map(self._good, rows)) if len(rows) > 1 else [self._good(row) for row in rows]
-        return np.stack([pixels for pixels, _ in read]), self._labels[[index for _, index in read]]
+        return np.stack([pixels for pixels, _ in read]), self.labels[[index for _, index in read]]
 
     def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None or self._pool_owner != os.getpid():               # threads do not survive a fork
@@ -245,12 +251,17 @@ class Images:
             if index in self._is_bad:
                 continue
             try:
-                return self._pixels(index, draws), index
+                return self.pixels(index, draws), index
             except BadImage as error:
                 self._meet_bad(index, error)
         raise ValueError(f"{self.name} has no good image left")
 
-    def _pixels(self, index: int, draws: np.ndarray | None) -> np.ndarray:
+    def pixels(self, index: int, draws: np.ndarray | None = None) -> np.ndarray:
+        """One image, (channels, size, size) uint8.
+
+        Raises:
+            BadImage: when its file cannot be decoded.
+        """
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         image, _ = decode(self._source.read(int(self._kept[index])), self.channels)
