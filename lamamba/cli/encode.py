@@ -75,9 +75,10 @@ def main(arguments: list[str]) -> None:
 
     from lamamba.data.autoencoder import Autoencoder
     from lamamba.data.encode import Progress, encode, make_plan
+    from lamamba.training.processes import local_device
 
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True       # the same bits every time
-    autoencoder = Autoencoder(chosen.autoencoder, _device(chosen.device), getattr(torch, chosen.dtype))
+    autoencoder = Autoencoder(chosen.autoencoder, local_device(chosen.device), getattr(torch, chosen.dtype))
     plan = make_plan(
         source, autoencoder, chosen.image_size, left_out=left_out, mirror=chosen.mirror, storage=chosen.storage,
         batch_size=chosen.batch, shard_size=chosen.shard_size,
@@ -114,16 +115,3 @@ def main(arguments: list[str]) -> None:
         print(f"done: {chosen.out}, {plan.images - missing:,} images in {plan.num_shards} verified shards, "
               f"{size / 2**20:,.1f} MiB{f', {missing} bad images left out' if missing else ''}\n"
               f"train on it: lamamba train RECIPE --data.source {chosen.out} --data.image-size {chosen.image_size}")
-
-
-def _device(name: str) -> str:
-    """The device of this process: under torchrun, each has its own GPU."""
-    import torch
-
-    if name != "auto":
-        from lamamba.training.processes import pick_device
-
-        return str(pick_device(name))
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"

@@ -112,8 +112,7 @@ class LatentDecoder:
         self, autoencoder: str | Path | Autoencoder, facts: CodecFacts | None = None,
         device: torch.device | str = "cpu",
     ):
-        is_loaded = isinstance(autoencoder, Autoencoder)
-        self.autoencoder = autoencoder if is_loaded else Autoencoder(autoencoder, device)  # type: ignore[arg-type]
+        self.autoencoder = autoencoder if isinstance(autoencoder, Autoencoder) else Autoencoder(autoencoder, device)
         self.facts = facts or CodecFacts.of(self.autoencoder)
 
     def decode(self, x0: Tensor) -> np.ndarray:

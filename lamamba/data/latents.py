@@ -32,6 +32,8 @@ from lamamba.data.sets import SampleDraws
 
 LATENTS_VERSION = 1
 INDEX = "index.json"
+UNFINISHED = ".encoding"
+"""Folder that holds the plan and what is done, until all shards are there."""
 MOMENTS = "moments"
 STORAGE = {"float16": torch.float16, "float32": torch.float32}
 
@@ -41,8 +43,8 @@ def is_latents(folder: str | Path) -> bool:
     return (Path(folder) / INDEX).is_file() or (Path(folder) / UNFINISHED).is_dir()
 
 
-UNFINISHED = ".encoding"
-"""Folder that holds the plan and what is done, until all shards are there."""
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +91,7 @@ class Plan:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Plan:
         """Undo `to_dict`."""
-        facts = CodecFacts(**{key: tuple(v) if isinstance(v, list) else v for key, v in values["facts"].items()})
-        plain = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**{**plain, "facts": facts})
+        return cls(**_with_tuples(values) | {"facts": CodecFacts(**_with_tuples(values["facts"]))})
 
     def differences(self, other: Plan) -> list[str]:
         """Where another plan differs, one phrase for each entry."""
@@ -119,7 +119,8 @@ class Shard:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Shard:
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        """From plain values of JSON."""
+        return cls(**_with_tuples(values))
 
 
 def shard_name(number: int) -> str:

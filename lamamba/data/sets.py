@@ -17,7 +17,8 @@ from lamamba.data.autoencoder import Autoencoder
 from lamamba.data.codec import CodecFacts, PixelCodec, to_pixels
 from lamamba.data.images import ImageSet
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class SampleDraws(Protocol):

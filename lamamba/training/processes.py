@@ -45,6 +45,14 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def local_device(name: str) -> torch.device:
+    """Like `pick_device`, and under a launcher the GPU of this process among those of its machine."""
+    device = pick_device(name)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return device
+
+
 def launched_processes() -> int:
     """How many processes a launcher has started, this one among them; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
