@@ -88,7 +88,8 @@ def _summary(manifest: Manifest, place: Path) -> str:
     counts = manifest.images_per_class
     classes = f"{len(manifest.label_names)} classes with {min(counts)} to {max(counts)} files" \
         if manifest.label_names else "no classes"
-    lines = [f"{manifest.source}: {manifest.images:,} files, {classes}", f"good      {manifest.images - len(manifest.bad):,}"]
+    good = manifest.images - len(manifest.bad)
+    lines = [f"{manifest.source}: {manifest.images:,} files, {classes}", f"good      {good:,}"]
     lines += [f"  of them {kind:<8}{number:,} (converted)" for kind, number in manifest.converted.items()]
     lines.append(f"bad       {len(manifest.bad):,}")
     lines += [f"  {kind:<18}{number:,}" for kind, number in Counter(bad.kind for bad in manifest.bad).most_common()]

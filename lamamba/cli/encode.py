@@ -85,8 +85,9 @@ def main(arguments: list[str]) -> None:
     )
     if is_first:
         views = "with mirror images" if chosen.mirror else "without mirror images"
-        print(f"{chosen.out}: {plan.images:,} images of {source.name} {views}, {len(left_out)} left out by the manifest, "
-              f"{plan.num_shards} shards\nautoencoder {autoencoder}, latents {' x '.join(map(str, plan.shape))}", flush=True)
+        shape = " x ".join(map(str, plan.shape))
+        print(f"{chosen.out}: {plan.images:,} images of {source.name} {views}, {len(left_out)} left out by the "
+              f"manifest, {plan.num_shards} shards\nautoencoder {autoencoder}, latents {shape}", flush=True)
 
     phase = ""
     with WorkBar("encoding", plan.images) as bar:

@@ -8,8 +8,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-PLAIN_LINES = 10
-"""Lines in all where nobody watches a terminal."""
+PLAIN_SECONDS = 30
+"""Between lines where nobody watches a terminal."""
 
 
 class WorkBar:
@@ -23,7 +23,7 @@ class WorkBar:
             TimeRemainingColumn(), console=Console(stderr=True), disable=not self._live,
         )
         self._task = self._bar.add_task(text, total=total, speed="")
-        self._began, self._first, self._told = time.perf_counter(), 0, 0
+        self._began, self._first, self._told = time.perf_counter(), 0, time.perf_counter()
 
     def __enter__(self) -> WorkBar:
         self._bar.start()
@@ -35,7 +35,7 @@ class WorkBar:
     def begin(self, text: str, total: int, unit: str) -> None:
         """Something else is counted from now on."""
         self._text, self._total, self._unit = text, total, unit
-        self._began, self._first, self._told = time.perf_counter(), 0, 0
+        self._began, self._first = time.perf_counter(), 0
         self._bar.reset(self._task, total=total, description=text, speed="")
 
     def skip(self, done: int) -> None:
@@ -48,8 +48,7 @@ class WorkBar:
         speed = f"{rate:.3g} {self._unit}/s" if rate < 100 else f"{rate:,.0f} {self._unit}/s"
         speed += f"  {note}" if note else ""
         self._bar.update(self._task, completed=done, speed=speed)
-        tenths = PLAIN_LINES * done // max(1, self._total)
-        if not self._live and tenths > self._told:
-            self._told = tenths
+        if not self._live and time.perf_counter() - self._told > PLAIN_SECONDS:
+            self._told = time.perf_counter()
             left = (self._total - done) / rate if rate > 0 else 0
             print(f"{self._text} {done}/{self._total}  {speed}  {left:.0f} s left", flush=True)

@@ -41,8 +41,8 @@ class SampleArguments:
     batch_size: int = 64
     """Images at a time; changes speed and memory, not the pictures."""
     autoencoder: str | None = None
-    """For models of latents: a diffusers autoencoder, a folder or a hub id such as stabilityai/sd-vae-ft-ema. By default
-    the one that made the latents it was trained on."""
+    """For models of latents: a diffusers autoencoder, a folder or a hub id such as stabilityai/sd-vae-ft-ema. By
+    default the one that made the latents it was trained on."""
     device: str = "auto"
     """"auto" (a GPU where there is one), or a PyTorch device."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -134,7 +134,9 @@ def open_decoder(facts: SamplingFacts) -> LatentDecoder | None:
     return LatentDecoder(facts.autoencoder, facts)
 
 
-def run_training(config: TrainConfig, images: ImageSet | TrainingSet, out: Path, observers: Sequence[Observer] = ()) -> Any:
+def run_training(
+    config: TrainConfig, images: ImageSet | TrainingSet, out: Path, observers: Sequence[Observer] = ()
+) -> Any:
     """Train with a live line and sample grids; returns the final state."""
     from lamamba.cli.observers import ProgressLine, SampleGrid
     from lamamba.training.loop import describe, train
@@ -145,7 +147,8 @@ def run_training(config: TrainConfig, images: ImageSet | TrainingSet, out: Path,
     folder = RunFolder(out)
     sampling, decoder = config.sampling, None
     if not is_main_process():                                                   # the main process draws
-        return train(config, images, out, [SampleGrid(sampling, folder.samples, facts.label_names), *observers])
+        grid = SampleGrid(sampling, folder.samples, facts.label_names)
+        return train(config, images, out, [grid, *observers])
     if sampling.every:
         decoder = open_decoder(facts)
     resumed = int(folder.names()[-1].removeprefix("step_")) if folder.names() else 0
@@ -177,7 +180,8 @@ def print_plan(config: TrainConfig, images: ImageSet | TrainingSet, out: Path) -
     epochs = config.steps * config.batch_size / len(images)
     latents = ""
     if facts.codec == "latents":
-        latents = f", as latents of {facts.autoencoder} ({' x '.join(map(str, (architecture.in_channels, *architecture.input_size)))})"
+        shape = " x ".join(map(str, (architecture.in_channels, *architecture.input_size)))
+        latents = f", as latents ({shape}) of {facts.autoencoder}"
     activations = cost.activation_bytes * config.batch_size / 2**30
     print(f"""
 run folder        {out}

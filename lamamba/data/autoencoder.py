@@ -39,13 +39,13 @@ class Autoencoder:
     def __init__(self, name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
         self.name = str(name)
         self.device, self.dtype = torch.device(device), dtype
-        network = _load(self.name)
+        network: Any = _load(self.name)
         self.config: dict[str, Any] = dict(network.config)
         self.kind = type(network).__name__
-        self._network = network.requires_grad_(False).eval()
+        self._network: Any = network.requires_grad_(False).eval()
         self.sha256 = self._identity()
         """Of weights and configuration: two copies of one autoencoder have the same, whatever their names."""
-        self._network = self._network.to(self.device, dtype)
+        self._network = nn.Module.to(self._network, self.device, dtype)         # diffusers' own warns of nothing
         self.in_channels: int = self.config["in_channels"]
         self.has_posterior = self.kind in WITH_POSTERIOR
 
@@ -106,6 +106,17 @@ def _telling(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load(name: str) -> nn.Module:
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()                                               # what matters is checked below
+    try:
+        return _load_checked(name)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _load_checked(name: str) -> nn.Module:
     import diffusers
     from safetensors import SafetensorError
 
@@ -124,11 +135,13 @@ def _load(name: str) -> nn.Module:
         )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"the weights of {name} cannot be loaded: {_first_line(error)}; only whole safetensors files are read, as a "
-            "pickle (.bin, .pt) could run code"
+            f"the weights of {name} cannot be loaded: {_first_line(error)}; only whole safetensors files are read, as "
+            "a pickle (.bin, .pt) could run code"
         ) from error
-    wrong = [f"{key.split('_')[0]}: {', '.join(map(str, names[:3]))}" for key, names in report.items()
-             if key in ("missing_keys", "unexpected_keys", "mismatched_keys") and (names := list(names))]
+    wrong = [
+        f"{kind}: {', '.join(map(str, list(report[f'{kind}_keys'])[:3]))}"
+        for kind in ("missing", "unexpected", "mismatched") if report.get(f"{kind}_keys")
+    ]
     if wrong:
         raise ValueError(f"the weights of {name} do not fit its configuration ({'; '.join(wrong)})")
     return network
@@ -168,8 +181,8 @@ def _find(name: str) -> tuple[str, dict[str, Any]]:
 
 def _refuse_pickle(name: str, file: str) -> str:
     return (
-        f"{name} has its weights as a pickle ({file}), which can run code when it is opened; it was not opened. Get the "
-        "safetensors version, or make one where you trust the file: torch.load(..., weights_only=True), then "
+        f"{name} has its weights as a pickle ({file}), which can run code when it is opened; it was not opened. Get "
+        "the safetensors version, or make one where you trust the file: torch.load(..., weights_only=True), then "
         "safetensors.torch.save_file"
     )
 

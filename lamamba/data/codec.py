@@ -39,7 +39,8 @@ class CodecFacts:
     shift: float = 0.0
     """See scale."""
     latents_mean: tuple[float, ...] = ()
-    """Of each channel; with latents_std, x0 = (latents - latents_mean) / latents_std * scale. Few autoencoders have it."""
+    """Of each channel; with latents_std, x0 = (latents - latents_mean) / latents_std * scale. Few autoencoders have
+    it."""
     latents_std: tuple[float, ...] = ()
     """See latents_mean."""
     autoencoder: str | None = None
@@ -52,7 +53,8 @@ class CodecFacts:
         """As the autoencoder's configuration says."""
         values = autoencoder.config
         return cls(
-            codec="latents", scale=float(values.get("scaling_factor") or 1.0), shift=float(values.get("shift_factor") or 0.0),
+            codec="latents", scale=float(values.get("scaling_factor") or 1.0),
+            shift=float(values.get("shift_factor") or 0.0),
             latents_mean=tuple(values.get("latents_mean") or ()), latents_std=tuple(values.get("latents_std") or ()),
             autoencoder=autoencoder.name, autoencoder_sha256=autoencoder.sha256,
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lamamba.data.autoencoder import Autoencoder
@@ -77,8 +77,11 @@ def make_plan(
     if storage not in STORAGE:
         raise ValueError(f"storage={storage!r} is unknown; use {' or '.join(STORAGE)}")
     if min(batch_size, shard_size, image_size) < 1:
-        raise ValueError(f"batch_size={batch_size}, shard_size={shard_size} and image_size={image_size} must be at least 1")
-    images = len(source) - len(set(left_out) & {source.file(k) for k in range(len(source))}) if left_out else len(source)
+        raise ValueError(
+            f"batch_size={batch_size}, shard_size={shard_size} and image_size={image_size} must be at least 1"
+        )
+    known = set(left_out)
+    images = sum(source.file(k) not in known for k in range(len(source))) if known else len(source)
     if not images:
         raise ValueError(f"{source.name} has no good image: its manifest leaves all {len(source)} out")
     return Plan(
@@ -112,7 +115,8 @@ def encode(
             their names; when a shard is damaged.
     """
     folder = Path(folder)
-    job = _Job(source, autoencoder, folder, plan, left_out, max_bad_images, rank, on_progress or (lambda progress: None))
+    tell = on_progress or (lambda progress: None)
+    job = _Job(source, autoencoder, folder, plan, left_out, max_bad_images, rank, tell)
     if not job.is_finished():
         job.begin()
         job.encode_all()
@@ -165,7 +169,7 @@ class _Job:
         """Make the folder, or join those who work in it."""
         if not self._work.is_dir() and self._folder.is_dir():
             foreign = [path.name for path in self._folder.iterdir() if not path.name.startswith("shard_")]
-            if foreign and not self._work.is_dir():                             # another process may be making it just now
+            if foreign and not self._work.is_dir():                             # another may be making it just now
                 raise FileExistsError(
                     f"{self._folder} exists and holds something else ({', '.join(sorted(foreign)[:3])}); give another "
                     "folder with --out"
@@ -193,12 +197,12 @@ class _Job:
     def _check_same(self, old: Plan) -> None:
         if found := old.differences(self._plan):
             raise ValueError(
-                f"{self._folder} holds latents made otherwise ({'; '.join(found)}); repeat the options to go on with them, "
-                "or give another folder with --out"
+                f"{self._folder} holds latents made otherwise ({'; '.join(found)}); repeat the options to go on with "
+                "them, or give another folder with --out"
             )
 
     def encode_all(self) -> None:
-        """Take shard after shard that nobody has made or is making, then wait for the others, taking over from dead ones."""
+        """Take shard after shard that nobody has made or is making; then wait for the others, in case one dies."""
         phase = "encoding"
         while not self._is_indexed():
             busy = 0
@@ -292,11 +296,12 @@ class _Job:
         path = self._folder / shard_name(number)
         temporary = temporary_name(path)
         try:
-            save_file({MOMENTS: moments.contiguous()}, temporary, metadata={"format": "lamamba latents", "shard": str(number)})
-            digest = sha256(temporary)
+            metadata = {"format": "lamamba latents", "shard": str(number)}
+            temporary.write_bytes(save({MOMENTS: moments.contiguous()}, metadata=metadata))
             shard = Shard(
-                file=path.name, bytes=temporary.stat().st_size, sha256=digest,
-                labels=tuple(self._images.labels[kept].tolist()), files=tuple(self._images.files(kept)), left_out=left_out,
+                file=path.name, bytes=temporary.stat().st_size, sha256=sha256(temporary),
+                labels=tuple(self._images.labels[kept].tolist()), files=tuple(self._images.files(kept)),
+                left_out=left_out,
             )
             settle(temporary, path)
         finally:

@@ -43,7 +43,9 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")       # broken metadata beside good pixels
 
 Crop = Literal["centre", "random"]
-Kind = Literal["empty", "not an image", "truncated", "damaged", "too small", "too narrow", "decompression bomb", "32-bit"]
+Kind = Literal[
+    "empty", "not an image", "truncated", "damaged", "too small", "too narrow", "decompression bomb", "32-bit"
+]
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 """How files of images begin; one that begins so and cannot be opened is broken, not something else."""
 
@@ -76,7 +78,7 @@ class ImageSet(Protocol):
 
 
 def decode(content: bytes, channels: int = 3, min_side: int = MIN_SIDE) -> tuple[Image.Image, str]:
-    """The image in a file, grey (1 channel) or RGB (3), and what was converted to get there ("" if nothing to speak of).
+    """The image in a file, grey (1 channel) or RGB (3), and from what it was converted ("" if nothing to speak of).
 
     CMYK is converted as R = (1 - C)(1 - K) and so on, without a colour profile. 16-bit grey levels are divided by 257
     (Pillow alone would cut them off at 255, which turns nearly all of them white); 16-bit colours keep their upper
@@ -88,7 +90,7 @@ def decode(content: bytes, channels: int = 3, min_side: int = MIN_SIDE) -> tuple
     if not content:
         raise BadImage("empty", "0 bytes")
     try:
-        image = Image.open(io.BytesIO(content))
+        image: Image.Image = Image.open(io.BytesIO(content))
         _check_size(image.size, min_side)
         image.load()
     except BadImage:
@@ -189,7 +191,8 @@ class Images:
         self._source, self._left_out = source, frozenset(left_out)
         self._kept = np.arange(len(source))
         if left_out:
-            self._kept = np.array([k for k in range(len(source)) if source.file(k) not in self._left_out], dtype=np.int64)
+            kept = [k for k in range(len(source)) if source.file(k) not in self._left_out]
+            self._kept = np.array(kept, dtype=np.int64)
             if not len(self._kept):
                 raise ValueError(f"{self.name} has no good image: all {len(source)} are left out by its manifest")
         self.labels = source.labels[self._kept]

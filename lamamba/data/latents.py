@@ -152,7 +152,7 @@ class Index:
         if not path.is_file():
             if (folder / UNFINISHED).is_dir():
                 raise ValueError(f"{folder} is not finished: run the same lamamba encode command again, it goes on")
-            raise FileNotFoundError(f"{folder} holds no latents: there is no {INDEX} in it; make them with lamamba encode")
+            raise FileNotFoundError(f"{folder} holds no latents (no {INDEX}); make them with lamamba encode")
         values = read_json(path, LATENTS_VERSION)
         try:
             return cls(Plan.from_dict(values["plan"]), tuple(Shard.from_dict(shard) for shard in values["shards"]))
@@ -263,8 +263,8 @@ class LatentSet:
     def _check_fits(self, plan: Plan, image_size: int | None, autoencoder: Autoencoder | str | None) -> None:
         if image_size is not None and image_size != plan.image_size:
             raise ValueError(
-                f"{self._folder} holds latents of images of {plan.image_size} x {plan.image_size} pixels, this training "
-                f"wants {image_size} x {image_size}; set data.image_size={plan.image_size} or encode the images anew"
+                f"{self._folder} holds latents of images of {plan.image_size} x {plan.image_size} pixels, this "
+                f"training wants {image_size} x {image_size}; set data.image_size={plan.image_size}, or encode anew"
             )
         if autoencoder is not None:
             wanted = autoencoder if isinstance(autoencoder, Autoencoder) else Autoencoder(autoencoder)
@@ -272,10 +272,12 @@ class LatentSet:
                 raise ValueError(
                     f"{self._folder} was made with the autoencoder {plan.facts.autoencoder} "
                     f"({str(plan.facts.autoencoder_sha256)[:12]}), this training wants {wanted.name} "
-                    f"({wanted.sha256[:12]}): their weights or configurations differ. Name the first one, or encode anew"
+                    f"({wanted.sha256[:12]}): weights or configurations differ. Name the first one, or encode anew"
                 )
         if self._mirror and plan.views == 1:
-            raise ValueError(f"{self._folder} was made without mirror images; encode without --no-mirror, or do not mirror")
+            raise ValueError(
+                f"{self._folder} was made without mirror images; encode without --no-mirror, or set data.mirror=false"
+            )
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -287,7 +289,9 @@ class LatentSet:
             try:
                 self._maps[number] = load_file(path)[MOMENTS].numpy()           # safetensors maps the file
             except (SafetensorError, OSError, KeyError) as error:
-                raise ValueError(f"{path} cannot be read: {error}; lamamba data check {self._folder} tells more") from error
+                raise ValueError(
+                    f"{path} cannot be read ({error}); lamamba data check {self._folder} tells more"
+                ) from error
         return self._maps[number]
 
     def moments(self, indices: Sequence[int] | np.ndarray, mirror: np.ndarray | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lamamba.data.files import read_json, write_atomically
 from lamamba.data.images import MIN_SIDE, BadImage, decode
@@ -67,7 +68,7 @@ class Manifest:
         values = read_json(path, MANIFEST_VERSION)
         try:
             values["bad"] = tuple(BadFile(**bad) for bad in values["bad"])
-            plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             return cls(**plain)
         except (TypeError, KeyError) as error:
             raise ValueError(f"{path} is no manifest ({error}); run lamamba data check again") from error
@@ -142,7 +143,7 @@ NAMED_CONVERTED = 1000
 
 def make_manifest(source: Source, verdicts: Iterator[Verdict] | list[Verdict], min_side: int = MIN_SIDE) -> Manifest:
     """Sum up what a check found."""
-    bad, converted, files = [], Counter[str](), []
+    bad, converted, files = list[BadFile](), Counter[str](), list[str]()
     for index, kind, detail, note in verdicts:
         if kind:
             bad.append(BadFile(source.file(index), kind, detail))

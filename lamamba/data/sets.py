@@ -165,7 +165,9 @@ class EncodedSet:
         return _files(self._images, indices)
 
 
-def read_ahead(function: Callable[[T], U], items: Iterable[T], *, threads: int, depth: int | None = None) -> Iterator[U]:
+def read_ahead(
+    function: Callable[[T], U], items: Iterable[T], *, threads: int, depth: int | None = None
+) -> Iterator[U]:
     """function(item) of every item, in their order, worked out ahead by threads.
 
     Args:

@@ -212,7 +212,9 @@ def _read_table(tar: str) -> list[tuple[str, int, int, str | None]]:
                     held = archive.extractfile(member)
                     classes[key] = held.read().decode().strip() if held else ""
     except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{tar} is damaged, compressed or no tar ({error}); make it anew, without compression") from error
+        raise ValueError(
+            f"{tar} is damaged, compressed or no tar ({error}); make it anew, without compression"
+        ) from error
     return [(name, offset, size, classes.get(key)) for name, offset, size, key in images]
 
 
@@ -246,13 +248,16 @@ class DatasetSource:
             raise ValueError(f"{name} has no column of images; its columns are {', '.join(loaded.features)}")
         self._column = images[0]
         classes = [key for key, feature in loaded.features.items() if isinstance(feature, datasets.ClassLabel)]
-        self.label_names, self.labels = (), np.zeros(len(loaded), dtype=np.int64)
+        self.label_names: tuple[str, ...] = ()
+        self.labels = np.zeros(len(loaded), dtype=np.int64)
         if classes:
             column = "label" if "label" in classes else classes[0]
             self.label_names = tuple(loaded.features[column].names)
             self.labels = np.asarray(loaded[column], dtype=np.int64)
             if len(self.labels) and self.labels.min() < 0:
-                raise ValueError(f"{name} has images without a class in column {column!r} (label -1); choose another split")
+                raise ValueError(
+                    f"{name} has images without a class in column {column!r} (label -1); choose another split"
+                )
         self._rows = loaded.select_columns([self._column]).cast_column(self._column, datasets.Image(decode=False))
         self._split = split
 

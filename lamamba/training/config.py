@@ -72,8 +72,8 @@ class DataOptions:
     """The images."""
 
     source: str = "digits"
-    """"digits" (1,797 handwritten ones, from scikit-learn); latents of lamamba encode; or images: a folder (one subfolder
-    per class, or flat), WebDataset tars, datasets:ID@SPLIT of Hugging Face."""
+    """"digits" (1,797 handwritten ones, from scikit-learn); latents of lamamba encode; or images: a folder (one
+    subfolder per class, or flat), WebDataset tars, datasets:ID@SPLIT of Hugging Face."""
     image_size: int = 8
     """Side in pixels; images are cropped to squares and scaled. Of latents, the size they must have been made for."""
     channels: Literal[1, 3] = 1

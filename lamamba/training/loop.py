@@ -131,8 +131,8 @@ class _Training:
     """One call of `train`: its parts, put together, and the loop over them."""
 
     def __init__(
-        self, config: TrainConfig, samples: TrainingSet, architecture: UNetConfig, facts: SamplingFacts, folder: RunFolder,
-        processes: Processes,
+        self, config: TrainConfig, samples: TrainingSet, architecture: UNetConfig, facts: SamplingFacts,
+        folder: RunFolder, processes: Processes,
     ):
         self._config, self._samples, self._architecture = config, samples, architecture
         self._facts, self._folder, self._processes = facts, folder, processes

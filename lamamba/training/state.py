@@ -232,9 +232,9 @@ class RunFolder:
         if old_data is not None and old_data != new_data:
             raise ValueError(
                 f"{self.path} began with other data than {new['train']['data']['source']} holds now (fingerprint "
-                f"{str(old_data['fingerprint'])[:12]} there, {str(new_data['fingerprint'])[:12]} here): files, classes or "
-                "latents were added, removed or made anew. Bring the former ones back to resume, or give another folder "
-                "with --out"
+                f"{str(old_data['fingerprint'])[:12]} there, {str(new_data['fingerprint'])[:12]} here): files, classes "
+                "or latents were added, removed or made anew. Bring the former ones back to resume, or give another "
+                "folder with --out"
             )
 
     def names(self) -> list[str]:
