@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import tempfile
 import time
@@ -45,8 +46,8 @@ def write_latents(folder: Path, images: int, shard_size: int = 1024) -> None:
         save_file({MOMENTS: moments}, path)
         labels = tuple(index % 1000 for index in plan.shard_range(number))
         shards.append(Shard(
-            file=path.name, bytes=path.stat().st_size, sha256=sha256(path), labels=labels, files=tuple(map(str, labels)),
-            left_out={},
+            file=path.name, bytes=path.stat().st_size, sha256=sha256(path), labels=labels,
+            files=tuple(map(str, labels)), left_out={},
         ))
     Index(plan, tuple(shards)).save(folder)
 
@@ -73,7 +74,8 @@ def main() -> None:
         folder = Path(temporary) / "latents"
         write_latents(folder, chosen.images)
         data = LatentSet(folder, mirror=True)
-        batches = [range(start, start + chosen.batch) for start in range(0, chosen.images - chosen.batch + 1, chosen.batch)]
+        starts = range(0, chosen.images - chosen.batch + 1, chosen.batch)
+        batches = [range(start, start + chosen.batch) for start in starts]
         indices = {places: image_indices(0, places, len(data)) for places in batches}
         given = draw(0, batches[0], SHAPE, latent=True)
 
@@ -98,8 +100,10 @@ def main() -> None:
     for name, value in rates.items():
         print(f"{name:<20}{value:>8,} latents/s  {value * bytes_each / 2**20:>8,.0f} MiB/s")
     if chosen.out:
-        facts = {"images": chosen.images, "batch": chosen.batch, "latents_per_second": rates, "torch": torch.__version__,
-                 "machine": platform.machine(), "cores": torch.multiprocessing.cpu_count()}
+        facts = {
+            "images": chosen.images, "batch": chosen.batch, "latents_per_second": rates, "torch": torch.__version__,
+            "machine": platform.machine(), "cores": os.cpu_count(),
+        }
         chosen.out.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 

@@ -102,7 +102,7 @@ def decode(content: bytes, channels: int = 3, min_side: int = MIN_SIDE) -> tuple
     except Image.DecompressionBombError as error:
         raise BadImage("decompression bomb", str(error)) from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
-        kind: Kind = "truncated" if "truncated" in str(error) or isinstance(error, EOFError) else "damaged"
+        kind: Kind = "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "damaged"
         raise BadImage(kind, str(error) or type(error).__name__) from error
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # the latter: Pillow before 11.3
         levels = np.asarray(image).astype(np.float64) / 257

@@ -14,7 +14,6 @@ from lamamba.data.codec import PixelCodec
 from lamamba.data.digits import Digits
 from lamamba.data.images import BadImage, ImageFolder, centre_crop, decode, random_crop
 
-
 BAD = {
     "empty.png": "empty", "text.jpg": "not an image", "header.png": "truncated", "half.png": "truncated",
     "half.jpg": "truncated", "magic.jpg": "truncated", "pixel.gif": "too small", "line.png": "too narrow",
@@ -86,26 +85,31 @@ def test_a_flat_folder_has_no_classes(tmp_path):
     assert images.read([0, 2])[0].shape == (2, 1, 8, 8)
 
 
-CONVERTED = {"CMYK": ("cmyk.jpg", "CMYK"), "16-bit grey": ("grey16.png", "16-bit"), "16-bit colour": ("rgb16.png", "16-bit")}
+CONVERTED = {"cmyk.jpg": "CMYK", "grey16.png": "16-bit", "rgb16.png": "16-bit"}
+
+
+@pytest.fixture(scope="module")
+def odd_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("odd")
+    write_odd_files(folder)
+    return folder
 
 
 @pytest.mark.parametrize(("file", "kind"), BAD.items())
-def test_what_makes_a_file_bad(tmp_path, file, kind):
-    write_odd_files(tmp_path)
+def test_what_makes_a_file_bad(odd_files, file, kind):
     with pytest.raises(BadImage) as caught:
-        decode((tmp_path / file).read_bytes())
+        decode((odd_files / file).read_bytes())
     assert caught.value.kind == kind, caught.value
 
 
-def test_odd_files_that_are_good_after_a_conversion(tmp_path):
-    write_odd_files(tmp_path)
-    for file, note in CONVERTED.values():
-        image, told = decode((tmp_path / file).read_bytes())
+def test_odd_files_that_are_good_after_a_conversion(odd_files):
+    for file, note in CONVERTED.items():
+        image, told = decode((odd_files / file).read_bytes())
         assert (image.mode, told) == ("RGB", note)
-    grey, _ = decode((tmp_path / "grey16.png").read_bytes(), channels=1)
+    grey, _ = decode((odd_files / "grey16.png").read_bytes(), channels=1)
     assert np.array_equal(np.asarray(grey)[0, :3], [0, 1, 2])                   # v / 257, not cut off at 255
     assert np.asarray(grey).max() == 255
-    cyan, _ = decode((tmp_path / "cmyk.jpg").read_bytes())
+    cyan, _ = decode((odd_files / "cmyk.jpg").read_bytes())
     assert np.abs(np.asarray(cyan)[5, 5].astype(int) - [0, 255, 255]).max() <= 3
 
 
@@ -172,7 +176,7 @@ def test_centre_crop_is_square(size):
 
 
 def test_centre_crop_halves_by_box_and_ends_bicubic():
-    """The steps one by one: 300 x 210 -> 150 x 105 -> 75 x 52 (box), then the short side to 32 (bicubic), then the cut."""
+    """Step by step: 300 x 210 to 150 x 105 to 75 x 52 (box), the short side to 32 (bicubic), then the cut."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (210, 300, 3), dtype=np.uint8))
     step = image.resize((150, 105), Image.Resampling.BOX).resize((75, 52), Image.Resampling.BOX)
