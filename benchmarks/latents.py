@@ -35,7 +35,7 @@ def write_latents(folder: Path, images: int, shard_size: int = 1024) -> None:
     plan = Plan(
         source="random numbers", source_fingerprint="", images=images, image_size=256, crop="centre", views=2, parts=2,
         shape=SHAPE, storage="float16", facts=CodecFacts(codec="latents", scale=0.18215), compute="float32",
-        batch_size=1, shard_size=shard_size, label_names=tuple(map(str, range(1000))),
+        batch_size=1, threads=1, shard_size=shard_size, label_names=tuple(map(str, range(1000))),
     )
     folder.mkdir(parents=True)
     generator, shards = torch.Generator().manual_seed(0), []

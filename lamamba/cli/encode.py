@@ -44,6 +44,8 @@ class EncodeArguments:
     """Encode mirror images, too: twice the time and space; training can mirror only then."""
     batch: int = 16
     """Images that the autoencoder sees at once. Part of the result: other batches round otherwise."""
+    threads: int = 1
+    """On a CPU, cores for each process. Part of the result, too: to use all cores, start more processes instead."""
     shard_size: int = 1024
     """Images in a file."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -57,7 +59,7 @@ class EncodeArguments:
 
 def main(arguments: list[str]) -> None:
     chosen = parse(EncodeArguments, arguments, "encode", DESCRIPTION)
-    for name in ("image_size", "batch", "shard_size"):
+    for name in ("image_size", "batch", "threads", "shard_size"):
         if getattr(chosen, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(chosen, name)} must be at least 1")
 
@@ -81,7 +83,7 @@ def main(arguments: list[str]) -> None:
     autoencoder = Autoencoder(chosen.autoencoder, local_device(chosen.device), getattr(torch, chosen.dtype))
     plan = make_plan(
         source, autoencoder, chosen.image_size, left_out=left_out, mirror=chosen.mirror, storage=chosen.storage,
-        batch_size=chosen.batch, shard_size=chosen.shard_size,
+        batch_size=chosen.batch, threads=chosen.threads, shard_size=chosen.shard_size,
     )
     if is_first:
         views = "with mirror images" if chosen.mirror else "without mirror images"

@@ -45,6 +45,8 @@ class Autoencoder:
         self._network: Any = network.requires_grad_(False).eval()
         self.sha256 = self._identity()
         """Of weights and configuration: two copies of one autoencoder have the same, whatever their names."""
+        for tensor in [*self._network.parameters(), *self._network.buffers()]:
+            tensor.data = tensor.data.clone()                                   # a file's own alignment rounds otherwise
         self._network = nn.Module.to(self._network, self.device, dtype)         # diffusers' own warns of nothing
         self.in_channels: int = self.config["in_channels"]
         self.has_posterior = self.kind in WITH_POSTERIOR

@@ -67,7 +67,7 @@ class Progress:
 
 def make_plan(
     source: Source, autoencoder: Autoencoder, image_size: int, *, left_out: tuple[str, ...] = (), mirror: bool = True,
-    storage: str = "float16", batch_size: int = 16, shard_size: int = 1024,
+    storage: str = "float16", batch_size: int = 16, threads: int = 1, shard_size: int = 1024,
 ) -> Plan:
     """What encoding a source will give.
 
@@ -76,10 +76,11 @@ def make_plan(
     """
     if storage not in STORAGE:
         raise ValueError(f"storage={storage!r} is unknown; use {' or '.join(STORAGE)}")
-    if min(batch_size, shard_size, image_size) < 1:
-        raise ValueError(
-            f"batch_size={batch_size}, shard_size={shard_size} and image_size={image_size} must be at least 1"
-        )
+    for name, number in {
+        "batch_size": batch_size, "threads": threads, "shard_size": shard_size, "image_size": image_size,
+    }.items():
+        if number < 1:
+            raise ValueError(f"{name}={number} must be at least 1")
     known = set(left_out)
     images = sum(source.file(k) not in known for k in range(len(source))) if known else len(source)
     if not images:
@@ -88,8 +89,8 @@ def make_plan(
         source=source.name, source_fingerprint=fingerprint(source, left_out), images=images, image_size=image_size,
         crop="centre", views=2 if mirror else 1, parts=2 if autoencoder.has_posterior else 1,
         shape=autoencoder.latent_shape(image_size), storage=storage, facts=CodecFacts.of(autoencoder),
-        compute=str(autoencoder.dtype).removeprefix("torch."), batch_size=batch_size, shard_size=shard_size,
-        label_names=source.label_names,
+        compute=str(autoencoder.dtype).removeprefix("torch."), batch_size=batch_size,
+        threads=threads if autoencoder.device.type == "cpu" else 0, shard_size=shard_size, label_names=source.label_names,
     )
 
 
@@ -119,9 +120,21 @@ def encode(
     job = _Job(source, autoencoder, folder, plan, left_out, max_bad_images, rank, tell)
     if not job.is_finished():
         job.begin()
-        job.encode_all()
+        with _threads(plan.threads):
+            job.encode_all()
         job.finish()
     return Index.load(folder)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """So many of PyTorch's threads for a while; 0: as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Job:

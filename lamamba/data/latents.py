@@ -73,6 +73,8 @@ class Plan:
     """In which type the autoencoder worked."""
     batch_size: int
     """Images it saw at once: another number would round otherwise."""
+    threads: int
+    """Of a process on a CPU: another number would round otherwise, too; 0 on GPUs."""
     shard_size: int
     """Images of a shard, but for the last."""
     label_names: tuple[str, ...]
