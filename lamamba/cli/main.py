@@ -11,6 +11,8 @@ from lamamba.config import unknown_name
 
 VERBS = {
     "demo": "train on handwritten digits before your eyes, and see what the model learned",
+    "data": "check data before training: decode every image, name the bad ones; verify latents",
+    "encode": "images to latents of an autoencoder on disk, once, by any number of processes",
     "train": "train a network from a recipe (or resume: run the same command again)",
     "sample": "make pictures with a trained network",
     "plot": "loss, gradient norm and speed of one or several runs as a picture",

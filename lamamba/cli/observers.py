@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lamamba.cli.pictures import grid_picture, save_picture
+from lamamba.data.codec import Decoder
 from lamamba.generation import generate
 from lamamba.training.config import SamplingOptions
 from lamamba.training.loop import Moment
@@ -62,8 +63,10 @@ class ProgressLine:
 class SampleGrid:
     """Every so often a picture from the averaged weights, always of the same seeds and labels."""
 
-    def __init__(self, options: SamplingOptions, folder: Path, label_names: tuple[str, ...]):
-        self._options, self._folder = options, folder
+    def __init__(
+        self, options: SamplingOptions, folder: Path, label_names: tuple[str, ...], decoder: Decoder | None = None
+    ):
+        self._options, self._folder, self._decoder = options, folder, decoder
         self._names = label_names[:MAX_GRID_CLASSES]
 
     def __call__(self, moment: Moment) -> None:
@@ -78,6 +81,7 @@ class SampleGrid:
         images = generate(
             network, labels, range(rows * options.per_class), sampler=options.sampler,
             num_steps=options.num_steps, guidance=options.guidance if self._names else 1.0,
+            decoder=self._decoder,
         )
         picture = grid_picture(images, options.per_class, self._names)
         save_picture(picture, self._folder / f"step_{moment.step:08d}.png")

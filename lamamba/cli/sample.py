@@ -41,7 +41,8 @@ class SampleArguments:
     batch_size: int = 64
     """Images at a time; changes speed and memory, not the pictures."""
     autoencoder: str | None = None
-    """For models of latents: a diffusers AutoencoderKL, a folder or a hub id such as stabilityai/sd-vae-ft-ema."""
+    """For models of latents: a diffusers autoencoder, a folder or a hub id such as stabilityai/sd-vae-ft-ema. By
+    default the one that made the latents it was trained on."""
     device: str = "auto"
     """"auto" (a GPU where there is one), or a PyTorch device."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -104,9 +105,13 @@ def main(arguments: list[str]) -> None:
 
     decoder = None
     if facts.codec == "latents":
-        if chosen.autoencoder is None:
+        name = chosen.autoencoder or facts.autoencoder
+        if name is None:
             raise ValueError("this model makes latents: name the autoencoder that decodes them with --autoencoder")
-        decoder = LatentDecoder(chosen.autoencoder, facts.scale, device)
+        decoder = LatentDecoder(name, facts, device)
+        if facts.autoencoder_sha256 not in (None, decoder.autoencoder.sha256):
+            print(f"note: trained on latents of {facts.autoencoder}, decoded by another autoencoder: "
+                  f"{decoder.autoencoder}")
     elif chosen.autoencoder is not None:
         raise ValueError("this model makes pixels: leave --autoencoder out")
 

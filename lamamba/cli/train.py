@@ -18,9 +18,11 @@ from lamamba.config import LATENT_SCALE
 from lamamba.training.config import DataOptions, TrainConfig, load_recipe, recipe_names
 
 if TYPE_CHECKING:
+    from lamamba.data.codec import LatentDecoder
     from lamamba.data.images import ImageSet
+    from lamamba.data.sets import TrainingSet
     from lamamba.training.loop import Observer
-    from lamamba.training.samples import Samples
+    from lamamba.training.state import SamplingFacts
 
 DESCRIPTION = f"""Train a network: lamamba train RECIPE [options].
 
@@ -29,6 +31,7 @@ Options given here go before the recipe's. Running the same command again resume
 
   lamamba train digits --out runs/digits
   lamamba train folder --data.source photos/ --data.image-size 64 --out runs/photos
+  lamamba train mine.toml --data.source latents/ --data.image-size 256 --out runs/latents    (see lamamba encode)
   lamamba train digits --steps 200 --optimizer.learning-rate 5e-4 --dry-run"""
 
 
@@ -64,47 +67,69 @@ def main(arguments: list[str]) -> None:
 
     if chosen.dry_run:
         if is_main_process():
-            print_plan(config, plan_images(config), out)
+            print_plan(config, plan_data(config), out)
         return
     try:
-        run_training(config, open_images(config), out)
+        run_training(config, open_data(config), out)
     finally:
         end_processes()
     if is_main_process():
         print(f"done: {out}\nsample it: lamamba sample {out} --out grid.png")
 
 
-def open_images(config: TrainConfig) -> ImageSet:
-    """The image set that a configuration names.
+def open_data(config: TrainConfig) -> TrainingSet:
+    """The data that a configuration names: pixels, latents, or images that are encoded as they are read.
 
     Raises:
         OSError, ValueError: when it is missing or does not fit.
     """
+    from lamamba.data.sets import EncodedSet, PixelSet
+
     data = config.data
-    if data.kind == "latents":
-        raise ValueError(
-            f"data.kind='latents' ({data.source}) cannot be read by this version yet; --dry-run prints the plan"
-        )
     if data.source == "digits":
         from lamamba.data.digits import Digits
 
         if data.channels != 1:
             raise ValueError("data.channels=3 does not fit the digits, which are grey; use 1")
-        return Digits(data.image_size)
-    from lamamba.data.images import ImageFolder
+        return PixelSet(Digits(data.image_size), data.mirror)
+    from lamamba.data.latents import LatentSet, is_latents
 
-    return ImageFolder(data.source, data.image_size, data.channels)
+    if data.kind == "latents" or is_latents(data.source):
+        if data.kind == "images":
+            raise ValueError(f"{data.source} holds latents, and data.kind='images'; leave data.kind out")
+        if data.crop != "centre":
+            raise ValueError(f"data.crop={data.crop!r} does not fit {data.source}: its latents are of centre crops")
+        return LatentSet(
+            data.source, mirror=data.mirror, image_size=data.image_size, autoencoder=data.autoencoder
+        )
+    from lamamba.data.images import Images
+    from lamamba.data.manifest import known_bad
+    from lamamba.data.sources import open_source
+
+    source = open_source(data.source)
+    left_out, note = known_bad(source, data.manifest)
+    if note:
+        print(f"warning: {note}", flush=True)
+    images = Images(
+        source, data.image_size, data.channels, crop=data.crop, left_out=left_out, max_bad_images=data.max_bad_images
+    )
+    if data.autoencoder is None:
+        return PixelSet(images, data.mirror)
+    from lamamba.data.autoencoder import Autoencoder
+    from lamamba.training.processes import local_device
+
+    return EncodedSet(images, Autoencoder(data.autoencoder, local_device(config.device)), data.mirror)
 
 
-def plan_images(config: TrainConfig) -> ImageSet | PlannedData:
-    """The image set for a plan: what a recipe says of its data stands in for data that is not there yet.
+def plan_data(config: TrainConfig) -> TrainingSet:
+    """The data for a plan: what a recipe says of it stands in for data that is not there yet.
 
     Raises:
         OSError, ValueError: when the data does not fit, or is missing and the recipe does not say what it would be.
     """
     data = config.data
-    if data.expected_images is None or (data.kind == "images" and Path(data.source).is_dir()):
-        return open_images(config)
+    if data.expected_images is None or Path(data.source).exists():
+        return open_data(config)
     return PlannedData(data)
 
 
@@ -112,13 +137,16 @@ class PlannedData:
     """Data that is not there: how much of it there will be, and of what shape."""
 
     def __init__(self, data: DataOptions):
-        is_latent = data.kind == "latents"
+        from lamamba.data.codec import CodecFacts
+
+        is_latent = data.kind == "latents" or data.autoencoder is not None
         self.name = f"{data.source} (not read; as the recipe says)"
         self.image_size = data.image_size
         self.input_size = data.image_size // LATENT_SCALE if is_latent else data.image_size
         self.channels = LATENT_CHANNELS if is_latent else data.channels
-        self.codec, self.scale, self.draws_latents = "latents" if is_latent else "pixels", 1.0, is_latent
+        self.facts, self.draws_latents = CodecFacts(codec="latents" if is_latent else "pixels"), is_latent
         self.label_names = tuple(str(label) for label in range(data.expected_classes or 0))
+        self.fingerprint = ""
         self._count = data.expected_images or 0
 
     def __len__(self) -> int:
@@ -131,7 +159,22 @@ class PlannedData:
         raise ValueError(f"{self.name} has no files")
 
 
-def run_training(config: TrainConfig, images: ImageSet, out: Path, observers: Sequence[Observer] = ()) -> Any:
+def open_decoder(facts: SamplingFacts) -> LatentDecoder | None:
+    """What makes pictures of a network's latents while it trains; None for pixels.
+
+    Raises:
+        OSError, ValueError: when the autoencoder cannot be had.
+    """
+    from lamamba.data.codec import LatentDecoder
+
+    if facts.codec == "pixels" or facts.autoencoder is None:
+        return None
+    return LatentDecoder(facts.autoencoder, facts)
+
+
+def run_training(
+    config: TrainConfig, images: ImageSet | TrainingSet, out: Path, observers: Sequence[Observer] = ()
+) -> Any:
     """Train with a live line and sample grids; returns the final state.
 
     Exits with status 75 when a signal has stopped the run, and with 2 where the main process has said why it failed.
@@ -149,7 +192,9 @@ def run_training(config: TrainConfig, images: ImageSet, out: Path, observers: Se
         sys.exit(2)
 
 
-def _train_and_tell(config: TrainConfig, images: ImageSet, out: Path, observers: Sequence[Observer]) -> Any:
+def _train_and_tell(
+    config: TrainConfig, images: ImageSet | TrainingSet, out: Path, observers: Sequence[Observer]
+) -> Any:
     from lamamba.cli.observers import ProgressLine, SampleGrid
     from lamamba.training.loop import describe, train
     from lamamba.training.processes import is_main_process
@@ -157,8 +202,12 @@ def _train_and_tell(config: TrainConfig, images: ImageSet, out: Path, observers:
 
     architecture, facts = describe(config, images)
     folder = RunFolder(out)
-    if not is_main_process():
-        return train(config, images, out, [SampleGrid(config.sampling, folder.samples, facts.label_names), *observers])
+    sampling, decoder = config.sampling, None
+    if not is_main_process():                                                   # the main process draws
+        grid = SampleGrid(sampling, folder.samples, facts.label_names)
+        return train(config, images, out, [grid, *observers])
+    if sampling.every:
+        decoder = open_decoder(facts)
     resumed = int(folder.names()[-1].removeprefix("step_")) if folder.names() else 0
     print(f"{out}: {len(images):,} images of {images.name}, {len(facts.label_names) or 'no'} classes, "
           f"{_parameters(architecture):.2f} M parameters", flush=True)
@@ -166,7 +215,7 @@ def _train_and_tell(config: TrainConfig, images: ImageSet, out: Path, observers:
         print(f"resuming at step {resumed}", flush=True)
     for warning in config.warnings():
         print(f"warning: {warning}", flush=True)
-    grid = SampleGrid(config.sampling, folder.samples, facts.label_names)
+    grid = SampleGrid(sampling, folder.samples, facts.label_names, decoder)
     with ProgressLine(config.steps, resumed) as line:
         return train(config, images, out, [line, grid, *observers])
 
@@ -177,14 +226,14 @@ def _parameters(architecture: Any) -> float:
     return count(architecture).parameters / 1e6
 
 
-def print_plan(config: TrainConfig, data: ImageSet | Samples, out: Path) -> None:
+def print_plan(config: TrainConfig, data: ImageSet | TrainingSet, out: Path) -> None:
     """What a run would be: network, cost, memory, speed of passing the data, and the learning rate as a curve."""
     from lamamba.benchmark.flops import count
     from lamamba.benchmark.memory import training_memory
     from lamamba.training.loop import describe
     from lamamba.training.processes import launched_processes, pick_device
 
-    architecture, _ = describe(config, data)
+    architecture, facts = describe(config, data)
     cost, processes, options = count(architecture), launched_processes(), config.processes
     share = math.ceil(math.ceil(config.batch_size / processes) / options.accumulation_steps)
     memory = training_memory(
@@ -195,9 +244,13 @@ def print_plan(config: TrainConfig, data: ImageSet | Samples, out: Path) -> None
     print(json.dumps({"train": config.to_dict(), "architecture": architecture.to_dict()}, indent=2))
     per_epoch = len(data) / config.batch_size
     group = "1 process" if processes == 1 else f"{processes} processes"
+    latents = ""
+    if facts.codec == "latents":
+        shape = " x ".join(map(str, (architecture.in_channels, *architecture.input_size)))
+        latents = f", as latents ({shape}) of {facts.autoencoder or 'an autoencoder'}"
     print(f"""
 run folder        {out}
-data              {data.name}: {len(data):,} images, {data.image_size} x {data.image_size}
+data              {data.name}: {len(data):,} images, {data.image_size} x {data.image_size}{latents}
 device            {pick_device(config.device)}, {group}
 parameters        {cost.parameters / 1e6:.2f} M
 multiply-adds     {cost.matrix / 1e9:.3f} G per image and forward pass, and {cost.scan / 1e9:.3f} G of the scan

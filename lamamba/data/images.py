@@ -1,19 +1,64 @@
-"""A folder of images as a set of squares: one subfolder per class, or a flat folder without classes."""
+"""From image files to squares of pixels: what is a good file, how it is cropped, and what replaces a bad one.
+
+No torch here: processes that check images start quickly.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import logging
+import math
+import os
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from lamamba.data.sources import FolderSource, Source, fingerprint
+
+logger = logging.getLogger("lamamba.data")
+
 CACHE_BYTES = 2 << 30
 """Decoded images are kept in memory when the whole set is smaller than this."""
+DECODERS = 4
+"""Threads that decode the images of one batch."""
+MAX_PIXELS = 178_956_970
+"""More are a decompression bomb: a small file that fills the memory. Pillow's own bound."""
+MAX_STRETCH = 64
+"""Times as long as wide; more would be blown up to an enormous picture before the square is cut out of it."""
+MIN_SIDE = 2
+"""Pixels on the short side; fewer are a tracking pixel or a line, no picture."""
+MIN_CROP_SHARE = 0.8
+"""Of the short side that a random crop shows at least (ADM)."""
+
+# once for all: warnings.catch_warnings in each thread would be a race. Our own bounds say it better.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")       # broken metadata beside good pixels
+
+Crop = Literal["centre", "random"]
+Kind = Literal[
+    "empty", "not an image", "truncated", "damaged", "too small", "too narrow", "decompression bomb", "32-bit"
+]
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+"""How files of images begin; one that begins so and cannot be opened is broken, not something else."""
+
+
+class BadImage(ValueError):
+    """A file that no image can be made of, and why."""
+
+    def __init__(self, kind: Kind, detail: str):
+        super().__init__(f"{kind}: {detail}")
+        self.kind, self.detail = kind, detail
+
+    def __reduce__(self) -> tuple[type[BadImage], tuple[Kind, str]]:
+        return BadImage, (self.kind, self.detail)
 
 
 class ImageSet(Protocol):
@@ -32,87 +77,243 @@ class ImageSet(Protocol):
         ...
 
 
+def decode(content: bytes, channels: int = 3, min_side: int = MIN_SIDE) -> tuple[Image.Image, str]:
+    """The image in a file, grey (1 channel) or RGB (3), and from what it was converted ("" if nothing to speak of).
+
+    CMYK is converted as R = (1 - C)(1 - K) and so on, without a colour profile. 16-bit grey levels are divided by 257
+    (Pillow alone would cut them off at 255, which turns nearly all of them white); 16-bit colours keep their upper
+    byte. Transparency is dropped. 32-bit images are refused: nothing says which of their values is white.
+
+    Raises:
+        BadImage: when there is no whole image in it, or one that cannot be used.
+    """
+    if not content:
+        raise BadImage("empty", "0 bytes")
+    try:
+        image: Image.Image = Image.open(io.BytesIO(content))
+        _check_size(image.size, min_side)
+        image.load()
+    except BadImage:
+        raise
+    except UnidentifiedImageError as error:
+        if content.startswith(_MAGIC):
+            raise BadImage("truncated", f"ends within its header, after {len(content)} bytes") from error
+        raise BadImage("not an image", f"begins with {content[:8]!r}") from error
+    except Image.DecompressionBombError as error:
+        raise BadImage("decompression bomb", str(error)) from error
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
+        kind: Kind = "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "damaged"
+        raise BadImage(kind, str(error) or type(error).__name__) from error
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # the latter: Pillow before 11.3
+        levels = np.asarray(image).astype(np.float64) / 257
+        image, note = Image.fromarray(np.round(levels).astype(np.uint8)), "16-bit"
+    elif image.mode in ("I", "F"):
+        raise BadImage("32-bit", "its range is unknown; save it with 8 or 16 bits")
+    else:
+        note = "CMYK" if image.mode == "CMYK" else _deep_colour(content)
+    return image.convert("L" if channels == 1 else "RGB"), note
+
+
+def _check_size(size: tuple[int, int], min_side: int) -> None:
+    text = f"{size[0]} x {size[1]} pixels"
+    if min(size) < min_side:
+        raise BadImage("too small", text)
+    if size[0] * size[1] > MAX_PIXELS:
+        raise BadImage("decompression bomb", text)
+    if max(size) > MAX_STRETCH * min(size):
+        raise BadImage("too narrow", text)
+
+
+def _deep_colour(content: bytes) -> str:
+    """Whether a PNG has 16 bits per colour, which Pillow brings down to 8 without a word (byte 24 of its header)."""
+    return "16-bit" if content.startswith(b"\x89PNG") and content[24:25] == b"\x10" else ""
+
+
+def _shrink(image: Image.Image, side: int) -> Image.Image:
+    """Bring the short side to `side`: halved by box filter while at least twice as long, then bicubic (ADM)."""
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """The centre square, size pixels wide, as ADM and DiT crop it.
 
     Halved by box filter while the short side is at least twice the size, then bicubic, then cut.
     """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    image = _shrink(image, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
-@dataclass
-class _Entry:
-    path: Path
-    label: int
+def random_crop(image: Image.Image, size: int, draws: Sequence[float] | np.ndarray) -> Image.Image:
+    """A square, size pixels wide, that shows 80 to 100 % of the short side, as ADM crops it.
+
+    Args:
+        image: of any size.
+        size: side of the square in pixels.
+        draws: three numbers in [0, 1): how much is shown, where from the top, where from the left.
+    """
+    side = size + int(draws[0] * (math.ceil(size / MIN_CROP_SHARE) - size + 1))
+    image = _shrink(image, side)
+    top, left = int(draws[1] * (image.height - size + 1)), int(draws[2] * (image.width - size + 1))
+    return image.crop((left, top, left + size, top + size))
 
 
-class ImageFolder:
-    """Images below a folder; the names of its subfolders, sorted, are the classes.
+class Images:
+    """The images of a source as squares of one size.
+
+    A file that cannot be decoded is replaced by the next good one in the source's order, whoever reads it, and
+    counted; known ones are left out from the start.
+
+    Args:
+        source: where the files are.
+        image_size: side of the squares in pixels.
+        channels: 1 for grey, 3 for colour.
+        crop: "centre", or "random", which wants numbers with every image.
+        left_out: files known to be bad, by name (see lamamba.data.manifest).
+        max_bad_images: how many unforeseen bad files to bear before reading stops with their names; counted by each
+            process for itself.
+        caches: keep decoded images in memory where all of them fit into CACHE_BYTES.
 
     Raises:
-        FileNotFoundError: when the folder is missing.
-        ValueError: when it holds no images, or images both beside and inside subfolders.
+        ValueError: when nothing is left.
     """
 
-    def __init__(self, folder: str | Path, image_size: int, channels: int = 3):
-        self.folder, self.image_size, self.channels = Path(folder), image_size, channels
-        self.name = str(folder)
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder; give one with images, or with one subfolder per class")
-        flat = _images_in(self.folder)
-        classes = [sub for sub in sorted(self.folder.iterdir()) if sub.is_dir() and _images_below(sub)]
-        if flat and classes:
-            raise ValueError(
-                f"{folder} holds {len(flat)} images beside {len(classes)} subfolders with images; put every image into "
-                "the subfolder of its class, or all of them into one flat folder"
-            )
-        if not flat and not classes:
-            raise ValueError(f"{folder} holds no images ({', '.join(EXTENSIONS)}), neither flat nor in subfolders")
-        self.label_names = tuple(sub.name for sub in classes)
-        self._entries = [_Entry(path, 0) for path in flat]
-        for label, sub in enumerate(classes):
-            self._entries += [_Entry(path, label) for path in _images_below(sub)]
+    def __init__(
+        self, source: Source, image_size: int, channels: int = 3, *, crop: Crop = "centre",
+        left_out: Collection[str] = (), max_bad_images: int = 0, caches: bool = True,
+    ):
+        self.name, self.label_names = source.name, source.label_names
+        self.image_size, self.channels, self.crop = image_size, channels, crop
+        self.max_bad_images = max_bad_images
+        self._source, self._left_out = source, frozenset(left_out)
+        self._kept = np.arange(len(source))
+        if left_out:
+            kept = [k for k in range(len(source)) if source.file(k) not in self._left_out]
+            self._kept = np.array(kept, dtype=np.int64)
+            if not len(self._kept):
+                raise ValueError(f"{self.name} has no good image: all {len(source)} are left out by its manifest")
+        self.labels = source.labels[self._kept]
+        """(n,) int64."""
+        self.bad: dict[str, str] = {}
+        """Unforeseen bad files met so far by this process, and what is wrong with them."""
+        self._is_bad: set[int] = set()
         self._cache: dict[int, np.ndarray] | None = None
-        if len(self._entries) * channels * image_size**2 <= CACHE_BYTES:
+        if caches and crop == "centre" and len(self._kept) * channels * image_size**2 <= CACHE_BYTES:
             self._cache = {}
-        self._pool = ThreadPoolExecutor(max_workers=4)
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_owner = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._kept)
 
-    def _decode(self, index: int) -> np.ndarray:
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the files' names, classes and order, without those left out."""
+        return fingerprint(self._source, self._left_out)
+
+    def files(self, indices: Sequence[int]) -> list[str]:
+        """The files of images, by name."""
+        return [self._source.file(int(self._kept[index])) for index in indices]
+
+    def read(self, indices: Sequence[int], crops: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Images (b, channels, size, size) uint8 and labels (b,) int64, of the image itself where it replaces another.
+
+        Args:
+            indices: 0 .. len - 1, (b,).
+            crops: (b, 3) numbers in [0, 1), for random crops.
+
+        Raises:
+            ValueError: naming the files, when more than max_bad_images cannot be decoded.
+        """
+        if self.crop == "random" and crops is None:
+            raise ValueError("crop='random' needs three random numbers for every image; give them as crops")
+        rows = [(index, None if crops is None else crops[row]) for row, index in enumerate(indices)]
+        read = list(self._threads().map(self._good, rows)) if len(rows) > 1 else [self._good(row) for row in rows]
+        return np.stack([pixels for pixels, _ in read]), self.labels[[index for _, index in read]]
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None or self._pool_owner != os.getpid():               # threads do not survive a fork
+            self._pool, self._pool_owner = ThreadPoolExecutor(max_workers=DECODERS), os.getpid()
+        return self._pool
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_pool": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
+    def _good(self, row: tuple[int, np.ndarray | None]) -> tuple[np.ndarray, int]:
+        """The pixels of an image or of the next good one, and which one it was."""
+        first, draws = row
+        for offset in range(len(self)):
+            index = (int(first) + offset) % len(self)
+            if index in self._is_bad:
+                continue
+            try:
+                return self.pixels(index, draws), index
+            except BadImage as error:
+                self._meet_bad(index, error)
+        raise ValueError(f"{self.name} has no good image left")
+
+    def pixels(self, index: int, draws: np.ndarray | None = None) -> np.ndarray:
+        """One image, (channels, size, size) uint8.
+
+        Raises:
+            BadImage: when its file cannot be decoded.
+        """
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        path = self._entries[index].path
-        try:
-            with Image.open(path) as image:
-                square = centre_crop(image.convert("L" if self.channels == 1 else "RGB"), self.image_size)
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} cannot be read as an image ({error}); mend it or take it out") from error
+        image, _ = decode(self._source.read(int(self._kept[index])), self.channels)
+        if self.crop == "random" and draws is not None:
+            square = random_crop(image, self.image_size, draws)
+        else:
+            square = centre_crop(image, self.image_size)
         pixels = np.asarray(square, dtype=np.uint8).reshape(self.image_size, self.image_size, self.channels)
         pixels = pixels.transpose(2, 0, 1)
         if self._cache is not None:
             self._cache[index] = pixels
         return pixels
 
-    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Images (b, channels, size, size) uint8 and labels (b,) int64.
-
-        Raises:
-            ValueError: naming a file that cannot be decoded.
-        """
-        images = np.stack(list(self._pool.map(self._decode, indices)))
-        return images, np.array([self._entries[i].label for i in indices], dtype=np.int64)
-
-
-def _images_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and path.is_file())
+    def _meet_bad(self, index: int, error: BadImage) -> None:
+        with self._lock:
+            file = self.files([index])[0]
+            if index not in self._is_bad:
+                self._is_bad.add(index)
+                self.bad[file] = str(error)
+                if len(self.bad) <= self.max_bad_images:
+                    logger.warning("%s cannot be read as an image (%s); the next good one stands in", file, error)
+            if len(self.bad) > self.max_bad_images:
+                raise ValueError(explain_bad(self.name, self.bad, self.max_bad_images)) from error
 
 
-def _images_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+def explain_bad(name: str, bad: dict[str, str], bound: int, shown: int = 8) -> str:
+    """One line that names bad files and says what to do."""
+    named = ", ".join(f"{file} ({fault})" for file, fault in list(bad.items())[:shown])
+    more = f" and {len(bad) - shown} more" if len(bad) > shown else ""
+    verb = "file cannot be read as an image" if len(bad) == 1 else "files cannot be read as images"
+    return (
+        f"{len(bad)} {verb} in {name}, where {bound} are allowed: {named}{more}. `lamamba data check {name}` finds all "
+        "of them at once and writes a manifest by which training leaves them out"
+    )
+
+
+class ImageFolder(Images):
+    """Images below a folder; the names of its subfolders, sorted, are the classes. See `Images` for the options.
+
+    Raises:
+        FileNotFoundError: when the folder is missing.
+        ValueError: when it holds no images, or images both beside and inside subfolders.
+    """
+
+    def __init__(
+        self, folder: str | Path, image_size: int, channels: int = 3, *, crop: Crop = "centre",
+        left_out: Collection[str] = (), max_bad_images: int = 0,
+    ):
+        super().__init__(
+            FolderSource(folder), image_size, channels, crop=crop, left_out=left_out, max_bad_images=max_bad_images
+        )
+

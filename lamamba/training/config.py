@@ -72,15 +72,25 @@ class DataOptions:
     """The images."""
 
     source: str = "digits"
-    """"digits" (1,797 handwritten ones, from scikit-learn), or a folder: one subfolder per class, or flat."""
-    kind: Literal["images", "latents"] = "images"
-    """"images": the network reads pixels; "latents": source is a folder that lamamba encode has written."""
+    """"digits" (1,797 handwritten ones, from scikit-learn); latents of lamamba encode; or images: a folder (one
+    subfolder per class, or flat), WebDataset tars, datasets:ID@SPLIT of Hugging Face."""
+    kind: Literal["auto", "images", "latents"] = "auto"
+    """What the source is. "auto" looks; a recipe says it, so that --dry-run can plan where the data is missing."""
     image_size: int = 8
-    """Side in pixels; images are cropped to squares and scaled."""
+    """Side in pixels; images are cropped to squares and scaled. Of latents, the size they must have been made for."""
     channels: Literal[1, 3] = 1
-    """1 for grey, 3 for colour."""
+    """1 for grey, 3 for colour. Latents have their own."""
+    autoencoder: str | None = None
+    """Of diffusers, a folder or a hub id. With images: encode them anew on every visit. With latents: refuse any made
+    with another one."""
+    crop: Literal["centre", "random"] = "centre"
+    """"random": 80 to 100 % of the short side, anywhere (ADM). Latents are of centre crops."""
     mirror: bool = False
     """Mirror every other image left to right (not for digits or text)."""
+    manifest: str | None = None
+    """Of lamamba data check, whose bad files are left out; by default SOURCE/lamamba-manifest.json where it exists."""
+    max_bad_images: int = 10
+    """Unforeseen bad files to replace by their neighbours before training stops with their names."""
     use_labels: bool = True
     """Train class by class where the data has classes; no: an unconditional model."""
     expected_images: int | None = None
@@ -139,7 +149,9 @@ class ProcessOptions:
     compile: bool = False
     """torch.compile the network: minutes at the start, faster steps on GPUs. Not with sharding."""
     data_workers: int = 0
-    """Processes that read ahead, for each training process; 0: read between the steps."""
+    """Processes that read ahead, for each training process; 0: threads do, or nobody."""
+    data_threads: int | None = None
+    """Threads that read ahead where no processes do; by default 4 for a GPU, on a CPU 0: read between the steps."""
     timeout_minutes: float = 30.0
     """How long processes wait for one another before they give up."""
 
@@ -256,6 +268,8 @@ class TrainConfig:
             "optimizer.warmup_steps": (self.optimizer.warmup_steps, 0),
             "processes.accumulation_steps": (self.processes.accumulation_steps, 1),
             "processes.data_workers": (self.processes.data_workers, 0),
+            "processes.data_threads": (self.processes.data_threads or 0, 0),
+            "data.max_bad_images": (self.data.max_bad_images, 0),
             "faults.max_skips": (self.faults.max_skips, 0),
             "data.expected_images": (self.data.expected_images or 1, 1),
             "data.expected_classes": (self.data.expected_classes or 0, 0),

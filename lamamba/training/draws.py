@@ -34,7 +34,7 @@ class Draws:
     eps: Tensor
     """(b, c, h, w) standard normal noise."""
     crop: np.ndarray
-    """(b, 2) uniform: where a random crop begins, from the top and from the left."""
+    """(b, 3) uniform: how much a random crop shows, and where it begins, from the top and from the left."""
     latent: Tensor | None = None
     """(b, c, h, w) standard normal: the draw from an autoencoder's posterior; None unless it was asked for."""
 
@@ -54,7 +54,7 @@ def draw(
         label.append(uniform[1])
         mirror.append(uniform[2] < 0.5)
         eps.append(generator.standard_normal(shape, dtype=np.float32))
-        crop.append(generator.random(2))
+        crop.append(generator.random(3))
         if latent:
             posterior.append(generator.standard_normal(shape, dtype=np.float32))
     return Draws(

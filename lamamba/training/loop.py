@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lamamba.config import UNetConfig
 from lamamba.data.images import ImageSet
+from lamamba.data.sets import TrainingSet
 from lamamba.diffusion.guidance import drop_labels
 from lamamba.diffusion.loss import training_loss
 from lamamba.diffusion.schedule import make_schedule
@@ -36,7 +37,7 @@ from lamamba.training.lock import FolderLock
 from lamamba.training.non_finite import find_origin
 from lamamba.training.processes import MainProcessError, Processes, local, peak_memory, precision_policy, whole
 from lamamba.training.processes import pick_device as pick_device
-from lamamba.training.samples import Batch, Feed, Samples, as_samples
+from lamamba.training.samples import Batch, Feed, as_training_set
 from lamamba.training.start import continue_official, start_network
 from lamamba.training.state import RunFolder, SamplingFacts, write_atomically
 from lamamba.training.trackers import start_trackers
@@ -76,13 +77,13 @@ class Moment:
 Observer = Callable[[Moment], None]
 
 
-def describe(config: TrainConfig, data: ImageSet | Samples) -> tuple[UNetConfig, SamplingFacts]:
+def describe(config: TrainConfig, data: ImageSet | TrainingSet) -> tuple[UNetConfig, SamplingFacts]:
     """The network that a run trains on this data, and what its samplers will need to know.
 
     Raises:
         ValueError: when model and data do not fit.
     """
-    samples, expected = as_samples(data, config), config.data.expected_classes
+    samples, expected = as_training_set(data, config), config.data.expected_classes
     if expected is not None and expected != len(samples.label_names):
         raise ValueError(
             f"{samples.name} has {len(samples.label_names)} classes, data.expected_classes={expected}; give the data "
@@ -93,14 +94,14 @@ def describe(config: TrainConfig, data: ImageSet | Samples) -> tuple[UNetConfig,
         channels=samples.channels, num_classes=len(label_names), input_size=samples.input_size
     )
     facts = SamplingFacts(
-        objective=architecture.objective, image_size=samples.image_size, codec=samples.codec, scale=samples.scale,
-        label_names=tuple(label_names),
+        objective=architecture.objective, image_size=samples.image_size, label_names=tuple(label_names),
+        **vars(samples.facts),
     )
     return architecture, facts
 
 
 def train(
-    config: TrainConfig, data: ImageSet | Samples, folder: str | Path, observers: Sequence[Observer] = ()
+    config: TrainConfig, data: ImageSet | TrainingSet, folder: str | Path, observers: Sequence[Observer] = ()
 ) -> TrainState:
     """Train a network from its first step, or on from the folder's newest whole checkpoint, to the last.
 
@@ -117,14 +118,14 @@ def train(
         MainProcessError: on the other processes, when the main process raises.
     """
     processes = Processes(config)
-    samples = as_samples(data, config)
+    samples = as_training_set(data, config)
     architecture, facts = describe(config, samples)
     run, lock = RunFolder(folder), FolderLock(Path(folder))
     processes.together(run.prepare)
     try:
         processes.together(lock.take)
         with precision_policy(config.precision), listening() as request:
-            processes.together(lambda: run.create(config, architecture, facts))
+            processes.together(lambda: run.create(config, architecture, facts, samples.fingerprint))
             return _Training(config, samples, architecture, facts, run, processes).run(observers, request)
     finally:
         lock.release()
@@ -134,8 +135,8 @@ class _Training:
     """One call of `train`: its parts, put together, and the loop over them."""
 
     def __init__(
-        self, config: TrainConfig, samples: Samples, architecture: UNetConfig, facts: SamplingFacts, folder: RunFolder,
-        processes: Processes,
+        self, config: TrainConfig, samples: TrainingSet, architecture: UNetConfig, facts: SamplingFacts,
+        folder: RunFolder, processes: Processes,
     ):
         self._config, self._samples, self._architecture = config, samples, architecture
         self._facts, self._folder, self._processes = facts, folder, processes

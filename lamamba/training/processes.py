@@ -46,6 +46,14 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def local_device(name: str) -> torch.device:
+    """Like `pick_device`, and under a launcher the GPU of this process among those of its machine."""
+    device = pick_device(name)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return device
+
+
 def launched_processes() -> int:
     """How many processes a launcher has started, this one among them; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -182,9 +190,12 @@ class Processes:
                 fully_shard(network, mesh=mesh, reshard_after_forward=True)
             return model
         if self.count > 1:
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            # a depthwise kernel's gradient has other strides along its dimension of one: the same memory
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
             return nn.parallel.DistributedDataParallel(
                 model, device_ids=[self.device] if self.device.type == "cuda" else None,
-                broadcast_buffers=False, gradient_as_bucket_view=True,
+                broadcast_buffers=False, gradient_as_bucket_view=True,          # its new name is younger than torch 2.11
             )
         return model
 

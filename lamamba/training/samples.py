@@ -6,78 +6,29 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lamamba.data.codec import PixelCodec
 from lamamba.data.images import ImageSet
+from lamamba.data.sets import PixelSet, TrainingSet, read_ahead
 from lamamba.training.config import TrainConfig
-from lamamba.training.draws import Draws, draw, image_indices, split_held_out
+from lamamba.training.draws import draw, image_indices, split_held_out
 from lamamba.training.interrupt import ignore_in_worker
 from lamamba.training.processes import Processes, part
 
 
-class Samples(Protocol):
-    """What the loop asks of data: clean network inputs x0, of one shape, by index."""
-
-    name: str
-    image_size: int
-    """Side in pixels of the images behind the samples."""
-    channels: int
-    """Channels of x0."""
-    input_size: int
-    """Side of x0: that of the images, or of their latents."""
-    codec: str
-    """"pixels" or "latents", as a sampler must know it."""
-    scale: float
-    """Factor on the codec's output before the network sees it; 1 for pixels."""
-    label_names: tuple[str, ...]
-    """One name per class, in the order of the labels; empty where there are no classes."""
-    draws_latents: bool
-    """Whether `read` wants draws.latent."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
-        """x0 (b, channels, input_size, input_size) float32 and labels (b,) int64 (0 where there are no classes)."""
-        ...
-
-    def files(self, indices: Sequence[int]) -> list[str]:
-        """Names for people: the file of each sample."""
-        ...
-
-
-class PixelSamples:
-    """An image set whose pixels are what the network reads, scaled to [-1, 1]."""
-
-    codec, scale, draws_latents = "pixels", 1.0, False
-
-    def __init__(self, images: ImageSet, mirror: bool):
-        self._images, self._mirror, self._codec = images, mirror, PixelCodec()
-        self.name, self.label_names = images.name, images.label_names
-        self.image_size = self.input_size = images.image_size
-        self.channels = images.channels
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def read(self, indices: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor]:
-        pictures, labels = self._images.read(indices)
-        return self._codec.encode(pictures, draws.mirror if self._mirror else None), torch.from_numpy(labels)
-
-    def files(self, indices: Sequence[int]) -> list[str]:
-        named = getattr(self._images, "files", None)
-        return named(indices) if named else [f"{self.name}[{index}]" for index in indices]
-
-
-def as_samples(data: ImageSet | Samples, config: TrainConfig) -> Samples:
-    """Samples as they are; an image set as pixels."""
+def as_training_set(data: ImageSet | TrainingSet, config: TrainConfig) -> TrainingSet:
+    """A training set as it is; an image set as pixels."""
     if hasattr(data, "input_size"):
-        return cast(Samples, data)
-    return PixelSamples(cast(ImageSet, data), config.data.mirror)
+        return cast(TrainingSet, data)
+    return PixelSet(cast(ImageSet, data), config.data.mirror)
+
+
+GPU_THREADS = 4
+"""Threads that read ahead of a GPU unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +60,7 @@ class Feed:
     Batch k holds the samples at places k batch_size .. (k + 1) batch_size - 1, whoever reads them.
     """
 
-    def __init__(self, samples: Samples, config: TrainConfig, processes: Processes):
+    def __init__(self, samples: TrainingSet, config: TrainConfig, processes: Processes):
         self._samples, self._config = samples, config                           # workers get a copy: nothing else
         self._index, self._count, self._pins = processes.index, processes.count, processes.device.type == "cuda"
         self._shape = (samples.channels, samples.input_size, samples.input_size)
@@ -122,6 +73,9 @@ class Feed:
         share = part(range(number * size, (number + 1) * size), self._index, self._count)
         places = part(share, piece, self._config.processes.accumulation_steps)
         return self._read(places, self._trained[image_indices(self._config.seed, places, len(self._trained))])
+
+    def _pinned(self, key: tuple[int, int]) -> Batch:
+        return self[key].pin_memory() if self._pins else self[key]
 
     def _read(self, places: Sequence[int], indices: np.ndarray, *, held_out: bool = False) -> Batch:
         draws = draw(
@@ -155,7 +109,11 @@ class Feed:
         keys = _Keys(first_batch, steps)
         workers = self._config.processes.data_workers
         if workers == 0:
-            yield from map(self.__getitem__, keys)
+            given = self._config.processes.data_threads
+            if threads := given if given is not None else GPU_THREADS * self._pins:
+                yield from read_ahead(self._pinned, keys, threads=threads)
+            else:
+                yield from map(self.__getitem__, keys)
             return
         loader = torch.utils.data.DataLoader(
             cast(Any, self), batch_size=None, sampler=cast(Any, keys), num_workers=workers, prefetch_factor=2,

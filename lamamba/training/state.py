@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lamamba._version import __version__
 from lamamba.config import Objective, UNetConfig
+from lamamba.data.codec import CodecFacts
 from lamamba.models.unet import LaMambaUNet
 from lamamba.training.config import RUN_VERSION, TrainConfig
 from lamamba.training.processes import MainProcessError, Processes
@@ -36,22 +37,18 @@ from lamamba.training.processes import MainProcessError, Processes
 logger = logging.getLogger("lamamba.training")
 
 MANIFEST = "manifest.json"
-SAMPLING_VERSION = 1
-"""Of sampling.json."""
+SAMPLING_VERSION = 2
+"""Of sampling.json. 1: of an autoencoder, the scale alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingFacts:
+class SamplingFacts(CodecFacts):
     """What a sampler must know of a trained network besides its weights; saved with them as sampling.json."""
 
     objective: Objective
     """What the network predicts, and so which samplers fit."""
     image_size: int
     """Side of the images in pixels."""
-    codec: str = "pixels"
-    """How images become the network's input: "pixels" (scaled to [-1, 1]) or "latents" (of an autoencoder)."""
-    scale: float = 1.0
-    """Factor on the codec's output before the network sees it (latents; 1 for pixels)."""
     label_names: tuple[str, ...] = ()
     """One name per class."""
     version: int = SAMPLING_VERSION
@@ -193,7 +190,9 @@ class RunFolder:
             raise FileExistsError(f"{self.path} exists, is not empty and holds no run; give another folder with --out")
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def create(self, config: TrainConfig, architecture: UNetConfig, facts: SamplingFacts) -> None:
+    def create(
+        self, config: TrainConfig, architecture: UNetConfig, facts: SamplingFacts, fingerprint: str | None = None
+    ) -> None:
         """Write what the run is into its folder, or check that the folder belongs to the very same run.
 
         Raises:
@@ -202,6 +201,7 @@ class RunFolder:
         values = {
             "version": RUN_VERSION, "lamamba": __version__, "train": config.to_dict(),
             "architecture": architecture.to_dict(), "sampling": dataclasses.asdict(facts),
+            "data": {"fingerprint": fingerprint},
         }
         values = json.loads(json.dumps(values))
         if self.config.exists():
@@ -213,8 +213,10 @@ class RunFolder:
     def _check_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         check_version(self.config, old)
         old = {**old, "train": TrainConfig.from_dict(old["train"]).to_dict()}   # options that it did not know yet
+        old["sampling"] = {**dataclasses.asdict(CodecFacts()), **old["sampling"]}
         may_change = {
-            "version", "lamamba", "sampling.version", "train.steps", "train.log_every", "train.checkpoint_every",
+            "version", "lamamba", "data", "sampling.version", "sampling.autoencoder", "train.data.max_bad_images",
+            "train.data.manifest", "train.data.autoencoder", "train.steps", "train.log_every", "train.checkpoint_every",
             "train.keep_checkpoints", "train.keep_every", "train.device", "train.sampling", "train.processes",
             "train.faults", "train.watch.trackers", "train.watch.project", "train.watch.held_out_every",
         }
@@ -227,6 +229,14 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} holds a run with another configuration ({'; '.join(differences)}); "
                 "repeat its options to resume it, or give another folder with --out"
+            )
+        old_data, new_data = old.get("data"), new["data"]                       # older runs did not write it down
+        if old_data is not None and old_data != new_data:
+            raise ValueError(
+                f"{self.path} began with other data than {new['train']['data']['source']} holds now (fingerprint "
+                f"{str(old_data['fingerprint'])[:12]} there, {str(new_data['fingerprint'])[:12]} here): files, classes "
+                "or latents were added, removed or made anew. Bring the former ones back to resume, or give another "
+                "folder with --out"
             )
 
     def names(self) -> list[str]:

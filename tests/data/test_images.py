@@ -2,15 +2,59 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
-from lamamba.data.codec import LatentDecoder, PixelCodec
+from lamamba.data.codec import PixelCodec
 from lamamba.data.digits import Digits
-from lamamba.data.images import ImageFolder, centre_crop
+from lamamba.data.images import BadImage, ImageFolder, centre_crop, decode, random_crop
+
+BAD = {
+    "empty.png": "empty", "text.jpg": "not an image", "header.png": "truncated", "half.png": "truncated",
+    "half.jpg": "truncated", "magic.jpg": "truncated", "pixel.gif": "too small", "line.png": "too narrow",
+    "bomb.png": "decompression bomb", "float.tif": "32-bit",
+}
+
+
+def write_odd_files(folder):
+    """A bad file of every kind, and three that only need a conversion."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    for suffix in ("png", "jpg"):
+        picture.save(folder / f"whole.{suffix}")
+        content = (folder / f"whole.{suffix}").read_bytes()
+        (folder / f"whole.{suffix}").unlink()
+        (folder / f"half.{suffix}").write_bytes(content[: len(content) // 2])
+        if suffix == "png":
+            (folder / "header.png").write_bytes(content[:20])
+        else:
+            (folder / "magic.jpg").write_bytes(content[:30])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("this was a page that said 404")
+    Image.new("P", (1, 1)).save(folder / "pixel.gif")
+    Image.new("L", (400, 3)).save(folder / "line.png")
+    Image.new("1", (20_000, 10_000)).save(folder / "bomb.png")
+    Image.fromarray(rng.random((20, 20), dtype=np.float32)).save(folder / "float.tif")
+    Image.new("CMYK", (20, 20), (255, 0, 0, 0)).save(folder / "cmyk.jpg", quality=95)
+    Image.fromarray((np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)).save(folder / "grey16.png")
+    (folder / "rgb16.png").write_bytes(_png_of_16_bits(rng.integers(0, 65536, (12, 12, 3)).astype(">u2")))
+
+
+def _png_of_16_bits(pixels):
+    """Pillow writes none in colour."""
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 def write_images(folder, count, size=(20, 30), mode="RGB", seed=0):
@@ -41,6 +85,70 @@ def test_a_flat_folder_has_no_classes(tmp_path):
     assert images.read([0, 2])[0].shape == (2, 1, 8, 8)
 
 
+CONVERTED = {"cmyk.jpg": "CMYK", "grey16.png": "16-bit", "rgb16.png": "16-bit"}
+
+
+@pytest.fixture(scope="module")
+def odd_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("odd")
+    write_odd_files(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("file", "kind"), BAD.items())
+def test_what_makes_a_file_bad(odd_files, file, kind):
+    with pytest.raises(BadImage) as caught:
+        decode((odd_files / file).read_bytes())
+    assert caught.value.kind == kind, caught.value
+
+
+def test_odd_files_that_are_good_after_a_conversion(odd_files):
+    for file, note in CONVERTED.items():
+        image, told = decode((odd_files / file).read_bytes())
+        assert (image.mode, told) == ("RGB", note)
+    grey, _ = decode((odd_files / "grey16.png").read_bytes(), channels=1)
+    assert np.array_equal(np.asarray(grey)[0, :3], [0, 1, 2])                   # v / 257, not cut off at 255
+    assert np.asarray(grey).max() == 255
+    cyan, _ = decode((odd_files / "cmyk.jpg").read_bytes())
+    assert np.abs(np.asarray(cyan)[5, 5].astype(int) - [0, 255, 255]).max() <= 3
+
+
+def test_unforeseen_bad_files_are_replaced_by_the_next_good_one_and_counted(tmp_path):
+    write_images(tmp_path / "a", 3)
+    write_images(tmp_path / "b", 3)
+    (tmp_path / "a" / "002.png").write_bytes(b"")
+    (tmp_path / "b" / "002.png").write_bytes(b"no")
+    images = ImageFolder(tmp_path, 16, max_bad_images=2)
+    pixels, labels = images.read([2, 3, 5, 0, 2])
+    assert labels.tolist() == [1, 1, 0, 0, 1]                                   # its own label, not the missing one's
+    assert np.array_equal(pixels[0], pixels[1])
+    assert np.array_equal(pixels[2], pixels[3])                                 # after the last comes the first
+    assert list(images.bad) == ["a/002.png", "b/002.png"]
+    strict = ImageFolder(tmp_path, 16, max_bad_images=1)
+    strict.read([0, 1, 2])
+    with pytest.raises(ValueError, match=r"2 files cannot.*1 are allowed: a/002.png \(empty.*b/002.png \(not an image"):
+        strict.read([5])
+    known = ImageFolder(tmp_path, 16, left_out=["a/002.png", "b/002.png"])
+    assert (len(known), known.labels.tolist()) == (4, [0, 0, 1, 1])
+    assert known.files([1, 2]) == ["a/001.png", "b/000.png"]
+    assert known.fingerprint != strict.fingerprint
+
+
+def test_an_image_set_survives_a_fork(tmp_path):
+    """Threads do not: a worker of a data loader makes its own."""
+    write_images(tmp_path, 8)
+    images = ImageFolder(tmp_path, 16)
+    expected, _ = images.read(range(8))
+    images._cache = None
+    class Batches:
+        def __getitem__(self, batch):
+            return images.read(range(4 * batch, 4 * batch + 4))[0]
+        def __len__(self):
+            return 2
+    loader = torch.utils.data.DataLoader(Batches(), batch_size=None, num_workers=1, multiprocessing_context="fork")
+    assert np.array_equal(np.concatenate([np.asarray(batch) for batch in loader]), expected)
+
+
 def test_folders_that_do_not_fit(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         ImageFolder(tmp_path / "nowhere", 16)
@@ -58,13 +166,51 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
     (tmp_path / "zzz.jpg").write_text("hello")
     images = ImageFolder(tmp_path, 16)
     for index, name in ((0, "000.png"), (2, "zzz.jpg")):
-        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+        with pytest.raises(ValueError, match=rf"cannot be read.*: .*{name} \("):
             images.read([index])
 
 
 @pytest.mark.parametrize("size", [(64, 64), (100, 70), (33, 200), (16, 16), (10, 12)])
 def test_centre_crop_is_square(size):
     assert centre_crop(Image.new("RGB", size), 16).size == (16, 16)
+
+
+def test_centre_crop_halves_by_box_and_ends_bicubic():
+    """Step by step: 300 x 210 to 150 x 105 to 75 x 52 (box), the short side to 32 (bicubic), then the cut."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (210, 300, 3), dtype=np.uint8))
+    step = image.resize((150, 105), Image.Resampling.BOX).resize((75, 52), Image.Resampling.BOX)
+    step = step.resize((46, 32), Image.Resampling.BICUBIC)                      # 75 * 32 / 52 = 46.15
+    assert np.array_equal(np.asarray(centre_crop(image, 32)), np.asarray(step)[:, 7:39])
+
+
+def test_random_crop_shows_80_to_100_percent():
+    """Of a picture whose pixels tell where they are."""
+    ramp = np.broadcast_to(np.arange(256, dtype=np.uint8), (256, 256))
+    image = Image.fromarray(np.ascontiguousarray(ramp))
+    shown = {}
+    for how_much in (0.0, 0.5, 0.9999):
+        for left in (0.0, 0.9999):
+            crop = random_crop(image, 64, [how_much, 0.5, left])
+            assert crop.size == (64, 64)
+            row = np.asarray(crop)[0].astype(int)
+            shown[how_much, left] = (row[0], row[-1])
+    assert shown[0.0, 0.0] == shown[0.0, 0.9999]                                # all of it: nowhere to move
+    assert shown[0.0, 0.0][1] - shown[0.0, 0.0][0] > 245
+    assert 195 < shown[0.9999, 0.0][1] - shown[0.9999, 0.0][0] < 206            # 64 of 80 pixels
+    assert shown[0.9999, 0.0][0] < 5
+    assert shown[0.9999, 0.9999][1] > 250
+
+
+def test_random_crops_are_a_function_of_their_numbers(tmp_path):
+    write_images(tmp_path, 2, size=(40, 50))
+    images = ImageFolder(tmp_path, 16, crop="random")
+    draws = np.array([[0.9, 0.1, 0.2], [0.9, 0.8, 0.7]])
+    first, _ = images.read([0, 0], draws)
+    assert not np.array_equal(first[0], first[1])
+    assert np.array_equal(images.read([0], draws[1:])[0][0], first[1])
+    with pytest.raises(ValueError, match="three random numbers"):
+        images.read([0])
 
 
 def test_centre_crop_takes_the_middle():
@@ -94,17 +240,3 @@ def test_pixels_come_back_unchanged_and_mirrored_on_request():
     assert np.array_equal(back[1], images[0, 0, :, ::-1])
     assert codec.decode(torch.full((1, 1, 1, 1), 3.0)).item() == 255
 
-
-def test_latents_go_through_any_saved_autoencoder(tmp_path):
-    torch.manual_seed(0)
-    autoencoder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
-    )
-    autoencoder.save_pretrained(tmp_path)
-    latents = torch.randn(3, 4, 8, 8)
-    pictures = LatentDecoder(tmp_path, scale=0.5).decode(latents)
-    assert pictures.shape == (3, 16, 16, 3)
-    with torch.no_grad():
-        expected = PixelCodec().decode(autoencoder.eval().decode(latents / 0.5).sample)
-    assert np.abs(pictures.astype(int) - expected.astype(int)).max() <= 1

@@ -1,0 +1,193 @@
+"""Autoencoders of diffusers, frozen: safely loaded, known by the hash of what they are, images to moments and back."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
+"""Classes of diffusers that turn one image into one grid of latents."""
+WITH_POSTERIOR = ("AutoencoderKL", "AsymmetricAutoencoderKL")
+"""Those whose latents are drawn from a normal distribution; the others' are a function of the image."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_NOT_IDENTITY = {"sample_size", "force_upcast"}
+"""Entries of a configuration that change no latent."""
+
+
+class Autoencoder:
+    """An autoencoder that is only used, never trained. Nothing is unpickled to load it.
+
+    Args:
+        name: a folder as diffusers saves it (or one of a pipeline, for its vae), or a hub id such as
+            stabilityai/sd-vae-ft-ema or owner/pipeline/vae.
+        device: where it works.
+        dtype: in which it works. Moments come out in float32 whatever it is.
+
+    Raises:
+        FileNotFoundError, OSError: when there is no such autoencoder.
+        ValueError: when its weights are damaged, incomplete, not safetensors, or it is of an unknown class.
+    """
+
+    def __init__(self, name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        self.name = str(name)
+        self.device, self.dtype = torch.device(device), dtype
+        network: Any = _load(self.name)
+        self.config: dict[str, Any] = dict(network.config)
+        self.kind = type(network).__name__
+        self._network: Any = network.requires_grad_(False).eval()
+        self.sha256 = self._identity()
+        """Of weights and configuration: two copies of one autoencoder have the same, whatever their names."""
+        for tensor in [*self._network.parameters(), *self._network.buffers()]:
+            tensor.data = tensor.data.clone()                                   # a file's alignment rounds otherwise
+        self._network = nn.Module.to(self._network, self.device, dtype)         # diffusers' own warns of nothing
+        self.in_channels: int = self.config["in_channels"]
+        self.has_posterior = self.kind in WITH_POSTERIOR
+
+    def _identity(self) -> str:
+        digest = hashlib.sha256(json.dumps([self.kind, _telling(type(self._network), self.config)]).encode())
+        for key, tensor in sorted(self._network.state_dict().items()):
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.kind}, {self.sha256[:12]})"
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and standard deviation (b, c, h, w) float32 of the latents of pixels (b, in_channels, H, W) in [-1, 1].
+
+        Autoencoders without a posterior give their latents as the mean, and None.
+        """
+        encoded = self._network.encode(pixels.to(self.device, self.dtype))
+        if self.has_posterior:
+            return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+        latents = encoded.latent if hasattr(encoded, "latent") else encoded.latents
+        return latents.float(), None
+
+    @functools.lru_cache(maxsize=8)                                             # noqa: B019 (few are ever made)
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of a square image; found by encoding a grey one.
+
+        Raises:
+            ValueError: when the autoencoder cannot take this size.
+        """
+        try:
+            mean, _ = self.moments(torch.zeros(1, self.in_channels, image_size, image_size))
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self} cannot encode images of {image_size} x {image_size} pixels ({str(error).splitlines()[0]}); "
+                "choose a multiple of 32"
+            ) from error
+        c, h, w = mean.shape[1:]
+        return c, h, w
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels (b, channels, H, W) float32, about -1 .. 1, of latents (b, c, h, w)."""
+        return self._network.decode(latents.to(self.device, self.dtype)).sample.float()
+
+
+def _telling(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a configuration that differ from its class's defaults, so that new entries change no identity."""
+    defaults = {key: value.default for key, value in inspect.signature(kind).parameters.items()}
+    plain = json.loads(json.dumps({key: value for key, value in config.items() if not key.startswith("_")}))
+    standard = json.loads(json.dumps(defaults, default=str))
+    return {
+        key: value for key, value in sorted(plain.items())
+        if key not in _NOT_IDENTITY and (key not in standard or value != standard[key])
+    }
+
+
+def _load(name: str) -> nn.Module:
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()                                               # what matters is checked below
+    try:
+        return _load_checked(name)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _load_checked(name: str) -> nn.Module:
+    import diffusers
+    from safetensors import SafetensorError
+
+    place, options = _find(name)
+    try:
+        config = diffusers.AutoencoderKL.load_config(place, **options)
+    except OSError as error:
+        raise OSError(f"there is no autoencoder {name!r}: {_first_line(error)}") from error
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if kind not in KINDS:
+        raise ValueError(f"{name} is a {kind or 'thing without a class'}, not one of {', '.join(KINDS)}")
+    try:
+        network, report = getattr(diffusers, kind).from_pretrained(
+            place, **options, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the weights of {name} cannot be loaded: {_first_line(error)}; only whole safetensors files are read, as "
+            "a pickle (.bin, .pt) could run code"
+        ) from error
+    wrong = [
+        f"{kind}: {', '.join(map(str, list(report[f'{kind}_keys'])[:3]))}"
+        for kind in ("missing", "unexpected", "mismatched") if report.get(f"{kind}_keys")
+    ]
+    if wrong:
+        raise ValueError(f"the weights of {name} do not fit its configuration ({'; '.join(wrong)})")
+    return network
+
+
+def _find(name: str) -> tuple[str, dict[str, Any]]:
+    """Where from_pretrained finds an autoencoder, and with which options.
+
+    Raises:
+        FileNotFoundError: when a folder holds none.
+        ValueError: when its weights are only there as a pickle.
+    """
+    path = Path(name)
+    if path.is_file():
+        if path.suffix in PICKLES:
+            raise ValueError(_refuse_pickle(name, path.name))
+        raise ValueError(f"{name} is a file; give the folder that holds config.json and the safetensors weights")
+    if not path.is_dir():
+        parts = name.split("/")
+        if name.startswith((".", "/", "~")) or len(parts) < 2:
+            raise FileNotFoundError(
+                f"there is no autoencoder {name!r}; give a folder as diffusers saves it, or a hub id such as "
+                "stabilityai/sd-vae-ft-ema"
+            )
+        return "/".join(parts[:2]), {"subfolder": "/".join(parts[2:])} if parts[2:] else {}
+    if (path / "model_index.json").is_file() and (path / "vae").is_dir():
+        path /= "vae"
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{name} holds no autoencoder: there is no config.json in it")
+    if not any(path.glob("*.safetensors")):
+        pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLES]
+        if pickles:
+            raise ValueError(_refuse_pickle(name, pickles[0]))
+        raise FileNotFoundError(f"{name} holds no weights: there is no .safetensors file in it")
+    return str(path), {"local_files_only": True}
+
+
+def _refuse_pickle(name: str, file: str) -> str:
+    return (
+        f"{name} has its weights as a pickle ({file}), which can run code when it is opened; it was not opened. Get "
+        "the safetensors version, or make one where you trust the file: torch.load(..., weights_only=True), then "
+        "safetensors.torch.save_file"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,182 @@
+"""Checking a source file by file, and the manifest that remembers which files are bad."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lamamba.data.files import read_json, write_atomically
+from lamamba.data.images import MIN_SIDE, BadImage, decode
+from lamamba.data.sources import Source, fingerprint
+
+MANIFEST_VERSION = 1
+MANIFEST_NAME = "lamamba-manifest.json"
+CHUNK = 32
+"""Files that a process checks before it reports."""
+
+
+@dataclass(frozen=True)
+class BadFile:
+    file: str
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a check found."""
+
+    source: str
+    """As it was named."""
+    fingerprint: str
+    """SHA-256 of the names, classes and order of all files, bad ones included."""
+    images: int
+    """Files checked."""
+    label_names: tuple[str, ...]
+    images_per_class: tuple[int, ...]
+    """Files of each class, bad ones included; one number where there are no classes."""
+    bad: tuple[BadFile, ...]
+    """Files that training leaves out, in the source's order."""
+    converted: dict[str, int] = field(default_factory=dict)
+    """Files that are used after a conversion, by kind: CMYK, 16-bit."""
+    converted_files: tuple[str, ...] = ()
+    """The first of them by name."""
+    min_side: int = MIN_SIDE
+    """Images with fewer pixels on a side count as too small."""
+    version: int = MANIFEST_VERSION
+
+    def save(self, path: Path) -> None:
+        """Write the manifest so that it is always the old one or the new one."""
+        write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            ValueError: when it is missing, damaged or of a newer format.
+        """
+        values = read_json(path, MANIFEST_VERSION)
+        try:
+            values["bad"] = tuple(BadFile(**bad) for bad in values["bad"])
+            plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            return cls(**plain)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{path} is no manifest ({error}); run lamamba data check again") from error
+
+
+def manifest_place(source_name: str) -> Path:
+    """Where a source's manifest lies unless told otherwise: in its folder, or beside its tars, or here."""
+    path = Path(source_name)
+    if path.is_dir():
+        return path / MANIFEST_NAME
+    if path.suffix == ".tar":
+        return path.parent / MANIFEST_NAME
+    plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in source_name)
+    return Path(f"{plain}-{MANIFEST_NAME}")
+
+
+Verdict = tuple[int, str, str, str]
+"""Index, kind of fault or "", its detail, kind of conversion or ""."""
+
+_checked: tuple[Source, int] | None = None
+"""Of a checking process: what it checks, and the least side."""
+
+
+def _begin(source: Source, min_side: int) -> None:
+    global _checked
+    _checked = source, min_side
+
+
+def _check_chunk(indices: range) -> list[Verdict]:
+    assert _checked is not None
+    source, min_side = _checked
+    return [_check_file(source, index, min_side) for index in indices]
+
+
+def _check_file(source: Source, index: int, min_side: int) -> Verdict:
+    try:
+        _, note = decode(source.read(index), min_side=min_side)
+    except BadImage as error:
+        return index, error.kind, error.detail, ""
+    except OSError as error:                                                    # the disk's fault
+        return index, "unreadable", str(error), ""
+    return index, "", "", note
+
+
+def check_files(source: Source, workers: int | None = None, min_side: int = MIN_SIDE) -> Iterator[Verdict]:
+    """Decode every file of a source, in order of the files, with several processes (by default one per core).
+
+    Raises:
+        RuntimeError: when a process dies, as it does when the memory is full.
+    """
+    workers = workers or os.cpu_count() or 1
+    if workers == 1 or len(source) <= CHUNK:
+        for index in range(len(source)):
+            yield _check_file(source, index, min_side)
+        return
+    chunks = (range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK))
+    context = multiprocessing.get_context("spawn")                              # a fork would copy locks that are held
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(source, min_side))
+    try:
+        waiting = [pool.submit(_check_chunk, chunk) for chunk in itertools.islice(chunks, 4 * workers)]
+        while waiting:
+            yield from waiting.pop(0).result()
+            waiting += [pool.submit(_check_chunk, chunk) for chunk in itertools.islice(chunks, 1)]
+    except BrokenProcessPool as error:
+        raise RuntimeError(f"a process that checked {source.name} died; fewer --workers need less memory") from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+NAMED_CONVERTED = 1000
+
+
+def make_manifest(source: Source, verdicts: Iterator[Verdict] | list[Verdict], min_side: int = MIN_SIDE) -> Manifest:
+    """Sum up what a check found."""
+    bad, converted, files = list[BadFile](), Counter[str](), list[str]()
+    for index, kind, detail, note in verdicts:
+        if kind:
+            bad.append(BadFile(source.file(index), kind, detail))
+        elif note:
+            converted[note] += 1
+            if len(files) < NAMED_CONVERTED:
+                files.append(source.file(index))
+    counts = Counter(source.labels.tolist())
+    return Manifest(
+        source=source.name, fingerprint=fingerprint(source), images=len(source), label_names=source.label_names,
+        images_per_class=tuple(counts[label] for label in range(max(1, len(source.label_names)))), bad=tuple(bad),
+        converted=dict(sorted(converted.items())), converted_files=tuple(files), min_side=min_side,
+    )
+
+
+def known_bad(source: Source, manifest: str | Path | None = None) -> tuple[tuple[str, ...], str | None]:
+    """Files to leave out by a source's manifest, and a note when the source has changed since it was written.
+
+    Args:
+        source: what is about to be read.
+        manifest: the manifest; None: the one in the source's own place, where there is one.
+
+    Raises:
+        ValueError: when a manifest is damaged, or the one asked for is missing.
+    """
+    path = Path(manifest) if manifest is not None else manifest_place(source.name)
+    if manifest is None and not path.is_file():
+        return (), None
+    found = Manifest.load(path)
+    note = None
+    if found.fingerprint != fingerprint(source):
+        note = (
+            f"{source.name} has changed since {path} was written ({found.images} files then, {len(source)} now); its "
+            "list of bad files still counts, `lamamba data check` renews it"
+        )
+    return tuple(bad.file for bad in found.bad), note
