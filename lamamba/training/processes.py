@@ -195,7 +195,7 @@ class Processes:
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
             return nn.parallel.DistributedDataParallel(
                 model, device_ids=[self.device] if self.device.type == "cuda" else None,
-                broadcast_buffers=False, gradient_as_bucket_view=True,          # its new name is younger than torch 2.11
+                broadcast_buffers=False, gradient_as_bucket_view=True,          # the new name is younger than 2.11
             )
         return model
 
