@@ -310,7 +310,7 @@ class _Job:
         path = self._folder / shard_name(number)
         temporary = temporary_name(path)
         try:
-            metadata = {"format": "lamamba latents", "shard": str(number)}
+            metadata = {"format": "lamamba latents"}                            # one entry: several have no fixed order
             temporary.write_bytes(save({MOMENTS: moments.contiguous()}, metadata=metadata))
             shard = Shard(
                 file=path.name, bytes=temporary.stat().st_size, sha256=sha256(temporary),
