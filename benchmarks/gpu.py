@@ -74,7 +74,7 @@ def main() -> int:
 
     from lamamba.cli.bench import commit
     from lamamba.cli.doctor import examine
-    from lamamba.training.state import write_atomically
+    from lamamba.files import write_atomically
 
     findings = examine()
     found: dict[str, Any] = {

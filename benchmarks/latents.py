@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import save_file
 
 from lamamba.data.codec import CodecFacts
-from lamamba.data.files import sha256
 from lamamba.data.latents import MOMENTS, Index, LatentSet, Plan, Shard, shard_name
 from lamamba.data.sets import read_ahead
+from lamamba.files import sha256
 from lamamba.training.draws import Draws, draw, image_indices
 
 SHAPE = (4, 32, 32)

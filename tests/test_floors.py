@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lamamba"
 FLOORS = [
-    {"config", "_version", "_native"},                                           # _native holds compiled kernels
+    {"config", "files", "_version", "_native"},                                  # _native holds compiled kernels
     {"ops"},
     {"models", "diffusion", "data"},
     {"training", "generation", "evaluation", "benchmark"},

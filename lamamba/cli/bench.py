@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> None:
     from rich.console import Console
 
     from lamamba.benchmark.throughput import measure, ratios
-    from lamamba.training.state import write_atomically
+    from lamamba.files import write_atomically
 
     facts = environment(groups[0][0], chosen)
     print("\n".join(f"{key:<12}{value}" for key, value in _described(facts)), flush=True)

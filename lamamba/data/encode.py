@@ -25,7 +25,6 @@ from torch import Tensor
 
 from lamamba.data.autoencoder import Autoencoder
 from lamamba.data.codec import CodecFacts, to_pixels
-from lamamba.data.files import read_json, settle, sha256, temporary_name, write_atomically
 from lamamba.data.images import BadImage, Images, explain_bad
 from lamamba.data.latents import (
     INDEX,
@@ -41,6 +40,7 @@ from lamamba.data.latents import (
 )
 from lamamba.data.sets import read_ahead
 from lamamba.data.sources import Source, fingerprint
+from lamamba.files import read_json, settle, sha256, temporary_name, write_atomically
 
 logger = logging.getLogger("lamamba.data")
 

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lamamba.data.files import read_json, write_atomically
 from lamamba.data.images import MIN_SIDE, BadImage, decode
 from lamamba.data.sources import Source, fingerprint
+from lamamba.files import read_json, write_atomically
 
 MANIFEST_VERSION = 1
 MANIFEST_NAME = "lamamba-manifest.json"

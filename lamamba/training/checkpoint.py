@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lamamba.files import read_json, write_json
 from lamamba.models.unet import LaMambaUNet
 from lamamba.training.config import RUN_VERSION
 from lamamba.training.processes import Processes, local, whole
-from lamamba.training.state import SamplingFacts, load_network, read_json, write_json
+from lamamba.training.state import SamplingFacts, load_network
 
 logger = logging.getLogger("lamamba.training")
 

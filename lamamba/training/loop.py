@@ -21,6 +21,7 @@ from lamamba.data.sets import TrainingSet
 from lamamba.diffusion.guidance import drop_labels
 from lamamba.diffusion.loss import training_loss
 from lamamba.diffusion.schedule import make_schedule
+from lamamba.files import write_atomically
 from lamamba.models.compiling import compile_network
 from lamamba.models.unet import LaMambaUNet
 from lamamba.training.checkpoint import (
@@ -39,7 +40,7 @@ from lamamba.training.processes import MainProcessError, Processes, local, peak_
 from lamamba.training.processes import pick_device as pick_device
 from lamamba.training.samples import Batch, Feed, as_training_set
 from lamamba.training.start import continue_official, start_network
-from lamamba.training.state import RunFolder, SamplingFacts, write_atomically
+from lamamba.training.state import RunFolder, SamplingFacts
 from lamamba.training.trackers import start_trackers
 
 logger = logging.getLogger("lamamba.training")

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lamamba._version import __version__
 from lamamba.config import Objective, UNetConfig
 from lamamba.data.codec import CodecFacts
+from lamamba.files import differences, flush, read_json, sha256, write_atomically, write_json
 from lamamba.models.unet import LaMambaUNet
 from lamamba.training.config import RUN_VERSION, TrainConfig
 from lamamba.training.processes import MainProcessError, Processes
@@ -63,8 +64,7 @@ class SamplingFacts(CodecFacts):
         Raises:
             ValueError: when it is damaged or of a newer format.
         """
-        values = read_json(path)
-        check_version(path, values, SAMPLING_VERSION)
+        values = read_json(path, SAMPLING_VERSION)
         known = {f.name for f in dataclasses.fields(cls)}
         plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         if unknown := values.keys() - known:
@@ -73,59 +73,6 @@ class SamplingFacts(CodecFacts):
             return cls(**plain)
         except TypeError as error:
             raise ValueError(f"{path} is incomplete: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ValueError: when the file is missing or damaged.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is missing or damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return values
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """A JSON object into a file, for people to read, too."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def check_version(path: Path, values: Mapping[str, Any], newest: int = RUN_VERSION) -> None:
-    """Refuse a file of a newer format than this code reads."""
-    version = values.get("version")
-    if not isinstance(version, int) or version > newest:
-        raise ValueError(f"{path} has format version {version}, this lamamba reads up to {newest}; upgrade it")
-
-
-def _flush(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():                                       # Windows flushes files only
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that it is always the old one or the new one, never half of either."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, path)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _hash_of_hashes(hashes: Mapping[str, str]) -> str:
@@ -142,7 +89,7 @@ def _hash_together(folder: Path, processes: Processes) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     mine, failure = {}, None
     try:
-        mine = {path.relative_to(folder).as_posix(): _hash(path) for path in files[processes.index :: processes.count]}
+        mine = {path.relative_to(folder).as_posix(): sha256(path) for path in files[processes.index :: processes.count]}
     except OSError as error:
         failure = str(error)
     hashes: dict[str, str] = {}
@@ -205,13 +152,12 @@ class RunFolder:
         }
         values = json.loads(json.dumps(values))
         if self.config.exists():
-            self._check_same(read_json(self.config), values)
+            self._check_same(read_json(self.config, RUN_VERSION), values)
         self.samples.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         write_atomically(self.config, json.dumps(values, indent=2) + "\n")
 
     def _check_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        check_version(self.config, old)
         old = {**old, "train": TrainConfig.from_dict(old["train"]).to_dict()}   # options that it did not know yet
         old["sampling"] = {**dataclasses.asdict(CodecFacts()), **old["sampling"]}
         may_change = {
@@ -220,14 +166,14 @@ class RunFolder:
             "train.keep_checkpoints", "train.keep_every", "train.device", "train.sampling", "train.processes",
             "train.faults", "train.watch.trackers", "train.watch.project", "train.watch.held_out_every",
         }
-        differences = [
+        found = [
             f"{name}: {before!r} there, {after!r} here"
-            for name, before, after in _differences(old, new)
+            for name, before, after in differences(old, new)
             if not any(name == free or name.startswith(free + ".") for free in may_change)
         ]
-        if differences:
+        if found:
             raise ValueError(
-                f"{self.path} holds a run with another configuration ({'; '.join(differences)}); "
+                f"{self.path} holds a run with another configuration ({'; '.join(found)}); "
                 "repeat its options to resume it, or give another folder with --out"
             )
         old_data, new_data = old.get("data"), new["data"]                       # older runs did not write it down
@@ -292,10 +238,10 @@ class RunFolder:
             write_json(temporary / MANIFEST, values)
             folders = {(temporary / name).parent for name in hashes} | {temporary}
             for path in [*(temporary / name for name in hashes), temporary / MANIFEST, *folders]:
-                _flush(path)
+                flush(path)
             _move_aside(place)                                                  # a damaged one of this step
             os.replace(temporary, place)
-            _flush(self.checkpoints)
+            flush(self.checkpoints)
             for name in self.names()[:-keep]:
                 if not keep_every or int(name.removeprefix("step_")) % keep_every:
                     dropped = self.checkpoints / f".old_{name}"                 # never half a checkpoint of that name
@@ -358,30 +304,19 @@ class RunFolder:
         return None
 
 
-def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in [*old, *(key for key in new if key not in old)]:
-            child = f"{name}.{key}" if name else str(key)
-            found += _differences(old.get(key, "nothing"), new.get(key, "nothing"), child)
-        return found
-    return [] if old == new else [(name, old, new)]
-
-
 def check_manifest(place: Path) -> None:
     """Compare every file of a checkpoint with its hash.
 
     Raises:
         ValueError: naming the first file that is missing or changed.
     """
-    manifest = read_json(place / MANIFEST)
-    check_version(place / MANIFEST, manifest)
+    manifest = read_json(place / MANIFEST, RUN_VERSION)
     if manifest.get("files_sha256") != _hash_of_hashes(manifest.get("files", {})):
         raise ValueError(f"{place} is damaged: {MANIFEST} was changed; remove the folder to go on from an older one")
     for name, digest in manifest["files"].items():
         if not (place / name).is_file():
             raise ValueError(f"{place} is damaged: {name} is missing; remove the folder to go on from an older one")
-        if _hash(place / name) != digest:
+        if sha256(place / name) != digest:
             raise ValueError(
                 f"{place} is damaged: {name} is not what was written (truncated or changed); "
                 "remove the folder to go on from an older one"

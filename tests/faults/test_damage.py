@@ -11,6 +11,7 @@ import signal
 
 import pytest
 
+from lamamba.files import sha256, write_json
 from lamamba.training.loop import train
 from lamamba.training.state import RunFolder, find_network
 from tests.training.together import FewDigits, config, pytestmark, states_equal, together  # noqa: F401
@@ -146,8 +147,8 @@ def test_a_pickle_with_code_in_it_is_not_executed(tmp_path, file, tally):
         if file.endswith(".bin"):
             (place / file).with_suffix(".safetensors").unlink()
         files = sorted(p for p in place.rglob("*") if p.is_file() and p.name != state.MANIFEST)
-        hashes = {p.relative_to(place).as_posix(): state._hash(p) for p in files}
-        state.write_json(place / state.MANIFEST, {
+        hashes = {p.relative_to(place).as_posix(): sha256(p) for p in files}
+        write_json(place / state.MANIFEST, {
             "version": 2, "files": hashes, "files_sha256": state._hash_of_hashes(hashes)})
         with pytest.raises((ValueError, OSError)):
             run(config(steps=6), folder)

@@ -1,4 +1,4 @@
-"""Small habits with files: JSON that names itself when it is broken, files that are never half written."""
+"""Habits with files: JSON that names itself when it is broken, files that are never half written."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 
-def read_json(path: Path, newest_version: int) -> dict[str, Any]:
-    """A JSON object with a version from a file.
+def read_json(path: Path, newest_version: int | None = None) -> dict[str, Any]:
+    """A JSON object from a file; one with a version, where the newest that the caller can read is given.
 
     Raises:
         ValueError: when the file is missing, damaged or of a newer format.
@@ -21,12 +21,22 @@ def read_json(path: Path, newest_version: int) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is missing or damaged: {error}") from error
-    version = values.get("version") if isinstance(values, dict) else None
-    if not isinstance(version, int):
-        raise ValueError(f"{path} is damaged: there is no version in it")
-    if version > newest_version:
-        raise ValueError(f"{path} has format version {version}, this lamamba reads up to {newest_version}; upgrade it")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    if newest_version is not None:
+        version = values.get("version")
+        if not isinstance(version, int):
+            raise ValueError(f"{path} is damaged: there is no version in it")
+        if version > newest_version:
+            raise ValueError(
+                f"{path} has format version {version}, this lamamba reads up to {newest_version}; upgrade it"
+            )
     return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """A JSON object into a file, for people to read, too."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def temporary_name(path: Path) -> Path:
@@ -38,12 +48,13 @@ def settle(temporary: Path, path: Path) -> None:
     """Give a whole file its name: flushed to disk first, so that a file of that name is never half of it."""
     flush(temporary)
     os.replace(temporary, path)
-    if os.name != "nt":
-        flush(path.parent)
+    flush(path.parent)
 
 
 def flush(path: Path) -> None:
     """Have a file or a folder's list of names on the disk before going on."""
+    if os.name == "nt" and path.is_dir():                                       # Windows flushes files only
+        return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -70,10 +81,12 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], here: str = "here") -> list[str]:
-    """Where two plain descriptions differ, one phrase per entry."""
-    return [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} {here}"
-        for key in [*old, *(key for key in new if key not in old)]
-        if old.get(key) != new.get(key)
-    ]
+def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Where two plain descriptions differ: (dotted name of the entry, old value, new value)."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in [*old, *(key for key in new if key not in old)]:
+            child = f"{name}.{key}" if name else str(key)
+            found += differences(old.get(key, "nothing"), new.get(key, "nothing"), child)
+        return found
+    return [] if old == new else [(name, old, new)]
