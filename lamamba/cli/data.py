@@ -26,12 +26,14 @@ Every image is decoded, by several processes. Bad files are named by kind and wr
 (SOURCE/lamamba-manifest.json), by which lamamba train and lamamba encode leave them out:
   empty, not an image, truncated, damaged, unreadable (the disk's fault); too small (below --min-side), too narrow (over
   64 times as long as wide), decompression bomb (over 179 million pixels), 32-bit (its white is unknown)
-Some files are good after a conversion, and only counted:
+Some files are good after a conversion, and only named; with --strict they are bad, too:
   CMYK     R = (1 - C)(1 - K) and so on, without a colour profile
   16-bit   grey levels divided by 257, of colours the upper byte"""
 
 NAMED = 20
 """Bad files that are printed; the manifest has all of them."""
+NAMED_CONVERTED = 3
+"""Files of each kind of conversion that are printed; the manifest has the first thousand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,8 @@ class CheckArguments:
     """Processes that decode; by default one per core."""
     min_side: int = 2
     """Images with fewer pixels on their short side are bad."""
+    strict: bool = False
+    """CMYK and 16-bit files are bad, too, instead of being converted."""
 
 
 def main(arguments: list[str]) -> None:
@@ -73,9 +77,9 @@ def _check_images(chosen: CheckArguments) -> None:
         for done, verdict in enumerate(check_files(source, chosen.workers, chosen.min_side), 1):
             if verdict[1] or verdict[3]:
                 verdicts.append(verdict)
-                bad += bool(verdict[1])
+                bad += bool(verdict[1] or chosen.strict)
             bar(done, f"{bad} bad" if bad else "")
-    manifest = make_manifest(source, verdicts, chosen.min_side)
+    manifest = make_manifest(source, verdicts, chosen.min_side, strict=chosen.strict)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         manifest.save(place)
@@ -90,7 +94,10 @@ def _summary(manifest: Manifest, place: Path) -> str:
         if manifest.label_names else "no classes"
     good = manifest.images - len(manifest.bad)
     lines = [f"{manifest.source}: {manifest.images:,} files, {classes}", f"good      {good:,}"]
-    lines += [f"  of them {kind:<8}{number:,} (converted)" for kind, number in manifest.converted.items()]
+    for kind, number in manifest.converted.items():
+        files = [found.file for found in manifest.converted_files if found.kind == kind]
+        more = ", ..." if number > NAMED_CONVERTED else ""
+        lines.append(f"  of them {kind:<8}{number:,} (converted): {', '.join(files[:NAMED_CONVERTED])}{more}")
     lines.append(f"bad       {len(manifest.bad):,}")
     lines += [f"  {kind:<18}{number:,}" for kind, number in Counter(bad.kind for bad in manifest.bad).most_common()]
     lines += [f"  {bad.file}: {bad.kind} ({bad.detail})" for bad in manifest.bad[:NAMED]]

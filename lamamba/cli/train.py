@@ -35,6 +35,8 @@ Options given here go before the recipe's. Running the same command again resume
   lamamba train digits --steps 200 --optimizer.learning-rate 5e-4 --dry-run"""
 
 
+BAD_IMAGES = "bad_images.tsv"
+"""In a run's folder: files that turned out bad while it trained, and why."""
 LATENT_CHANNELS = 4
 """Of the Stable Diffusion autoencoders, whose latents the paper's recipes train on."""
 
@@ -70,15 +72,22 @@ def main(arguments: list[str]) -> None:
             print_plan(config, plan_data(config), out)
         return
     try:
-        run_training(config, open_data(config), out)
+        run_training(config, open_data(config, out / BAD_IMAGES), out)
     finally:
         end_processes()
     if is_main_process():
+        if (out / BAD_IMAGES).is_file():
+            count = len((out / BAD_IMAGES).read_text(encoding="utf-8").splitlines())
+            print(f"{count} files could not be read, others stood in: {out / BAD_IMAGES}")
         print(f"done: {out}\nsample it: lamamba sample {out} --out grid.png")
 
 
-def open_data(config: TrainConfig) -> TrainingSet:
+def open_data(config: TrainConfig, ledger: Path | None = None) -> TrainingSet:
     """The data that a configuration names: pixels, latents, or images that are encoded as they are read.
+
+    Args:
+        config: of the run.
+        ledger: where unforeseen bad images are written down, by all processes together.
 
     Raises:
         OSError, ValueError: when it is missing or does not fit.
@@ -111,7 +120,8 @@ def open_data(config: TrainConfig) -> TrainingSet:
     if note:
         print(f"warning: {note}", flush=True)
     images = Images(
-        source, data.image_size, data.channels, crop=data.crop, left_out=left_out, max_bad_images=data.max_bad_images
+        source, data.image_size, data.channels, crop=data.crop, left_out=left_out, max_bad_images=data.max_bad_images,
+        ledger=ledger,
     )
     if data.autoencoder is None:
         return PixelSet(images, data.mirror)

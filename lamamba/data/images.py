@@ -21,7 +21,7 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from lamamba.data.sources import FolderSource, Source, fingerprint
+from lamamba.data.sources import Source, fingerprint
 
 logger = logging.getLogger("lamamba.data")
 
@@ -173,8 +173,9 @@ class Images:
         channels: 1 for grey, 3 for colour.
         crop: "centre", or "random", which wants numbers with every image.
         left_out: files known to be bad, by name (see lamamba.data.manifest).
-        max_bad_images: how many unforeseen bad files to bear before reading stops with their names; counted by each
-            process for itself.
+        max_bad_images: how many unforeseen bad files to bear before reading stops with their names.
+        ledger: a file that all processes share, where each writes the bad ones that it meets, so that they are counted
+            together and known after a restart. Without it, each process counts for itself.
         caches: keep decoded images in memory where all of them fit into CACHE_BYTES.
 
     Raises:
@@ -183,7 +184,7 @@ class Images:
 
     def __init__(
         self, source: Source, image_size: int, channels: int = 3, *, crop: Crop = "centre",
-        left_out: Collection[str] = (), max_bad_images: int = 0, caches: bool = True,
+        left_out: Collection[str] = (), max_bad_images: int = 0, ledger: Path | None = None, caches: bool = True,
     ):
         self.name, self.label_names = source.name, source.label_names
         self.image_size, self.channels, self.crop = image_size, channels, crop
@@ -198,8 +199,9 @@ class Images:
         self.labels = source.labels[self._kept]
         """(n,) int64."""
         self.bad: dict[str, str] = {}
-        """Unforeseen bad files met so far by this process, and what is wrong with them."""
+        """Unforeseen bad files met so far (by all processes, where there is a ledger), and what is wrong with them."""
         self._is_bad: set[int] = set()
+        self._ledger = ledger
         self._cache: dict[int, np.ndarray] | None = None
         if caches and crop == "centre" and len(self._kept) * channels * image_size**2 <= CACHE_BYTES:
             self._cache = {}
@@ -283,11 +285,27 @@ class Images:
             file = self.files([index])[0]
             if index not in self._is_bad:
                 self._is_bad.add(index)
-                self.bad[file] = str(error)
+                self._note_bad(file, str(error))
                 if len(self.bad) <= self.max_bad_images:
                     logger.warning("%s cannot be read as an image (%s); the next good one stands in", file, error)
             if len(self.bad) > self.max_bad_images:
                 raise ValueError(explain_bad(self.name, self.bad, self.max_bad_images)) from error
+
+    def _note_bad(self, file: str, fault: str) -> None:
+        """Count a bad file, and those that other processes have met."""
+        self.bad[file] = fault
+        if self._ledger is None:
+            return
+        try:
+            lines = self._ledger.read_text(encoding="utf-8").splitlines() if self._ledger.exists() else []
+            known = dict(line.split("\t", 1) for line in lines if "\t" in line)
+            if file not in known:
+                with self._ledger.open("a", encoding="utf-8") as ledger:        # one short write: lines stay whole
+                    ledger.write(f"{file}\t{fault}\n")
+        except OSError as error:                                                # a full disk: training can go on
+            logger.warning("%s cannot be written: %s", self._ledger, error)
+            return
+        self.bad = {**known, file: fault}
 
 
 def explain_bad(name: str, bad: dict[str, str], bound: int, shown: int = 8) -> str:
@@ -299,21 +317,3 @@ def explain_bad(name: str, bad: dict[str, str], bound: int, shown: int = 8) -> s
         f"{len(bad)} {verb} in {name}, where {bound} are allowed: {named}{more}. `lamamba data check {name}` finds all "
         "of them at once and writes a manifest by which training leaves them out"
     )
-
-
-class ImageFolder(Images):
-    """Images below a folder; the names of its subfolders, sorted, are the classes. See `Images` for the options.
-
-    Raises:
-        FileNotFoundError: when the folder is missing.
-        ValueError: when it holds no images, or images both beside and inside subfolders.
-    """
-
-    def __init__(
-        self, folder: str | Path, image_size: int, channels: int = 3, *, crop: Crop = "centre",
-        left_out: Collection[str] = (), max_bad_images: int = 0,
-    ):
-        super().__init__(
-            FolderSource(folder), image_size, channels, crop=crop, left_out=left_out, max_bad_images=max_bad_images
-        )
-

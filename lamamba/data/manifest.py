@@ -25,7 +25,9 @@ CHUNK = 32
 
 
 @dataclass(frozen=True)
-class BadFile:
+class FoundFile:
+    """A file that a check has something to say of."""
+
     file: str
     kind: str
     detail: str
@@ -44,12 +46,12 @@ class Manifest:
     label_names: tuple[str, ...]
     images_per_class: tuple[int, ...]
     """Files of each class, bad ones included; one number where there are no classes."""
-    bad: tuple[BadFile, ...]
+    bad: tuple[FoundFile, ...]
     """Files that training leaves out, in the source's order."""
     converted: dict[str, int] = field(default_factory=dict)
     """Files that are used after a conversion, by kind: CMYK, 16-bit."""
-    converted_files: tuple[str, ...] = ()
-    """The first of them by name."""
+    converted_files: tuple[FoundFile, ...] = ()
+    """The first of them."""
     min_side: int = MIN_SIDE
     """Images with fewer pixels on a side count as too small."""
     version: int = MANIFEST_VERSION
@@ -67,7 +69,8 @@ class Manifest:
         """
         values = read_json(path, MANIFEST_VERSION)
         try:
-            values["bad"] = tuple(BadFile(**bad) for bad in values["bad"])
+            for key in ("bad", "converted_files"):
+                values[key] = tuple(FoundFile(**file) for file in values[key])
             plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             return cls(**plain)
         except (TypeError, KeyError) as error:
@@ -141,16 +144,20 @@ def check_files(source: Source, workers: int | None = None, min_side: int = MIN_
 NAMED_CONVERTED = 1000
 
 
-def make_manifest(source: Source, verdicts: Iterator[Verdict] | list[Verdict], min_side: int = MIN_SIDE) -> Manifest:
-    """Sum up what a check found."""
-    bad, converted, files = list[BadFile](), Counter[str](), list[str]()
+def make_manifest(
+    source: Source, verdicts: Iterator[Verdict] | list[Verdict], min_side: int = MIN_SIDE, *, strict: bool = False
+) -> Manifest:
+    """Sum up what a check found; where strict, files that need a conversion are bad."""
+    bad, converted, files = list[FoundFile](), Counter[str](), list[FoundFile]()
     for index, kind, detail, note in verdicts:
         if kind:
-            bad.append(BadFile(source.file(index), kind, detail))
+            bad.append(FoundFile(source.file(index), kind, detail))
+        elif note and strict:
+            bad.append(FoundFile(source.file(index), note, "would need a conversion"))
         elif note:
             converted[note] += 1
             if len(files) < NAMED_CONVERTED:
-                files.append(source.file(index))
+                files.append(FoundFile(source.file(index), note, "converted"))
     counts = Counter(source.labels.tolist())
     return Manifest(
         source=source.name, fingerprint=fingerprint(source), images=len(source), label_names=source.label_names,

@@ -90,7 +90,8 @@ class DataOptions:
     manifest: str | None = None
     """Of lamamba data check, whose bad files are left out; by default SOURCE/lamamba-manifest.json where it exists."""
     max_bad_images: int = 10
-    """Unforeseen bad files to replace by their neighbours before training stops with their names."""
+    """Unforeseen bad files, met by all processes together, to replace by their neighbours before training stops with
+    their names."""
     use_labels: bool = True
     """Train class by class where the data has classes; no: an unconditional model."""
     expected_images: int | None = None

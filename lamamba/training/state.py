@@ -2,6 +2,7 @@
 
     RUN/config.json                     the run's configuration, the network's, and what a sampler must know
     RUN/metrics.jsonl                   one line per logged step
+    RUN/bad_images.tsv                  files that could not be read, once there are any, and why
     RUN/events.jsonl                    starts, saves, faults and stops, with their time
     RUN/samples/step_00000500.png       sample grids
     RUN/checkpoints/step_00000500/      see lamamba.training.checkpoint; manifest.json has every file's hash
@@ -159,12 +160,13 @@ class RunFolder:
 
     def _check_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         old = {**old, "train": TrainConfig.from_dict(old["train"]).to_dict()}   # options that it did not know yet
-        old["sampling"] = {**dataclasses.asdict(CodecFacts()), **old["sampling"]}
+        old["sampling"] = json.loads(json.dumps(dataclasses.asdict(CodecFacts()))) | old["sampling"]
         may_change = {
-            "version", "lamamba", "data", "sampling.version", "sampling.autoencoder", "train.data.max_bad_images",
-            "train.data.manifest", "train.data.autoencoder", "train.steps", "train.log_every", "train.checkpoint_every",
-            "train.keep_checkpoints", "train.keep_every", "train.device", "train.sampling", "train.processes",
-            "train.faults", "train.watch.trackers", "train.watch.project", "train.watch.held_out_every",
+            "version", "lamamba", "data", "sampling.version", "sampling.autoencoder", "train.data.kind",
+            "train.data.manifest", "train.data.max_bad_images", "train.data.autoencoder", "train.steps",
+            "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.device",
+            "train.sampling", "train.processes", "train.faults", "train.watch.trackers", "train.watch.project",
+            "train.watch.held_out_every",
         }
         found = [
             f"{name}: {before!r} there, {after!r} here"

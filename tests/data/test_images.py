@@ -12,7 +12,8 @@ from PIL import Image
 
 from lamamba.data.codec import PixelCodec
 from lamamba.data.digits import Digits
-from lamamba.data.images import BadImage, ImageFolder, centre_crop, decode, random_crop
+from lamamba.data.images import BadImage, Images, centre_crop, decode, random_crop
+from lamamba.data.sources import FolderSource
 
 BAD = {
     "empty.png": "empty", "text.jpg": "not an image", "header.png": "truncated", "half.png": "truncated",
@@ -68,7 +69,7 @@ def write_images(folder, count, size=(20, 30), mode="RGB", seed=0):
 def test_subfolders_are_classes(tmp_path):
     write_images(tmp_path / "cat", 3)
     write_images(tmp_path / "ant", 2, mode="L")
-    images = ImageFolder(tmp_path, image_size=16)
+    images = Images(FolderSource(tmp_path), image_size=16)
     assert images.label_names == ("ant", "cat")
     pixels, labels = images.read([0, 1, 2, 4])
     assert pixels.shape == (4, 3, 16, 16)
@@ -80,7 +81,7 @@ def test_subfolders_are_classes(tmp_path):
 
 def test_a_flat_folder_has_no_classes(tmp_path):
     write_images(tmp_path, 3)
-    images = ImageFolder(tmp_path, image_size=8, channels=1)
+    images = Images(FolderSource(tmp_path), image_size=8, channels=1)
     assert images.label_names == ()
     assert images.read([0, 2])[0].shape == (2, 1, 8, 8)
 
@@ -118,17 +119,23 @@ def test_unforeseen_bad_files_are_replaced_by_the_next_good_one_and_counted(tmp_
     write_images(tmp_path / "b", 3)
     (tmp_path / "a" / "002.png").write_bytes(b"")
     (tmp_path / "b" / "002.png").write_bytes(b"no")
-    images = ImageFolder(tmp_path, 16, max_bad_images=2)
+    images = Images(FolderSource(tmp_path), 16, max_bad_images=2)
     pixels, labels = images.read([2, 3, 5, 0, 2])
     assert labels.tolist() == [1, 1, 0, 0, 1]                                   # its own label, not the missing one's
     assert np.array_equal(pixels[0], pixels[1])
     assert np.array_equal(pixels[2], pixels[3])                                 # after the last comes the first
     assert list(images.bad) == ["a/002.png", "b/002.png"]
-    strict = ImageFolder(tmp_path, 16, max_bad_images=1)
+    strict = Images(FolderSource(tmp_path), 16, max_bad_images=1)
     strict.read([0, 1, 2])
     with pytest.raises(ValueError, match=r"2 files cannot.*1 are allowed: a/002.png \(empty.*b/002.png \(not an image"):
         strict.read([5])
-    known = ImageFolder(tmp_path, 16, left_out=["a/002.png", "b/002.png"])
+    shared = [Images(FolderSource(tmp_path), 16, max_bad_images=1, ledger=tmp_path / "bad.tsv") for _ in range(2)]
+    shared[0].read([2])
+    with pytest.raises(ValueError, match=r"2 files cannot.*a/002.png \(empty.*b/002.png"):
+        shared[1].read([5])                                                     # counted together
+    told = [line.split("\t")[0] for line in (tmp_path / "bad.tsv").read_text().splitlines()]
+    assert told == ["a/002.png", "b/002.png"]
+    known = Images(FolderSource(tmp_path), 16, left_out=["a/002.png", "b/002.png"])
     assert (len(known), known.labels.tolist()) == (4, [0, 0, 1, 1])
     assert known.files([1, 2]) == ["a/001.png", "b/000.png"]
     assert known.fingerprint != strict.fingerprint
@@ -137,7 +144,7 @@ def test_unforeseen_bad_files_are_replaced_by_the_next_good_one_and_counted(tmp_
 def test_an_image_set_survives_a_fork(tmp_path):
     """Threads do not: a worker of a data loader makes its own."""
     write_images(tmp_path, 8)
-    images = ImageFolder(tmp_path, 16)
+    images = Images(FolderSource(tmp_path), 16)
     expected, _ = images.read(range(8))
     images._cache = None
     class Batches:
@@ -151,20 +158,20 @@ def test_an_image_set_survives_a_fork(tmp_path):
 
 def test_folders_that_do_not_fit(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
-        ImageFolder(tmp_path / "nowhere", 16)
+        Images(FolderSource(tmp_path / "nowhere"), 16)
     with pytest.raises(ValueError, match="holds no images"):
-        ImageFolder(tmp_path, 16)
+        Images(FolderSource(tmp_path), 16)
     write_images(tmp_path, 1)
     write_images(tmp_path / "cat", 1)
     with pytest.raises(ValueError, match="1 images beside 1 subfolders"):
-        ImageFolder(tmp_path, 16)
+        Images(FolderSource(tmp_path), 16)
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path):
     write_images(tmp_path, 2)
     (tmp_path / "000.png").write_bytes((tmp_path / "000.png").read_bytes()[:60])
     (tmp_path / "zzz.jpg").write_text("hello")
-    images = ImageFolder(tmp_path, 16)
+    images = Images(FolderSource(tmp_path), 16)
     for index, name in ((0, "000.png"), (2, "zzz.jpg")):
         with pytest.raises(ValueError, match=rf"cannot be read.*: .*{name} \("):
             images.read([index])
@@ -204,7 +211,7 @@ def test_random_crop_shows_80_to_100_percent():
 
 def test_random_crops_are_a_function_of_their_numbers(tmp_path):
     write_images(tmp_path, 2, size=(40, 50))
-    images = ImageFolder(tmp_path, 16, crop="random")
+    images = Images(FolderSource(tmp_path), 16, crop="random")
     draws = np.array([[0.9, 0.1, 0.2], [0.9, 0.8, 0.7]])
     first, _ = images.read([0, 0], draws)
     assert not np.array_equal(first[0], first[1])

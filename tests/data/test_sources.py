@@ -111,7 +111,9 @@ def test_a_check_names_every_bad_file_by_kind(tmp_path, workers):
     manifest = make_manifest(source, check_files(source, workers))
     assert {bad.file: bad.kind for bad in manifest.bad} == BAD
     assert sum(manifest.converted.values()) == len(CONVERTED)
-    assert set(manifest.converted_files) == set(CONVERTED)
+    assert {found.file: found.kind for found in manifest.converted_files} == CONVERTED
+    strict = make_manifest(source, check_files(source, 1), strict=True)
+    assert {bad.file: bad.kind for bad in strict.bad} == BAD | CONVERTED
     assert manifest.images == len(source) == (60 if workers == 2 else 3) + len(BAD) + len(CONVERTED)
     manifest.save(manifest_place(source.name))
     assert Manifest.load(tmp_path / "lamamba-manifest.json") == manifest

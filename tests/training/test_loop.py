@@ -15,7 +15,8 @@ import torch
 
 from lamamba import LaMambaUNet
 from lamamba.data.digits import Digits
-from lamamba.data.images import ImageFolder
+from lamamba.data.images import Images
+from lamamba.data.sources import FolderSource
 from lamamba.training.checkpoint import update_ema
 from lamamba.training.config import DataOptions, ModelOptions, OptimizerOptions, TrainConfig
 from lamamba.training.loop import train
@@ -273,7 +274,7 @@ def test_a_folder_of_pictures_trains_with_and_without_classes(tmp_path):
     for name in ("ant", "bee"):
         write_images(tmp_path / "images" / name, 3)
     data = DataOptions(source=str(tmp_path / "images"), image_size=16, channels=3, mirror=True)
-    images = ImageFolder(tmp_path / "images", 16)
+    images = Images(FolderSource(tmp_path / "images"), 16)
     state = train(config(data=data, steps=2), images, tmp_path / "run")
     assert (state.model.architecture.num_classes, state.model.architecture.in_channels) == (2, 3)
     data = dataclasses.replace(data, use_labels=False)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lamamba import LaMambaUNet
+from lamamba.data.codec import CodecFacts
 from lamamba.models.official import load_official, official_name, read_official
 from lamamba.training import trackers
 from lamamba.training.checkpoint import update_ema
@@ -156,8 +157,8 @@ OFFICIAL_MODEL = ModelOptions(width=8, num_heads=2, depths=(1, 1, 1, 1), bottlen
 class Latents:
     """Random numbers of the official file's shape, as latents would be."""
 
-    name, image_size, channels, input_size, codec, scale = "latents", 128, 4, 16, "latents", 0.18215
-    draws_latents = True
+    name, image_size, channels, input_size, fingerprint = "latents", 128, 4, 16, "random"
+    facts, draws_latents = CodecFacts(codec="latents", scale=0.18215), True
 
     def __init__(self, classes=6):
         self.label_names = tuple(map(str, range(classes)))

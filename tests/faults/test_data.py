@@ -1,0 +1,114 @@
+"""Damage to what is trained on: corrupt images, shards cut off, changed or gone, an autoencoder that is a pickle."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import shutil
+
+import pytest
+
+from lamamba.data.autoencoder import Autoencoder
+from lamamba.data.encode import encode, make_plan
+from lamamba.data.images import Images
+from lamamba.data.latents import LatentSet, check_latents
+from lamamba.data.manifest import check_files, make_manifest
+from lamamba.data.sets import PixelSet
+from lamamba.data.sources import FolderSource
+from lamamba.training.loop import train
+from tests.autoencoders import make_kl
+from tests.data.test_images import write_images
+from tests.training.together import config
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_images(folder / "images", 12, size=(20, 18))
+    make_kl().save_pretrained(folder / "kl")
+    return folder
+
+
+def damage(path, rng):
+    """Cut a file off anywhere, empty it, or overwrite it with noise."""
+    content = path.read_bytes()
+    kind = rng.choice(["cut", "empty", "noise"])
+    new = {"cut": content[: rng.randrange(1, len(content) * 3 // 4)], "empty": b"", "noise": rng.randbytes(200)}[kind]
+    path.write_bytes(new)
+
+
+def test_corrupt_images_are_found_left_out_or_stop_the_run_with_their_names(place, tmp_path, count, tally):
+    """The check names exactly the damaged files; training without it replaces them, or stops above the bound."""
+    rng, survived, tries = random.Random(0), 0, count(3, 25)
+    settings = config(batch_size=6, steps=2, checkpoint_every=2)
+    for k in range(tries):
+        shutil.copytree(place / "images", tmp_path / f"{k}")
+        source = FolderSource(tmp_path / f"{k}")
+        chosen = {source.file(index) for index in rng.sample(range(12), 3)}
+        for file in chosen:
+            damage(tmp_path / f"{k}" / file, rng)
+        named = {found.file for found in make_manifest(source, check_files(source, 1)).bad}
+        ledger = tmp_path / f"{k}.tsv"
+        state = train(settings, PixelSet(Images(source, 16, max_bad_images=3, ledger=ledger)), tmp_path / f"run{k}")
+        with pytest.raises(ValueError, match="3 files cannot be read as images") as caught:
+            train(settings, PixelSet(Images(source, 16, max_bad_images=2)), tmp_path / f"strict{k}")
+        told = {line.split("\t")[0] for line in ledger.read_text().splitlines()}
+        left = PixelSet(Images(source, 16, left_out=chosen))
+        survived += (
+            named == told == chosen and state.step == 2 and all(file in str(caught.value) for file in chosen)
+            and train(settings, left, tmp_path / f"known{k}").step == 2
+        )
+    tally("corrupt images in the set: named, replaced, or the run stops above the bound", tries, survived)
+
+
+@pytest.mark.parametrize("kind", ["cut", "bit", "missing"])
+def test_a_damaged_shard_is_named_and_made_anew_alone(place, tmp_path, kind, count, tally):
+    source, network = FolderSource(place / "images"), Autoencoder(place / "kl")
+    plan = make_plan(source, network, 16, batch_size=2, shard_size=4)
+    encode(source, network, tmp_path, plan)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    before, rng, survived, tries = [shard.read_bytes() for shard in shards], random.Random(1), 0, count(3, 25)
+    for _ in range(tries):
+        number = rng.randrange(len(shards))
+        shard, content = shards[number], bytearray(before[number])
+        if kind == "cut":
+            shard.write_bytes(content[: rng.randrange(len(content))])
+        elif kind == "bit":
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            shard.write_bytes(content)
+        else:
+            shard.unlink()
+        with pytest.raises(ValueError, match=shard.name):
+            check_latents(tmp_path)
+        if kind != "bit":                                                       # training looks at sizes, not at hashes
+            with pytest.raises(ValueError, match=shard.name):
+                LatentSet(tmp_path)
+        untouched = {other: other.stat().st_mtime_ns for other in shards if other != shard}
+        encode(source, network, tmp_path, plan)
+        survived += [path.read_bytes() for path in shards] == before and all(
+            path.stat().st_mtime_ns == time for path, time in untouched.items()
+        )
+    tally("latent shard cut off, changed by a bit, or missing: named and made anew", tries, survived)
+
+
+class Payload:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, mark):
+        self._mark = str(mark)
+
+    def __reduce__(self):
+        return exec, (f"open({self._mark!r}, 'w').close()",)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors", "model.ckpt"])
+def test_an_autoencoder_that_is_a_pickle_is_not_executed(place, tmp_path, name, tally):
+    shutil.copytree(place / "kl", tmp_path / "kl")
+    (tmp_path / "kl" / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "kl" / name).write_bytes(pickle.dumps(Payload(tmp_path / "mark")))
+    with pytest.raises((ValueError, OSError)) as caught:
+        Autoencoder(tmp_path / "kl")
+    with pytest.raises(ValueError, match="safetensors"):
+        Autoencoder(tmp_path / "kl" / name)
+    tally("pickle with code offered as an autoencoder: not executed",
+          1, int(not (tmp_path / "mark").exists() and "safetensors" in str(caught.value)))
