@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from lamamba.cli.bench import device_name
 from lamamba.data.codec import CodecFacts
 from lamamba.data.latents import MOMENTS, Index, LatentSet, Plan, Shard, shard_name
 from lamamba.data.sets import read_ahead
@@ -102,7 +102,7 @@ def main() -> None:
     if chosen.out:
         facts = {
             "images": chosen.images, "batch": chosen.batch, "latents_per_second": rates, "torch": torch.__version__,
-            "machine": platform.machine(), "cores": os.cpu_count(),
+            "device": device_name("cpu"), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         chosen.out.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
