@@ -16,6 +16,8 @@ from lamamba.training.config import SamplingOptions
 from lamamba.training.loop import Moment
 
 MAX_GRID_CLASSES = 10
+FACTS_WIDTH = 58
+"""Characters of a terminal's line that loss, norm, speed, memory and time left take."""
 PLAIN_LINES = 20
 """Lines that a run prints where nobody watches a terminal."""
 
@@ -27,8 +29,9 @@ class ProgressLine:
         self._steps, self._first_step = steps, first_step
         self._console = Console()
         self._live = self._console.is_terminal
+        room = self._console.width - FACTS_WIDTH - len(f" {steps}/{steps} ")
         self._bar = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
+            BarColumn(bar_width=min(40, max(4, room))), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
             TimeRemainingColumn(), console=self._console,
         )
         self._task = self._bar.add_task("training", total=steps, completed=first_step, facts="")
@@ -47,12 +50,13 @@ class ProgressLine:
 
     def __call__(self, moment: Moment) -> None:
         self._smooth = moment.loss if self._smooth is None else 0.95 * self._smooth + 0.05 * moment.loss
-        facts = (
-            f"loss {self._smooth:.4f}  gradient norm {moment.grad_norm:.3f}  {moment.images_per_second:.0f} images/s  "
-            f"{moment.peak_memory / 2**30:.2f} GiB"
-        )
+        norm, rate = f"{moment.grad_norm:.3g}", f"{moment.images_per_second:.0f} images/s"
+        memory = f"{moment.peak_memory / 2**30:.1f} GiB"
+        facts = f"loss {self._smooth:.4f}  gradient norm {norm}  {rate}  {memory}"
         if self._live:
-            self._bar.update(self._task, completed=moment.step, facts=facts)
+            self._bar.update(
+                self._task, completed=moment.step, facts=f"loss {self._smooth:.4f}  grad {norm}  {rate}  {memory}"
+            )
         elif moment.step % max(1, self._steps // PLAIN_LINES) == 0 or moment.step == self._steps:
             left = moment.seconds / max(1, moment.step - self._first_step) * (self._steps - moment.step)
             print(
