@@ -41,5 +41,5 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("faults")
         width = max(map(len, rows))
         terminalreporter.write_line(f"{'fault':<{width}}  tried  survived")
-        for fault, (tried, survived) in sorted(rows.items()):
+        for fault, (tried, survived) in sorted(rows.items(), key=lambda row: (int(row[0].split()[0]), row[0])):
             terminalreporter.write_line(f"{fault:<{width}}  {tried:>5}  {survived:>8}")

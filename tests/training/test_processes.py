@@ -101,21 +101,6 @@ def test_a_split_network_trains_saves_resumes_and_loads_in_one_process(alone, tm
     assert one["seen"] == alone[1]["seen"][18:]
 
 
-def test_the_number_of_processes_may_change_at_a_restart(alone, tmp_path):
-    """From one process to a split two, to two, back to one: the run that one process alone would make."""
-    folder = tmp_path / "run"
-    shutil.copytree(alone[0], folder)
-    shutil.rmtree(folder / "checkpoints" / "step_00000006")
-    for steps, count, options in ((4, 2, SPLIT), (5, 2, {}), (6, 1, {})):
-        settings = config(batch_size=6, steps=steps, checkpoint_every=1, processes=options)
-        (first, *_) = together(count, run, settings, folder)
-        np.testing.assert_allclose(first["losses"], alone[1]["losses"][steps - 1 : steps], rtol=2e-5)
-    for (p, q) in zip(first["ema"], alone[1]["ema"], strict=True):
-        np.testing.assert_allclose(p, q, atol=1e-3)
-    started = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert [line["processes"] for line in started if line["event"] == "resumed"] == [2, 2, 1]
-
-
 def test_parts_are_neighbours_that_differ_by_one_at_most():
     for size in range(1, 20):
         for count in range(1, size + 1):
