@@ -48,6 +48,7 @@ class DigitFeatures:
     """
 
     distance_name = "FD-digits"
+    knows_classes = True
 
     def __init__(self, weights: str | Path | None = None):
         self._model = DigitClassifier()

@@ -40,6 +40,8 @@ class FeatureNetwork(Protocol):
     facts: NetworkFacts
     distance_name: str
     """What its Fréchet distance is called."""
+    knows_classes: bool
+    """Whether its logits are of the classes that images are asked to show."""
 
     def __call__(self, images: np.ndarray) -> Outputs:
         """uint8 images (n, h, w, channels) to features."""
@@ -59,6 +61,7 @@ class InceptionFeatures:
     """FID's own network. See `lamamba.evaluation.inception`."""
 
     distance_name = "FID"
+    knows_classes = False                                                       # 1008, in an order of its own
 
     def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu"):
         model, digest = load_inception(weights)
@@ -82,6 +85,7 @@ class DinoFeatures:
     """
 
     distance_name = "FD-DINOv2"
+    knows_classes = False
     SIDE, MEAN, STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu"):
@@ -140,13 +144,15 @@ class CallableFeatures:
             "spatial" and "logits".
         name: by which results are told apart; with `sha256`, of the weights, where it has some.
         channels: 1 for grey images, 3 for colour.
+        resize: what it does about sizes, in words.
+        knows_classes: its logits are of the classes that images are asked to show, so that they give an accuracy.
     """
 
     def __init__(
         self, function: Callable[[np.ndarray], Any], name: str, *, channels: int = 3, sha256: str = "",
-        resize: str = "its own",
+        resize: str = "its own", knows_classes: bool = False,
     ):
-        self._function = function
+        self._function, self.knows_classes = function, knows_classes
         self.facts = NetworkFacts(name, sha256, resize, channels)
         self.distance_name = f"FD-{name}"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -23,10 +22,15 @@ from lamamba.data.sources import Source, open_source
 class Images(Protocol):
     """A number of images of one size."""
 
-    facts: Mapping[str, Any]
-    """What they are, for the protocol: at least "kind" and "fingerprint"."""
-    shape: tuple[int, int, int]
-    """Height, width, channels (1: grey, 3: colour)."""
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What they are, for the protocol: at least "kind" and "fingerprint"."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Height, width, channels (1: grey, 3: colour)."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -55,12 +59,15 @@ class FolderImages:
         self._source: Source = open_source(folder)
         self._count = min(len(self._source), limit or len(self._source))
         self.shape = self._open(0).shape
-        root, stamps = Path(folder), []
+        sizes, times = [], []
         for k in range(self._count):
-            name = self._source.file(k)
-            file = root / name
-            stamps.append((name, *((file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ())))
-        self.facts = {"kind": "files", "name": str(folder), "fingerprint": digest(stamps)}
+            file = Path(folder) / self._source.file(k)
+            stat = file.stat() if file.is_file() else None                      # files in tars have none
+            sizes.append((self._source.file(k), stat.st_size if stat else 0))
+            times.append(stat.st_mtime_ns if stat else 0)
+        self.facts = {
+            "kind": "files", "name": str(folder), "fingerprint": digest(sizes, self.shape), "changed": digest(times),
+        }
 
     def __len__(self) -> int:
         return self._count
@@ -121,11 +128,9 @@ class NpzImages:
         self.shape = (shape[1], shape[2], shape[3])
         self._stream: Any = None
         self._at = 0
-        stat = os.stat(path)
-        self.facts = {
-            "kind": "npz", "name": str(path),
-            "fingerprint": digest(str(path), name, shape, stat.st_size, stat.st_mtime_ns, self._count),
-        }
+        with zipfile.ZipFile(path) as archive:
+            checksum = archive.getinfo(f"{name}.npy").CRC
+        self.facts = {"kind": "npz", "name": str(path), "fingerprint": digest(shape, checksum, self._count)}
 
     def __len__(self) -> int:
         return self._count
@@ -134,7 +139,7 @@ class NpzImages:
         size = int(np.prod(self.shape))
         try:
             if self._stream is None or self._at > places.start:
-                self._stream = zipfile.ZipFile(self._path).open(f"{self._name}.npy")
+                self._stream = zipfile.ZipFile(self._path).open(f"{self._name}.npy")  # noqa: SIM115 (read on later)
                 _header(self._stream)
                 self._at = 0
             while self._at < places.start:                                      # compressed files can only be read on
@@ -143,7 +148,7 @@ class NpzImages:
                 self._at += skipped
             content = self._stream.read(len(places) * size)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-            raise ValueError(f"{self._path} is damaged at image {self._at} ({error}); make or fetch it again") from error
+            raise ValueError(f"{self._path} is damaged near image {self._at} ({error}); fetch it again") from error
         if len(content) != len(places) * size:
             raise ValueError(f"{self._path} ends before image {places.stop}; make or fetch it again")
         self._at = places.stop
@@ -182,7 +187,7 @@ def npz_entries(path: str | Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]
         raise ValueError(f"{path} is damaged or no npz file ({error}); make or fetch it again") from error
     for name, (_, dtype) in entries.items():
         if dtype.hasobject:
-            raise ValueError(f"{path} holds pickled objects under {name!r}; loading them could execute anything: refused")
+            raise ValueError(f"{path} holds pickled objects under {name!r}; they could execute anything: never loaded")
     return entries
 
 
@@ -285,7 +290,7 @@ def fit_channels(images: Images, channels: int, network: str, *, repeat_grey: bo
     if images.shape[2] == channels:
         return images
     if images.shape[2] == 3:
-        raise ValueError(f"{name} has colour images and {network} reads grey ones; choose another network with --features")
+        raise ValueError(f"{name} has colour images and {network} reads grey ones; choose other --features")
     if not repeat_grey:
         raise ValueError(
             f"{name} has grey images and {network} reads colour; --grey repeat gives it three equal channels, which is "
