@@ -20,8 +20,8 @@ MUST_AGREE = {
 """Parts of the protocol; results that differ in one of them are of different things."""
 LABELS = {
     "frechet": "{distance}", "frechet_spatial": "s{distance}", "inception_score": "Inception Score",
-    "precision": "precision", "recall": "recall", "density": "density", "coverage": "coverage", "kernel": "kernel x 1000",
-    "accuracy": "accuracy",
+    "precision": "precision", "recall": "recall", "density": "density", "coverage": "coverage",
+    "kernel": "kernel x 1000", "accuracy": "accuracy",
 }
 """How figures are called in a table, in its order."""
 WITHIN = {"inception_score": "inception_score_spread", "kernel": "kernel_spread"}
@@ -108,10 +108,11 @@ def table(entries: list[dict[str, Any]]) -> str:
         distance = entries[0]["protocol"].get("distance_name", "Fréchet distance")
         rows.append([label.format(distance=distance), *(_cell(entry, key) for entry in entries)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in rows
-    )
+    lines = []
+    for name, *cells in rows:
+        aligned = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append("  ".join([name.ljust(widths[0]), *aligned]).rstrip())
+    return "\n".join(lines)
 
 
 def _cell(entry: Mapping[str, Any], key: str) -> str:
