@@ -15,6 +15,7 @@ VERBS = {
     "encode": "images to latents of an autoencoder on disk, once, by any number of processes",
     "train": "train a network from a recipe (or resume: run the same command again)",
     "sample": "make pictures with a trained network",
+    "evaluate": "FID and its kin, with the whole protocol beside every figure",
     "plot": "loss, gradient norm and speed of one or several runs as a picture",
     "info": "parameters, multiply-adds and memory of a network, without allocating it",
     "bench": "LaMamba beside DiT: images per second, memory, multiply-adds",
