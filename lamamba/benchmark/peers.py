@@ -46,17 +46,25 @@ class _Given(nn.Module):
 
 
 class DiT(nn.Module):
-    """DiT with patch 2 and one shared embedder. (b, 4, h, w), (b,), (b,) -> (b, 8, h, w), called as LaMambaUNet is.
+    """DiT with one shared embedder. (b, in, h, w), (b,), (b,) -> (b, out, h, w), called as LaMambaUNet is.
 
-    Labels run from 0 to NUM_CLASSES, which means "no class"; the network itself drops none.
+    Labels run from 0 to num_classes, which means "no class"; the network itself drops none.
+
+    Args:
+        size: width, depth, heads.
+        grid: side of the input, in its own pixels.
+        in_channels, out_channels, patch_size, num_classes: by default the paper's, on latents of ImageNet.
     """
 
-    def __init__(self, size: DiTSize, grid: int):
+    def __init__(
+        self, size: DiTSize, grid: int, *, in_channels: int = IN_CHANNELS, out_channels: int = OUT_CHANNELS,
+        patch_size: int = PATCH_SIZE, num_classes: int = NUM_CLASSES,
+    ):
         super().__init__()
         self.transformer = DiTTransformer2DModel(
             num_attention_heads=size.num_heads, attention_head_dim=size.width // size.num_heads,
-            in_channels=IN_CHANNELS, out_channels=OUT_CHANNELS, num_layers=size.depth, sample_size=grid,
-            patch_size=PATCH_SIZE, num_embeds_ada_norm=NUM_CLASSES,
+            in_channels=in_channels, out_channels=out_channels, num_layers=size.depth, sample_size=grid,
+            patch_size=patch_size, num_embeds_ada_norm=num_classes,
         )
         norms = [block.norm1 for block in self.transformer.transformer_blocks]
         self.embedding = norms[0].emb
@@ -67,6 +75,28 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
         c = self.embedding(timestep, class_labels, hidden_dtype=x.dtype)                            # (b, width)
         return self.transformer(x, timestep=c, class_labels=None, return_dict=False)[0]
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Weights as DiT begins its training with: every block the identity, the output zero (its Section 3.2)."""
+        transformer = self.transformer
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        patches = transformer.pos_embed.proj
+        nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))
+        nn.init.zeros_(patches.bias)
+        for weight in (
+            self.embedding.timestep_embedder.linear_1.weight, self.embedding.timestep_embedder.linear_2.weight,
+            self.embedding.class_embedder.embedding_table.weight,
+        ):
+            nn.init.normal_(weight, std=0.02)
+        zero = [block.norm1.linear for block in transformer.transformer_blocks]
+        for module in (*zero, transformer.proj_out_1, transformer.proj_out_2):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
 
 
 def find_peer(name: str) -> DiTSize:
