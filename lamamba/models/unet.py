@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -298,9 +299,17 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         """Load a saved network from a folder or a hub id, as diffusers does, but strictly.
 
         Raises:
-            ValueError: naming every missing, unexpected and reshaped tensor.
+            ValueError: naming every missing, unexpected and reshaped tensor; when the weights are only a pickle.
             OSError: when there is no such model.
         """
+        place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        pickles = [*place.glob("*.bin"), *place.glob("*.pt"), *place.glob("*.ckpt")] if place.is_dir() else []
+        if kwargs.get("use_safetensors") is False or (pickles and not any(place.glob("*.safetensors"))):
+            raise ValueError(
+                f"{pickles[0] if pickles else 'use_safetensors=False'}: weights as a pickle can run code when they are "
+                "opened, only safetensors are read; official checkpoints are read by lamamba convert"
+            )
+        kwargs["use_safetensors"] = True
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         faults = [
