@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import accelerate
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from lamamba.config import unknown_name
+from lamamba.data.autoencoder import pixels_per_latent
 from lamamba.data.codec import CodecFacts, to_grey_levels
 from lamamba.data.labels import as_names, find_label
 from lamamba.diffusion.denoise import (
@@ -131,6 +133,16 @@ class LaMambaPipeline(DiffusionPipeline):
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Keep the weights on the CPU and bring each block's to the accelerator when it runs: slow, but small."""
+        self._exclude_from_cpu_offload = ["unet"]
+        super().enable_sequential_cpu_offload(gpu_id, device)
+        self._exclude_from_cpu_offload = []
+        place = self.unet.device
+        accelerate.cpu_offload(self.unet.to("cpu"), place, preload_module_classes=LaMambaUNet._no_split_modules)
+
     def enable_vae_slicing(self) -> None:
         """Decode one image at a time, for less memory."""
         self._slicing_vae("slicing").enable_slicing()
@@ -171,13 +183,7 @@ class LaMambaPipeline(DiffusionPipeline):
     @property
     def pixels_per_input(self) -> int:
         """Side in image pixels of one pixel of the network's input: 1, or what the vae makes of one latent."""
-        if self.vae is None:
-            return 1
-        if ratio := getattr(self.vae, "spatial_compression_ratio", None):
-            return int(ratio)
-        names = ("block_out_channels", "down_block_out_channels", "encoder_block_out_channels")
-        stages = next(stages for name in names if (stages := self.vae.config.get(name)))
-        return 2 ** (len(stages) - 1)
+        return 1 if self.vae is None else pixels_per_latent(self.vae.config)
 
     @property
     def interrupt(self) -> bool:
@@ -306,7 +312,8 @@ class LaMambaPipeline(DiffusionPipeline):
         networks = [self.unet] if guidance_model is None else [self.unet, guidance_model]
         try:
             for network in networks:
-                network.set_grid(tuple(side // config["patch_size"] for side in size))
+                patch = network.config["patch_size"]
+                _set_grid(network, (size[0] // patch, size[1] // patch), device)
             null = [config["num_classes"]] if labels is not None and guidance.scale != 1 else []
             present = None if labels is None else [*labels, *null]
             callers = [_caller(network, timesteps[first:].tolist(), present, device) for network in networks]
@@ -328,7 +335,7 @@ class LaMambaPipeline(DiffusionPipeline):
                 )
         finally:
             for network in networks:
-                network.set_grid(None)
+                _set_grid(network, network.architecture.token_grid, device)
         images = self._finish(x0, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -428,9 +435,21 @@ def _repeated(images: Tensor, count: int, name: str) -> Tensor:
     return images.repeat_interleave(count // len(images), dim=0)
 
 
+def _is_hooked(network: Any) -> bool:
+    """Whether accelerate or diffusers bring its weights to the device when they are needed."""
+    return hasattr(network, "_hf_hook") or hasattr(network, "_diffusers_hook")
+
+
+def _set_grid(network: LaMambaUNet, grid: tuple[int, int], device: torch.device) -> None:
+    if network.run_grid != grid:
+        network.set_grid(grid)
+        if _is_hooked(network):                                                 # its tables are new to the hooks
+            network.geometries.to(device)
+
+
 def _caller(network: Any, timesteps: list[float], labels: list[int] | None, device: torch.device) -> Network:
     """The network with its conditioning made ahead, or as it is where hooks move its weights about."""
-    if not (hasattr(network, "_hf_hook") or hasattr(network, "_diffusers_hook") or is_compiled_module(network)):
+    if not (_is_hooked(network) or is_compiled_module(network)):
         return ConditionedNetwork(network, timesteps, labels)
 
     def call(x: Tensor, t: Tensor, chosen: Tensor | None) -> Tensor:

@@ -22,6 +22,15 @@ _NOT_IDENTITY = {"sample_size", "force_upcast"}
 """Entries of a configuration that change no latent."""
 
 
+def pixels_per_latent(config: Mapping[str, Any]) -> int:
+    """Side in image pixels of one latent, from an autoencoder's configuration: every stage but one halves the image."""
+    names = ("block_out_channels", "down_block_out_channels", "encoder_block_out_channels")
+    stages = next((stages for name in names if (stages := config.get(name))), None)
+    if stages is None:
+        raise ValueError(f"a {config.get('_class_name')} is not one of {', '.join(KINDS)}")
+    return 2 ** (len(stages) - 1)
+
+
 class Autoencoder:
     """An autoencoder that is only used, never trained. Nothing is unpickled to load it.
 

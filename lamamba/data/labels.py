@@ -7,8 +7,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
-from lamamba.config import unknown_name
-
 
 @functools.cache
 def imagenet_names() -> tuple[str, ...]:
@@ -16,6 +14,12 @@ def imagenet_names() -> tuple[str, ...]:
     text = (files("lamamba") / "data" / "imagenet_classes.txt").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     return tuple(line.split(" ", 1)[1] for line in lines)
+
+
+def short_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The first word of each name ("tabby" of "tabby, tabby cat"), the whole name where that says too little."""
+    first = [name.split(", ")[0] for name in names]
+    return tuple(word if first.count(word) == 1 else name for word, name in zip(first, names, strict=True))
 
 
 def as_names(id2label: Mapping[int | str, str] | Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
@@ -81,8 +85,9 @@ def _by_word(wanted: str, names: Sequence[str], num_classes: int) -> int:
             f"label {wanted!r} is several classes: {', '.join(f'{label} ({names[label]})' for label in found)}; "
             "give the number"
         )
-    near = difflib.get_close_matches(wanted.lower(), words, n=3)
-    if len(names) > 20:                                                         # too many to list
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; give a number"
-        raise ValueError(f"label {wanted!r} is unknown{hint} (there are {num_classes} classes, 0: {names[0]!r})")
-    raise unknown_name("label", wanted, names)
+    spelled = {word.lower(): word for name in names for word in (name, *name.split(", "))}
+    near = [spelled[word] for word in difflib.get_close_matches(wanted.lower(), words, n=3)]
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    several = f"{num_classes} classes, 0: {names[0]!r} to {num_classes - 1}: {names[-1]!r}"
+    known = several if len(names) > 20 else "known: " + "; ".join(names)        # too many to list
+    raise ValueError(f"label {wanted!r} is unknown{hint} ({known})")

@@ -84,6 +84,10 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
     """
 
     config_name = "config.json"
+    _no_split_modules = [                                                       # noqa: RUF012 (diffusers' own form)
+        "LaMambaBlock", "Head", "PatchEmbedding", "PatchMerging", "PatchExpanding", "TimestepEmbedding",
+    ]
+    """What reads weights of its parts without calling them, so that hooks must bring all of them at once."""
     _supports_gradient_checkpointing = True
 
     def __init__(self, config: UNetConfig):
@@ -142,7 +146,13 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         run_grid = config.token_grid if grid is None else as_grid(grid)
         check_grid(run_grid, patch_size=config.patch_size)
         self._build_geometries(run_grid)
-        self.geometries.to(self.device)
+        if self.device.type != "meta":                                          # weights may come when they are needed
+            self.geometries.to(self.device)
+
+    @property
+    def run_grid(self) -> Grid:
+        """The grid it runs on now, (height, width) in tokens; see `set_grid`."""
+        return self._run_grid
 
     def _build_geometries(self, run_grid: Grid) -> None:
         config = self.architecture

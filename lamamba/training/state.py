@@ -29,7 +29,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lamamba._version import __version__
 from lamamba.config import Objective, UNetConfig
+from lamamba.data.autoencoder import pixels_per_latent
 from lamamba.data.codec import CodecFacts
+from lamamba.data.labels import as_names, short_names
 from lamamba.models.unet import LaMambaUNet
 from lamamba.training.config import RUN_VERSION, TrainConfig
 from lamamba.training.processes import MainProcessError, Processes
@@ -37,6 +39,7 @@ from lamamba.training.processes import MainProcessError, Processes
 logger = logging.getLogger("lamamba.training")
 
 MANIFEST = "manifest.json"
+PIPELINE_INDEX = "model_index.json"
 SAMPLING_VERSION = 2
 """Of sampling.json. 1: of an autoencoder, the scale alone."""
 
@@ -405,7 +408,8 @@ def load_network(folder: Path) -> LaMambaUNet:
 
 
 def find_network(path: str | Path) -> tuple[LaMambaUNet, SamplingFacts]:
-    """The network to sample from: a run folder (the newest checkpoint's EMA weights), a checkpoint, or a model folder.
+    """The network to sample from: of a run (the newest checkpoint's EMA weights), a checkpoint, a saved model, or
+    a diffusers pipeline as LaMambaPipeline saves it.
 
     Raises:
         FileNotFoundError: when there is nothing of the kind at that place.
@@ -419,6 +423,8 @@ def find_network(path: str | Path) -> tuple[LaMambaUNet, SamplingFacts]:
         if newest is None:
             raise FileNotFoundError(f"{path} is a run without a checkpoint yet; train it further")
         path = newest
+    elif (path / PIPELINE_INDEX).is_file():
+        return _find_in_pipeline(path)
     elif (path / MANIFEST).is_file():
         check_manifest(path)
     network = path / "ema" if (path / "ema").is_dir() else path
@@ -427,3 +433,27 @@ def find_network(path: str | Path) -> tuple[LaMambaUNet, SamplingFacts]:
     if not facts_file.is_file():
         raise FileNotFoundError(f"{path} has no sampling.json, so the kind of images it makes is unknown")
     return model, SamplingFacts.load(facts_file)
+
+
+def _find_in_pipeline(path: Path) -> tuple[LaMambaUNet, SamplingFacts]:
+    """The network of a diffusers pipeline, and what its files say about the images."""
+    index = read_json(path / PIPELINE_INDEX)
+    unet = index.get("unet")
+    if not isinstance(unet, list) or unet[-1] != "LaMambaUNet":
+        raise ValueError(
+            f"{path} is a diffusers pipeline of another kind ({index.get('_class_name')}): it has no LaMambaUNet"
+        )
+    model = load_network(path / "unet")
+    config = model.architecture
+    facts, pixels = CodecFacts(), 1
+    if (index.get("vae") or [None])[0] is not None:
+        values = read_json(path / "vae" / "config.json")
+        pixels, facts = pixels_per_latent(values), CodecFacts.of_config(values)
+        if codec := index.get("codec"):
+            plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in codec.items()}
+            facts = CodecFacts(codec="latents", **plain)
+        facts = dataclasses.replace(facts, autoencoder=str(path / "vae"))
+    return model, SamplingFacts(
+        **dataclasses.asdict(facts), objective=config.objective, image_size=config.input_size[0] * pixels,
+        label_names=short_names(as_names(index.get("id2label"), config.num_classes)),
+    )

@@ -7,7 +7,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from lamamba.data.labels import as_names, find_label, imagenet_names
+from lamamba.data.labels import as_names, find_label, imagenet_names, short_names
 
 # known from other lists of ImageNet's classes
 KNOWN = {
@@ -47,7 +47,8 @@ def test_numbers_names_and_single_words_find_their_class():
 
 @pytest.mark.parametrize(("wanted", "said"), [
     ("taby", "did you mean 'tabby'"), ("golden retreiver", "did you mean 'golden retriever'"),
-    ("qqqqqq", "is unknown; give a number"), (1000, "out of range; this model knows 0 .. 999"), ("-1", "out of range"),
+    ("qqqqqq", "is unknown .1000 classes, 0: 'tench"),
+    (1000, "out of range; this model knows 0 .. 999"), ("-1", "out of range"),
     ("horn", "is several classes"), (1.5, "neither a class number nor a name"),
 ])
 def test_what_finds_nothing_says_what_is_near(wanted, said):
@@ -56,11 +57,18 @@ def test_what_finds_nothing_says_what_is_near(wanted, said):
 
 
 def test_few_names_are_all_named():
-    with pytest.raises(ValueError, match=r"did you mean 'cats'\? \(known: cats, dogs\)"):
+    with pytest.raises(ValueError, match=r"did you mean 'cats'\? \(known: cats; dogs\)"):
         find_label("cat", ("cats", "dogs"), 2)
     with pytest.raises(ValueError, match="classes have none: use 0 .. 9"):
         find_label("three", (), 10)
     assert find_label("3", ("1", "3"), 2) == 1                                  # a name that is a number comes first
+
+
+def test_short_names_stay_apart():
+    names = ("tabby, tabby cat", "crane, bird", "crane, machine")
+    assert short_names(names) == ("tabby", "crane, bird", "crane, machine")
+    assert short_names(imagenet_names())[281] == "tabby"
+    assert len(set(short_names(imagenet_names()))) == 1000
 
 
 def test_names_come_as_diffusers_has_them():
