@@ -67,6 +67,11 @@ class Autoencoder:
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
+    @property
+    def network(self) -> nn.Module:
+        """The diffusers model itself."""
+        return self._network
+
     def __str__(self) -> str:
         return f"{self.name} ({self.kind}, {self.sha256[:12]})"
 
