@@ -18,7 +18,7 @@ from lamamba.models.conditioning import ConditionedNetwork
 from lamamba.models.unet import LaMambaUNet
 
 Watch = Callable[[range, int, Tensor], None]
-"""Told in every step: places of a batch's images, steps done, the clean images (b, c, h, w) as the network sees them."""
+"""Told in every step: places of a batch's images, steps done, and x0 (b, c, h, w) as the network sees it by then."""
 
 
 def generate(
