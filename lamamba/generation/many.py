@@ -208,6 +208,9 @@ class _Job:
 
     def make_shards(self) -> None:
         """Make what nobody has made or is making, then wait for the others."""
+        for number in self._order:                                              # what was there before counts at once
+            self._look(number)
+        self._report("sampling")
         self._claims.make_all(
             self._order, lambda number: f"shard_{number:06d}", self._is_made, self._make,
             lambda: self._report("waiting"),
@@ -217,9 +220,15 @@ class _Job:
         return self._work / f"shard_{number:06d}.json"
 
     def _is_made(self, number: int) -> bool:
-        """Whether a shard is finished: its note is there, and its files have the sizes that the note says."""
-        if number in self._done:
-            return True
+        """Whether a shard is finished; tells of those that others have made."""
+        known = number in self._done
+        if known or not self._look(number):
+            return known
+        self._report("sampling")
+        return True
+
+    def _look(self, number: int) -> bool:
+        """Whether a shard's note is there, and its files have the sizes that the note says."""
         try:
             files = read_json(self._note(number), SAMPLES_VERSION)["files"]
             if any(self._place(name).stat().st_size != size for name, (size, _) in files.items()):
@@ -227,7 +236,6 @@ class _Job:
         except (ValueError, KeyError, OSError):
             return False
         self._done.add(number)
-        self._report("sampling")
         return True
 
     def _make(self, number: int) -> None:
