@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lamamba.data.codec import LatentDecoder
 from lamamba.generation.images import fit_size
@@ -36,6 +37,11 @@ def find_shipped() -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"the model that ships with the package is missing ({folder}); install it anew")
     return folder
+
+
+def move(network: LaMambaUNet, device: torch.device, dtype: torch.dtype) -> LaMambaUNet:
+    """A network where it works, in its precision."""
+    return nn.Module.to(network, device, dtype)                                 # diffusers' own warns of nothing
 
 
 @dataclass
@@ -74,7 +80,7 @@ class OpenModel:
 
     def prepare(self, device: torch.device, dtype: torch.dtype, compiled: bool, images: int) -> None:
         """Move the network to where it works, in its precision, made fast for batches of so many images."""
-        self.network = self.network.to(device, dtype)
+        move(self.network, device, dtype)
         if dtype == torch.bfloat16 and device.type == "cpu" and not compiled:
             grid = self.network.architecture.token_grid
             pack_weights(self.network, grid[0] * grid[1] * images)

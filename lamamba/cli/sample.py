@@ -211,9 +211,11 @@ def to_device(
     """Both networks where they work, fast for batches of so many images; the weaker one again."""
     import torch
 
+    from lamamba.cli.models import move
+
     dtype = getattr(torch, settings.dtype)
     model.prepare(device, dtype, settings.compiled, batch)
-    return None if weaker is None else weaker.to(device, dtype)
+    return None if weaker is None else move(weaker, device, dtype)
 
 
 def _sample_picture(chosen: SampleArguments, facts: PictureFacts | None) -> None:
