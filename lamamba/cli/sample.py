@@ -25,7 +25,7 @@ DESCRIPTION = """Sample images from a trained network.
   lamamba sample runs/digits --out denoising.gif                               a film of the way from noise (or .mp4)
   lamamba sample runs/digits --interpolate seeds:3:7 --classes 2 --out path.png      (or classes:3:8; or a film)
   lamamba sample runs/xl --num 50000 --random-labels --format npz --out samples/     by any number of processes:
-  torchrun --nproc-per-node 8 -m lamamba sample runs/xl --num 50000 --random-labels --format npz --out samples/
+  torchrun --nproc-per-node 8 -m lamamba sample runs/xl -n 50000 --random-labels --format npz --out samples/
 
 MODEL is a run folder (its newest checkpoint's averaged weights), a checkpoint, or a saved model; without it, the small
 digits model that ships with the package. Image k is made from seed + k, whatever the batch size and whoever makes it.
@@ -44,8 +44,9 @@ class SampleArguments:
     classes: str | None = None
     """Classes by number or name, with commas; by default the first ten (for many images: all). Not for unconditional
     models."""
-    num: int | None = None
-    """Images of each class (or in all, for an unconditional model); in a folder, in all. By default 8."""
+    num: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
+    """Images of each class (or in all, for an unconditional model); in a folder, in all. By default 8. (torchrun would
+    take --num for an option of its own: write -n there.)"""
     seed: int | None = None
     """Seed of the first image; by default 0."""
     interpolate: str | None = None

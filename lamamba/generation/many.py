@@ -86,6 +86,7 @@ def sample_many(
                     break
             else:
                 raise OSError(f"shards of {folder} were damaged {MAX_ROUNDS} times as soon as they were written")
+        job.tidy_up()
     return read_json(Path(folder) / MANIFEST, SAMPLES_VERSION)
 
 
@@ -327,8 +328,14 @@ class _Job:
             for path in self._folder.glob(".*.tmp"):                            # of killed processes
                 path.unlink(missing_ok=True)
             write_atomically(self._folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        shutil.rmtree(self._work, ignore_errors=True)
         return True
+
+    def tidy_up(self) -> None:
+        """Remove what only the work needed; a process that was killed at the very end has left it."""
+        if self._work.is_dir():
+            with self._claims.claim("finish", waits=True):
+                if self._is_finished():
+                    shutil.rmtree(self._work, ignore_errors=True)
 
     def _read_pieces(self) -> Iterator[np.ndarray]:
         """The shards' images in order, (n, h, w, c) each."""
