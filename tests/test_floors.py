@@ -14,7 +14,7 @@ FLOORS = [
     {"config", "_version", "_native"},                                           # _native holds compiled kernels
     {"ops"},
     {"models", "diffusion", "data"},
-    {"training", "generation", "evaluation", "benchmark"},
+    {"training", "generation", "pipeline", "evaluation", "benchmark"},
     {"cli"},
     {"__main__"},
 ]
