@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lamamba.data.codec import Decoder, PixelCodec
-from lamamba.diffusion.denoise import denoise, make_scheduler, samplers_for
+from lamamba.diffusion.denoise import Step, denoise, make_scheduler, samplers_for
 from lamamba.diffusion.guidance import guided
 from lamamba.models.conditioning import ConditionedNetwork
 from lamamba.models.unet import LaMambaUNet
@@ -68,9 +68,9 @@ def generate(
         scheduler = make_scheduler(sampler, config.objective, num_steps)
         steps_before = number * len(scheduler.timesteps)
 
-        def report(done: int, total: int, before: int = steps_before) -> None:
+        def report(step: Step, before: int = steps_before) -> None:
             if on_step:
-                on_step(before + done, total * len(batches))
+                on_step(before + step.done, step.total * len(batches))
 
         null = [config.num_classes] if guidance != 1 else []
         present = None if labels is None else [*(labels[k] for k in batch), *null]
