@@ -11,10 +11,11 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lamamba"
 FLOORS = [
-    {"config", "_version", "_native"},                                           # _native holds compiled kernels
+    {"config", "_version", "_native", "pretrained"},               # compiled kernels; a model for the beginning
     {"ops"},
     {"models", "diffusion", "data"},
     {"training", "generation", "evaluation", "benchmark"},
+    {"app"},
     {"cli"},
     {"__main__"},
 ]

@@ -16,6 +16,7 @@ from PIL import Image
 
 from lamamba.app.studio import MAX_GUIDANCE, MAX_IMAGES, MAX_SEED, Frame, Request, Studio
 from lamamba.diffusion.denoise import SAMPLERS
+from lamamba.generation.settings import png_text
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")                      # nobody is told that a page was opened
 
@@ -28,8 +29,6 @@ except ModuleNotFoundError as error:
 
 Compose = Callable[[np.ndarray, int, list[str]], Image.Image]
 """(images (n, h, w, c) uint8, columns, names of the rows) -> one picture."""
-Save = Callable[[Image.Image, Path, Studio, Request], None]
-"""Write a PNG with the settings that repeat it."""
 
 FEW_CLASSES = 20
 """So many are boxes to tick; more are a list to search."""
@@ -54,3 +53,159 @@ def theme() -> Any:
         primary_hue="blue", font=["system-ui", "Segoe UI", "Roboto", "sans-serif"],
         font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
     )
+
+
+def build_page(studio: Studio, compose: Compose) -> Any:
+    """The page: controls on the left, the drawing on the right.
+
+    Args:
+        studio: what draws.
+        compose: lays images out as a table.
+
+    Returns:
+        A gradio Blocks, queued so that one request is drawn at a time and the others wait for their turn.
+    """
+    names = list(studio.class_names)
+
+    def draw(
+        classes: list[str] | str | None, num: float, seed: float, sampler: str, steps: float, guidance: float,
+        height: float, width: float,
+    ) -> Iterator[tuple[Any, ...]]:
+        try:
+            request = Request(
+                classes=tuple([classes] if isinstance(classes, str) else classes or ()), num=_whole(num),
+                seed=_whole(seed), sampler=sampler, steps=_whole(steps), guidance=_number(guidance),
+                height=_whole(height), width=_whole(width),
+            )
+            for frame in studio.draw(request):
+                table = compose(frame.images, studio.columns_of(request), list(request.classes))
+                if not frame.is_last:
+                    yield table, _status(frame), gr.update(interactive=False), ""
+                    continue
+                with tempfile.TemporaryDirectory() as folder:                   # gradio keeps a copy of what it sends
+                    place = Path(folder) / _file_name(request)
+                    table.save(place, format="PNG", pnginfo=png_text(studio.facts_of(request)))
+                    yield str(place), _status(frame), gr.update(value=str(place), interactive=True), _repeat(place.name)
+        except (ValueError, RuntimeError, MemoryError) as error:
+            raise gr.Error(html.escape(_sentence(error)), title="That does not work", print_exception=False) from None
+
+    with gr.Blocks(title="LaMamba-Diff", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.HTML(_heading(studio), elem_id="head")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=320):
+                classes = _class_chooser(names)
+                num = gr.Slider(1, 20, value=min(8, 20), step=1, label="Pictures of each" if names else "Pictures")
+                with gr.Row(equal_height=True):
+                    seed = gr.Number(
+                        0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, scale=3, min_width=120,
+                        info="the same seed, the same picture",
+                    )
+                    dice = gr.Button("New seed", scale=1, min_width=100, elem_id="dice")
+                with gr.Accordion("Sampler, guidance, size", open=False, elem_id="more"):
+                    sampler = gr.Radio(
+                        [(f"{name}: {SAMPLERS[name].what}", name) for name in studio.samplers],
+                        value=studio.samplers[0], label="Sampler", elem_id="sampler",
+                    )
+                    steps = gr.Slider(1, 250, value=25, step=1, label="Steps", info="more: finer, slower")
+                    guidance = gr.Slider(
+                        0, MAX_GUIDANCE / 2, value=1.75 if names else 1.0, step=0.05, label="Guidance", visible=bool(names),
+                        info="1: none; more: plainer members of their class, less variety",
+                    )
+                    with gr.Row():
+                        sides = [
+                            gr.Slider(
+                                studio.side_step, studio.max_side, value=own, step=studio.side_step, label=label,
+                                min_width=120,
+                            )
+                            for label, own in (("Height", studio.size[0]), ("Width", studio.size[1]))
+                        ]
+                with gr.Row():
+                    go = gr.Button("Draw", variant="primary", size="lg", elem_id="go", scale=3)
+                    stop = gr.Button("Stop", size="lg", elem_id="stop", scale=1, min_width=90)
+            with gr.Column(scale=6, min_width=340):
+                picture = gr.Image(
+                    label="Picture", show_label=False, format="png", interactive=False, elem_id="picture",
+                    buttons=["fullscreen"], height=560, alt_text="what the network has drawn",
+                )
+                status = gr.HTML(_hint(), elem_id="status")
+                keep = gr.DownloadButton("Save picture with its settings", interactive=False, elem_id="keep")
+                repeat = gr.Markdown("", elem_id="repeat")
+        dice.click(lambda: random.randrange(2**31), outputs=seed, show_progress="hidden", queue=False, api_name=False)
+        drawing = go.click(
+            draw, [classes, num, seed, sampler, steps, guidance, *sides], [picture, status, keep, repeat],
+            show_progress="hidden", api_name="draw",
+        )
+        stop.click(None, cancels=[drawing], queue=False, api_name=False)
+    page.queue(default_concurrency_limit=1, max_size=WAITING)
+    return page
+
+
+def serve(
+    studio: Studio, compose: Compose, *, host: str, port: int | None, share: bool = False, browser: bool = False
+) -> None:
+    """Show the page until somebody presses Ctrl-C.
+
+    Raises:
+        OSError: when the port is taken.
+    """
+    build_page(studio, compose).launch(
+        server_name=host, server_port=port, share=share, inbrowser=browser, show_error=False, theme=theme(), css=CSS,
+        footer_links=[], ssr_mode=False, mcp_server=False, run_history=False,
+    )
+
+
+def _class_chooser(names: list[str]) -> Any:
+    if not names:
+        return gr.State([])
+    if len(names) <= FEW_CLASSES:
+        return gr.CheckboxGroup(names, value=names[:10], label="Classes, a row each", elem_id="classes")
+    return gr.Dropdown(
+        names, value=names[:1], multiselect=True, label="Classes, a row each", info="type to search", elem_id="classes"
+    )
+
+
+def _heading(studio: Studio) -> str:
+    height, width = studio.size
+    classes = f"{len(studio.class_names)} classes" if studio.class_names else "no classes"
+    return (
+        f"<h1>LaMamba-Diff</h1><p>{html.escape(studio.name)}: {studio.parameters / 1e6:.2f} M parameters, {classes}, "
+        f"{width} x {height} pixels, on {html.escape(str(studio.model.device))}</p>"
+    )
+
+
+def _hint() -> str:
+    return "Choose what to draw, then press <b>Draw</b>: noise becomes pictures, step by step."
+
+
+def _status(frame: Frame) -> str:
+    if frame.is_last:
+        count = len(frame.images)
+        text = f"{count} {'picture' if count == 1 else 'pictures'} in {frame.seconds:.1f} s"
+    else:
+        text = f"step {frame.done} of {frame.total}: the clean picture as the network imagines it now"
+    share = 100 * frame.done / max(1, frame.total)
+    return f'{text}<div class="bar"><i style="width:{share:.0f}%"></i></div>'
+
+
+def _file_name(request: Request) -> str:
+    what = "-".join(request.classes[:5]) + ("-more" if len(request.classes) > 5 else "")
+    plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in what)[:60]
+    return f"lamamba_{plain + '_' if plain else ''}seed{request.seed}.png"
+
+
+def _repeat(name: str) -> str:
+    return f"The file knows how it was made: `lamamba sample --like {shlex.quote(name)} --out again.png`"
+
+
+def _whole(value: Any) -> Any:
+    """2.0, as a number field gives it, as 2; anything else as it is, for the studio to refuse by name."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _number(value: Any) -> Any:
+    return 1.0 if value is None else value
+
+
+def _sentence(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    return text[0].upper() + text[1:] + "."

@@ -5,16 +5,18 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from lamamba.config import unknown_name
-from lamamba.data.codec import Decoder
+from lamamba.data.codec import Decoder, PixelCodec
 from lamamba.diffusion.denoise import SAMPLERS, samplers_for
+from lamamba.diffusion.guidance import Guidance
 from lamamba.generation import generate
+from lamamba.generation.settings import PictureFacts, Settings, fingerprint
 from lamamba.models.unet import LaMambaUNet
 from lamamba.training.state import SamplingFacts
 
@@ -23,6 +25,10 @@ MAX_IMAGES = 100
 MAX_GUIDANCE = 20.0
 MAX_SEED = 2**32 - 1
 """What fits a number field of a browser; the command line takes larger ones."""
+BATCH_TOKENS = 16_384
+"""Of the images that the network sees at once: 100 digits, 16 pictures of 256 pixels."""
+PAPER = 235
+"""Grey of images that have not been begun."""
 FRAMES_PER_SECOND = 12
 """Intermediate pictures that are sent at most: eyes and connections need no more."""
 
@@ -59,10 +65,6 @@ class Frame:
     """Since the drawing began."""
 
 
-class Stopped(Exception):
-    """Whoever asked does not look any more."""
-
-
 class Studio:
     """One network and its facts, drawing for one caller at a time."""
 
@@ -80,7 +82,8 @@ class Studio:
         self.model, self.facts, self.name, self.source = model, facts, name, source
         self._decoder, self._turn = decoder, threading.Lock()
         config = model.architecture
-        self.class_names = tuple(facts.label_names) or tuple(map(str, range(config.num_classes)))
+        named = len(facts.label_names) == config.num_classes
+        self.class_names = tuple(facts.label_names) if named else tuple(map(str, range(config.num_classes)))
         self.samplers = samplers_for(config.objective)
         self.pixel = facts.image_size // config.input_size[0]
         """Pixels of the picture for each of the network's own: 1, or a latent's."""
@@ -89,6 +92,8 @@ class Studio:
         self.size = (config.input_size[0] * self.pixel, config.input_size[1] * self.pixel)
         """Height and width that the network was made for."""
         self.max_side = 4 * max(self.size)
+        self.channels = config.in_channels if decoder is None else 3
+        self._fingerprint = fingerprint(model)
 
     @property
     def parameters(self) -> int:
@@ -158,30 +163,85 @@ class Studio:
             is_watched.clear()
             worker.join()
 
-    def _work(self, request: Request, frames: queue.Queue[Frame | BaseException], is_watched: threading.Event) -> None:
-        """Draw in a thread of its own, and put the frames, at last the images or what went wrong, into the queue."""
-        try:
-            with self._turn:
-                for_eyes = _Preview(self._count(request), frames, is_watched)
-                images = self._generate(request, for_eyes)
-                for_eyes.finish(images)
-        except BaseException as error:                                          # told where it is waited for
-            frames.put(error)
+    def facts_of(self, request: Request) -> PictureFacts:
+        """All that repeats the drawing, for the PNG's metadata."""
+        height, width = self.size_of(request)
+        sampler = request.sampler or self.samplers[0]
+        count = self._count(request)
+        settings = Settings(
+            model=self.source, model_sha256=self._fingerprint, sampler=sampler,
+            steps=request.steps or SAMPLERS[sampler].default_steps, height=height, width=width,
+            guidance=Guidance(float(request.guidance)), autoencoder=self.facts.autoencoder,
+            autoencoder_sha256=self.facts.autoencoder_sha256, dtype=str(self.model.dtype).removeprefix("torch."),
+        )
+        labels = self._labels(request)
+        return PictureFacts(
+            settings=settings, seeds=tuple(range(request.seed, request.seed + count)),
+            labels=None if labels is None else tuple(labels), columns=self.columns_of(request),
+            row_names=request.classes, batch_size=self._batch_size(request),
+        )
+
+    def size_of(self, request: Request) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return request.height or self.size[0], request.width or self.size[1]
+
+    def columns_of(self, request: Request) -> int:
+        """Images side by side in the picture: a row for each class."""
+        return request.num if self.class_names else min(request.num, 8)
+
+    def _labels(self, request: Request) -> list[int] | None:
+        if not self.class_names:
+            return None
+        return [self.class_names.index(name) for name in request.classes for _ in range(request.num)]
 
     def _count(self, request: Request) -> int:
         return request.num * max(1, len(request.classes))
 
-    def _generate(self, request: Request, preview: _Preview) -> np.ndarray:
-        config = self.model.architecture
-        labels = None
-        if config.num_classes:
-            labels = [self.class_names.index(name) for name in request.classes for _ in range(request.num)]
-        tokens = config.token_grid[0] * config.token_grid[1]
-        return generate(
-            self.model, labels, range(request.seed, request.seed + self._count(request)), sampler=request.sampler,
-            num_steps=request.steps, guidance=request.guidance, decoder=self._decoder,
-            batch_size=max(1, BATCH_TOKENS // tokens), on_step=preview.progress,
-        )
+    def _batch_size(self, request: Request) -> int:
+        height, width = self.size_of(request)
+        tokens = height * width // (self.pixel * self.model.architecture.patch_size) ** 2
+        return max(1, min(MAX_IMAGES, BATCH_TOKENS // tokens))
+
+    def _work(self, request: Request, frames: queue.Queue[Frame | BaseException], is_watched: threading.Event) -> None:
+        """Draw, in a thread of its own, and put frames, and at last what went wrong if it did, into the queue."""
+        began, last_shown = time.perf_counter(), 0.0
+        height, width = self.size_of(request)
+        decoder = self._decoder or PixelCodec()
+        shown = np.full((self._count(request), height, width, self.channels), PAPER, np.uint8)
+        progress = (0, 1)
+
+        def on_step(done: int, total: int) -> None:
+            nonlocal progress
+            if not is_watched.is_set():
+                raise _Stopped
+            progress = (done, total)
+
+        def watch(batch: range, step: int, x0: Tensor) -> None:
+            nonlocal last_shown
+            now = time.perf_counter()
+            if progress[0] > 1 and now - last_shown < 1 / FRAMES_PER_SECOND:
+                return
+            shown[batch.start : batch.stop] = decoder.decode(x0)
+            last_shown = time.perf_counter()
+            # decoding latents takes its time: no more than a third of the whole
+            last_shown += 2 * (last_shown - now)
+            frames.put(Frame(shown.copy(), *progress, False, last_shown - began))
+
+        try:
+            with self._turn:
+                images = generate(
+                    self.model, self._labels(request), range(request.seed, request.seed + len(shown)),
+                    sampler=request.sampler, num_steps=request.steps, guidance=float(request.guidance),
+                    input_size=(height // self.pixel, width // self.pixel), batch_size=self._batch_size(request),
+                    decoder=self._decoder, on_step=on_step, watch=watch,
+                )
+            frames.put(Frame(images, progress[1], progress[1], True, time.perf_counter() - began))
+        except BaseException as error:                                          # raised again where it is waited for
+            frames.put(error)
+
+
+class _Stopped(Exception):
+    """Whoever asked does not look any more."""
 
 
 def _check_whole(what: str, value: object, least: int, most: int) -> None:
