@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
-from torch import nn
 
 from lamamba._version import __version__
 from lamamba.config import unknown_name
 from lamamba.diffusion.guidance import Guidance
+from lamamba.models.unet import LaMambaUNet
 
 SETTINGS_VERSION = 1
 PNG_KEY = "lamamba"
 """Of the text in a PNG that holds the settings as JSON."""
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: LaMambaUNet) -> str:
     """SHA-256 of a network's architecture and weights, the same however and in whatever pieces they are stored."""
     digest = hashlib.sha256(json.dumps(model.architecture.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
