@@ -216,6 +216,19 @@ def noised(scheduler: Any, x0: Tensor, noise: Tensor, place: int) -> Tensor:
     return scheduler.add_noise(x0, noise, t)
 
 
+def first_step(scheduler: Any, strength: float) -> int:
+    """The step to begin with when images are changed by `strength` in (0, 1]: 1 is all steps, little keeps much.
+
+    Raises:
+        ValueError: when strength is out of range.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength={strength} must lie in (0, 1]: the share of the steps, 1 keeps nothing")
+    per_step = getattr(scheduler, "order", 1)                                   # Heun's solver has its steps in pairs
+    steps = (len(scheduler.timesteps) + per_step - 1) // per_step
+    return (steps - max(1, round(strength * steps))) * per_step
+
+
 def estimate_x0(scheduler: Any, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """The clean image that the network's output implies: (b, c, h, w).
 
