@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lamamba.app.studio import MAX_GUIDANCE, MAX_IMAGES, MAX_SEED, Frame, Request, Studio
+from lamamba.app.studio import MAX_GUIDANCE, MAX_SEED, Frame, Request, Studio
 from lamamba.diffusion.denoise import SAMPLERS
 from lamamba.generation.settings import png_text
 
@@ -27,18 +27,23 @@ except ModuleNotFoundError as error:
         raise
     raise RuntimeError("the page needs gradio: pip install 'lamamba-diff[app]'") from error
 
-Compose = Callable[[np.ndarray, int, list[str]], Image.Image]
-"""(images (n, h, w, c) uint8, columns, names of the rows) -> one picture."""
+Compose = Callable[[np.ndarray, int, list[str], int], Image.Image]
+"""(images (n, h, w, c) uint8, columns, names of the rows, width of an image on the page) -> one picture."""
 
 FEW_CLASSES = 20
 """So many are boxes to tick; more are a list to search."""
 WAITING = 200
 """Requests that may wait for their turn; the next one is told to come back later."""
+PICTURE_WIDTH, PICTURE_HEIGHT = 640, 560
+"""Of the frame that the drawing is enlarged into, in a browser's pixels."""
+MARGIN, GAP = 40, 6
+"""Left of a row, for its name; between images."""
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
-#picture img { image-rendering: pixelated; object-fit: contain; }
-#picture { min-height: 420px; }
-#digits .wrap { gap: 6px; }
+.gradio-container main, .gradio-container .column { width: 100%; }
+#picture img { object-fit: scale-down; }
+#seed-row { align-items: end; }
+#dice { max-height: 42px; min-height: 38px; margin-bottom: 12px; white-space: nowrap; padding: 0 8px; }
 #status { min-height: 3.2em; }
 #status .bar { height: 6px; border-radius: 3px; background: var(--neutral-200); overflow: hidden; margin-top: 6px; }
 #status .bar > i { display: block; height: 100%; background: var(--primary-500); }
@@ -78,7 +83,8 @@ def build_page(studio: Studio, compose: Compose) -> Any:
                 height=_whole(height), width=_whole(width),
             )
             for frame in studio.draw(request):
-                table = compose(frame.images, studio.columns_of(request), list(request.classes))
+                columns, rows = studio.columns_of(request), list(studio.row_names_of(request))
+                table = compose(frame.images, columns, rows, _cell_pixels(columns, len(frame.images), bool(rows)))
                 if not frame.is_last:
                     yield table, _status(frame), gr.update(interactive=False), ""
                     continue
@@ -94,22 +100,25 @@ def build_page(studio: Studio, compose: Compose) -> Any:
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=320):
                 classes = _class_chooser(names)
-                num = gr.Slider(1, 20, value=min(8, 20), step=1, label="Pictures of each" if names else "Pictures")
-                with gr.Row(equal_height=True):
+                num = gr.Slider(1, 20, value=8, step=1, label="Pictures of each" if names else "Pictures")
+                with gr.Row(elem_id="seed-row"):
                     seed = gr.Number(
                         0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, scale=3, min_width=120,
-                        info="the same seed, the same picture",
+                        info="the same seed, the same pictures",
                     )
-                    dice = gr.Button("New seed", scale=1, min_width=100, elem_id="dice")
-                with gr.Accordion("Sampler, guidance, size", open=False, elem_id="more"):
+                    dice = gr.Button("New seed", scale=1, min_width=100, size="md", elem_id="dice")
+                with gr.Row():
+                    go = gr.Button("Draw", variant="primary", size="lg", elem_id="go", scale=3)
+                    stop = gr.Button("Stop", size="lg", elem_id="stop", scale=1, min_width=90)
+                with gr.Accordion("Steps, guidance, sampler, size", open=False, elem_id="more"):
+                    steps = gr.Slider(1, 250, value=25, step=1, label="Steps", info="more: finer, slower")
+                    guidance = gr.Slider(
+                        0, MAX_GUIDANCE / 2, value=1.75 if names else 1.0, step=0.05, label="Guidance",
+                        visible=bool(names), info="1: none; more: clearer, with less variety",
+                    )
                     sampler = gr.Radio(
                         [(f"{name}: {SAMPLERS[name].what}", name) for name in studio.samplers],
                         value=studio.samplers[0], label="Sampler", elem_id="sampler",
-                    )
-                    steps = gr.Slider(1, 250, value=25, step=1, label="Steps", info="more: finer, slower")
-                    guidance = gr.Slider(
-                        0, MAX_GUIDANCE / 2, value=1.75 if names else 1.0, step=0.05, label="Guidance", visible=bool(names),
-                        info="1: none; more: plainer members of their class, less variety",
                     )
                     with gr.Row():
                         sides = [
@@ -119,23 +128,28 @@ def build_page(studio: Studio, compose: Compose) -> Any:
                             )
                             for label, own in (("Height", studio.size[0]), ("Width", studio.size[1]))
                         ]
-                with gr.Row():
-                    go = gr.Button("Draw", variant="primary", size="lg", elem_id="go", scale=3)
-                    stop = gr.Button("Stop", size="lg", elem_id="stop", scale=1, min_width=90)
             with gr.Column(scale=6, min_width=340):
                 picture = gr.Image(
                     label="Picture", show_label=False, format="png", interactive=False, elem_id="picture",
-                    buttons=["fullscreen"], height=560, alt_text="what the network has drawn",
+                    buttons=["fullscreen"], height=PICTURE_HEIGHT, alt_text="what the network has drawn",
+                    placeholder="Press Draw",
                 )
                 status = gr.HTML(_hint(), elem_id="status")
                 keep = gr.DownloadButton("Save picture with its settings", interactive=False, elem_id="keep")
                 repeat = gr.Markdown("", elem_id="repeat")
         dice.click(lambda: random.randrange(2**31), outputs=seed, show_progress="hidden", queue=False, api_name=False)
         drawing = go.click(
+            lambda: "Waiting for its turn ...", outputs=status, queue=False, show_progress="hidden", api_name=False
+        ).then(
             draw, [classes, num, seed, sampler, steps, guidance, *sides], [picture, status, keep, repeat],
             show_progress="hidden", api_name="draw",
         )
-        stop.click(None, cancels=[drawing], queue=False, api_name=False)
+        drawing.failure(
+            lambda: "Nothing was drawn.", outputs=status, queue=False, show_progress="hidden", api_name=False
+        )
+        stop.click(
+            lambda: "Stopped.", outputs=status, cancels=[drawing], queue=False, show_progress="hidden", api_name=False
+        )
     page.queue(default_concurrency_limit=1, max_size=WAITING)
     return page
 
@@ -154,11 +168,20 @@ def serve(
     )
 
 
+def _cell_pixels(columns: int, count: int, has_names: bool) -> int:
+    """Width of an image, so that the table fills the picture's frame without being scaled once more."""
+    rows = -(-count // columns)
+    margin = MARGIN if has_names else 0
+    return max(8, min((PICTURE_WIDTH - margin - GAP) // columns, (PICTURE_HEIGHT - GAP) // rows) - GAP)
+
+
 def _class_chooser(names: list[str]) -> Any:
     if not names:
         return gr.State([])
     if len(names) <= FEW_CLASSES:
-        return gr.CheckboxGroup(names, value=names[:10], label="Classes, a row each", elem_id="classes")
+        return gr.CheckboxGroup(
+            names, value=names[:10], label="Classes, a row each", show_select_all=True, elem_id="classes"
+        )
     return gr.Dropdown(
         names, value=names[:1], multiselect=True, label="Classes, a row each", info="type to search", elem_id="classes"
     )
@@ -188,7 +211,7 @@ def _status(frame: Frame) -> str:
 
 
 def _file_name(request: Request) -> str:
-    what = "-".join(request.classes[:5]) + ("-more" if len(request.classes) > 5 else "")
+    what = "-".join(request.classes[:10])
     plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in what)[:60]
     return f"lamamba_{plain + '_' if plain else ''}seed{request.seed}.png"
 

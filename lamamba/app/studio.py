@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -115,8 +116,8 @@ class Studio:
         _check_whole("the seed", request.seed, 0, MAX_SEED)
         if (count := request.num * max(1, len(request.classes))) > MAX_IMAGES:
             raise ValueError(
-                f"{len(request.classes)} classes x {request.num} images are {count}; a page draws up to {MAX_IMAGES} at "
-                "once: choose fewer of either (lamamba sample makes any number)"
+                f"{len(request.classes)} classes with {request.num} pictures each are {count}; this page draws up to "
+                f"{MAX_IMAGES} at once: choose fewer of either (lamamba sample makes any number)"
             )
         sampler = request.sampler or self.samplers[0]
         if sampler not in self.samplers:
@@ -178,7 +179,7 @@ class Studio:
         return PictureFacts(
             settings=settings, seeds=tuple(range(request.seed, request.seed + count)),
             labels=None if labels is None else tuple(labels), columns=self.columns_of(request),
-            row_names=request.classes, batch_size=self._batch_size(request),
+            row_names=self.row_names_of(request), batch_size=self._batch_size(request),
         )
 
     def size_of(self, request: Request) -> tuple[int, int]:
@@ -186,8 +187,15 @@ class Studio:
         return request.height or self.size[0], request.width or self.size[1]
 
     def columns_of(self, request: Request) -> int:
-        """Images side by side in the picture: a row for each class."""
-        return request.num if self.class_names else min(request.num, 8)
+        """Images side by side in the picture: a row for each class; those of a single one about in a square."""
+        if len(request.classes) > 1:
+            return request.num
+        side = math.ceil(math.sqrt(request.num))
+        return next((columns for columns in range(side, 2 * side) if request.num % columns == 0), side)
+
+    def row_names_of(self, request: Request) -> tuple[str, ...]:
+        """What stands to the left of the picture's rows."""
+        return request.classes if len(request.classes) > 1 else ()
 
     def _labels(self, request: Request) -> list[int] | None:
         if not self.class_names:

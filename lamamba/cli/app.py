@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +11,9 @@ import tyro
 from lamamba.cli.arguments import parse
 
 if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
     from lamamba.app.studio import Studio
 
 DESCRIPTION = """Open a page on which to choose classes and settings, watch the denoising, and keep the pictures.
@@ -51,12 +53,10 @@ def main(arguments: list[str]) -> None:
 
     studio = open_studio(chosen.model, chosen.autoencoder, chosen.device)
     print(f"{studio.name}: {studio.parameters / 1e6:.2f} M parameters, on {studio.model.device}", flush=True)
-    compose = functools.partial(grid_picture, cell_pixels=CELL_PIXELS, crisp=True)
+    def compose(images: np.ndarray, columns: int, names: list[str], cell_pixels: int) -> Image.Image:
+        return grid_picture(images, columns, names, cell_pixels=cell_pixels, crisp=True)
+
     serve(studio, compose, host=chosen.host, port=chosen.port, share=chosen.share, browser=chosen.open)
-
-
-CELL_PIXELS = 64
-"""Width of an image on the page, at least."""
 
 
 def open_studio(place: Path | None, autoencoder: str | None, device_name: str) -> Studio:
