@@ -11,21 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import numpy as np
 from PIL import Image
 
 from lamamba.app.studio import MAX_GUIDANCE, MAX_SEED, Frame, Request, Studio
 from lamamba.diffusion.denoise import SAMPLERS
 from lamamba.generation.settings import png_text
-
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")                      # nobody is told that a page was opened
-
-try:
-    import gradio as gr
-except ModuleNotFoundError as error:
-    if error.name != "gradio":
-        raise
-    raise RuntimeError("the page needs gradio: pip install 'lamamba-diff[app]'") from error
 
 Compose = Callable[[np.ndarray, int, list[str], int], Image.Image]
 """(images (n, h, w, c) uint8, columns, names of the rows, width of an image on the page) -> one picture."""
@@ -155,17 +147,22 @@ def build_page(studio: Studio, compose: Compose) -> Any:
 
 
 def serve(
-    studio: Studio, compose: Compose, *, host: str, port: int | None, share: bool = False, browser: bool = False
-) -> None:
-    """Show the page until somebody presses Ctrl-C.
+    studio: Studio, compose: Compose, *, host: str, port: int | None, share: bool = False, browser: bool = False,
+    in_background: bool = False,
+) -> Any:
+    """Show the page until somebody presses Ctrl-C; or come back at once with the page, whose close() ends it.
 
     Raises:
         OSError: when the port is taken.
     """
-    build_page(studio, compose).launch(
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")                  # nobody is told that a page was opened
+    page = build_page(studio, compose)
+    page.launch(
         server_name=host, server_port=port, share=share, inbrowser=browser, show_error=False, theme=theme(), css=CSS,
-        footer_links=[], ssr_mode=False, mcp_server=False, run_history=False,
+        footer_links=[], ssr_mode=False, mcp_server=False, run_history=False, prevent_thread_lock=in_background,
+        quiet=in_background,
     )
+    return page
 
 
 def _cell_pixels(columns: int, count: int, has_names: bool) -> int:

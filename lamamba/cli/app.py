@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -47,6 +48,8 @@ def main(arguments: list[str]) -> None:
     chosen = parse(AppArguments, arguments, "app", DESCRIPTION)
     if chosen.port is not None and not 0 < chosen.port < 65536:
         raise ValueError(f"--port {chosen.port} is no port; 1024 to 65535 are for everybody")
+    if importlib.util.find_spec("gradio") is None:
+        raise RuntimeError("the page needs gradio: pip install 'lamamba-diff[app]'")
 
     from lamamba.app.page import serve
     from lamamba.cli.pictures import grid_picture
