@@ -18,10 +18,20 @@ CELL_PIXELS = 48
 GAP, BACKGROUND, INK = 6, 255, 60
 
 
-def grid_picture(images: np.ndarray, columns: int, row_names: Sequence[str] = ()) -> Image.Image:
-    """uint8 images (n, h, w, c) as a table with gaps, row by row; small ones enlarged, rows named on the left."""
+def grid_picture(
+    images: np.ndarray, columns: int, row_names: Sequence[str] = (), *, cell_pixels: int = CELL_PIXELS,
+    crisp: bool = False,
+) -> Image.Image:
+    """uint8 images (n, h, w, c) as a table with gaps, row by row; small ones enlarged, rows named on the left.
+
+    Args:
+        images, columns, row_names: the table.
+        cell_pixels: small images are enlarged to about this width.
+        crisp: show every pixel as a square, as on a page to play on, instead of between its neighbours.
+    """
     count, height, width, channels = images.shape
-    factor = max(1, CELL_PIXELS // max(height, width))
+    factor = max(1, cell_pixels // max(height, width))
+    scaling = Image.Resampling.NEAREST if crisp else Image.Resampling.BICUBIC
     height, width = height * factor, width * factor
     rows = -(-count // columns)
     font = ImageFont.load_default(size=max(12, min(height // 3, 24)))
@@ -31,7 +41,7 @@ def grid_picture(images: np.ndarray, columns: int, row_names: Sequence[str] = ()
     for k, image in enumerate(images):
         top, left = GAP + k // columns * (height + GAP), margin + GAP + k % columns * (width + GAP)
         cell = Image.fromarray(image if channels == 3 else image[..., 0])
-        enlarged = np.asarray(cell.resize((width, height), Image.Resampling.BICUBIC))
+        enlarged = np.asarray(cell.resize((width, height), scaling))
         canvas[top : top + height, left : left + width] = enlarged.reshape(height, width, -1)
     picture = Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)
