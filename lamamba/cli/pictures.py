@@ -8,19 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from lamamba.config import LATENT_SCALE
+from lamamba.files import settle, temporary_name
 
 CELL_PIXELS = 48
 """Small images are enlarged (bicubic, which eyes read far better than blocks) until a cell is about this wide."""
 GAP, BACKGROUND, INK = 6, 255, 60
 
 
-def grid_picture(images: np.ndarray, columns: int, row_names: Sequence[str] = ()) -> Image.Image:
-    """uint8 images (n, h, w, c) as a table with gaps, row by row; small ones enlarged, rows named on the left."""
+def grid_picture(
+    images: np.ndarray, columns: int, row_names: Sequence[str] = (), *, cell_pixels: int = CELL_PIXELS,
+    crisp: bool = False,
+) -> Image.Image:
+    """uint8 images (n, h, w, c) as a table with gaps, row by row; small ones enlarged, rows named on the left.
+
+    Args:
+        images, columns, row_names: the table.
+        cell_pixels: small images are enlarged to about this width.
+        crisp: show every pixel as a square, as on a page to play on, instead of between its neighbours.
+    """
     count, height, width, channels = images.shape
-    factor = max(1, CELL_PIXELS // max(height, width))
+    factor = max(1, cell_pixels // max(height, width))
+    scaling = Image.Resampling.NEAREST if crisp else Image.Resampling.BICUBIC
     height, width = height * factor, width * factor
     rows = -(-count // columns)
     font = ImageFont.load_default(size=max(12, min(height // 3, 24)))
@@ -30,7 +41,7 @@ def grid_picture(images: np.ndarray, columns: int, row_names: Sequence[str] = ()
     for k, image in enumerate(images):
         top, left = GAP + k // columns * (height + GAP), margin + GAP + k % columns * (width + GAP)
         cell = Image.fromarray(image if channels == 3 else image[..., 0])
-        enlarged = np.asarray(cell.resize((width, height), Image.Resampling.BICUBIC))
+        enlarged = np.asarray(cell.resize((width, height), scaling))
         canvas[top : top + height, left : left + width] = enlarged.reshape(height, width, -1)
     picture = Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)
@@ -40,12 +51,20 @@ def grid_picture(images: np.ndarray, columns: int, row_names: Sequence[str] = ()
     return picture
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG so that a failure leaves no half file."""
+def bare_picture(image: np.ndarray) -> Image.Image:
+    """One uint8 image (h, w, c) as it is."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def save_picture(picture: Image.Image, path: Path, text: PngImagePlugin.PngInfo | None = None) -> None:
+    """Write a PNG, with text about it, so that a failure leaves no half file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, format="PNG")
-    temporary.replace(path)
+    temporary = temporary_name(path)
+    try:
+        picture.save(temporary, format="PNG", pnginfo=text)
+        settle(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def loss_curve(metrics: Path, path: Path) -> None:

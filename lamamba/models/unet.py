@@ -189,7 +189,8 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
 
         Args:
             timestep: (b,), or a single number for all labels.
-            class_labels: (b,) int64 in 0 .. num_classes; None for an unconditional network.
+            class_labels: (b,) int64 in 0 .. num_classes; None for an unconditional network. Between classes: (b,
+                num_classes + 1), how much of each label's embedding.
 
         Raises:
             ValueError: when class_labels do not fit the configuration.
@@ -202,7 +203,11 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
 
     def _embed(self, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
         rows = torch.zeros_like(timestep, dtype=torch.int64) if class_labels is None else class_labels
-        return self.timestep_embedding(timestep) + self.label_embedding(rows)                       # (b, 4 width)
+        if rows.is_floating_point():
+            labels = rows.to(self.label_embedding.weight.dtype) @ self.label_embedding.weight
+        else:
+            labels = self.label_embedding(rows)
+        return self.timestep_embedding(timestep) + labels                                           # (b, 4 width)
 
     def forward(
         self, x: Tensor, timestep: Tensor | float | None, class_labels: Tensor | None = None, *,
@@ -281,6 +286,13 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
                     f"this network is conditional: pass class_labels (b,), 0 .. {config.num_classes - 1} for a class "
                     f"or {config.num_classes} for none"
                 )
+            if class_labels.is_floating_point():
+                if class_labels.shape != (batch, config.num_classes + 1):
+                    raise ValueError(
+                        f"class_labels that mix embeddings have shape {tuple(class_labels.shape)}, x needs "
+                        f"({batch}, {config.num_classes + 1}), a weight for each class and for none"
+                    )
+                return
             if class_labels.shape != (batch,):
                 raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}, x needs ({batch},)")
             if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
