@@ -56,8 +56,8 @@ def main(arguments: list[str]) -> None:
 
     studio = open_studio(chosen.model, chosen.autoencoder, chosen.device)
     print(f"{studio.name}: {studio.parameters / 1e6:.2f} M parameters, on {studio.model.device}", flush=True)
-    def compose(images: np.ndarray, columns: int, names: list[str], cell_pixels: int) -> Image.Image:
-        return grid_picture(images, columns, names, cell_pixels=cell_pixels, crisp=True)
+    def compose(images: np.ndarray, columns: int, names: list[str], cell_pixels: int, crisp: bool) -> Image.Image:
+        return grid_picture(images, columns, names, cell_pixels=cell_pixels, crisp=crisp)
 
     serve(studio, compose, host=chosen.host, port=chosen.port, share=chosen.share, browser=chosen.open)
 
@@ -85,5 +85,5 @@ def open_studio(place: Path | None, autoencoder: str | None, device_name: str) -
         decoder = LatentDecoder(name, facts, device)
     elif autoencoder is not None:
         raise ValueError("this model makes pixels: leave --autoencoder out")
-    name = f"{SHIPPED} (the model that comes with the package)" if place is None else str(place)
+    name = f"{SHIPPED.capitalize()}, the model that comes with the package" if place is None else str(place)
     return Studio(model.to(device), facts, name=name, source=str(source), decoder=decoder)

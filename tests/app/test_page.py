@@ -20,8 +20,8 @@ from lamamba.training.state import find_network
 VISITORS = 50
 
 
-def crisp(images, columns, names, cell_pixels):
-    return grid_picture(images, columns, names, cell_pixels=cell_pixels, crisp=True)
+def compose(images, columns, names, cell_pixels, crisp):
+    return grid_picture(images, columns, names, cell_pixels=cell_pixels, crisp=crisp)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def server():
     from lamamba.app.page import serve
 
     studio = Studio(*find_network(shipped_model()), name="digits", source=str(shipped_model()))
-    page = serve(studio, crisp, host="127.0.0.1", port=None, in_background=True)
+    page = serve(studio, compose, host="127.0.0.1", port=None, in_background=True)
     yield page.local_url, studio
     page.close()
 
@@ -43,8 +43,9 @@ def client(server, tmp_path):
     return Client(server[0], verbose=False, download_files=str(tmp_path))
 
 
-def ask(client, classes=("4",), num=1, seed=3, sampler="flow-euler", steps=3, guidance=1.0, height=8, width=8):
-    return client.predict(list(classes), num, seed, sampler, steps, guidance, height, width, api_name="/draw")
+def ask(client, classes=("4",), num=1, seed=3, sampler="flow-euler", steps=3, guidance=1.0, height=8, width=8,
+        look="squares"):
+    return client.predict(list(classes), num, seed, sampler, steps, guidance, height, width, look, api_name="/draw")
 
 
 def test_a_picture_comes_with_its_settings(client, server):
