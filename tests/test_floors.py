@@ -14,7 +14,7 @@ FLOORS = [
     {"config", "_version", "_native", "pretrained"},               # compiled kernels; a model for the beginning
     {"ops"},
     {"models", "diffusion", "data"},
-    {"training", "generation", "evaluation", "benchmark"},
+    {"training", "generation", "pipeline", "evaluation", "benchmark"},
     {"app"},
     {"cli"},
     {"__main__"},

@@ -20,6 +20,7 @@ VERBS = {
     "info": "parameters, multiply-adds and memory of a network, without allocating it",
     "bench": "LaMamba beside DiT: images per second, memory, multiply-adds",
     "doctor": "what runs here and why: versions, back ends, compilers, a quick check of each",
+    "export": "a trained network as a diffusers pipeline, with a model card; ONNX",
     "convert": "official checkpoints to our format and back",
 }
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from lamamba.config import LATENT_SCALE
+from lamamba.data.files import settle, temporary_name
 
 CELL_PIXELS = 48
 """Small images are enlarged (bicubic, which eyes read far better than blocks) until a cell is about this wide."""
@@ -50,12 +51,20 @@ def grid_picture(
     return picture
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG so that a failure leaves no half file."""
+def bare_picture(image: np.ndarray) -> Image.Image:
+    """One uint8 image (h, w, c) as it is."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def save_picture(picture: Image.Image, path: Path, text: PngImagePlugin.PngInfo | None = None) -> None:
+    """Write a PNG, with text about it, so that a failure leaves no half file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, format="PNG")
-    temporary.replace(path)
+    temporary = temporary_name(path)
+    try:
+        picture.save(temporary, format="PNG", pnginfo=text)
+        settle(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def loss_curve(metrics: Path, path: Path) -> None:

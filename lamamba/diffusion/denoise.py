@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -146,6 +147,16 @@ def set_steps(scheduler: Any, num_steps: int) -> None:
         scheduler.timesteps = scheduler.sigmas[:-1] * NUM_TIMESTEPS
 
 
+def default_steps(scheduler: Any, objective: Objective) -> int:
+    """The number of steps that a scheduler's kind usually takes."""
+    kind, algorithm = type(scheduler), scheduler.config.get("algorithm_type")
+    for name in samplers_for(objective):
+        known = SAMPLERS[name].make(objective)
+        if type(known) is kind and known.config.get("algorithm_type") == algorithm:
+            return SAMPLERS[name].default_steps
+    return 50
+
+
 def is_flow(scheduler: Any) -> bool:
     """Whether a diffusers scheduler walks the straight line from noise to image."""
     return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
@@ -251,13 +262,27 @@ def estimate_x0(scheduler: Any, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
     return x / alpha - sigma * output
 
 
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Between two noises (b, c, h, w) along the sphere, image by image: a at 0, b at 1 (Shoemake, 1985).
+
+    Unlike a straight line, it keeps normal noise normal.
+    """
+    direction_a, direction_b = (F.normalize(noise.double().flatten(1)) for noise in (a, b))
+    angle = (direction_a * direction_b).sum(1).clamp(-1, 1).arccos().view(-1, *[1] * (a.dim() - 1))
+    straight = angle.sin() < 1e-6                                               # the same direction, or opposite ones
+    weight_a, weight_b = (1 - share) * angle, share * angle
+    safe = torch.where(straight, torch.ones_like(angle), angle.sin())
+    arc = (weight_a.sin() * a.double() + weight_b.sin() * b.double()) / safe
+    return torch.where(straight, (1 - share) * a.double() + share * b.double(), arc).to(a.dtype)
+
+
 @torch.no_grad()
 def denoise(
     predict: Predict,
     scheduler: Any,
     noise: Tensor,
     *,
-    generators: Sequence[torch.Generator] | None = None,
+    generators: Sequence[torch.Generator] | torch.Generator | None = None,
     first: int = 0,
     start: Tensor | None = None,
     known: Known | None = None,
@@ -270,7 +295,8 @@ def denoise(
         predict: (x, t (b,)) -> output, from `guided`; t lies where the scheduler has its timesteps: on the CPU.
         scheduler: from `make_scheduler`, or another of diffusers' with its timesteps set.
         noise: (b, c, h, w) standard normal.
-        generators: one per image, for schedulers that draw noise on the way; so image k depends on its own alone.
+        generators: for schedulers that draw noise on the way: one per image, so that image k depends on its own alone;
+            or one for the whole batch.
         first: the step to begin with, 0 .. len(scheduler.timesteps); with it goes start.
         start: (b, c, h, w) clean images to begin from, made as noisy as that step wants them; without it, pure noise.
         known: parts of the images that are to stay; in every step they are put back, as noisy as the rest.
@@ -287,9 +313,9 @@ def denoise(
     if not 0 <= first <= len(timesteps) or (first and start is None):
         raise ValueError(f"first={first} must lie in 0 .. {len(timesteps)}, and needs start= where it is not 0")
     takes_variance = scheduler.config.get("variance_type") in ("learned", "learned_range")
-    extra = {}
+    extra: dict[str, Any] = {}
     if generators is not None and "generator" in inspect.signature(scheduler.step).parameters:
-        extra["generator"] = list(generators)
+        extra["generator"] = generators if isinstance(generators, torch.Generator) else list(generators)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     x = noise * float(getattr(scheduler, "init_noise_sigma", 1.0)) if start is None else noised(

@@ -66,7 +66,8 @@ def generate(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
 
-    shape = (config.in_channels, *(input_size or config.input_size))
+    input_size = input_size or config.input_size
+    shape = (config.in_channels, *input_size)
     decoder, images = decoder or PixelCodec(), []
     batches = [range(start, min(start + batch_size, len(seeds))) for start in range(0, len(seeds), batch_size)]
     networks = [model] if weaker is None else [model, weaker]
@@ -171,11 +172,10 @@ def _check(
 
 
 @contextmanager
-def _resized(networks: Sequence[LaMambaUNet], input_size: Grid | None) -> Iterator[None]:
+def _resized(networks: Sequence[LaMambaUNet], input_size: Grid) -> Iterator[None]:
     """Networks on another input size for a while."""
-    changed = [n for n in networks if input_size is not None and tuple(n.architecture.input_size) != tuple(input_size)]
+    changed = [network for network in networks if tuple(network.architecture.input_size) != tuple(input_size)]
     for network in changed:
-        assert input_size is not None
         p = network.architecture.patch_size
         for side in input_size:
             if side % p:

@@ -86,6 +86,7 @@ def sample_many(
                     break
             else:
                 raise OSError(f"shards of {folder} were damaged {MAX_ROUNDS} times as soon as they were written")
+        job.tidy_up()
     return read_json(Path(folder) / MANIFEST, SAMPLES_VERSION)
 
 
@@ -208,6 +209,9 @@ class _Job:
 
     def make_shards(self) -> None:
         """Make what nobody has made or is making, then wait for the others."""
+        for number in self._order:                                              # what was there before counts at once
+            self._look(number)
+        self._report("sampling")
         self._claims.make_all(
             self._order, lambda number: f"shard_{number:06d}", self._is_made, self._make,
             lambda: self._report("waiting"),
@@ -217,9 +221,15 @@ class _Job:
         return self._work / f"shard_{number:06d}.json"
 
     def _is_made(self, number: int) -> bool:
-        """Whether a shard is finished: its note is there, and its files have the sizes that the note says."""
-        if number in self._done:
-            return True
+        """Whether a shard is finished; tells of those that others have made."""
+        known = number in self._done
+        if known or not self._look(number):
+            return known
+        self._report("sampling")
+        return True
+
+    def _look(self, number: int) -> bool:
+        """Whether a shard's note is there, and its files have the sizes that the note says."""
         try:
             files = read_json(self._note(number), SAMPLES_VERSION)["files"]
             if any(self._place(name).stat().st_size != size for name, (size, _) in files.items()):
@@ -227,7 +237,6 @@ class _Job:
         except (ValueError, KeyError, OSError):
             return False
         self._done.add(number)
-        self._report("sampling")
         return True
 
     def _make(self, number: int) -> None:
@@ -319,8 +328,14 @@ class _Job:
             for path in self._folder.glob(".*.tmp"):                            # of killed processes
                 path.unlink(missing_ok=True)
             write_atomically(self._folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        shutil.rmtree(self._work, ignore_errors=True)
         return True
+
+    def tidy_up(self) -> None:
+        """Remove what only the work needed; a process that was killed at the very end has left it."""
+        if self._work.is_dir():
+            with self._claims.claim("finish", waits=True):
+                if self._is_finished():
+                    shutil.rmtree(self._work, ignore_errors=True)
 
     def _read_pieces(self) -> Iterator[np.ndarray]:
         """The shards' images in order, (n, h, w, c) each."""

@@ -125,17 +125,21 @@ class PictureFacts:
         Raises:
             ValueError: for values of a newer format, or damaged ones.
         """
-        version = values.get("version")
+        version = values.get("version") if isinstance(values, dict) else None
         if not isinstance(version, int) or version > SETTINGS_VERSION:
             raise ValueError(f"settings of version {version}, this lamamba reads up to {SETTINGS_VERSION}: upgrade it")
         try:
-            return cls(
+            facts = cls(
                 settings=Settings.from_dict(values["settings"]), seeds=_rich(values["seeds"]),
                 labels=None if values["labels"] is None else _rich(values["labels"]), columns=int(values["columns"]),
                 row_names=tuple(values["row_names"]), batch_size=int(values["batch_size"]), lamamba=values["lamamba"],
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"settings are damaged: {error!r}") from error
+        count = len(facts.seeds)
+        if not count or (facts.labels is not None and len(facts.labels) != count) or not 0 <= facts.columns <= count:
+            raise ValueError("settings are damaged: seeds, labels and columns do not fit together")
+        return facts
 
 
 def _plain(places: Sequence[int | Between]) -> list[int | list[float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +84,10 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
     """
 
     config_name = "config.json"
+    _no_split_modules = [                                                       # noqa: RUF012 (diffusers' own form)
+        "LaMambaBlock", "Head", "PatchEmbedding", "PatchMerging", "PatchExpanding", "TimestepEmbedding",
+    ]
+    """What reads weights of its parts without calling them, so that hooks must bring all of them at once."""
     _supports_gradient_checkpointing = True
 
     def __init__(self, config: UNetConfig):
@@ -141,7 +146,13 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         run_grid = config.token_grid if grid is None else as_grid(grid)
         check_grid(run_grid, patch_size=config.patch_size)
         self._build_geometries(run_grid)
-        self.geometries.to(self.device)
+        if self.device.type != "meta":                                          # weights may come when they are needed
+            self.geometries.to(self.device)
+
+    @property
+    def run_grid(self) -> Grid:
+        """The grid it runs on now, (height, width) in tokens; see `set_grid`."""
+        return self._run_grid
 
     def _build_geometries(self, run_grid: Grid) -> None:
         config = self.architecture
@@ -310,9 +321,17 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         """Load a saved network from a folder or a hub id, as diffusers does, but strictly.
 
         Raises:
-            ValueError: naming every missing, unexpected and reshaped tensor.
+            ValueError: naming every missing, unexpected and reshaped tensor; when the weights are only a pickle.
             OSError: when there is no such model.
         """
+        place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        pickles = [*place.glob("*.bin"), *place.glob("*.pt"), *place.glob("*.ckpt")] if place.is_dir() else []
+        if kwargs.get("use_safetensors") is False or (pickles and not any(place.glob("*.safetensors"))):
+            raise ValueError(
+                f"{pickles[0] if pickles else 'use_safetensors=False'}: weights as a pickle can run code when they are "
+                "opened, only safetensors are read; official checkpoints are read by lamamba convert"
+            )
+        kwargs["use_safetensors"] = True
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         faults = [

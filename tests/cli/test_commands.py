@@ -184,7 +184,6 @@ MISTAKES = [
     (["train", "digits", "--device", "cuda:9", "--out", "x"], "device 'cuda:9' cannot be used here"),
     (["train", "folder", "--data.source", "nowhere"], "nowhere is not a folder"),
     (["sample", "nowhere"], "nowhere does not exist"),
-    (["sample"], "required"),
     (["info", "xxl"], "did you mean 'xl'?"),
     (["info", "xl", "--image-size", "100"], "the nearest is 96"),
     (["convert", "nowhere.pt", "model"], "nowhere.pt does not exist"),
