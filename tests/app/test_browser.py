@@ -74,7 +74,9 @@ def test_no_class_is_a_message_and_the_page_goes_on(page):
 
 def test_stop_ends_a_long_drawing(page):
     page.click("#more button")
-    page.locator("#more input[type=number]").first.fill("250")
+    field = page.locator("#more input[type=number]").first
+    field.fill("250")
+    field.press("Tab")
     page.click("#go")
     page.wait_for_function("document.querySelector('#status').innerText.includes('of 250')", timeout=SECONDS)
     page.click("#stop")
