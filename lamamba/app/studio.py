@@ -30,6 +30,7 @@ BATCH_TOKENS = 16_384
 """Of the images that the network sees at once: 100 digits, 16 pictures of 256 pixels."""
 PAPER = 235
 """Grey of images that have not been begun."""
+THREAD_NAME = "lamamba drawing"
 FRAMES_PER_SECOND = 12
 """Intermediate pictures that are sent at most: eyes and connections need no more."""
 
@@ -150,7 +151,9 @@ class Studio:
         frames: queue.Queue[Frame | BaseException] = queue.Queue()
         is_watched = threading.Event()
         is_watched.set()
-        worker = threading.Thread(target=self._work, args=(request, frames, is_watched), daemon=True)
+        worker = threading.Thread(
+            target=self._work, args=(request, frames, is_watched), name=THREAD_NAME, daemon=True
+        )
         worker.start()
         try:
             while True:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 
 import pytest
 
+from lamamba.app.studio import THREAD_NAME
 from lamamba.generation.settings import read_png_facts
 from tests.app.test_page import server  # noqa: F401 (a fixture)
 
@@ -79,5 +82,14 @@ def test_stop_ends_a_long_drawing(page):
     field.press("Tab")
     page.click("#go")
     page.wait_for_function("document.querySelector('#status').innerText.includes('of 250')", timeout=SECONDS)
+    assert is_drawing()
     page.click("#stop")
     page.wait_for_selector("text=Stopped.", timeout=SECONDS)
+    until = time.monotonic() + 10                                               # alone it would take twice as long
+    while is_drawing() and time.monotonic() < until:
+        page.wait_for_timeout(50)
+    assert not is_drawing()
+
+
+def is_drawing():
+    return any(thread.name == THREAD_NAME for thread in threading.enumerate())
