@@ -24,6 +24,8 @@ Compose = Callable[[np.ndarray, int, list[str], int, bool], Image.Image]
 """(images (n, h, w, c) uint8, columns, names of the rows, width of an image on the page, pixels as squares) -> one
 picture."""
 
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""Of an event: no veil over what it changes, and nothing that programs would call."""
 SQUARES, SMOOTH = "squares", "smooth"
 SMALL = 64
 """Pixels: below, an image is enlarged so much that it matters how."""
@@ -159,22 +161,15 @@ def build_page(studio: Studio, compose: Compose) -> Any:
                 kept = gr.State(None)
                 keep = gr.DownloadButton("Save picture with its settings", interactive=False, elem_id="keep")
                 repeat = gr.Markdown("", elem_id="repeat")
-        dice.click(lambda: random.randrange(2**31), outputs=seed, show_progress="hidden", queue=False, api_name=False)
-        drawing = go.click(
-            lambda: "Waiting for its turn ...", outputs=status, queue=False, show_progress="hidden", api_name=False
-        ).then(
-            draw, [classes, num, seed, sampler, steps, guidance, *sides, look], [picture, status, keep, repeat, kept],
-            show_progress="hidden", api_name="draw",
+        shown, at_once = [picture, status, keep, repeat, kept], {**QUIET, "queue": False}
+        dice.click(lambda: random.randrange(2**31), outputs=seed, **at_once)
+        drawing = go.click(lambda: "Waiting for its turn ...", outputs=status, **at_once).then(
+            draw, [classes, num, seed, sampler, steps, guidance, *sides, look], shown, show_progress="hidden",
+            api_name="draw",
         )
-        look.change(
-            look_again, [kept, look], [picture, status, keep, repeat, kept], show_progress="hidden", api_name=False
-        )
-        drawing.failure(
-            lambda: "Nothing was drawn.", outputs=status, queue=False, show_progress="hidden", api_name=False
-        )
-        stop.click(
-            lambda: "Stopped.", outputs=status, cancels=[drawing], queue=False, show_progress="hidden", api_name=False
-        )
+        drawing.failure(lambda: "Nothing was drawn.", outputs=status, **at_once)
+        stop.click(lambda: "Stopped.", outputs=status, cancels=[drawing], **at_once)
+        look.change(look_again, [kept, look], shown, **QUIET)
     page.queue(default_concurrency_limit=1, max_size=WAITING)
     return page
 
