@@ -12,7 +12,8 @@ from lamamba.cli.arguments import parse
 from lamamba.cli.sample_options import SampleOptions
 from lamamba.evaluation.settings import Settings
 
-DESCRIPTION = """Judge samples: FID, sFID, Inception Score, precision and recall, density and coverage, KID, beside a reference.
+DESCRIPTION = """Judge samples beside a reference: FID, sFID, Inception Score, precision and recall, density and
+coverage, KID.
 
   lamamba evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz
   lamamba evaluate runs/xl --reference VIRTUAL_imagenet256_labeled.npz --guidance 1.5 --repeats 3

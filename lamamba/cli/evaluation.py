@@ -228,7 +228,7 @@ def entries_of(chosen: EvaluateArguments, device: torch.device, watch: Watch) ->
         raise ValueError(f"--num {count} must be at least 2 and --seed {options.seed} at least 0")
     candidates = find_candidates(path, options.ema, every=chosen.every_checkpoint)
     if len(scales) > 1 and chosen.every_checkpoint:
-        raise ValueError("--every-checkpoint with several --guidance scales would be two curves in one; take one at a time")
+        raise ValueError("--every-checkpoint and several --guidance scales are two curves; draw one at a time")
     loaded: dict[Path, Sampler] = {}
 
     def make(candidate: Candidate, scale: float) -> Entry:

@@ -206,7 +206,9 @@ def evaluation_curves(entries: list[dict[str, Any]], distance: str, path: Path) 
     has_recall = all("recall" in entry["figures"] for entry in entries)
     figure, panels = plt.subplots(1, 2 if has_recall else 1, figsize=(10 if has_recall else 6, 4.4), squeeze=False)
     averages = list(dict.fromkeys(str(entry["ema"]) for entry in entries))
-    for average, color in zip(averages, plt.rcParams["axes.prop_cycle"].by_key()["color"] * len(averages), strict=False):
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for number, average in enumerate(averages):
+        color = colors[number % len(colors)]
         mine = [entry for entry in entries if str(entry["ema"]) == average]
         mine.sort(key=lambda entry: entry["guidance"] if is_sweep else entry["step"] or 0)
         places = [entry["guidance"] if is_sweep else entry["step"] or 0 for entry in mine]
@@ -218,7 +220,7 @@ def evaluation_curves(entries: list[dict[str, Any]], distance: str, path: Path) 
             recalls = [entry["figures"]["recall"] for entry in mine]
             panels[0][1].plot(recalls, values, "o-", color=color, linewidth=1.6)
             for place, recall, value in zip(places, recalls, values, strict=True):
-                panels[0][1].annotate(f"{place:g}", (recall, value), (5, 5), textcoords="offset points", fontsize="small")
+                panels[0][1].annotate(f"{place:g}", (recall, value), (5, 5), textcoords="offset points")
         elif has_recall:
             for key, line in (("precision", "-"), ("recall", "--")):
                 label = f"{key}, average {average}" if len(averages) > 1 else key
