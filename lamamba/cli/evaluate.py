@@ -18,7 +18,7 @@ coverage, KID.
   lamamba evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz
   lamamba evaluate runs/xl --reference VIRTUAL_imagenet256_labeled.npz --guidance 1.5 --repeats 3
   torchrun --nproc-per-node 8 -m lamamba evaluate runs/xl --reference imagenet.npz       the same figures, sooner
-  lamamba evaluate runs/digits --reference digits --features digits --num 2000 --every-checkpoint
+  lamamba evaluate runs/digits --reference digits --features digits --num-images 2000 --every-checkpoint
   lamamba evaluate stats imagenet/val --out imagenet.npz       a reference, once; ADM's names, nothing pickled
   lamamba evaluate compare a.json b.json                       side by side, or refused with the reason
 

@@ -225,11 +225,13 @@ def evaluation_curves(entries: list[dict[str, Any]], distance: str, path: Path) 
             for key, line in (("precision", "-"), ("recall", "--")):
                 label = f"{key}, average {average}" if len(averages) > 1 else key
                 panels[0][1].plot(places, [e["figures"][key] for e in mine], line, marker="o", color=color, label=label)
-    panels[0][0].set(xlabel="guidance scale" if is_sweep else "optimizer step", ylabel=distance, ylim=(0, None))
+    panels[0][0].set(xlabel="guidance scale" if is_sweep else "optimizer step", ylabel=distance)
+    panels[0][0].set_ylim(0, 1.1 * max(e["figures"]["frechet"] + e["spread"].get("frechet", 0) for e in entries))
     if len(averages) > 1:
         panels[0][0].legend(frameon=False, fontsize="small")
     if has_recall and is_sweep:
-        panels[0][1].set(xlabel="recall", ylabel=distance, title="numbers: guidance scale", ylim=(0, None))
+        panels[0][1].set(xlabel="recall", ylabel=distance, title="numbers: guidance scale")
+        panels[0][1].set_ylim(0, 1.1 * max(entry["figures"]["frechet"] for entry in entries))
     elif has_recall:
         panels[0][1].set(xlabel="optimizer step", ylim=(0, 1))
         panels[0][1].legend(frameon=False, fontsize="small")
