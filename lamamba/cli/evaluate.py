@@ -109,14 +109,15 @@ def main(arguments: list[str]) -> None:
     if task == "compare":
         compare(parse(CompareArguments, rest, "evaluate compare", COMPARE_DESCRIPTION))
     elif task == "stats":
-        from lamamba.cli import evaluation
+        wanted = _checked(parse(StatsArguments, rest, "evaluate stats", STATS_DESCRIPTION))
+        from lamamba.cli.evaluation import save_statistics
 
-        evaluation.save_statistics(_checked(parse(StatsArguments, rest, "evaluate stats", STATS_DESCRIPTION)))
+        save_statistics(wanted)
     else:
         chosen = _checked(parse(EvaluateArguments, arguments, "evaluate", DESCRIPTION))
-        from lamamba.cli import evaluation
+        from lamamba.cli.evaluation import evaluate
 
-        evaluation.evaluate(chosen)
+        evaluate(chosen)
 
 
 def _checked(chosen):

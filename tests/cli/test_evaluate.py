@@ -106,13 +106,13 @@ def test_any_number_of_processes(lamamba, run):
 
 
 def test_a_kill_loses_at_most_one_shard(lamamba, run):
+    assert lamamba("evaluate", "stats", "digits", "--features", "digits", "--out", "digits.npz")[0] == 0
     command = [sys.executable, "-m", "lamamba", "evaluate", str(run), *map(str, SAMPLE), "--shard-size", "4",
-               "--num-images", "120", "--steps", "8", "--keep-features"]
+               "--reference", "digits.npz", "--num-images", "120", "--steps", "8", "--keep-features"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    # 450 shards of the reference come first
-    while len(shards := sorted(Path().glob("evaluation.work/*/shard_*.safetensors"))) < 453:
-        assert process.poll() is None, process.stderr
+    while len(shards := sorted(Path().glob("evaluation.work/*/shard_*.safetensors"))) < 3:
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -120,10 +120,10 @@ def test_a_kill_loses_at_most_one_shard(lamamba, run):
     times = {shard: shard.stat().st_mtime_ns for shard in shards}
     assert lamamba(*command[3:])[0] == 0
     assert all(shard.stat().st_mtime_ns == before for shard, before in times.items())
-    assert len(list(Path().glob("evaluation.work/*/shard_*.safetensors"))) == 450 + 30
+    assert len(list(Path().glob("evaluation.work/*/shard_*.safetensors"))) == 30
     undisturbed = figures("evaluation.json")
-    assert lamamba(*command[3:-1], "--out", "again.json")[0] == 0
-    assert figures("again.json") == undisturbed
+    assert lamamba(*command[3:-1], "--out", "again.json", "--shard-size", 50)[0] == 0
+    assert figures("again.json") == pytest.approx(undisturbed, rel=1e-4, abs=1e-5)
 
 
 def test_repeats_checkpoints_and_sweeps(lamamba, run):
@@ -241,7 +241,7 @@ def test_mistakes_are_one_line(lamamba, colour, run, tmp_path):
         (["folder", "--reference", "folder", "--features", "tests.cli.test_evaluate:holes"],
          "1 of 12 images are NaN or infinite, first of image 3"),
         (["cut.npz", *folder], "cut.npz is damaged or no npz file"),
-        (["flipped.npz", *folder], "flipped.npz is damaged near image"),
+        (["flipped.npz", *folder], "flipped.npz is damaged"),
         (["objects.npz", *folder], "pickled objects under 'arr_0'"),
         (["folder", "--reference", "objects.npz", *MEANS], "pickled objects under 'arr_0'"),
         (["floats.npz", *folder], "floats.npz has float64 (12, 6, 5, 3) under 'arr_0'; samples are uint8 images"),
