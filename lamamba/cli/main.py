@@ -16,6 +16,7 @@ VERBS = {
     "train": "train a network from a recipe (or resume: run the same command again)",
     "sample": "make pictures with a trained network",
     "app": "a page in the browser to play on",
+    "evaluate": "FID and its kin, with the whole protocol beside every figure",
     "plot": "loss, gradient norm and speed of one or several runs as a picture",
     "info": "parameters, multiply-adds and memory of a network, without allocating it",
     "bench": "LaMamba beside DiT: images per second, memory, multiply-adds",

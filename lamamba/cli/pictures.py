@@ -206,3 +206,60 @@ def _power_lines(axes: Any, tokens: list[float]) -> None:
             ha="right",
         )
     axes.set_ylim(limits[0] / 2, limits[1] * 2)
+
+
+def evaluation_curves(entries: list[dict[str, Any]], distance: str, path: Path) -> None:
+    """Draw what `lamamba evaluate` found: the distance over training, or over guidance and against recall.
+
+    Args:
+        entries: of a result; all of one guidance scale, or all of one checkpoint.
+        distance: what the Fréchet distance is called.
+        path: a PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    is_sweep = len({entry["guidance"] for entry in entries}) > 1
+    has_recall = all("recall" in entry["figures"] for entry in entries)
+    figure, panels = plt.subplots(1, 2 if has_recall else 1, figsize=(10 if has_recall else 6, 4.4), squeeze=False)
+    averages = list(dict.fromkeys(str(entry["ema"]) for entry in entries))
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for number, average in enumerate(averages):
+        color = colors[number % len(colors)]
+        mine = [entry for entry in entries if str(entry["ema"]) == average]
+        mine.sort(key=lambda entry: entry["guidance"] if is_sweep else entry["step"] or 0)
+        places = [entry["guidance"] if is_sweep else entry["step"] or 0 for entry in mine]
+        values = [entry["figures"]["frechet"] for entry in mine]
+        spreads = [entry["spread"].get("frechet", 0) for entry in mine]
+        style = {"color": color, "marker": "o", "capsize": 3, "linewidth": 1.6, "label": f"average {average}"}
+        panels[0][0].errorbar(places, values, yerr=spreads if any(spreads) else None, **style)
+        if has_recall and is_sweep:
+            recalls = [entry["figures"]["recall"] for entry in mine]
+            panels[0][1].plot(recalls, values, "o-", color=color, linewidth=1.6)
+            for place, recall, value in zip(places, recalls, values, strict=True):
+                panels[0][1].annotate(f"{place:g}", (recall, value), (5, 5), textcoords="offset points")
+        elif has_recall:
+            for key, line in (("precision", "-"), ("recall", "--")):
+                label = f"{key}, average {average}" if len(averages) > 1 else key
+                panels[0][1].plot(places, [e["figures"][key] for e in mine], line, marker="o", color=color, label=label)
+    panels[0][0].set(xlabel="guidance scale" if is_sweep else "optimizer step", ylabel=distance)
+    panels[0][0].set_ylim(0, 1.1 * max(e["figures"]["frechet"] + e["spread"].get("frechet", 0) for e in entries))
+    if len(averages) > 1:
+        panels[0][0].legend(frameon=False, fontsize="small")
+    if has_recall and is_sweep:
+        panels[0][1].set(xlabel="recall", ylabel=distance, title="numbers: guidance scale")
+        panels[0][1].set_ylim(0, 1.1 * max(entry["figures"]["frechet"] for entry in entries))
+    elif has_recall:
+        panels[0][1].set(xlabel="optimizer step", ylim=(0, 1))
+        panels[0][1].legend(frameon=False, fontsize="small")
+    for axes in panels[0]:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.replace(path)
+    plt.close(figure)

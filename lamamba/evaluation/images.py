@@ -1,0 +1,299 @@
+"""Where judged images come from: folders, npz files, digits, a sampler. All are read by ranges and never kept whole."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from lamamba.data.digits import Digits
+from lamamba.data.images import BadImage, decode
+from lamamba.data.sources import Source, open_source
+
+
+class Images(Protocol):
+    """A number of images of one size."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What they are, for the protocol: at least "kind" and "fingerprint"."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Height, width, channels (1: grey, 3: colour)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, places: range) -> np.ndarray:
+        """uint8 (n, h, w, c)."""
+        ...
+
+    def asked(self, places: range) -> np.ndarray | None:
+        """The classes that they should show, (n,), where somebody asked for some."""
+        ...
+
+
+def digest(*parts: object) -> str:
+    """SHA-256 of things that print alike when they are alike."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class FolderImages:
+    """Image files below a folder (or in tars), by name.
+
+    Raises:
+        FileNotFoundError, ValueError: when there are none.
+    """
+
+    def __init__(self, folder: str | Path, limit: int | None = None):
+        self._source: Source = open_source(folder)
+        self._count = min(len(self._source), limit or len(self._source))
+        self.shape = self._open(0).shape
+        sizes, times = [], []
+        for k in range(self._count):
+            file = Path(folder) / self._source.file(k)
+            stat = file.stat() if file.is_file() else None                      # files in tars have none
+            sizes.append((self._source.file(k), stat.st_size if stat else 0))
+            times.append(stat.st_mtime_ns if stat else 0)
+        self.facts = {
+            "kind": "files", "name": str(folder), "fingerprint": digest(sizes, self.shape), "changed": digest(times),
+        }
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _open(self, k: int) -> np.ndarray:
+        file, content = self._source.file(k), self._source.read(k)
+        try:
+            grey = _is_grey(content)
+            image, _ = decode(content, channels=1 if grey else 3)
+        except BadImage as error:
+            raise ValueError(f"{self._source.name}: {file} is no good image ({error}); take it out") from error
+        return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, 1 if grey else 3)
+
+    def read(self, places: range) -> np.ndarray:
+        images = []
+        for k in places:
+            image = self._open(k)
+            if image.shape != self.shape:
+                raise ValueError(
+                    f"{self._source.name}: {self._source.file(k)} is {_words(image.shape)}, {self._source.file(0)} is "
+                    f"{_words(self.shape)}; all images of a set have one size and one kind (crop them as you trained)"
+                )
+            images.append(image)
+        return np.stack(images)
+
+    def asked(self, places: range) -> None:
+        return None
+
+
+def _is_grey(content: bytes) -> bool:
+    """Whether a file holds grey levels; what cannot be opened is left to `decode` to explain."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.mode in ("L", "LA", "1") or image.mode.startswith("I")
+    except (OSError, SyntaxError, ValueError):
+        return False
+
+
+def _words(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} x {shape[1]} {'grey' if shape[2] == 1 else 'colour'}"
+
+
+class NpzImages:
+    """The uint8 images of an npz file, as ADM's evaluator reads them: arr_0, (n, h, w, 3). Read piece by piece.
+
+    Raises:
+        FileNotFoundError: when it is missing.
+        ValueError: when it is damaged, holds no such images, or holds pickled objects, which are never loaded.
+    """
+
+    def __init__(self, path: str | Path, name: str = "arr_0", limit: int | None = None):
+        self._path, self._name = Path(path), name
+        shape, dtype = npz_entries(path).get(name, ((), np.dtype(bool)))
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
+            what = f"{dtype} {shape}" if shape else "nothing"
+            raise ValueError(f"{path} has {what} under {name!r}; samples are uint8 images (n, height, width, 3)")
+        self._count = min(shape[0], limit or shape[0])
+        self.shape = (shape[1], shape[2], shape[3])
+        self._stream: Any = None
+        self._at = 0
+        with zipfile.ZipFile(path) as archive:
+            checksum = archive.getinfo(f"{name}.npy").CRC
+        self.facts = {"kind": "npz", "name": str(path), "fingerprint": digest(shape, checksum, self._count)}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, places: range) -> np.ndarray:
+        size = int(np.prod(self.shape))
+        try:
+            if self._stream is None or self._at > places.start:
+                self._stream = zipfile.ZipFile(self._path).open(f"{self._name}.npy")  # noqa: SIM115 (read on later)
+                _header(self._stream)
+                self._at = 0
+            while self._at < places.start:                                      # compressed files can only be read on
+                skipped = min(places.start - self._at, 256)
+                self._stream.read(skipped * size)
+                self._at += skipped
+            content = self._stream.read(len(places) * size)
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+            raise ValueError(f"{self._path} is damaged near image {self._at} ({error}); fetch it again") from error
+        if len(content) != len(places) * size:
+            raise ValueError(f"{self._path} ends before image {places.stop}; make or fetch it again")
+        self._at = places.stop
+        return np.frombuffer(content, dtype=np.uint8).reshape(len(places), *self.shape)
+
+    def asked(self, places: range) -> None:
+        return None
+
+
+def _header(stream: Any) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    if fortran and len(shape) > 1:
+        raise ValueError("its arrays are stored by columns; save them with np.ascontiguousarray")
+    return shape, dtype
+
+
+def npz_entries(path: str | Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shapes and types of an npz file's arrays, without loading one.
+
+    Raises:
+        FileNotFoundError: when it is missing.
+        ValueError: when it is damaged, or an array of it is pickled.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is no file")
+    entries = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith(".npy"):
+                    with archive.open(name) as stream:
+                        entries[name.removesuffix(".npy")] = _header(stream)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no npz file ({error}); make or fetch it again") from error
+    for name, (_, dtype) in entries.items():
+        if dtype.hasobject:
+            raise ValueError(f"{path} holds pickled objects under {name!r}; they could execute anything: never loaded")
+    return entries
+
+
+def npz_array(path: str | Path, name: str) -> np.ndarray:
+    """One small array of an npz file; nothing is unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return archive[name]
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: {name!r} is missing or damaged ({error}); make or fetch it again") from error
+
+
+class DigitImages:
+    """Real digits, enlarged to a multiple of 8 pixels: reference, or a best case to compare samples with."""
+
+    def __init__(self, image_size: int = 8, limit: int | None = None):
+        digits = Digits(image_size)
+        self._images, self._labels = digits.images.transpose(0, 2, 3, 1)[:limit], digits.labels[:limit]
+        self.shape = (image_size, image_size, 1)
+        self.facts = {"kind": "digits", "name": "digits", "fingerprint": digest("digits", image_size, len(self))}
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, places: range) -> np.ndarray:
+        return self._images[places.start : places.stop]
+
+    def asked(self, places: range) -> np.ndarray:
+        return self._labels[places.start : places.stop]
+
+
+class GeneratedImages:
+    """Images that a sampler makes when they are read.
+
+    Args:
+        generate: seeds and classes (None for unconditional models) to uint8 images (n, h, w, c).
+        count: how many.
+        first_seed: image k is made from seed first_seed + k.
+        num_classes: 0 for unconditional models.
+        balanced: classes in turn, instead of drawn uniformly by each image's seed.
+        facts: of the model and the sampler; together with the seeds they say all.
+        shape: of one image.
+    """
+
+    def __init__(
+        self, generate: Callable[[range, list[int] | None], np.ndarray], count: int, *, first_seed: int,
+        num_classes: int, balanced: bool, facts: Mapping[str, Any], shape: tuple[int, int, int],
+    ):
+        self._generate, self._count, self._first, self._num_classes = generate, count, first_seed, num_classes
+        self._balanced, self.shape = balanced, shape
+        labels = ("in turn" if balanced else "uniform") if num_classes else "none"
+        described = {**facts, "kind": "generated", "seeds": [first_seed, first_seed + count - 1], "labels": labels}
+        self.facts = {**described, "fingerprint": digest(described)}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, places: range) -> np.ndarray:
+        labels = self.asked(places)
+        seeds = range(self._first + places.start, self._first + places.stop)
+        return self._generate(seeds, None if labels is None else labels.tolist())
+
+    def asked(self, places: range) -> np.ndarray | None:
+        """An image's class depends on its seed alone, so that neither shards nor processes change it."""
+        if not self._num_classes:
+            return None
+        seeds = range(self._first + places.start, self._first + places.stop)
+        if self._balanced:
+            return np.array([seed % self._num_classes for seed in seeds])
+        return np.array([np.random.default_rng([seed, 1]).integers(self._num_classes) for seed in seeds])
+
+
+class InColour:
+    """Grey images as colour ones with three equal channels."""
+
+    def __init__(self, images: Images):
+        self._images = images
+        self.shape = (*images.shape[:2], 3)
+        self.facts = images.facts
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, places: range) -> np.ndarray:
+        return self._images.read(places).repeat(3, axis=3)
+
+    def asked(self, places: range) -> np.ndarray | None:
+        return self._images.asked(places)
+
+
+def fit_channels(images: Images, channels: int, network: str, *, repeat_grey: bool) -> Images:
+    """Images as a feature network reads them.
+
+    Raises:
+        ValueError: when they are fewer than two, or do not have its channels and nobody allowed to repeat grey ones.
+    """
+    name = images.facts.get("name", "the model's samples")
+    if len(images) < 2:
+        raise ValueError(f"{name} has {len(images)} image; distances between sets need at least 2 of each")
+    if images.shape[2] == channels:
+        return images
+    if images.shape[2] == 3:
+        raise ValueError(f"{name} has colour images and {network} reads grey ones; choose other --features")
+    if not repeat_grey:
+        raise ValueError(
+            f"{name} has grey images and {network} reads colour; --grey repeat gives it three equal channels, which is "
+            "not what published figures mean"
+        )
+    return InColour(images)

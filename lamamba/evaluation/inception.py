@@ -1,0 +1,292 @@
+"""The Inception network of 2015-12-05, by which FID is defined, in PyTorch, from the public weight file.
+
+TensorFlow's graph (Szegedy et al., 2015) differs from later Inceptions: averages leave padding out, the last block
+pools by maximum, there are 1008 classes, and images are enlarged without half-pixel centres. Tensor names are those of
+the public file, pt_inception-2015-12-05-6726825d.pth.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SIDE = 299
+NUM_FEATURES, NUM_CLASSES = 2048, 1008
+SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 17
+NUM_SPATIAL = SPATIAL_CHANNELS * SPATIAL_SIDE**2
+"""2023: what sFID is made of."""
+FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
+URLS = (
+    f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}",
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+)
+"""The same tensors twice."""
+PUBLISHED_SHA256 = "6726825d"
+"""The public file's hash begins so: its publishers put it into the name."""
+
+
+def resize_like_tensorflow1(images: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear, as tf.image.resize_bilinear(align_corners=False) did it: source = target * scale, no half pixels.
+
+    Args:
+        images: (b, c, h, w), float32. Rows and columns past the last repeat it.
+
+    Returns:
+        (b, c, height, width)
+    """
+    def axis(source: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
+        scale = torch.tensor(source / target, dtype=torch.float32)              # TensorFlow's scale is a float
+        place = torch.arange(target, dtype=torch.float32) * scale
+        low = place.floor().long().clamp(max=source - 1)
+        share = (place - low).to(images)
+        return low.to(images.device), (low + 1).clamp(max=source - 1).to(images.device), share
+
+    top, bottom, down = axis(images.shape[2], height)
+    left, right, across = axis(images.shape[3], width)
+    upper, lower = images[:, :, top], images[:, :, bottom]
+    upper = upper[..., left] + (upper[..., right] - upper[..., left]) * across
+    lower = lower[..., left] + (lower[..., right] - lower[..., left]) * across
+    return upper + (lower - upper) * down[:, None]
+
+
+class _Convolution(nn.Module):
+    """Convolution, batch normalisation with running statistics, ReLU. Keeps the size where told so."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int], *, stride: int = 1, same: bool = True):
+        super().__init__()
+        height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = (height // 2, width // 2) if same else 0
+        self.conv = nn.Conv2d(inputs, outputs, (height, width), stride=stride, padding=padding, bias=False)
+        self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+def _average(x: Tensor) -> Tensor:
+    """Mean over 3 x 3 neighbours that exist: TensorFlow does not count padding."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+class _Mixed5(nn.Module):
+    """mixed .. mixed_2: 35 x 35."""
+
+    def __init__(self, inputs: int, pooled: int):
+        super().__init__()
+        self.branch1x1 = _Convolution(inputs, 64, 1)
+        self.branch5x5_1 = _Convolution(inputs, 48, 1)
+        self.branch5x5_2 = _Convolution(48, 64, 5)
+        self.branch3x3dbl_1 = _Convolution(inputs, 64, 1)
+        self.branch3x3dbl_2 = _Convolution(64, 96, 3)
+        self.branch3x3dbl_3 = _Convolution(96, 96, 3)
+        self.branch_pool = _Convolution(inputs, pooled, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([
+            self.branch1x1(x),
+            self.branch5x5_2(self.branch5x5_1(x)),
+            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
+            self.branch_pool(_average(x)),
+        ], dim=1)
+
+
+class _Mixed6a(nn.Module):
+    """mixed_3: 35 x 35 to 17 x 17."""
+
+    def __init__(self, inputs: int):
+        super().__init__()
+        self.branch3x3 = _Convolution(inputs, 384, 3, stride=2, same=False)
+        self.branch3x3dbl_1 = _Convolution(inputs, 64, 1)
+        self.branch3x3dbl_2 = _Convolution(64, 96, 3)
+        self.branch3x3dbl_3 = _Convolution(96, 96, 3, stride=2, same=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], dim=1)
+
+
+class _Mixed6(nn.Module):
+    """mixed_4 .. mixed_7: 17 x 17, with kernels of 1 x 7 and 7 x 1."""
+
+    def __init__(self, middle: int, inputs: int = 768):
+        super().__init__()
+        self.branch1x1 = _Convolution(inputs, 192, 1)
+        self.branch7x7_1 = _Convolution(inputs, middle, 1)
+        self.branch7x7_2 = _Convolution(middle, middle, (1, 7))
+        self.branch7x7_3 = _Convolution(middle, 192, (7, 1))
+        self.branch7x7dbl_1 = _Convolution(inputs, middle, 1)
+        self.branch7x7dbl_2 = _Convolution(middle, middle, (7, 1))
+        self.branch7x7dbl_3 = _Convolution(middle, middle, (1, 7))
+        self.branch7x7dbl_4 = _Convolution(middle, middle, (7, 1))
+        self.branch7x7dbl_5 = _Convolution(middle, 192, (1, 7))
+        self.branch_pool = _Convolution(inputs, 192, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        return torch.cat([
+            self.branch1x1(x),
+            self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
+            self.branch7x7dbl_5(self.branch7x7dbl_4(double)),
+            self.branch_pool(_average(x)),
+        ], dim=1)
+
+
+class _Mixed7a(nn.Module):
+    """mixed_8: 17 x 17 to 8 x 8."""
+
+    def __init__(self, inputs: int = 768):
+        super().__init__()
+        self.branch3x3_1 = _Convolution(inputs, 192, 1)
+        self.branch3x3_2 = _Convolution(192, 320, 3, stride=2, same=False)
+        self.branch7x7x3_1 = _Convolution(inputs, 192, 1)
+        self.branch7x7x3_2 = _Convolution(192, 192, (1, 7))
+        self.branch7x7x3_3 = _Convolution(192, 192, (7, 1))
+        self.branch7x7x3_4 = _Convolution(192, 192, 3, stride=2, same=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        long = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
+        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), long, F.max_pool2d(x, 3, stride=2)], dim=1)
+
+
+class _Mixed7(nn.Module):
+    """mixed_9 and mixed_10: 8 x 8. The last pools by maximum, the other by average: so is the graph of 2015."""
+
+    def __init__(self, inputs: int, *, last: bool):
+        super().__init__()
+        self.last = last
+        self.branch1x1 = _Convolution(inputs, 320, 1)
+        self.branch3x3_1 = _Convolution(inputs, 384, 1)
+        self.branch3x3_2a = _Convolution(384, 384, (1, 3))
+        self.branch3x3_2b = _Convolution(384, 384, (3, 1))
+        self.branch3x3dbl_1 = _Convolution(inputs, 448, 1)
+        self.branch3x3dbl_2 = _Convolution(448, 384, 3)
+        self.branch3x3dbl_3a = _Convolution(384, 384, (1, 3))
+        self.branch3x3dbl_3b = _Convolution(384, 384, (3, 1))
+        self.branch_pool = _Convolution(inputs, 192, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        single = self.branch3x3_1(x)
+        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.last else _average(x)
+        return torch.cat([
+            self.branch1x1(x), self.branch3x3_2a(single), self.branch3x3_2b(single), self.branch3x3dbl_3a(double),
+            self.branch3x3dbl_3b(double), self.branch_pool(pooled),
+        ], dim=1)
+
+
+class Inception(nn.Module):
+    """23.9 M parameters; made with random weights, see `load_inception`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Conv2d_1a_3x3 = _Convolution(3, 32, 3, stride=2, same=False)
+        self.Conv2d_2a_3x3 = _Convolution(32, 32, 3, same=False)
+        self.Conv2d_2b_3x3 = _Convolution(32, 64, 3)
+        self.Conv2d_3b_1x1 = _Convolution(64, 80, 1)
+        self.Conv2d_4a_3x3 = _Convolution(80, 192, 3, same=False)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _Mixed5(192, 32), _Mixed5(256, 64), _Mixed5(288, 64)
+        self.Mixed_6a = _Mixed6a(288)
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(_Mixed6, (128, 160, 160, 192))
+        self.Mixed_7a = _Mixed7a()
+        self.Mixed_7b, self.Mixed_7c = _Mixed7(1280, last=False), _Mixed7(2048, last=True)
+        self.fc = nn.Linear(NUM_FEATURES, NUM_CLASSES)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """What the metrics read.
+
+        Args:
+            images: (b, 3, h, w), 0 .. 255, any size.
+
+        Returns:
+            features (b, 2048): pool3. spatial (b, 2023): the first 7 channels of mixed_6/conv after its ReLU, flattened
+            rows first, channels last. logits (b, 1008): without bias, as Inception Scores are computed.
+        """
+        x = (resize_like_tensorflow1(images.float(), SIDE, SIDE) - 128) / 128
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))           # (b, 64, 147, 147)
+        x = F.max_pool2d(x, 3, stride=2)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))                               # (b, 192, 71, 71)
+        x = F.max_pool2d(x, 3, stride=2)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))                          # (b, 288, 35, 35)
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                          # (b, 768, 17, 17)
+        spatial = self.Mixed_6d.branch1x1(x)[:, :SPATIAL_CHANNELS]                  # TensorFlow's mixed_6/conv
+        x = self.Mixed_6e(self.Mixed_6d(x))
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                          # (b, 2048, 8, 8)
+        features = x.mean(dim=(2, 3))
+        return {
+            "features": features, "spatial": spatial.permute(0, 2, 3, 1).flatten(1),
+            "logits": F.linear(features, self.fc.weight),
+        }
+
+
+def load_inception(path: str | Path | None = None) -> tuple[Inception, str]:
+    """The network with the public weights, and the SHA-256 of its tensors.
+
+    Args:
+        path: the file under whatever name, as pytorch-fid or torch-fidelity publish it; None downloads it into
+            PyTorch's hub folder, once.
+
+    Raises:
+        ValueError: when the file is damaged, is another network, or would execute something.
+        OSError: when it is missing or cannot be downloaded.
+    """
+    path = Path(path) if path is not None else _download()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; the Inception weights are public: {URLS[0]}")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged or holds more than tensors ({str(error).splitlines()[0]}); download it again: {URLS[0]}"
+        ) from error
+    model = Inception()
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = weights if isinstance(weights, dict) else {}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    for name in [name for name in expected if name.endswith(".num_batches_tracked")]:
+        if name not in found:                                                   # older files have none
+            del expected[name]
+    if found != expected:
+        odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        what = ", ".join(f"{n}: {found.get(n, 'missing')} for {expected.get(n, 'nothing')}" for n in odd[:3])
+        raise ValueError(
+            f"{path} is not the Inception network of 2015-12-05: {len(odd)} of its tensors do not fit ({what}); "
+            f"{FILE_NAME} is the right file, torchvision's Inception is another network"
+        )
+    model.load_state_dict(weights, strict=False)
+    return model.eval().requires_grad_(False), _hash(model)
+
+
+def _hash(model: nn.Module) -> str:
+    """SHA-256 of the tensors that matter, by name: two files of the same network have the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.endswith(".num_batches_tracked"):
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def _download() -> Path:
+    """The public file in PyTorch's hub folder; checked against the hash in its name."""
+    place = Path(torch.hub.get_dir()) / "checkpoints" / FILE_NAME
+    if place.is_file():
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    failures = []
+    for url in URLS:
+        try:
+            torch.hub.download_url_to_file(url, str(place), hash_prefix=PUBLISHED_SHA256, progress=True)
+            return place
+        except (OSError, RuntimeError) as error:
+            failures.append(f"{url}: {error}")
+    raise OSError(
+        f"the Inception weights could not be downloaded ({'; '.join(failures)}); fetch them elsewhere, and name the "
+        "file with --weights"
+    )

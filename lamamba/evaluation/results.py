@@ -1,0 +1,128 @@
+"""What an evaluation leaves behind: figures with the whole protocol, to be compared, or refused as incomparable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+"""Of result files."""
+MUST_AGREE = {
+    "network": "the feature network, its weights and its resize",
+    "reference": "the reference images",
+    "images": "the number of samples",
+    "image_shape": "the size of the images",
+    "grey": "what is done with grey images",
+    "settings": "neighbours, subsets and splits",
+}
+"""Parts of the protocol; results that differ in one of them are of different things."""
+LABELS = {
+    "frechet": "{distance}", "frechet_spatial": "s{distance}", "inception_score": "{score}",
+    "precision": "precision", "recall": "recall", "density": "density", "coverage": "coverage",
+    "kernel": "kernel distance x 1000", "accuracy": "accuracy",
+}
+"""How figures are called in a table, in its order."""
+WITHIN = {"inception_score": "inception_score_spread", "kernel": "kernel_spread"}
+"""Figures that have a spread within one evaluation."""
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """A result file.
+
+    Raises:
+        FileNotFoundError, ValueError: when it is missing, damaged, or of a newer format.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is no file; give a result that lamamba evaluate has written")
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        version, entries = result["version"], result["entries"]
+        if not entries or any(not {"figures", "protocol"} <= entry.keys() for entry in entries):
+            raise ValueError("it has no figures with a protocol")
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no result of lamamba evaluate, or damaged ({error})") from error
+    if version != VERSION:
+        raise ValueError(f"{path} has format version {version}, this lamamba reads {VERSION}; upgrade it")
+    return result
+
+
+def write_result(path: Path, entries: list[dict[str, Any]]) -> None:
+    """Write entries, each {"name", "figures", "spread", "runs", "protocol"}, so that a kill leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps({"version": VERSION, "entries": entries}, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def disagreements(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Why two protocols are of different things; empty when their figures may stand side by side."""
+    found = []
+    for part, words in MUST_AGREE.items():
+        mine, theirs = one.get(part), other.get(part)
+        if part == "reference":
+            mine, theirs = _identity(mine), _identity(theirs)
+        if mine == theirs:
+            continue
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            said = ", ".join(f"{key} {_short(mine.get(key))} against {_short(theirs.get(key))}"
+                             for key in {**mine, **theirs} if mine.get(key) != theirs.get(key))
+        else:
+            said = f"{_short(mine)} against {_short(theirs)}"
+        found.append(f"{words} ({said})")
+    return found
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What else differs: the very things that one compares, such as model, sampler and seeds."""
+    found = []
+    for part in {**one, **other}:
+        mine, theirs = one.get(part), other.get(part)
+        if part in MUST_AGREE or mine == theirs:
+            continue
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            found += [f"{part}.{key}: {_short(mine.get(key))} | {_short(theirs.get(key))}"
+                      for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+        else:
+            found.append(f"{part}: {_short(mine)} | {_short(theirs)}")
+    return found
+
+
+def _identity(reference: Any) -> Any:
+    """A reference without the name that somebody gave it."""
+    return {k: v for k, v in reference.items() if k != "name"} if isinstance(reference, dict) else reference
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if not isinstance(value, str) else value
+    return text if len(text) <= 40 else f"{text[:12]}.."
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """Figures as lines of text: one row for each figure, one column for each entry; spreads after a plus-minus sign."""
+    rows = [["", *(entry["name"] for entry in entries)]]
+    for key, label in LABELS.items():
+        if not any(key in entry["figures"] for entry in entries):
+            continue
+        distance = entries[0]["protocol"].get("distance_name", "Fréchet distance")
+        score = "Inception Score" if distance == "FID" else "class score"
+        rows.append([label.format(distance=distance, score=score), *(_cell(entry, key) for entry in entries)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for name, *cells in rows:
+        aligned = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append("  ".join([name.ljust(widths[0]), *aligned]).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(entry: Mapping[str, Any], key: str) -> str:
+    if key not in entry["figures"]:
+        return "-"
+    scale = 1000 if key == "kernel" else 1
+    digits = 3 if key == "kernel" else 4
+    text = f"{round(scale * entry['figures'][key], digits) + 0.0:.{digits}f}"     # no minus before 0
+    spread = entry.get("spread", {}).get(key)
+    if spread is None and key in WITHIN and not entry.get("spread"):
+        spread = entry["figures"].get(WITHIN[key])
+    return text if spread is None else f"{text} ± {scale * spread:.{digits}f}"

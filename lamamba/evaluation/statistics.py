@@ -1,0 +1,99 @@
+"""Mean and covariance of features that pass by: float64, in pieces that can be joined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+def check_features(features: np.ndarray, what: str = "features") -> np.ndarray:
+    """Features as a matrix (images, features) of finite numbers, unchanged.
+
+    Raises:
+        ValueError: when they are none, or one of them is NaN or infinite.
+    """
+    features = np.asarray(features)
+    if features.ndim != 2 or 0 in features.shape or not np.issubdtype(features.dtype, np.number):
+        raise ValueError(
+            f"{what} have shape {features.shape} and type {features.dtype}; (images, features) of numbers fit"
+        )
+    for start in range(0, len(features), 4096):
+        if not np.isfinite(features[start : start + 4096]).all():
+            rows = np.flatnonzero(~np.isfinite(features).all(axis=1))
+            raise ValueError(
+                f"{what} of {len(rows)} of {len(features)} images are NaN or infinite, first of image {rows[0]}; "
+                "look at that image, and at the precision of the feature network"
+            )
+    return features
+
+
+class Statistics:
+    """Number, mean and scatter of feature vectors; grows by `add`, joins others by `merge`.
+
+    The scatter is sum (x - mean)(x - mean)^T, kept about the mean of what has been seen (Chan, Golub, LeVeque, 1979):
+    features far from zero lose no digits, and memory does not grow with their number.
+    """
+
+    def __init__(self, size: int):
+        self.count = 0
+        self.mean = np.zeros(size)
+        self.scatter = np.zeros((size, size))
+
+    def add(self, features: np.ndarray) -> Statistics:
+        """Take in features (images, size). Returns itself.
+
+        Raises:
+            ValueError: for another size, or numbers that are not finite.
+        """
+        features = check_features(features)
+        if features.shape[1] != len(self.mean):
+            raise ValueError(f"{features.shape[1]} features came after {len(self.mean)}; one network gives one size")
+        for start in range(0, len(features), 4096):                             # float64 copies of a piece at a time
+            rows = features[start : start + 4096].astype(np.float64)
+            mean = rows.mean(axis=0)
+            rows -= mean
+            self._join(len(rows), mean, rows.T @ rows)
+        return self
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Take in what another one has seen. Returns itself."""
+        if other.mean.shape != self.mean.shape:
+            raise ValueError(f"statistics of {len(other.mean)} features do not join those of {len(self.mean)}")
+        if other.count:
+            self._join(other.count, other.mean, other.scatter)
+        return self
+
+    def _join(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+        total = self.count + count
+        difference = mean - self.mean
+        self.scatter += scatter
+        if self.count:
+            self.scatter += np.outer(difference, difference * (self.count * count / total))
+        self.mean = self.mean + difference * (count / total)
+        self.count = total
+
+    def covariance(self) -> np.ndarray:
+        """As np.cov: divided by one less than the number of images.
+
+        Raises:
+            ValueError: for fewer than two images.
+        """
+        if self.count < 2:
+            raise ValueError(f"{self.count} image{'' if self.count == 1 else 's'}: a covariance needs at least 2")
+        return self.scatter / (self.count - 1)
+
+    def reduce(self, sum_up: Callable[[np.ndarray], np.ndarray]) -> Statistics:
+        """What all processes have seen together; the same for each of them.
+
+        Args:
+            sum_up: gives the elementwise sum of an array over processes. It is called once with a small one, and once
+                with the scatter.
+        """
+        sums = sum_up(np.concatenate([[float(self.count)], self.count * self.mean]))
+        together = Statistics(len(self.mean))
+        together.count = int(sums[0])
+        together.mean = sums[1:] / max(together.count, 1)
+        difference = self.mean - together.mean
+        together.scatter = sum_up(self.scatter + self.count * np.outer(difference, difference))
+        return together
