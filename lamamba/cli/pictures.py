@@ -114,20 +114,23 @@ def _running_mean(values: list[float], span: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def run_curves(runs: dict[str, list[dict[str, Any]]], path: Path, smooth: float) -> None:
-    """Draw loss, gradient norm and images per second of runs, given by name as their metrics' lines."""
+def run_curves(
+    runs: dict[str, list[dict[str, Any]]], path: Path, smooth: float, scores: dict[str, list[dict[str, Any]]]
+) -> None:
+    """Draw loss, gradient norm, images per second and quick scores of runs, given by name as lines of their files."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(3, 1, figsize=(8, 8), sharex=True, height_ratios=(2.2, 1, 1))
+    heights = (2.2, 1, 1, 1) if scores else (2.2, 1, 1)
+    figure, panels = plt.subplots(len(heights), 1, figsize=(8, 2 * sum(heights)), sharex=True, height_ratios=heights)
     colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     for number, (name, lines) in enumerate(runs.items()):
         color = colors[number % len(colors)]
         steps = [line["step"] for line in lines]
         span = max(1, round(smooth * len(lines)))
-        for axes, key in zip(panels, ("loss", "grad_norm", "images_per_second"), strict=True):
+        for axes, key in zip(panels, ("loss", "grad_norm", "images_per_second"), strict=False):
             values = [float(line[key]) for line in lines]
             if span > 1:
                 axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
@@ -136,9 +139,16 @@ def run_curves(runs: dict[str, list[dict[str, Any]]], path: Path, smooth: float)
         if held_out:
             panels[0].plot(*zip(*held_out, strict=True), "o", color=color, markersize=4, markeredgecolor="white",
                            label=f"{name}, held out")
+        if name in scores:
+            latest = {line["step"]: line["score"] for line in scores[name]}     # a step done again has the last word
+            panels[3].plot(*zip(*sorted(latest.items()), strict=True), "o-", color=color, markersize=4)
     panels[0].set(ylabel="loss")
     panels[1].set(ylabel="gradient norm", yscale="log")
-    panels[2].set(ylabel="images / s", xlabel="optimizer step", ylim=(0, None))
+    panels[2].set(ylabel="images / s", ylim=(0, None))
+    if scores:
+        names = {f"{line['name']}, {line['images']} images" for lines in scores.values() for line in lines}
+        panels[3].set(ylabel=names.pop() if len(names) == 1 else "score", yscale="log")
+    panels[-1].set(xlabel="optimizer step")
     for axes in panels:
         axes.grid(alpha=0.3, which="both" if axes.get_yscale() == "log" else "major")
         axes.spines[["top", "right"]].set_visible(False)

@@ -2,6 +2,7 @@
 
     RUN/config.json                     the run's configuration, the network's, and what a sampler must know
     RUN/metrics.jsonl                   one line per logged step
+    RUN/scores.jsonl                    quick scores, where they are asked for
     RUN/bad_images.tsv                  files that could not be read, once there are any, and why
     RUN/events.jsonl                    starts, saves, faults and stops, with their time
     RUN/samples/step_00000500.png       sample grids
@@ -128,6 +129,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self.metrics = self.path / "metrics.jsonl"
+        self.scores = self.path / "scores.jsonl"
         self.events = self.path / "events.jsonl"
         self.config = self.path / "config.json"
 
@@ -169,7 +171,7 @@ class RunFolder:
             "train.data.manifest", "train.data.max_bad_images", "train.data.autoencoder", "train.steps",
             "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.device",
             "train.sampling", "train.processes", "train.faults", "train.watch.trackers", "train.watch.project",
-            "train.watch.held_out_every",
+            "train.watch.held_out_every", "train.score",
         }
         found = [
             f"{name}: {before!r} there, {after!r} here"
