@@ -207,14 +207,11 @@ def do_run(name: str, seed: int, path: Path, steps: int) -> None:
     config = dataclasses.replace(TRAINING, seed=seed, steps=steps)
     images, labels = enlarged_digits()
     torch.manual_seed(seed)
-    began = time.perf_counter()
     average, loss = learn(build(NETWORKS[name]), images, labels, config)
-    trained = time.perf_counter()
     pictures = draw_digits(average, labels, seed)
-    drawn = time.perf_counter()
     result = {
-        "network": name, "seed": seed, "steps": steps, "loss": loss, "seconds_training": round(trained - began, 1),
-        "seconds_drawing": round(drawn - trained, 1), **score(pictures, labels, images.transpose(0, 2, 3, 1)),
+        "network": name, "seed": seed, "steps": steps, "loss": loss,
+        **score(pictures, labels, images.transpose(0, 2, 3, 1)),
     }
     first = [int(np.flatnonzero(labels == digit)[k]) for digit in range(NUM_CLASSES) for k in range(4)]
     rows = pictures[first, :, :, 0].reshape(NUM_CLASSES, 4, SIDE, SIDE)
@@ -278,16 +275,15 @@ def table(rows: dict[str, Any]) -> str:
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{spread}"
 
-    lines = ["| network | parameters | multiply-adds | loss | FD | accuracy, % | nearest | training, s |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = ["| network | parameters | multiply-adds | loss | FD | accuracy, % | nearest |",
+             "|---|---|---|---|---|---|---|"]
     for name, row in rows.items():
         sizes = "- | -" if row["parameters_M"] is None else \
             f"{row['parameters_M']:.2f} M | {row['multiply_adds_M']:.1f} M"
         runs = row["runs"]
         lines.append(
             f"| {name} | {sizes} | {figure(runs, 'loss', 4)} | {figure(runs, 'frechet', 2)} | "
-            f"{figure(runs, 'accuracy', 1, 100)} | {figure(runs, 'nearest', 3)} | "
-            f"{figure(runs, 'seconds_training', 0)} |"
+            f"{figure(runs, 'accuracy', 1, 100)} | {figure(runs, 'nearest', 3)} |"
         )
     return "\n".join(lines)
 

@@ -18,15 +18,17 @@ if TYPE_CHECKING:
     from lamamba.config import UNetConfig
     from lamamba.models.official import load_official, to_official
     from lamamba.models.unet import LaMambaUNet
+    from lamamba.pipeline import LaMambaPipeline
 
 _HOMES = {
     "UNetConfig": "lamamba.config",
     "LaMambaUNet": "lamamba.models.unet",
+    "LaMambaPipeline": "lamamba.pipeline",
     "load_official": "lamamba.models.official",
     "to_official": "lamamba.models.official",
 }
 
-__all__ = ["LaMambaUNet", "UNetConfig", "__version__", "load_official", "to_official"]
+__all__ = ["LaMambaPipeline", "LaMambaUNet", "UNetConfig", "__version__", "load_official", "to_official"]
 
 
 def __getattr__(name: str) -> Any:

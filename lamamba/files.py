@@ -90,3 +90,8 @@ def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]
             found += differences(old.get(key, "nothing"), new.get(key, "nothing"), child)
         return found
     return [] if old == new else [(name, old, new)]
+
+
+def differences_in_words(old: Any, new: Any) -> list[str]:
+    """Where two plain descriptions differ, one phrase for each entry."""
+    return [f"{name}: {there!r} there, {here!r} here" for name, there, here in differences(old, new)]

@@ -11,10 +11,11 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lamamba"
 FLOORS = [
-    {"config", "files", "_version", "_native"},                                  # _native holds compiled kernels
+    {"config", "files", "_version", "_native", "pretrained"},      # compiled kernels; a model for the beginning
     {"ops"},
     {"models", "diffusion", "data"},
-    {"training", "generation", "evaluation", "benchmark"},
+    {"training", "generation", "pipeline", "evaluation", "benchmark"},
+    {"app"},
     {"cli"},
     {"__main__"},
 ]
@@ -47,7 +48,9 @@ def test_imports_point_down(file):
         assert other == room or FLOOR_OF[other] < FLOOR_OF[room], f"{room} must not import {other}"
 
 
-@pytest.mark.parametrize("module", ["lamamba", "lamamba.config", "lamamba.cli.main", "lamamba.training.config"])
+@pytest.mark.parametrize("module", [
+    "lamamba", "lamamba.config", "lamamba.cli.main", "lamamba.training.config", "lamamba.pretrained",
+])
 def test_the_ground_floor_and_help_import_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

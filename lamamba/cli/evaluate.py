@@ -12,12 +12,13 @@ from lamamba.cli.arguments import parse
 from lamamba.cli.sample_options import SampleOptions
 from lamamba.evaluation.settings import Settings
 
-DESCRIPTION = """Judge samples: FID, sFID, Inception Score, precision and recall, density and coverage, KID, beside a reference.
+DESCRIPTION = """Judge samples beside a reference: FID, sFID, Inception Score, precision and recall, density and
+coverage, KID.
 
   lamamba evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz
   lamamba evaluate runs/xl --reference VIRTUAL_imagenet256_labeled.npz --guidance 1.5 --repeats 3
   torchrun --nproc-per-node 8 -m lamamba evaluate runs/xl --reference imagenet.npz       the same figures, sooner
-  lamamba evaluate runs/digits --reference digits --features digits --num 2000 --every-checkpoint
+  lamamba evaluate runs/digits --reference digits --features digits --num-images 2000 --every-checkpoint
   lamamba evaluate stats imagenet/val --out imagenet.npz       a reference, once; ADM's names, nothing pickled
   lamamba evaluate compare a.json b.json                       side by side, or refused with the reason
 
@@ -108,14 +109,15 @@ def main(arguments: list[str]) -> None:
     if task == "compare":
         compare(parse(CompareArguments, rest, "evaluate compare", COMPARE_DESCRIPTION))
     elif task == "stats":
-        from lamamba.cli import evaluation
+        wanted = _checked(parse(StatsArguments, rest, "evaluate stats", STATS_DESCRIPTION))
+        from lamamba.cli.evaluation import save_statistics
 
-        evaluation.save_statistics(_checked(parse(StatsArguments, rest, "evaluate stats", STATS_DESCRIPTION)))
+        save_statistics(wanted)
     else:
         chosen = _checked(parse(EvaluateArguments, arguments, "evaluate", DESCRIPTION))
-        from lamamba.cli import evaluation
+        from lamamba.cli.evaluation import evaluate
 
-        evaluation.evaluate(chosen)
+        evaluate(chosen)
 
 
 def _checked(chosen):

@@ -221,14 +221,14 @@ def entries_of(chosen: EvaluateArguments, device: torch.device, watch: Watch) ->
         size = 8
         if chosen.samples == "digits" and chosen.reference.endswith(".npz") and is_statistics(chosen.reference):
             size = (load_statistics(chosen.reference).image_shape or (size,))[0]
-        images = open_images(chosen.samples, size, options.num)
+        images = open_images(chosen.samples, size, options.num_images)
         return [lambda: Entry(path.stem or chosen.samples, [images])]
-    scales, count = parse_scales(options.guidance), options.num or FIELD_COUNT
+    scales, count = parse_scales(options.guidance), options.num_images or FIELD_COUNT
     if count < 2 or options.seed < 0:
-        raise ValueError(f"--num {count} must be at least 2 and --seed {options.seed} at least 0")
+        raise ValueError(f"--num-images {count} must be at least 2 and --seed {options.seed} at least 0")
     candidates = find_candidates(path, options.ema, every=chosen.every_checkpoint)
     if len(scales) > 1 and chosen.every_checkpoint:
-        raise ValueError("--every-checkpoint with several --guidance scales would be two curves in one; take one at a time")
+        raise ValueError("--every-checkpoint and several --guidance scales are two curves; draw one at a time")
     loaded: dict[Path, Sampler] = {}
 
     def make(candidate: Candidate, scale: float) -> Entry:
@@ -281,6 +281,7 @@ def judge_entry(
         group.wait()
         return found
     runs: list[Figures] = []
+    folders: list[Path] = []
     for number, images in enumerate(entry.runs):
         fitting = fit_channels(
             images, network.facts.channels, network.facts.name, repeat_grey=chosen.grey == "repeat"
@@ -303,8 +304,7 @@ def judge_entry(
                     features, statistics, reference, chosen.metrics, knows_classes=network.knows_classes,
                     on_progress=tell,
                 ))
-            if not chosen.keep_features:
-                shutil.rmtree(features.folder)
+        folders.append(features.folder)
     result: dict[str, Any] = {}
     if group.is_main:
         means, spread = mean_and_spread(runs)
@@ -314,6 +314,9 @@ def judge_entry(
         }
         place.with_suffix(".tmp").write_text(json.dumps(result), encoding="utf-8")
         os.replace(place.with_suffix(".tmp"), place)
+        if not chosen.keep_features:
+            for folder in folders:
+                shutil.rmtree(folder)
     group.wait()
     return result
 

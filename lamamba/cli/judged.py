@@ -133,7 +133,9 @@ class Sampler:
             "objective": objective, "sampler": self.sampler, "evaluations": self.steps, "dtype": options.dtype,
             "autoencoder_sha256": self._decoder.autoencoder.sha256 if self._decoder else None,
         }
-        self._model = model.to(device, getattr(torch, options.dtype))
+        self._model = model.to(device)
+        if options.dtype != "float32":
+            self._model = self._model.to(getattr(torch, options.dtype))
         if options.dtype == "bfloat16" and device.type == "cpu":
             tokens = model.architecture.token_grid[0] * model.architecture.token_grid[1]
             pack_weights(self._model, tokens * batch_size)

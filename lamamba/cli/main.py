@@ -15,11 +15,13 @@ VERBS = {
     "encode": "images to latents of an autoencoder on disk, once, by any number of processes",
     "train": "train a network from a recipe (or resume: run the same command again)",
     "sample": "make pictures with a trained network",
+    "app": "a page in the browser to play on",
     "evaluate": "FID and its kin, with the whole protocol beside every figure",
     "plot": "loss, gradient norm and speed of one or several runs as a picture",
     "info": "parameters, multiply-adds and memory of a network, without allocating it",
     "bench": "LaMamba beside DiT: images per second, memory, multiply-adds",
     "doctor": "what runs here and why: versions, back ends, compilers, a quick check of each",
+    "export": "a trained network as a diffusers pipeline, with a model card; ONNX",
     "convert": "official checkpoints to our format and back",
 }
 
@@ -33,6 +35,7 @@ a first walk:
   lamamba demo                                         five minutes on a laptop; writes demo/report.md
   lamamba train digits --out runs/digits               the same training by itself; --dry-run shows the plan
   lamamba sample runs/digits --classes 3,7 --out grid.png
+  lamamba app                                          the digits of the package, in a browser
   lamamba info xl --image-size 512                     what the paper's largest network costs
   lamamba doctor                                       which back end this machine will use, and what is missing
 

@@ -8,19 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from lamamba.config import LATENT_SCALE
+from lamamba.files import settle, temporary_name
 
 CELL_PIXELS = 48
 """Small images are enlarged (bicubic, which eyes read far better than blocks) until a cell is about this wide."""
 GAP, BACKGROUND, INK = 6, 255, 60
 
 
-def grid_picture(images: np.ndarray, columns: int, row_names: Sequence[str] = ()) -> Image.Image:
-    """uint8 images (n, h, w, c) as a table with gaps, row by row; small ones enlarged, rows named on the left."""
+def grid_picture(
+    images: np.ndarray, columns: int, row_names: Sequence[str] = (), *, cell_pixels: int = CELL_PIXELS,
+    crisp: bool = False,
+) -> Image.Image:
+    """uint8 images (n, h, w, c) as a table with gaps, row by row; small ones enlarged, rows named on the left.
+
+    Args:
+        images, columns, row_names: the table.
+        cell_pixels: small images are enlarged to about this width.
+        crisp: show every pixel as a square, as on a page to play on, instead of between its neighbours.
+    """
     count, height, width, channels = images.shape
-    factor = max(1, CELL_PIXELS // max(height, width))
+    factor = max(1, cell_pixels // max(height, width))
+    scaling = Image.Resampling.NEAREST if crisp else Image.Resampling.BICUBIC
     height, width = height * factor, width * factor
     rows = -(-count // columns)
     font = ImageFont.load_default(size=max(12, min(height // 3, 24)))
@@ -30,7 +41,7 @@ def grid_picture(images: np.ndarray, columns: int, row_names: Sequence[str] = ()
     for k, image in enumerate(images):
         top, left = GAP + k // columns * (height + GAP), margin + GAP + k % columns * (width + GAP)
         cell = Image.fromarray(image if channels == 3 else image[..., 0])
-        enlarged = np.asarray(cell.resize((width, height), Image.Resampling.BICUBIC))
+        enlarged = np.asarray(cell.resize((width, height), scaling))
         canvas[top : top + height, left : left + width] = enlarged.reshape(height, width, -1)
     picture = Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)
@@ -40,12 +51,20 @@ def grid_picture(images: np.ndarray, columns: int, row_names: Sequence[str] = ()
     return picture
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG so that a failure leaves no half file."""
+def bare_picture(image: np.ndarray) -> Image.Image:
+    """One uint8 image (h, w, c) as it is."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def save_picture(picture: Image.Image, path: Path, text: PngImagePlugin.PngInfo | None = None) -> None:
+    """Write a PNG, with text about it, so that a failure leaves no half file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, format="PNG")
-    temporary.replace(path)
+    temporary = temporary_name(path)
+    try:
+        picture.save(temporary, format="PNG", pnginfo=text)
+        settle(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def loss_curve(metrics: Path, path: Path) -> None:
@@ -95,20 +114,23 @@ def _running_mean(values: list[float], span: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def run_curves(runs: dict[str, list[dict[str, Any]]], path: Path, smooth: float) -> None:
-    """Draw loss, gradient norm and images per second of runs, given by name as their metrics' lines."""
+def run_curves(
+    runs: dict[str, list[dict[str, Any]]], path: Path, smooth: float, scores: dict[str, list[dict[str, Any]]]
+) -> None:
+    """Draw loss, gradient norm, images per second and quick scores of runs, given by name as lines of their files."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(3, 1, figsize=(8, 8), sharex=True, height_ratios=(2.2, 1, 1))
+    heights = (2.2, 1, 1, 1) if scores else (2.2, 1, 1)
+    figure, panels = plt.subplots(len(heights), 1, figsize=(8, 2 * sum(heights)), sharex=True, height_ratios=heights)
     colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     for number, (name, lines) in enumerate(runs.items()):
         color = colors[number % len(colors)]
         steps = [line["step"] for line in lines]
         span = max(1, round(smooth * len(lines)))
-        for axes, key in zip(panels, ("loss", "grad_norm", "images_per_second"), strict=True):
+        for axes, key in zip(panels, ("loss", "grad_norm", "images_per_second"), strict=False):
             values = [float(line[key]) for line in lines]
             if span > 1:
                 axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
@@ -117,9 +139,16 @@ def run_curves(runs: dict[str, list[dict[str, Any]]], path: Path, smooth: float)
         if held_out:
             panels[0].plot(*zip(*held_out, strict=True), "o", color=color, markersize=4, markeredgecolor="white",
                            label=f"{name}, held out")
+        if name in scores:
+            latest = {line["step"]: line["score"] for line in scores[name]}     # a step done again has the last word
+            panels[3].plot(*zip(*sorted(latest.items()), strict=True), "o-", color=color, markersize=4)
     panels[0].set(ylabel="loss")
     panels[1].set(ylabel="gradient norm", yscale="log")
-    panels[2].set(ylabel="images / s", xlabel="optimizer step", ylim=(0, None))
+    panels[2].set(ylabel="images / s", ylim=(0, None))
+    if scores:
+        names = {f"{line['name']}, {line['images']} images" for lines in scores.values() for line in lines}
+        panels[3].set(ylabel=names.pop() if len(names) == 1 else "score", yscale="log")
+    panels[-1].set(xlabel="optimizer step")
     for axes in panels:
         axes.grid(alpha=0.3, which="both" if axes.get_yscale() == "log" else "major")
         axes.spines[["top", "right"]].set_visible(False)
@@ -206,7 +235,9 @@ def evaluation_curves(entries: list[dict[str, Any]], distance: str, path: Path) 
     has_recall = all("recall" in entry["figures"] for entry in entries)
     figure, panels = plt.subplots(1, 2 if has_recall else 1, figsize=(10 if has_recall else 6, 4.4), squeeze=False)
     averages = list(dict.fromkeys(str(entry["ema"]) for entry in entries))
-    for average, color in zip(averages, plt.rcParams["axes.prop_cycle"].by_key()["color"] * len(averages), strict=False):
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for number, average in enumerate(averages):
+        color = colors[number % len(colors)]
         mine = [entry for entry in entries if str(entry["ema"]) == average]
         mine.sort(key=lambda entry: entry["guidance"] if is_sweep else entry["step"] or 0)
         places = [entry["guidance"] if is_sweep else entry["step"] or 0 for entry in mine]
@@ -218,16 +249,18 @@ def evaluation_curves(entries: list[dict[str, Any]], distance: str, path: Path) 
             recalls = [entry["figures"]["recall"] for entry in mine]
             panels[0][1].plot(recalls, values, "o-", color=color, linewidth=1.6)
             for place, recall, value in zip(places, recalls, values, strict=True):
-                panels[0][1].annotate(f"{place:g}", (recall, value), (5, 5), textcoords="offset points", fontsize="small")
+                panels[0][1].annotate(f"{place:g}", (recall, value), (5, 5), textcoords="offset points")
         elif has_recall:
             for key, line in (("precision", "-"), ("recall", "--")):
                 label = f"{key}, average {average}" if len(averages) > 1 else key
                 panels[0][1].plot(places, [e["figures"][key] for e in mine], line, marker="o", color=color, label=label)
-    panels[0][0].set(xlabel="guidance scale" if is_sweep else "optimizer step", ylabel=distance, ylim=(0, None))
+    panels[0][0].set(xlabel="guidance scale" if is_sweep else "optimizer step", ylabel=distance)
+    panels[0][0].set_ylim(0, 1.1 * max(e["figures"]["frechet"] + e["spread"].get("frechet", 0) for e in entries))
     if len(averages) > 1:
         panels[0][0].legend(frameon=False, fontsize="small")
     if has_recall and is_sweep:
-        panels[0][1].set(xlabel="recall", ylabel=distance, title="numbers: guidance scale", ylim=(0, None))
+        panels[0][1].set(xlabel="recall", ylabel=distance, title="numbers: guidance scale")
+        panels[0][1].set_ylim(0, 1.1 * max(entry["figures"]["frechet"] for entry in entries))
     elif has_recall:
         panels[0][1].set(xlabel="optimizer step", ylim=(0, 1))
         panels[0][1].legend(frameon=False, fontsize="small")

@@ -15,7 +15,8 @@ DESCRIPTION = """Draw loss, gradient norm and images per second of runs over the
   lamamba plot runs/digits
   lamamba plot runs/a runs/b runs/c --out compared.png
 
-Thin lines are what was logged, thick ones a running mean; dots are the loss on held-out images."""
+Thin lines are what was logged, thick ones a running mean; dots are the loss on held-out images. Quick scores, where
+there are any (--score.every of lamamba train), have a panel of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +38,14 @@ def main(arguments: list[str]) -> None:
 
     from lamamba.cli.pictures import read_metrics, run_curves
 
-    metrics = {}
+    metrics, scores = {}, {}
     for run in chosen.runs:
         path = run if run.suffix == ".jsonl" else run / "metrics.jsonl"
         if not path.is_file():
             raise FileNotFoundError(f"{run} has no metrics.jsonl; give the folder of a run that has begun")
         metrics[str(run)] = read_metrics(path)
-    run_curves(metrics, chosen.out, chosen.smooth)
+        if (path.parent / "scores.jsonl").is_file():
+            scores[str(run)] = read_metrics(path.parent / "scores.jsonl")
+    run_curves(metrics, chosen.out, chosen.smooth, scores)
     told = (f"{name} to step {lines[-1]['step']}" for name, lines in metrics.items())
     print(f"{chosen.out}: {', '.join(told)}")

@@ -1,130 +1,331 @@
-"""lamamba sample: a trained network makes a picture."""
+"""lamamba sample: a trained network makes one picture, a film, or as many images as one likes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from lamamba.cli.arguments import parse
-from lamamba.config import unknown_name
 
-DESCRIPTION = """Sample images from a trained network into one PNG.
+if TYPE_CHECKING:
+    import torch
 
-  lamamba sample runs/digits --classes 3,7 --seed 0 --out grid.png
-  lamamba sample runs/photos --num 16 --out sixteen.png               (unconditional)
+    from lamamba.cli.asked import Asked
+    from lamamba.cli.models import OpenModel
+    from lamamba.generation.settings import PictureFacts, Settings
+    from lamamba.models.unet import LaMambaUNet
 
-MODEL is a run folder (its newest checkpoint's averaged weights), a checkpoint, or a model made by lamamba convert. One
-row per class, one seed per image: image k is made from seed + k, whatever the batch size."""
+DESCRIPTION = """Sample images from a trained network.
+
+  lamamba sample runs/digits --classes 3,7 --seed 0 --out grid.png             one row per class, one seed per image
+  lamamba sample --like grid.png --steps 10 --out again.png                    as that picture was made, but for ...
+  lamamba sample runs/digits --out denoising.gif                               a film of the way from noise (or .mp4)
+  lamamba sample runs/digits --interpolate seeds:3:7 --classes 2 --out path.png      (or classes:3:8; or a film)
+  lamamba sample runs/xl --num 50000 --random-labels --format npz --out samples/     by any number of processes:
+  torchrun --nproc-per-node 8 -m lamamba sample runs/xl -n 50000 --random-labels --format npz --out samples/
+
+MODEL is a run folder (its newest checkpoint's averaged weights), a checkpoint, or a saved model; without it, the small
+digits model that ships with the package. Image k is made from seed + k, whatever the batch size and whoever makes it.
+Every PNG carries its settings. A folder of images goes on where it was when the same command is started again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleArguments:
-    model: Annotated[Path, tyro.conf.Positional]
-    """Run folder, checkpoint, or converted model."""
-    out: Path = Path("samples.png")
-    """The picture."""
+    model: Annotated[Path | None, tyro.conf.Positional] = None
+    """Run folder, checkpoint, or saved model; by default the digits model that ships with the package."""
+    out: Path | None = None
+    """A picture (.png), a film (.gif, .mp4), or a folder for many images. By default samples.png, or samples/ with
+    --balanced or --random-labels."""
+    like: Path | None = None
+    """A PNG made by lamamba: whatever is not said here is done as it was done there."""
     classes: str | None = None
-    """Classes by number or name, with commas; by default the first ten. Not for unconditional models."""
-    num: int = 8
-    """Images of each class (or in all, for an unconditional model)."""
-    seed: int = 0
-    """Seed of the first image."""
+    """Classes by number or name, with commas; by default the first ten (for many images: all). Not for unconditional
+    models."""
+    num: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
+    """Images of each class (or in all, for an unconditional model); in a folder, in all. By default 8. (torchrun would
+    take --num for an option of its own: write -n there.)"""
+    seed: int | None = None
+    """Seed of the first image; by default 0."""
+    interpolate: str | None = None
+    """seeds:A:B or classes:A:B: --num images on the way from one seed to another, or from one class to another."""
+    balanced: bool = False
+    """Many images, into a folder: the classes in turn."""
+    random_labels: bool = False
+    """Many images, into a folder: each with a class drawn from its own seed, as for the published scores."""
+    format: Literal["png", "npz", "both"] | None = None
+    """Of many images: a PNG each (the default), one uint8 npz (arr_0: N x H x W x 3, arr_1: labels), or both. The npz
+    alone takes twice its size while it is put together."""
     sampler: str | None = None
-    """ddpm, ddim or dpm++ for noise models, flow-euler or flow-heun for flow models; by default the first that fits."""
+    """ddpm, ddim, dpm++, dpm++-sde, unipc, euler or heun for noise and v models; flow-euler, flow-heun, flow-dpm++ or
+    flow-unipc for flow models. By default the first."""
     steps: int | None = None
     """Sampling steps; by default the sampler's."""
     guidance: float | None = None
-    """Classifier-free guidance scale; 1 is none. By default 2 (1 for unconditional models)."""
-    batch_size: int = 64
-    """Images at a time; changes speed and memory, not the pictures."""
+    """Guidance scale; 1 is none. By default 2 (1 for unconditional models)."""
+    guidance_channels: Literal["all", "first-three"] | None = None
+    """Guide all channels (the paper's code, and the default) or the first three (DiT's)."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only between these times, 0 (clean) to 1 (noise)."""
+    guidance_rescale: float | None = None
+    """0 (off) to 1: how much of the contrast that guidance adds is taken back."""
+    autoguidance: Path | None = None
+    """A weaker model (smaller, or an earlier checkpoint) to guide by, instead of the model without labels."""
+    height: int | None = None
+    """Of an image in pixels; by default as in training."""
+    width: int | None = None
+    """Of an image in pixels; by default as in training."""
+    batch_size: int | None = None
+    """Images at a time; changes speed and memory, and a pixel by at most one grey level. By default 64."""
+    threads: int | None = None
+    """On a CPU, cores for each process of many; by default all (under torchrun, one)."""
+    fps: float = 12
+    """Frames of a film in a second."""
     autoencoder: str | None = None
     """For models of latents: a diffusers autoencoder, a folder or a hub id such as stabilityai/sd-vae-ft-ema. By
     default the one that made the latents it was trained on."""
     device: str = "auto"
-    """"auto" (a GPU where there is one), or a PyTorch device."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the network (the sampler's own arithmetic stays in float32)."""
+    """"auto" (a GPU where there is one; under torchrun each process its own), or a PyTorch device."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the network, by default float32 (the sampler's own arithmetic always is)."""
     compile: bool = False
     """torch.compile the network first: worth its minute or two for many images, not for a few."""
 
-
-def parse_classes(text: str | None, label_names: tuple[str, ...], num_classes: int) -> list[int]:
-    """ "3,tabby" as labels.
-
-    Raises:
-        ValueError: for a number out of range or an unknown name; the nearest is named.
-    """
-    if text is None:
-        return list(range(min(10, num_classes)))
-    labels = []
-    for word in (part.strip() for part in text.split(",")):
-        if word in label_names:
-            labels.append(label_names.index(word))
-        elif word.lstrip("-").isdigit():
-            if not 0 <= int(word) < num_classes:
-                raise ValueError(f"class {word} is out of range; this model knows 0 .. {num_classes - 1}")
-            labels.append(int(word))
-        else:
-            raise unknown_name("class", word, label_names or map(str, range(num_classes)))
-    return labels
+    @property
+    def is_many(self) -> bool:
+        """Whether a folder of images is asked for."""
+        is_folder = self.out is not None and not self.out.suffix
+        return bool(self.balanced or self.random_labels or self.format or is_folder)
 
 
 def main(arguments: list[str]) -> None:
     chosen = parse(SampleArguments, arguments, "sample", DESCRIPTION)
-    if chosen.num < 1 or chosen.seed < 0:
-        raise ValueError(f"--num {chosen.num} must be at least 1 and --seed {chosen.seed} at least 0")
+    _check(chosen)
+    facts = None
+    if chosen.like is not None:
+        from lamamba.generation.settings import read_png_facts
 
+        facts = read_png_facts(chosen.like)
+        chosen = _like(chosen, facts)
+    if chosen.is_many:
+        from lamamba.cli.sample_many import sample_many_images
+
+        sample_many_images(chosen, facts)
+    else:
+        _sample_picture(chosen, facts)
+
+
+def _check(chosen: SampleArguments) -> None:
+    for name, low in {"num": 1, "seed": 0, "batch_size": 1, "threads": 1}.items():
+        if (number := getattr(chosen, name)) is not None and number < low:
+            raise ValueError(f"--{name.replace('_', '-')} {number} must be at least {low}")
+    if not 0 < chosen.fps <= 50:
+        raise ValueError(f"--fps {chosen.fps:g} must lie between 0 and 50")
+    if chosen.balanced and chosen.random_labels:
+        raise ValueError("--balanced and --random-labels exclude each other: choose one")
+    suffix = "" if chosen.out is None else chosen.out.suffix.lower()
+    if chosen.is_many:
+        if suffix in (".png", ".gif", ".mp4"):
+            raise ValueError(f"many images go into a folder, and --out {chosen.out} is a file: give a folder's name")
+        if chosen.interpolate:
+            raise ValueError("--interpolate makes a picture or a film: give --out with .png, .gif or .mp4")
+    elif suffix not in ("", ".png", ".gif", ".mp4"):
+        raise ValueError(f"--out {chosen.out}: pictures are .png, films .gif or .mp4, many images go into a folder")
+
+
+def _like(chosen: SampleArguments, facts: PictureFacts) -> SampleArguments:
+    """What was not asked for on the command line, as the picture says."""
+    from lamamba.cli.models import SHIPPED
+
+    settings, guidance = facts.settings, facts.settings.guidance
+    before: dict[str, Any] = {
+        "sampler": settings.sampler, "steps": settings.steps, "guidance": guidance.scale,
+        "guidance_channels": guidance.channels, "guidance_interval": tuple(guidance.interval),
+        "guidance_rescale": guidance.rescale, "height": settings.height, "width": settings.width,
+        "batch_size": facts.batch_size, "dtype": settings.dtype, "autoencoder": settings.autoencoder,
+        "model": None if settings.model == SHIPPED else Path(settings.model),
+        "autoguidance": None if settings.autoguidance is None else Path(settings.autoguidance),
+    }
+    asked = {entry.name: getattr(chosen, entry.name) for entry in fields(chosen)}
+    if asked["model"] is not None:                                              # another model: sizes of its own
+        before = {key: before[key] for key in before if key not in ("height", "width", "autoencoder", "autoguidance")}
+    if asked["sampler"] is not None and asked["sampler"] != settings.sampler:   # steps mean another thing
+        del before["steps"]
+    return replace(
+        chosen, compile=chosen.compile or settings.compiled,
+        **{key: value for key, value in before.items() if asked[key] is None},
+    )
+
+
+def prepare(
+    chosen: SampleArguments, facts: PictureFacts | None, device: torch.device, speaks: bool
+) -> tuple[OpenModel, LaMambaUNet | None, Settings]:
+    """The model, a weaker one to guide by, and all settings, from what was asked for.
+
+    Raises:
+        ValueError: when they do not fit together, or the model is not the one that made the picture to be repeated.
+    """
+    from lamamba.cli.models import SHIPPED, open_model, open_network
+    from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
+    from lamamba.diffusion.guidance import Guidance
+    from lamamba.generation.settings import Settings, fingerprint
+
+    model = open_model(_place_of(chosen, facts), chosen.autoencoder, device)
+    if speaks and model.name == SHIPPED:
+        print("no model was named: the small digits model that ships with lamamba draws", flush=True)
+    if facts is not None and model.name == facts.settings.model and model.sha256 != facts.settings.model_sha256:
+        raise ValueError(
+            f"{model.name} is not the model that made {chosen.like} (weights {model.sha256[:12]}, not "
+            f"{facts.settings.model_sha256[:12]}): it was trained further, or is another. Name the one to use as MODEL"
+            if model.name != SHIPPED else
+            f"{chosen.like} was made by the shipped model of another lamamba ({facts.lamamba}); name a model as MODEL"
+        )
+    objective = model.network.architecture.objective
+    sampler = chosen.sampler or samplers_for(objective)[0]
+    make_scheduler(sampler, objective, chosen.steps)                            # refused before any work
+    weaker = None if chosen.autoguidance is None else open_network(chosen.autoguidance)[0]
+    scale = (2.0 if model.num_classes or weaker else 1.0) if chosen.guidance is None else chosen.guidance
+    guidance = Guidance(
+        scale, chosen.guidance_channels or "all", chosen.guidance_interval or (0.0, 1.0), chosen.guidance_rescale or 0.0
+    )
+    _, (height, width) = model.fit(chosen.height, chosen.width)
+    if speaks and model.decoder and model.facts.autoencoder_sha256 not in (None, model.decoder.autoencoder.sha256):
+        print(f"note: trained on latents of {model.facts.autoencoder}, decoded by another autoencoder: "
+              f"{model.decoder.autoencoder}")
+    settings = Settings(
+        model=model.name, model_sha256=model.sha256, sampler=sampler,
+        steps=chosen.steps or SAMPLERS[sampler].default_steps, height=height, width=width, guidance=guidance,
+        autoguidance=None if weaker is None else str(chosen.autoguidance),
+        autoguidance_sha256=None if weaker is None else fingerprint(weaker),
+        autoencoder=model.decoder.autoencoder.name if model.decoder else None,
+        autoencoder_sha256=model.decoder.autoencoder.sha256 if model.decoder else None,
+        dtype=chosen.dtype or "float32", compiled=chosen.compile,
+    )
+    return model, weaker, settings
+
+
+def _place_of(chosen: SampleArguments, facts: PictureFacts | None) -> Path | None:
+    """The folder of the model; None for the shipped one, which may have had another place when it made the picture.
+
+    Raises:
+        FileNotFoundError: when the model that made the picture to be repeated is not where it was.
+    """
+    from lamamba.cli.models import find_shipped, open_network
+    from lamamba.generation.settings import fingerprint
+
+    place = chosen.model
+    if facts is None or place is None or str(place) != facts.settings.model or place.exists():
+        return place
+    try:
+        if fingerprint(open_network(find_shipped())[0]) == facts.settings.model_sha256:
+            return None
+    except FileNotFoundError:
+        pass
+    raise FileNotFoundError(f"{chosen.like} was made by {place}, which is not here: name the model's folder as MODEL")
+
+
+def to_device(
+    model: OpenModel, weaker: LaMambaUNet | None, settings: Settings, device: torch.device, batch: int
+) -> LaMambaUNet | None:
+    """Both networks where they work, fast for batches of so many images; the weaker one again."""
     import torch
 
+    from lamamba.cli.models import move
+
+    dtype = getattr(torch, settings.dtype)
+    model.prepare(device, dtype, settings.compiled, batch)
+    return None if weaker is None else move(weaker, device, dtype)
+
+
+def _sample_picture(chosen: SampleArguments, facts: PictureFacts | None) -> None:
+    import numpy as np
+
+    from lamamba.cli.films import FILM_SUFFIXES, check_film, chosen_frames, save_film
     from lamamba.cli.observers import StepBar
-    from lamamba.cli.pictures import grid_picture, save_picture
-    from lamamba.data.codec import LatentDecoder
+    from lamamba.cli.pictures import bare_picture, grid_picture, save_picture
+    from lamamba.data.codec import PixelCodec
+    from lamamba.diffusion.denoise import make_scheduler
     from lamamba.generation import generate
-    from lamamba.models.compiling import compile_network
-    from lamamba.models.packing import pack_weights
+    from lamamba.generation.settings import PictureFacts, png_text
     from lamamba.training.loop import pick_device
-    from lamamba.training.state import find_network
 
+    out = chosen.out or Path("samples.png")
+    is_film = out.suffix.lower() in FILM_SUFFIXES
+    if is_film:
+        check_film(out)
     device = pick_device(chosen.device)
-    model, facts = find_network(chosen.model)
-    config = model.architecture
-    if config.num_classes:
-        rows = parse_classes(chosen.classes, facts.label_names, config.num_classes)
-        labels = [label for label in rows for _ in range(chosen.num)]
-        names = [facts.label_names[label] if facts.label_names else str(label) for label in rows]
-        columns, count = chosen.num, len(labels)
-    else:
-        if chosen.classes is not None:
-            raise ValueError(f"{chosen.model} is unconditional: it knows no classes, leave --classes out")
-        labels, names, count = None, [], chosen.num
-        columns = min(count, 8)
-    guidance = (2.0 if labels else 1.0) if chosen.guidance is None else chosen.guidance
+    model, weaker, settings = prepare(chosen, facts, device, True)
+    asked = _asked(chosen, facts, model)
+    count, batch_size = len(asked.seeds), chosen.batch_size or 64
+    weaker = to_device(model, weaker, settings, device, min(count, batch_size))
+    decoder = model.decoder or PixelCodec()
+    walks = is_film and chosen.interpolate is None                              # else the path itself is the film
+    evaluations = len(make_scheduler(settings.sampler, model.network.architecture.objective, settings.steps).timesteps)
+    frames: dict[int, list[np.ndarray]] = {step: [] for step in chosen_frames(evaluations)} if walks else {}
 
-    decoder = None
-    if facts.codec == "latents":
-        name = chosen.autoencoder or facts.autoencoder
-        if name is None:
-            raise ValueError("this model makes latents: name the autoencoder that decodes them with --autoencoder")
-        decoder = LatentDecoder(name, facts, device)
-        if facts.autoencoder_sha256 not in (None, decoder.autoencoder.sha256):
-            print(f"note: trained on latents of {facts.autoencoder}, decoded by another autoencoder: "
-                  f"{decoder.autoencoder}")
-    elif chosen.autoencoder is not None:
-        raise ValueError("this model makes pixels: leave --autoencoder out")
+    def watch(batch: range, step: int, x0: torch.Tensor) -> None:
+        if step in frames:
+            frames[step].append(decoder.decode(x0))
 
-    model = model.to(device, getattr(torch, chosen.dtype))
-    if chosen.dtype == "bfloat16" and device.type == "cpu" and not chosen.compile:
-        tokens = config.token_grid[0] * config.token_grid[1]
-        pack_weights(model, tokens * min(count, chosen.batch_size))
-    if chosen.compile:
-        compile_network(model)
     with StepBar("sampling") as bar:
         images = generate(
-            model, labels, range(chosen.seed, chosen.seed + count), sampler=chosen.sampler,
-            num_steps=chosen.steps, guidance=guidance, batch_size=chosen.batch_size, decoder=decoder, on_step=bar,
+            model.network, asked.labels, asked.seeds, sampler=settings.sampler, num_steps=settings.steps,
+            guidance=settings.guidance, weaker=weaker, input_size=model.fit(settings.height, settings.width)[0],
+            batch_size=batch_size, decoder=decoder, on_step=bar, watch=watch if walks else None,
         )
-    save_picture(grid_picture(images, columns, names), chosen.out)
-    print(f"{chosen.out}: {count} images, seeds {chosen.seed} to {chosen.seed + count - 1}, guidance {guidance:g}")
+    if is_film:
+        tables = [np.concatenate(parts) for parts in frames.values()] if walks else list(
+            images.reshape(-1, asked.columns, *images.shape[1:]).swapaxes(0, 1))
+        columns = asked.columns or 1 if walks else 1
+        save_film([grid_picture(table, columns, asked.row_names) for table in tables], out, chosen.fps)
+        print(f"{out}: a film of {len(tables)} pictures")
+        return
+    made = PictureFacts(
+        settings=settings, seeds=asked.seeds, labels=asked.labels, columns=asked.columns, row_names=asked.row_names,
+        batch_size=batch_size,
+    )
+    picture = grid_picture(images, asked.columns, asked.row_names) if asked.columns else bare_picture(images[0])
+    save_picture(picture, out, png_text(made))
+    print(f"{out}: {count} images, {_seeds_in_words(asked)}, {settings.sampler} in {settings.steps} steps, "
+          f"guidance {settings.guidance.scale:g}")
+
+
+def _asked(chosen: SampleArguments, facts: PictureFacts | None, model: OpenModel) -> Asked:
+    """Which images: as the picture to be repeated shows, where nothing else is said."""
+    from lamamba.cli.asked import DEFAULT_COLUMNS, as_before, path_between, table
+
+    if facts is not None and all(v is None for v in (chosen.classes, chosen.num, chosen.seed, chosen.interpolate)):
+        return as_before(facts)
+    before = _before(facts) if facts is not None else {}
+    num = chosen.num or before.get("num") or DEFAULT_COLUMNS
+    seed = before.get("seed", 0) if chosen.seed is None else chosen.seed
+    classes = before.get("classes") if chosen.classes is None else chosen.classes
+    if chosen.interpolate:
+        return path_between(model, chosen.interpolate, chosen.classes, num, seed)
+    return table(model, classes, num, seed)
+
+
+def _before(facts: PictureFacts) -> dict[str, Any]:
+    """A picture's classes, seed and columns, where it is a table of them.
+
+    Raises:
+        ValueError: when it shows a path between seeds or classes.
+    """
+    from lamamba.generation.settings import Between
+
+    if any(isinstance(place, Between) for place in (*facts.seeds, *(facts.labels or ()))):
+        raise ValueError("that picture shows a path: give --interpolate again with other seeds, classes or numbers")
+    rows = facts.labels[:: facts.columns or 1] if facts.labels else ()
+    return {
+        "classes": ",".join(map(str, rows)) or None, "seed": facts.seeds[0],
+        "num": facts.columns or 1 if facts.labels else len(facts.seeds),
+    }
+
+
+def _seeds_in_words(asked: Asked) -> str:
+    if all(isinstance(seed, int) for seed in asked.seeds):
+        first, last = min(asked.seeds), max(asked.seeds)                        # type: ignore[type-var]
+        return f"seeds {first} to {last}"
+    return "on the way from one seed to another"

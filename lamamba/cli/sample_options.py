@@ -10,7 +10,7 @@ from typing import Literal
 class SampleOptions:
     """What is judged, and how it is made where it is a model."""
 
-    num: int | None = None
+    num_images: int | None = None
     """Images: of a model 50,000 by default, the field's count, of each seed range; of images that are there, all."""
     seed: int = 0
     """Seed of the first image; image k is made from seed + k."""

@@ -207,17 +207,23 @@ def _train_and_tell(
 ) -> Any:
     from lamamba.cli.observers import ProgressLine, SampleGrid
     from lamamba.training.loop import describe, train
-    from lamamba.training.processes import is_main_process
+    from lamamba.training.processes import is_main_process, pick_device
     from lamamba.training.state import RunFolder
 
     architecture, facts = describe(config, images)
     folder = RunFolder(out)
     sampling, decoder = config.sampling, None
-    if not is_main_process():                                                   # the main process draws
+    is_main = is_main_process()
+    if is_main and (sampling.every or config.score.every):
+        decoder = open_decoder(facts)
+    if config.score.every:
+        from lamamba.cli.quick_score import QuickScore
+
+        score = QuickScore(config.score, sampling, folder.scores, facts.image_size, decoder, pick_device(config.device))
+        observers = [score, *observers]
+    if not is_main:                                                             # the main process draws
         grid = SampleGrid(sampling, folder.samples, facts.label_names)
         return train(config, images, out, [grid, *observers])
-    if sampling.every:
-        decoder = open_decoder(facts)
     resumed = int(folder.names()[-1].removeprefix("step_")) if folder.names() else 0
     print(f"{out}: {len(images):,} images of {images.name}, {len(facts.label_names) or 'no'} classes, "
           f"{_parameters(architecture):.2f} M parameters", flush=True)

@@ -22,6 +22,15 @@ _NOT_IDENTITY = {"sample_size", "force_upcast"}
 """Entries of a configuration that change no latent."""
 
 
+def pixels_per_latent(config: Mapping[str, Any]) -> int:
+    """Side in image pixels of one latent, from an autoencoder's configuration: every stage but one halves the image."""
+    names = ("block_out_channels", "down_block_out_channels", "encoder_block_out_channels")
+    stages = next((stages for name in names if (stages := config.get(name))), None)
+    if stages is None:
+        raise ValueError(f"a {config.get('_class_name')} is not one of {', '.join(KINDS)}")
+    return 2 ** (len(stages) - 1)
+
+
 class Autoencoder:
     """An autoencoder that is only used, never trained. Nothing is unpickled to load it.
 
@@ -57,6 +66,11 @@ class Autoencoder:
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    @property
+    def network(self) -> nn.Module:
+        """The diffusers model itself."""
+        return self._network
 
     def __str__(self) -> str:
         return f"{self.name} ({self.kind}, {self.sha256[:12]})"

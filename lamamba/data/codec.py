@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -51,12 +53,16 @@ class CodecFacts:
     @classmethod
     def of(cls, autoencoder: Autoencoder) -> CodecFacts:
         """As the autoencoder's configuration says."""
-        values = autoencoder.config
+        facts = cls.of_config(autoencoder.config)
+        return dataclasses.replace(facts, autoencoder=autoencoder.name, autoencoder_sha256=autoencoder.sha256)
+
+    @classmethod
+    def of_config(cls, values: Mapping[str, Any]) -> CodecFacts:
+        """As an autoencoder's configuration says, a file's or a loaded one's, whoever it is."""
         return cls(
             codec="latents", scale=float(values.get("scaling_factor") or 1.0),
             shift=float(values.get("shift_factor") or 0.0),
             latents_mean=tuple(values.get("latents_mean") or ()), latents_std=tuple(values.get("latents_std") or ()),
-            autoencoder=autoencoder.name, autoencoder_sha256=autoencoder.sha256,
         )
 
     def _channelwise(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:

@@ -1,8 +1,7 @@
 """Images to latents on disk, once: by one process or by many that never write the same file.
 
-The work is cut into shards. A process claims a shard with a lock that the system drops when the process dies, writes
-it under a name of its own, and renames it when it is whole. So a killed process leaves nothing that looks finished,
-another takes over its shard, and running the command again goes on. What a shard holds is decided by the plan alone.
+The work is cut into shards, which processes claim (lamamba/data/claims.py), write under names of their own, and rename
+when they are whole. Running the command again goes on. What a shard holds is decided by the plan alone.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ import json
 import logging
 import os
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lamamba.data.autoencoder import Autoencoder
+from lamamba.data.claims import Claims
 from lamamba.data.codec import CodecFacts, to_pixels
 from lamamba.data.images import BadImage, Images, explain_bad
 from lamamba.data.latents import (
@@ -47,8 +45,6 @@ logger = logging.getLogger("lamamba.data")
 PLAN = "plan.json"
 READERS = min(8, os.cpu_count() or 1)
 """Threads that decode images while the autoencoder works."""
-POLL_SECONDS = 0.5
-"""Between looks at what other processes are still encoding."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +145,7 @@ class _Job:
         self._autoencoder, self._folder, self._plan = autoencoder, folder, plan
         self._max_bad, self._tell = max_bad_images, tell
         self._work = folder / UNFINISHED
+        self._claims = Claims(self._work, self._is_indexed)
         start = rank % plan.num_shards
         self._order = [*range(start, plan.num_shards), *range(start)]
         self._done: dict[int, Shard] = {}
@@ -171,7 +168,7 @@ class _Job:
             return True
         logger.warning("%d of %d shards are made anew: %s", len(faults), len(index.shards), "; ".join(faults))
         self._work.mkdir(exist_ok=True)
-        with self._claim("index", waits=True):
+        with self._claims.claim("index", waits=True):
             if self._is_indexed():
                 self._write_plan()
                 for number, shard in whole.items():
@@ -189,7 +186,7 @@ class _Job:
                     "folder with --out"
                 )
         self._work.mkdir(parents=True, exist_ok=True)
-        with self._claim("plan", waits=True):
+        with self._claims.claim("plan", waits=True):
             if self._is_indexed():                                              # others have just finished
                 return
             path = self._work / PLAN
@@ -217,22 +214,10 @@ class _Job:
 
     def encode_all(self) -> None:
         """Take shard after shard that nobody has made or is making; then wait for the others, in case one dies."""
-        phase = "encoding"
-        while not self._is_indexed():
-            busy = 0
-            for number in self._order:
-                if self._find(number):
-                    continue
-                with self._claim(f"shard_{number:05d}") as mine:
-                    if not mine:
-                        busy += 1
-                    elif not self._find(number):                                # made since we looked
-                        self._make(number)
-            if not busy:
-                return
-            phase = "waiting"
-            self._report(0, phase)
-            time.sleep(POLL_SECONDS)
+        self._claims.make_all(
+            self._order, lambda number: f"shard_{number:05d}", self._find, self._make,
+            lambda: self._report(0, "waiting"),
+        )
 
     def _is_indexed(self) -> bool:
         return (self._folder / INDEX).is_file()
@@ -327,7 +312,7 @@ class _Job:
 
     def finish(self) -> None:
         """Verify all shards and write the index: one process does it, the others wait for it."""
-        with self._claim("index", waits=True):
+        with self._claims.claim("index", waits=True):
             if self._is_indexed():
                 return
             index = Index(self._plan, tuple(self._done[number] for number in range(self._plan.num_shards)))
@@ -349,43 +334,3 @@ class _Job:
         plan = self._plan
         finished = sum(len(plan.shard_range(number)) for number in self._done)
         self._tell(Progress(finished + in_hand, plan.images, len(self._done), plan.num_shards, phase))
-
-    @contextmanager
-    def _claim(self, name: str, *, waits: bool = False) -> Iterator[bool]:
-        """Hold a piece of work; whether nobody else does. The system lets go of it when this process dies."""
-        try:
-            handle = os.open(self._work / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:                                               # all is done, and tidied up by another
-            yield self._is_indexed() and waits
-            return
-        try:
-            while not (mine := _lock(handle)) and waits:
-                time.sleep(POLL_SECONDS)
-            yield mine
-        finally:
-            os.close(handle)                                                    # closing unlocks
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(handle: int) -> bool:
-        try:
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-else:
-    import errno
-    import fcntl
-
-    def _lock(handle: int) -> bool:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return False
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):   # a disk without locks: at worst a shard
-                return True                                                     # is made twice, with the same bytes
-            raise
-        return True

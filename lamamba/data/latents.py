@@ -28,7 +28,7 @@ from torch import Tensor
 from lamamba.data.autoencoder import Autoencoder
 from lamamba.data.codec import CodecFacts
 from lamamba.data.sets import SampleDraws
-from lamamba.files import differences, read_json, sha256, write_atomically
+from lamamba.files import differences_in_words, read_json, sha256, write_atomically
 
 LATENTS_VERSION = 1
 INDEX = "index.json"
@@ -104,7 +104,7 @@ class Plan:
                 plan.pop(known_otherwise)
             facts.pop("autoencoder")                                            # its hash counts, not its name
             plan |= facts
-        return [f"{name}: {there!r} there, {here!r} here" for name, there, here in differences(old, new)]
+        return differences_in_words(old, new)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,18 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor
 
 from lamamba.config import Objective, unknown_name
 from lamamba.diffusion.guidance import Predict
-from lamamba.diffusion.schedule import NUM_TIMESTEPS
+from lamamba.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule
 
 _BETAS: dict[str, Any] = {
     "num_train_timesteps": NUM_TIMESTEPS, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02
@@ -33,25 +37,55 @@ class Sampler:
     objectives: tuple[Objective, ...]
     make: Callable[[Objective], Any]
     default_steps: int
+    what: str
+    """In a few words, for lists of samplers."""
     min_steps: int = 1
+    max_steps: int = NUM_TIMESTEPS
+    is_stochastic: bool = False
+    """Whether it draws noise on the way, of each image's own generator."""
 
 
 def _noise_levels(objective: Objective) -> dict[str, Any]:
     return {**_BETAS, "prediction_type": "epsilon" if objective == "noise" else "v_prediction"}
 
 
+_FLOW: dict[str, Any] = {
+    "num_train_timesteps": NUM_TIMESTEPS, "use_flow_sigmas": True, "prediction_type": "flow_prediction"
+}
+_NOISE_AND_V: tuple[Objective, ...] = ("noise", "v")
+# solvers that drop a last timestep would meet one time twice, and divide by the difference
+_MULTISTEP_MOST = NUM_TIMESTEPS - 1
+
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(("noise", "v"), lambda objective: DDPMScheduler(
+    "ddpm": Sampler(_NOISE_AND_V, lambda objective: DDPMScheduler(
         **_noise_levels(objective), variance_type="learned_range" if objective == "noise" else "fixed_small",
-        clip_sample=False, timestep_spacing="linspace"), 250, min_steps=2),
-    "ddim": Sampler(("noise", "v"), lambda objective: DDIMScheduler(
+        clip_sample=False, timestep_spacing="linspace"),
+        250, "ancestral, the paper's; many steps", min_steps=2, is_stochastic=True),
+    "ddim": Sampler(_NOISE_AND_V, lambda objective: DDIMScheduler(
         **_noise_levels(objective), clip_sample=False, set_alpha_to_one=True, steps_offset=0,
-        timestep_spacing="leading"), 50),
-    "dpm++": Sampler(("noise", "v"), lambda objective: DPMSolverMultistepScheduler(
-        **_noise_levels(objective), algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace"), 25),
-    "flow-euler": Sampler(
-        ("flow",), lambda _: FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS), 50),
-    "flow-heun": Sampler(("flow",), lambda _: FlowMatchHeunDiscreteScheduler(num_train_timesteps=NUM_TIMESTEPS), 25),
+        timestep_spacing="leading"), 50, "first order"),
+    "dpm++": Sampler(_NOISE_AND_V, lambda objective: DPMSolverMultistepScheduler(
+        **_noise_levels(objective), algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace"),
+        25, "DPM-Solver++ 2M, second order", max_steps=_MULTISTEP_MOST),
+    "dpm++-sde": Sampler(_NOISE_AND_V, lambda objective: DPMSolverMultistepScheduler(
+        **_noise_levels(objective), algorithm_type="sde-dpmsolver++", solver_order=2, timestep_spacing="linspace"),
+        50, "DPM-Solver++ 2M with fresh noise", is_stochastic=True, max_steps=_MULTISTEP_MOST),
+    "unipc": Sampler(_NOISE_AND_V, lambda objective: UniPCMultistepScheduler(
+        **_noise_levels(objective), solver_order=2, timestep_spacing="linspace"),
+        20, "predictor and corrector, second order", max_steps=_MULTISTEP_MOST),
+    "euler": Sampler(_NOISE_AND_V, lambda objective: EulerDiscreteScheduler(
+        **_noise_levels(objective), timestep_spacing="linspace"), 50, "first order"),
+    "heun": Sampler(_NOISE_AND_V, lambda objective: HeunDiscreteScheduler(
+        **_noise_levels(objective), timestep_spacing="linspace"),
+        25, "second order, two evaluations per step", min_steps=5),             # with fewer it overshoots by far
+    "flow-euler": Sampler(("flow",), lambda _: FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=NUM_TIMESTEPS), 50, "first order, straight steps"),
+    "flow-heun": Sampler(("flow",), lambda _: FlowMatchHeunDiscreteScheduler(
+        num_train_timesteps=NUM_TIMESTEPS), 25, "second order, two evaluations per step"),
+    "flow-dpm++": Sampler(("flow",), lambda _: DPMSolverMultistepScheduler(
+        **_FLOW, algorithm_type="dpmsolver++", solver_order=2), 25, "DPM-Solver++ 2M, second order"),
+    "flow-unipc": Sampler(("flow",), lambda _: UniPCMultistepScheduler(
+        **_FLOW, solver_order=2), 20, "predictor and corrector, second order"),
 }
 
 
@@ -86,16 +120,160 @@ def make_scheduler(name: str, objective: Objective, num_steps: int | None = None
             f"use {' or '.join(samplers_for(objective))}"
         )
     num_steps = sampler.default_steps if num_steps is None else num_steps
-    if not sampler.min_steps <= num_steps <= NUM_TIMESTEPS:
+    if not sampler.min_steps <= num_steps <= sampler.max_steps:
         raise ValueError(
-            f"sampler {name!r} takes {sampler.min_steps} to {NUM_TIMESTEPS} steps, not {num_steps}"
+            f"sampler {name!r} takes {sampler.min_steps} to {sampler.max_steps} steps, not {num_steps}"
         )
     scheduler = sampler.make(objective)
-    if name == "ddpm":
+    set_steps(scheduler, num_steps)
+    return scheduler
+
+
+def set_steps(scheduler: Any, num_steps: int) -> None:
+    """Set a scheduler's timesteps, on the CPU, where `denoise` wants them; DDPM's as the official sampler has them.
+
+    Raises:
+        ValueError: for a number of steps that no scheduler takes.
+    """
+    config = scheduler.config
+    if not 1 <= num_steps <= NUM_TIMESTEPS:
+        raise ValueError(f"{num_steps} steps were asked for; 1 to {NUM_TIMESTEPS} are possible")
+    if isinstance(scheduler, DDPMScheduler) and config.timestep_spacing == "linspace" and num_steps > 1:
         scheduler.set_timesteps(timesteps=respaced_steps(num_steps))
     else:
         scheduler.set_timesteps(num_steps)
-    return scheduler
+    if config.get("use_flow_sigmas"):
+        # diffusers rounds these times down to whole numbers, the network takes them as they are
+        scheduler.timesteps = scheduler.sigmas[:-1] * NUM_TIMESTEPS
+
+
+def default_steps(scheduler: Any, objective: Objective) -> int:
+    """The number of steps that a scheduler's kind usually takes."""
+    kind, algorithm = type(scheduler), scheduler.config.get("algorithm_type")
+    for name in samplers_for(objective):
+        known = SAMPLERS[name].make(objective)
+        if type(known) is kind and known.config.get("algorithm_type") == algorithm:
+            return SAMPLERS[name].default_steps
+    return 50
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a diffusers scheduler walks the straight line from noise to image."""
+    return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def check_scheduler(scheduler: Any, objective: Objective) -> None:
+    """Refuse a diffusers scheduler that does not fit a model.
+
+    Raises:
+        ValueError: saying what does not fit (what it expects of the model, its noise levels, noise that is drawn for
+            the whole batch at once), and what does.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    fitting = f"use {' or '.join(samplers_for(objective))}, or a diffusers scheduler like theirs"
+    prediction = "flow_prediction" if is_flow(scheduler) else config.get("prediction_type")
+    expects = {"epsilon": "noise", "v_prediction": "v", "flow_prediction": "flow"}.get(str(prediction), prediction)
+    if expects != objective:
+        raise ValueError(f"{name} is for models of {expects}, this one was trained for {objective}; {fitting}")
+    if config.get("num_train_timesteps") != NUM_TIMESTEPS:
+        raise ValueError(f"{name} has num_train_timesteps={config.get('num_train_timesteps')}, not {NUM_TIMESTEPS}")
+    if "generator" not in inspect.signature(scheduler.step).parameters and hasattr(scheduler, "noise_sampler"):
+        raise ValueError(f"{name} draws its noise for the whole batch, not for each image: use dpm++-sde")
+    if objective != "flow":
+        levels = getattr(scheduler, "alphas_cumprod", None)
+        expected = NoiseSchedule().alphas_cumprod.float()
+        if levels is None or not torch.allclose(levels.float().cpu(), expected, rtol=1e-3, atol=1e-6):
+            raise ValueError(
+                f"{name} has other noise levels than the model was trained with; make it with "
+                "beta_schedule=\"linear\", beta_start=1e-4, beta_end=0.02"
+            )
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the walk is after one step."""
+
+    done: int
+    """Steps done, from 1."""
+    total: int
+    timestep: Tensor
+    """The time the step started from, a single number."""
+    x: Tensor
+    """(b, c, h, w), as noisy as the next step wants it, in the scheduler's own scale."""
+    x0: Tensor
+    """(b, c, h, w), the clean image as the network saw it in this step."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the images beforehand: everything but a part to be repainted."""
+
+    x0: Tensor
+    """(b, c, h, w) or (1, c, h, w) clean."""
+    repaint: Tensor
+    """(b or 1, 1, h, w), 1 where the image is to be made anew, 0 where x0 is to stay, or anything between."""
+
+
+def noised(scheduler: Any, x0: Tensor, noise: Tensor, place: int) -> Tensor:
+    """x0 as noisy as the scheduler wants it before step number `place`, the one that comes next: (b, c, h, w).
+
+    After the last step it is x0 itself.
+    """
+    if place >= len(scheduler.timesteps):
+        return x0
+    t = scheduler.timesteps[place : place + 1]
+    if hasattr(scheduler, "scale_noise"):
+        return scheduler.scale_noise(x0, t, noise)
+    return scheduler.add_noise(x0, noise, t)
+
+
+def first_step(scheduler: Any, strength: float) -> int:
+    """The step to begin with when images are changed by `strength` in (0, 1]: 1 is all steps, little keeps much.
+
+    Raises:
+        ValueError: when strength is out of range.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength={strength} must lie in (0, 1]: the share of the steps, 1 keeps nothing")
+    per_step = getattr(scheduler, "order", 1)                                   # Heun's solver has its steps in pairs
+    steps = (len(scheduler.timesteps) + per_step - 1) // per_step
+    return (steps - max(1, round(strength * steps))) * per_step
+
+
+def estimate_x0(scheduler: Any, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """The clean image that the network's output implies: (b, c, h, w).
+
+    Args:
+        scheduler: says what the output means.
+        output: (b, c, h, w), without variance.
+        x: (b, c, h, w), as the network read it: of variance alpha_bar x0 + 1 - alpha_bar, or on the straight line.
+        t: a single number in 0 .. 1000.
+    """
+    time = float(t)
+    if is_flow(scheduler):
+        return x - time / NUM_TIMESTEPS * output
+    below = min(int(time), NUM_TIMESTEPS - 2)
+    levels = scheduler.alphas_cumprod[below : below + 2].double()
+    low, high = ((1 - levels) / levels).sqrt().tolist()
+    sigma = low + (time - below) * (high - low)                                 # between whole times, as diffusers
+    alpha = (1 + sigma**2) ** -0.5
+    if scheduler.config.prediction_type == "v_prediction":
+        return alpha * x - sigma * alpha * output
+    return x / alpha - sigma * output
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Between two noises (b, c, h, w) along the sphere, image by image: a at 0, b at 1 (Shoemake, 1985).
+
+    Unlike a straight line, it keeps normal noise normal.
+    """
+    direction_a, direction_b = (F.normalize(noise.double().flatten(1)) for noise in (a, b))
+    angle = (direction_a * direction_b).sum(1).clamp(-1, 1).arccos().view(-1, *[1] * (a.dim() - 1))
+    straight = angle.sin() < 1e-6                                               # the same direction, or opposite ones
+    weight_a, weight_b = (1 - share) * angle, share * angle
+    safe = torch.where(straight, torch.ones_like(angle), angle.sin())
+    arc = (weight_a.sin() * a.double() + weight_b.sin() * b.double()) / safe
+    return torch.where(straight, (1 - share) * a.double() + share * b.double(), arc).to(a.dtype)
 
 
 @torch.no_grad()
@@ -104,33 +282,56 @@ def denoise(
     scheduler: Any,
     noise: Tensor,
     *,
-    generators: Sequence[torch.Generator] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    generators: Sequence[torch.Generator] | torch.Generator | None = None,
+    first: int = 0,
+    start: Tensor | None = None,
+    known: Known | None = None,
+    on_step: Callable[[Step], Tensor | None] | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Tensor:
-    """Walk the scheduler's timesteps from pure noise to a clean image.
+    """Walk the scheduler's timesteps from noise to a clean image.
 
     Args:
         predict: (x, t (b,)) -> output, from `guided`; t lies where the scheduler has its timesteps: on the CPU.
-        scheduler: from `make_scheduler`.
+        scheduler: from `make_scheduler`, or another of diffusers' with its timesteps set.
         noise: (b, c, h, w) standard normal.
-        generators: one per image, for schedulers that draw noise on the way; so image k depends on its own alone.
-        on_step: told (steps done, steps in all) after every step.
+        generators: for schedulers that draw noise on the way: one per image, so that image k depends on its own alone;
+            or one for the whole batch.
+        first: the step to begin with, 0 .. len(scheduler.timesteps); with it goes start.
+        start: (b, c, h, w) clean images to begin from, made as noisy as that step wants them; without it, pure noise.
+        known: parts of the images that are to stay; in every step they are put back, as noisy as the rest.
+        on_step: told after every step; a tensor that it returns takes the place of x.
+        interrupted: asked before every step; True ends the walk where it is.
 
     Returns:
         x0, (b, c, h, w).
+
+    Raises:
+        ValueError: when first is out of range, or lies behind the start without images to begin from.
     """
-    takes_variance = scheduler.config.get("variance_type") == "learned_range"
-    extra = {}
-    if generators is not None and "generator" in inspect.signature(scheduler.step).parameters:
-        extra["generator"] = list(generators)
-    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
     timesteps = scheduler.timesteps
-    for i, t in enumerate(timesteps):
+    if not 0 <= first <= len(timesteps) or (first and start is None):
+        raise ValueError(f"first={first} must lie in 0 .. {len(timesteps)}, and needs start= where it is not 0")
+    takes_variance = scheduler.config.get("variance_type") in ("learned", "learned_range")
+    extra: dict[str, Any] = {}
+    if generators is not None and "generator" in inspect.signature(scheduler.step).parameters:
+        extra["generator"] = generators if isinstance(generators, torch.Generator) else list(generators)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    x = noise * float(getattr(scheduler, "init_noise_sigma", 1.0)) if start is None else noised(
+        scheduler, start, noise, first)
+    for i in range(first, len(timesteps)):
+        if interrupted():
+            break
+        t = timesteps[i]
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         output = predict(scaled, t.expand(x.shape[0]))
-        if not takes_variance:
-            output = output[:, : x.shape[1]]
-        x = scheduler.step(output, t, x, **extra).prev_sample
+        prediction = output[:, : x.shape[1]]
+        x = scheduler.step(output if takes_variance else prediction, t, x, **extra).prev_sample
+        if known is not None:
+            x = known.repaint * x + (1 - known.repaint) * noised(scheduler, known.x0, noise, i + 1)
         if on_step:
-            on_step(i + 1, len(timesteps))
+            x0 = estimate_x0(scheduler, prediction, scaled, t)
+            changed = on_step(Step(i + 1 - first, len(timesteps) - first, t, x, x0))
+            x = x if changed is None else changed
     return x

@@ -46,9 +46,9 @@ def judge(
         figures["frechet_spatial"] = frechet_distance(*moments(statistics["spatial"]), *reference.spatial)
     if "logits" in names:
         logits = samples.whole("logits")
-        figures["inception_score"], figures["inception_score_spread"] = inception_score(
-            softmax(logits), min(settings.split, len(samples))
-        )
+        figures["inception_score"], spread = inception_score(softmax(logits), settings.split)
+        if len(logits) > settings.split:                                        # one split has no spread
+            figures["inception_score_spread"] = spread
         if ASKED in names and knows_classes:
             figures["accuracy"] = float((logits.argmax(axis=1) == samples.whole(ASKED)).mean())
     if reference.rows is None:

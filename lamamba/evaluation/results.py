@@ -19,9 +19,9 @@ MUST_AGREE = {
 }
 """Parts of the protocol; results that differ in one of them are of different things."""
 LABELS = {
-    "frechet": "{distance}", "frechet_spatial": "s{distance}", "inception_score": "Inception Score",
+    "frechet": "{distance}", "frechet_spatial": "s{distance}", "inception_score": "{score}",
     "precision": "precision", "recall": "recall", "density": "density", "coverage": "coverage",
-    "kernel": "kernel x 1000", "accuracy": "accuracy",
+    "kernel": "kernel distance x 1000", "accuracy": "accuracy",
 }
 """How figures are called in a table, in its order."""
 WITHIN = {"inception_score": "inception_score_spread", "kernel": "kernel_spread"}
@@ -106,7 +106,8 @@ def table(entries: list[dict[str, Any]]) -> str:
         if not any(key in entry["figures"] for entry in entries):
             continue
         distance = entries[0]["protocol"].get("distance_name", "Fréchet distance")
-        rows.append([label.format(distance=distance), *(_cell(entry, key) for entry in entries)])
+        score = "Inception Score" if distance == "FID" else "class score"
+        rows.append([label.format(distance=distance, score=score), *(_cell(entry, key) for entry in entries)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for name, *cells in rows:
@@ -120,7 +121,7 @@ def _cell(entry: Mapping[str, Any], key: str) -> str:
         return "-"
     scale = 1000 if key == "kernel" else 1
     digits = 3 if key == "kernel" else 4
-    text = f"{scale * entry['figures'][key]:.{digits}f}"
+    text = f"{round(scale * entry['figures'][key], digits) + 0.0:.{digits}f}"     # no minus before 0
     spread = entry.get("spread", {}).get(key)
     if spread is None and key in WITHIN and not entry.get("spread"):
         spread = entry["figures"].get(WITHIN[key])

@@ -29,11 +29,13 @@ class ConditionedNetwork:
         timesteps: the times of the run in the order of their use.
         labels: every label of the run, "no class" among them where it is guided; None for an unconditional network.
         rows_bytes: memory for what is made ahead; one step's rows are always made together.
+        mixtures: (m, num_classes + 1) places between labels, as weights of their embeddings; label num_classes + 1 + i
+            then means the i-th of them.
     """
 
     def __init__(
         self, model: LaMambaUNet, timesteps: Iterable[float], labels: Iterable[int] | None,
-        rows_bytes: int = ROWS_BYTES,
+        rows_bytes: int = ROWS_BYTES, mixtures: Tensor | None = None,
     ):
         self._model = model
         self._times = list(dict.fromkeys(float(t) for t in timesteps))
@@ -41,8 +43,13 @@ class ConditionedNetwork:
         self._row_of_label: Tensor | None = None
         if labels is not None:
             distinct = sorted(set(labels))
+            known = model.architecture.num_classes + 1
             self._labels = torch.tensor(distinct, device=model.device)
-            rows = torch.zeros(model.architecture.num_classes + 1, dtype=torch.int64)
+            if mixtures is not None:
+                weights = torch.cat([torch.eye(known), mixtures.float()])
+                self._labels = weights[distinct].to(model.device)
+                known += len(mixtures)
+            rows = torch.zeros(known, dtype=torch.int64)
             rows[distinct] = torch.arange(len(distinct))
             self._row_of_label = rows.to(model.device)
         self._rows_per_step = 1 if self._labels is None else len(self._labels)
@@ -80,7 +87,7 @@ class ConditionedNetwork:
             if time in self._times:
                 first = self._times.index(time)
                 times = self._times[first : first + self._steps_ahead]
-            labels = None if self._labels is None else self._labels.repeat(len(times))
+            labels = None if self._labels is None else torch.cat([self._labels] * len(times))
             rows = self._model.condition(torch.tensor(times, device=self._model.device).repeat_interleave(n), labels)
             self._made = dict(zip(times, rows.split(n), strict=True))
         return self._made[time]

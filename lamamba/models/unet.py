@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +84,10 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
     """
 
     config_name = "config.json"
+    _no_split_modules = [                                                       # noqa: RUF012 (diffusers' own form)
+        "LaMambaBlock", "Head", "PatchEmbedding", "PatchMerging", "PatchExpanding", "TimestepEmbedding",
+    ]
+    """What reads weights of its parts without calling them, so that hooks must bring all of them at once."""
     _supports_gradient_checkpointing = True
 
     def __init__(self, config: UNetConfig):
@@ -141,7 +146,13 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         run_grid = config.token_grid if grid is None else as_grid(grid)
         check_grid(run_grid, patch_size=config.patch_size)
         self._build_geometries(run_grid)
-        self.geometries.to(self.device)
+        if self.device.type != "meta":                                          # weights may come when they are needed
+            self.geometries.to(self.device)
+
+    @property
+    def run_grid(self) -> Grid:
+        """The grid it runs on now, (height, width) in tokens; see `set_grid`."""
+        return self._run_grid
 
     def _build_geometries(self, run_grid: Grid) -> None:
         config = self.architecture
@@ -178,7 +189,8 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
 
         Args:
             timestep: (b,), or a single number for all labels.
-            class_labels: (b,) int64 in 0 .. num_classes; None for an unconditional network.
+            class_labels: (b,) int64 in 0 .. num_classes; None for an unconditional network. Between classes: (b,
+                num_classes + 1), how much of each label's embedding.
 
         Raises:
             ValueError: when class_labels do not fit the configuration.
@@ -191,7 +203,11 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
 
     def _embed(self, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
         rows = torch.zeros_like(timestep, dtype=torch.int64) if class_labels is None else class_labels
-        return self.timestep_embedding(timestep) + self.label_embedding(rows)                       # (b, 4 width)
+        if rows.is_floating_point():
+            labels = rows.to(self.label_embedding.weight.dtype) @ self.label_embedding.weight
+        else:
+            labels = self.label_embedding(rows)
+        return self.timestep_embedding(timestep) + labels                                           # (b, 4 width)
 
     def forward(
         self, x: Tensor, timestep: Tensor | float | None, class_labels: Tensor | None = None, *,
@@ -270,6 +286,13 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
                     f"this network is conditional: pass class_labels (b,), 0 .. {config.num_classes - 1} for a class "
                     f"or {config.num_classes} for none"
                 )
+            if class_labels.is_floating_point():
+                if class_labels.shape != (batch, config.num_classes + 1):
+                    raise ValueError(
+                        f"class_labels that mix embeddings have shape {tuple(class_labels.shape)}, x needs "
+                        f"({batch}, {config.num_classes + 1}), a weight for each class and for none"
+                    )
+                return
             if class_labels.shape != (batch,):
                 raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}, x needs ({batch},)")
             if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -298,9 +321,17 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         """Load a saved network from a folder or a hub id, as diffusers does, but strictly.
 
         Raises:
-            ValueError: naming every missing, unexpected and reshaped tensor.
+            ValueError: naming every missing, unexpected and reshaped tensor; when the weights are only a pickle.
             OSError: when there is no such model.
         """
+        place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        pickles = [*place.glob("*.bin"), *place.glob("*.pt"), *place.glob("*.ckpt")] if place.is_dir() else []
+        if kwargs.get("use_safetensors") is False or (pickles and not any(place.glob("*.safetensors"))):
+            raise ValueError(
+                f"{pickles[0] if pickles else 'use_safetensors=False'}: weights as a pickle can run code when they are "
+                "opened, only safetensors are read; official checkpoints are read by lamamba convert"
+            )
+        kwargs["use_safetensors"] = True
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         faults = [

@@ -223,6 +223,22 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """A quick Frechet distance while training goes on, with the sampler of the sample grids."""
+
+    every: int = 0
+    """Steps between scores; 0: none. Lines go into scores.jsonl, and lamamba plot draws them."""
+    reference: str | None = None
+    """Statistics that lamamba evaluate stats has made (.npz), or "digits"."""
+    images: int = 1000
+    """Images that are drawn for it. Fewer give larger distances: compare equal numbers only."""
+    features: str = "inception"
+    """The feature network, as in lamamba evaluate: inception, dinov2, digits, module:function."""
+    weights: str | None = None
+    """File of the feature network's weights, where it is not downloaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run. Every option has this place in a TOML recipe, too."""
 
@@ -236,6 +252,7 @@ class TrainConfig:
     faults: FaultOptions = field(default_factory=FaultOptions)
     watch: WatchOptions = field(default_factory=WatchOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    score: ScoreOptions = field(default_factory=ScoreOptions)
     batch_size: int = 64
     """Images per optimizer step, over all processes together."""
     steps: int = 1000
@@ -265,6 +282,7 @@ class TrainConfig:
             "checkpoint_every": (self.checkpoint_every, 1), "keep_checkpoints": (self.keep_checkpoints, 1),
             "keep_every": (self.keep_every, 0), "seed": (self.seed, 0),
             "sampling.every": (self.sampling.every, 0), "sampling.num_steps": (self.sampling.num_steps, 1),
+            "score.every": (self.score.every, 0), "score.images": (self.score.images, 2),
             "sampling.per_class": (self.sampling.per_class, 1), "data.image_size": (self.data.image_size, 4),
             "optimizer.warmup_steps": (self.optimizer.warmup_steps, 0),
             "processes.accumulation_steps": (self.processes.accumulation_steps, 1),
@@ -367,6 +385,7 @@ _SECTIONS: dict[str, type] = {
     "model": ModelOptions, "data": DataOptions, "optimizer": OptimizerOptions, "loss": LossOptions,
     "start": StartOptions, "processes": ProcessOptions, "precision": PrecisionOptions, "faults": FaultOptions,
     "watch": WatchOptions, "sampling": SamplingOptions,
+    "score": ScoreOptions,
 }
 
 

@@ -2,6 +2,7 @@
 
     RUN/config.json                     the run's configuration, the network's, and what a sampler must know
     RUN/metrics.jsonl                   one line per logged step
+    RUN/scores.jsonl                    quick scores, where they are asked for
     RUN/bad_images.tsv                  files that could not be read, once there are any, and why
     RUN/events.jsonl                    starts, saves, faults and stops, with their time
     RUN/samples/step_00000500.png       sample grids
@@ -30,7 +31,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lamamba._version import __version__
 from lamamba.config import Objective, UNetConfig
+from lamamba.data.autoencoder import pixels_per_latent
 from lamamba.data.codec import CodecFacts
+from lamamba.data.labels import as_names, short_names
 from lamamba.files import differences, flush, read_json, sha256, write_atomically, write_json
 from lamamba.models.unet import LaMambaUNet
 from lamamba.training.config import RUN_VERSION, TrainConfig
@@ -39,6 +42,7 @@ from lamamba.training.processes import MainProcessError, Processes
 logger = logging.getLogger("lamamba.training")
 
 MANIFEST = "manifest.json"
+PIPELINE_INDEX = "model_index.json"
 SAMPLING_VERSION = 2
 """Of sampling.json. 1: of an autoencoder, the scale alone."""
 
@@ -125,6 +129,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self.metrics = self.path / "metrics.jsonl"
+        self.scores = self.path / "scores.jsonl"
         self.events = self.path / "events.jsonl"
         self.config = self.path / "config.json"
 
@@ -166,7 +171,7 @@ class RunFolder:
             "train.data.manifest", "train.data.max_bad_images", "train.data.autoencoder", "train.steps",
             "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.device",
             "train.sampling", "train.processes", "train.faults", "train.watch.trackers", "train.watch.project",
-            "train.watch.held_out_every",
+            "train.watch.held_out_every", "train.score",
         }
         found = [
             f"{name}: {before!r} there, {after!r} here"
@@ -341,11 +346,36 @@ def load_network(folder: Path) -> LaMambaUNet:
         raise ValueError(f"the weights in {folder} are missing or damaged: {str(error).splitlines()[0]}") from error
 
 
-def find_network(path: str | Path) -> tuple[LaMambaUNet, SamplingFacts]:
-    """The network to sample from: a run folder (the newest checkpoint's EMA weights), a checkpoint, or a model folder.
+def find_network(path: str | Path, ema_decay: float | None = None) -> tuple[LaMambaUNet, SamplingFacts]:
+    """The network to sample from: of a run (the newest checkpoint's EMA weights), a checkpoint, a saved model, or
+    a diffusers pipeline as LaMambaPipeline saves it.
+
+    Args:
+        path: the folder.
+        ema_decay: which of several averages of a run or checkpoint; by default the first.
 
     Raises:
         FileNotFoundError: when there is nothing of the kind at that place.
+        ValueError: when it is damaged, or has no such average.
+    """
+    path = find_place(path)
+    if (path / PIPELINE_INDEX).is_file():
+        if ema_decay is not None:
+            raise ValueError(f"{path} is a pipeline and has one set of weights: no average can be chosen")
+        return _find_in_pipeline(path)
+    network = _find_average(path, ema_decay)
+    model = load_network(network)
+    facts_file = path / "sampling.json"
+    if not facts_file.is_file():
+        raise FileNotFoundError(f"{path} has no sampling.json, so the kind of images it makes is unknown")
+    return model, SamplingFacts.load(facts_file)
+
+
+def find_place(path: str | Path) -> Path:
+    """The folder to load from: a run's newest checkpoint, or the path itself; its hashes are checked where it has any.
+
+    Raises:
+        FileNotFoundError: when there is nothing, or a run has no checkpoint yet.
         ValueError: when it is damaged.
     """
     path = Path(path)
@@ -355,12 +385,46 @@ def find_network(path: str | Path) -> tuple[LaMambaUNet, SamplingFacts]:
         newest = RunFolder(path).newest()
         if newest is None:
             raise FileNotFoundError(f"{path} is a run without a checkpoint yet; train it further")
-        path = newest
-    elif (path / MANIFEST).is_file():
+        return newest
+    if (path / MANIFEST).is_file():
         check_manifest(path)
-    network = path / "ema" if (path / "ema").is_dir() else path
-    model = load_network(network)
-    facts_file = path / "sampling.json"
-    if not facts_file.is_file():
-        raise FileNotFoundError(f"{path} has no sampling.json, so the kind of images it makes is unknown")
-    return model, SamplingFacts.load(facts_file)
+    return path
+
+
+def _find_average(place: Path, decay: float | None) -> Path:
+    if not (place / "ema").is_dir():
+        if decay is not None:
+            raise ValueError(f"{place} is no checkpoint and has one set of weights: no average can be chosen")
+        return place
+    state = read_json(place / "state.json") if (place / "state.json").is_file() else {}
+    decays = state.get("ema_decays", [])
+    if decay is None or decays[:1] == [decay]:
+        return place / "ema"
+    if decay not in decays or not (place / f"ema_{decay:g}").is_dir():
+        known = ", ".join(f"{each:g}" for each in decays) or "one, of a decay that it does not name"
+        raise ValueError(f"{place} keeps no average of decay {decay:g} (it keeps: {known})")
+    return place / f"ema_{decay:g}"
+
+
+def _find_in_pipeline(path: Path) -> tuple[LaMambaUNet, SamplingFacts]:
+    """The network of a diffusers pipeline, and what its files say about the images."""
+    index = read_json(path / PIPELINE_INDEX)
+    unet = index.get("unet")
+    if not isinstance(unet, list) or unet[-1] != "LaMambaUNet":
+        raise ValueError(
+            f"{path} is a diffusers pipeline of another kind ({index.get('_class_name')}): it has no LaMambaUNet"
+        )
+    model = load_network(path / "unet")
+    config = model.architecture
+    facts, pixels = CodecFacts(), 1
+    if (index.get("vae") or [None])[0] is not None:
+        values = read_json(path / "vae" / "config.json")
+        pixels, facts = pixels_per_latent(values), CodecFacts.of_config(values)
+        if codec := index.get("codec"):
+            plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in codec.items()}
+            facts = CodecFacts(codec="latents", **plain)
+        facts = dataclasses.replace(facts, autoencoder=str(path / "vae"))
+    return model, SamplingFacts(
+        **dataclasses.asdict(facts), objective=config.objective, image_size=config.input_size[0] * pixels,
+        label_names=short_names(as_names(index.get("id2label"), config.num_classes)),
+    )

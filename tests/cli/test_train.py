@@ -15,9 +15,13 @@ from PIL import Image
 
 from lamamba.cli.main import main
 from lamamba.cli.train import CURVE_WIDTH, rate_curve
+from lamamba.data.digits import Digits
+from lamamba.evaluation import frechet_distance
+from lamamba.evaluation.digits_network import DigitFeatures
+from lamamba.generation import generate
 from lamamba.training.config import OptimizerOptions, TrainConfig
 from lamamba.training.interrupt import EXIT_INTERRUPTED
-from lamamba.training.state import RunFolder
+from lamamba.training.state import RunFolder, find_network
 from tests.cli.test_commands import TINY, run
 from tests.training.together import free_port
 
@@ -133,6 +137,28 @@ def test_plot_draws_one_or_several_runs(lamamba, tmp_path):
     orange = [(np.abs(picture - (255, 127, 14)).sum(-1) < 30).sum() for picture in (one, two)]
     assert orange[0] == 0                                                       # the second run's colour
     assert orange[1] > 500
+
+
+def test_quick_scores_while_training_are_written_and_drawn(lamamba, tmp_path):
+    asked = ["--score.every", 2, "--score.features", "digits", "--score.images", 20, "--sampling.num-steps", 2]
+    status, out, err = lamamba("train", "digits", *TINY, *asked, "--score.reference", "digits", "--out", "run")
+    assert status == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "scores.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["name"], line["images"]) for line in lines] == [(k, "FD-digits", 20) for k in (2, 3)]
+    network = find_network(tmp_path / "run")[0]
+    images = generate(network, [k % 10 for k in range(20)], range(20), num_steps=2, guidance=1.5)
+    moments = []
+    for pictures in (images, Digits().images.transpose(0, 2, 3, 1)):
+        features = DigitFeatures()(pictures)["features"].astype(np.float64)
+        moments += [features.mean(axis=0), np.cov(features, rowvar=False)]
+    assert lines[-1]["score"] == pytest.approx(frechet_distance(*moments), rel=1e-4)
+    assert f"FD-digits {lines[-1]['score']:.4g} of 20 images" in out
+    assert lamamba("plot", "run", "--out", "scored.png")[0] == 0
+    (tmp_path / "run" / "scores.jsonl").unlink()
+    assert lamamba("plot", "run", "--out", "plain.png")[0] == 0
+    assert Image.open("scored.png").height > Image.open("plain.png").height     # a panel more
+    status, _, err = lamamba("train", "digits", *TINY, *asked, "--out", "other")
+    assert (status, "score.reference=None must be statistics" in err) == (2, True)
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+)
 
-from lamamba.diffusion.denoise import SAMPLERS, denoise, make_scheduler, respaced_steps
-from lamamba.diffusion.guidance import drop_labels, guided
+from lamamba.diffusion.denoise import (
+    SAMPLERS,
+    Known,
+    check_scheduler,
+    denoise,
+    first_step,
+    make_scheduler,
+    respaced_steps,
+    set_steps,
+)
+from lamamba.diffusion.guidance import Guidance, drop_labels, guided
 from lamamba.diffusion.schedule import FlowSchedule, NoiseSchedule
 
 MEAN, DEVIATION = 0.7, 0.2
 
 
+def level(t):
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at times (b,), between whole ones where the time lies there."""
+    alpha_bar = NoiseSchedule().alphas_cumprod
+    sigmas = np.interp(t.numpy(), np.arange(1000), ((1 - alpha_bar) / alpha_bar).sqrt().numpy())
+    alpha = torch.from_numpy((1 + sigmas**2) ** -0.5).view(-1, 1, 1, 1).float()
+    return alpha, (1 - alpha**2).sqrt()
+
+
 def exact_noise_predictor(x, t):
     """The best possible answer where all data is normal(MEAN, DEVIATION): E[eps | xt]; variance in the middle."""
-    alpha_bar = NoiseSchedule().alphas_cumprod[t.long()].view(-1, 1, 1, 1).float()
-    total = alpha_bar * DEVIATION**2 + 1 - alpha_bar
-    eps = (1 - alpha_bar).sqrt() * (x - alpha_bar.sqrt() * MEAN) / total
+    alpha, sigma = level(t)
+    eps = sigma * (x - alpha * MEAN) / (alpha**2 * DEVIATION**2 + sigma**2)
     return torch.cat([eps, torch.zeros_like(eps)], dim=1)
 
 
@@ -29,14 +57,15 @@ def exact_velocity(x, t):
 
 
 def exact_v_predictor(x, t):
-    """v = (sqrt(alpha_bar) xt - x0) / sqrt(1 - alpha_bar), with x0 from the best noise."""
-    schedule = NoiseSchedule("v")
+    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, with both from the best noise."""
+    alpha, sigma = level(t)
     eps = exact_noise_predictor(x, t)[:, : x.shape[1]]
-    return schedule.velocity(schedule.predict_x0(x, eps, t.long()), eps, t.long())
+    return alpha * eps - sigma * (x - sigma * eps) / alpha
 
 
 PREDICTORS = {"noise": exact_noise_predictor, "v": exact_v_predictor, "flow": exact_velocity}
 PAIRS = [(name, objective) for name, sampler in SAMPLERS.items() for objective in sampler.objectives]
+DETERMINISTIC = [(name, objective) for name, objective in PAIRS if not SAMPLERS[name].is_stochastic]
 
 
 @pytest.mark.parametrize(("name", "objective"), PAIRS)
@@ -61,11 +90,65 @@ def test_an_image_depends_on_its_own_generator_alone(name, objective):
     torch.testing.assert_close(run([0, 1, 2])[2], run([2])[0], rtol=1e-6, atol=1e-6)
 
 
-def test_progress_is_told():
-    seen = []
+@pytest.mark.parametrize(("name", "objective"), DETERMINISTIC)
+def test_deterministic_samplers_reach_the_solution_of_the_flow(name, objective):
+    """Of normal data the probability-flow ODE keeps each number's place: x0 = mean + deviation * (its normal score)."""
+    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for num_steps in (25, 250):
+        scheduler = make_scheduler(name, objective, num_steps)
+        if objective == "flow":
+            sigma = scheduler.sigmas[0]                                         # diffusers begins some at 0.999
+            alpha = 1 - sigma
+        else:
+            alpha, sigma = level(scheduler.timesteps[:1].float())
+        solution = MEAN + DEVIATION * (noise - alpha * MEAN) / (alpha**2 * DEVIATION**2 + sigma**2).sqrt()
+        errors.append(float((denoise(PREDICTORS[objective], scheduler, noise) - solution).abs().max()))
+    # ten times the steps: a tenth of the error for the first order, less for the second
+    assert errors[1] <= 0.03, errors
+    assert errors[1] < max(errors[0] / 7, 1e-3), errors
+
+
+@pytest.mark.parametrize(("name", "objective"), PAIRS)
+def test_fewest_and_most_steps_are_finite(name, objective):
+    sampler = SAMPLERS[name]
+    for num_steps in (sampler.min_steps, sampler.min_steps + 1, sampler.max_steps):
+        generators = [torch.Generator().manual_seed(0)]
+        x0 = denoise(
+            PREDICTORS[objective], make_scheduler(name, objective, num_steps), torch.ones(1, 1, 2, 2),
+            generators=generators,
+        )
+        assert x0.isfinite().all(), num_steps
+        assert x0.abs().max() < 10, num_steps
+
+
+def test_progress_is_told_with_what_the_network_sees():
+    """A perfect predictor's estimate of the clean image tends to the clean image, for every sampler."""
+    noise = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for name, objective in PAIRS:
+        seen = []
+        generators = [torch.Generator().manual_seed(0)]
+        scheduler = make_scheduler(name, objective, 40)
+        x0 = denoise(PREDICTORS[objective], scheduler, noise, generators=generators, on_step=seen.append)
+        total = len(scheduler.timesteps)
+        assert [(step.done, step.total) for step in seen] == [(i, total) for i in range(1, total + 1)]
+        assert [float(step.timestep) for step in seen] == scheduler.timesteps.tolist()
+        assert torch.equal(seen[-1].x, x0)
+        # at first nothing is known but the mean; at last all is
+        assert float((seen[0].x0 - MEAN).abs().max()) < 0.05, name
+        assert float((seen[-1].x0 - x0).abs().max()) < 0.02, name
+
+
+def test_a_step_can_be_changed_and_a_walk_ended():
     scheduler = make_scheduler("ddim", "noise", 5)
-    denoise(exact_noise_predictor, scheduler, torch.zeros(1, 1, 2, 2), on_step=lambda *told: seen.append(told))
-    assert seen == [(i, 5) for i in range(1, 6)]
+    ones = torch.ones(1, 1, 2, 2)
+    assert torch.equal(denoise(exact_noise_predictor, scheduler, 0 * ones, on_step=lambda step: ones), ones)
+    seen = []
+    denoise(
+        exact_noise_predictor, make_scheduler("ddim", "noise", 5), torch.zeros(1, 1, 2, 2), on_step=seen.append,
+        interrupted=lambda: len(seen) == 2,
+    )
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize(("name", "objective", "steps", "said"), [
@@ -110,6 +193,184 @@ def test_scale_one_costs_one_evaluation():
     model = Counter()
     guided(model, torch.tensor([0, 2]), 1.0, num_classes=5)(torch.zeros(2, 2, 2, 2), torch.zeros(2))
     assert model.images == 2
+
+
+def images(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Table:
+    """A model that answers each label with an image of its own."""
+
+    def __init__(self, seed=0, channels=8):
+        self.answers, self.images = images(6, channels, 4, 4, seed=seed), 0
+
+    def __call__(self, x, t, labels):
+        self.images += len(x)
+        return self.answers[labels if labels is not None else torch.zeros(len(x), dtype=torch.int64)]
+
+
+X, LABELS = torch.zeros(2, 4, 4, 4), torch.tensor([0, 2])
+
+
+def at(time):
+    return torch.full((2,), float(time))
+
+
+def test_guiding_the_first_three_channels_leaves_the_others_conditional():
+    model = Table()
+    every = guided(model, LABELS, Guidance(3.0), 5)(X, at(500))
+    some = guided(model, LABELS, Guidance(3.0, channels="first-three"), 5)(X, at(500))
+    torch.testing.assert_close(some[:, :3], every[:, :3])
+    assert torch.equal(some[:, 3:], model.answers[LABELS][:, 3:])
+    assert not torch.allclose(some[:, 3], every[:, 3])
+
+
+@pytest.mark.parametrize(("time", "count"), [(0, 2), (299, 2), (300, 4), (600, 4), (800, 4), (801, 2), (999, 2)])
+def test_outside_of_its_interval_guidance_costs_one_evaluation(time, count):
+    model = Table()
+    output = guided(model, LABELS, Guidance(3.0, interval=(0.3, 0.8)), 5)(X, at(time))
+    assert model.images == count
+    assert torch.equal(output, model.answers[LABELS]) == (count == 2)
+
+
+def test_rescaled_guidance_has_the_conditional_predictions_deviation():
+    model = Table()
+    plain, part, whole = (
+        guided(model, LABELS, Guidance(4.0, rescale=share), 5)(X, at(500)) for share in (0.0, 0.3, 1.0)
+    )
+    cond = model.answers[LABELS]
+    for k in range(2):
+        assert float(whole[k, :4].std()) == pytest.approx(float(cond[k, :4].std()), rel=1e-5)
+        assert np.corrcoef(whole[k, :4].flatten(), plain[k, :4].flatten())[0, 1] == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(part[:, :4], 0.3 * whole[:, :4] + 0.7 * plain[:, :4])
+    assert torch.equal(whole[:, 4:], cond[:, 4:])
+
+
+@pytest.mark.parametrize("num_classes", [5, 0])
+def test_autoguidance_pushes_away_from_the_weaker_model_with_the_same_labels(num_classes):
+    model, weaker = Table(0), Table(1, channels=4)
+    labels = LABELS if num_classes else None
+    output = guided(model, labels, Guidance(2.0), num_classes, weaker=weaker)(X, at(500))
+    rows = LABELS if num_classes else torch.tensor([0, 0])
+    strong, weak = model.answers[rows], weaker.answers[rows]
+    torch.testing.assert_close(output[:, :4], 2 * strong[:, :4] - weak)
+    assert torch.equal(output[:, 4:], strong[:, 4:])
+    assert (model.images, weaker.images) == (2, 2)
+    guided(model, labels, Guidance(1.0), num_classes, weaker=weaker)(X, at(500))
+    assert (model.images, weaker.images) == (4, 2)
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    (dict(scale=float("nan")), "no finite number"),
+    (dict(channels="first"), "unknown; did you mean 'first-three'"),
+    (dict(interval=(0.5, 0.2)), "0 <= low <= high <= 1"),
+    (dict(interval=(0, 500)), "0 <= low <= high <= 1"),
+    (dict(rescale=2.0), "0 .off. .. 1"),
+])
+def test_guidance_that_makes_no_sense_is_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Guidance(**settings)
+
+
+@pytest.mark.parametrize(("name", "objective"), PAIRS)
+def test_a_walk_that_starts_late_keeps_the_images_it_started_from(name, objective):
+    """The later the start, the closer the result; from the last steps it is near the image itself."""
+    clean = MEAN + DEVIATION * images(2, 1, 16, 16, seed=5)
+    noise = images(2, 1, 16, 16)
+    distances = []
+    for share in (1.0, 0.3, 0.05):
+        scheduler = make_scheduler(name, objective, 40)
+        first = first_step(scheduler, share)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+        x0 = denoise(PREDICTORS[objective], scheduler, noise, generators=generators, first=first, start=clean)
+        assert float(x0.mean()) == pytest.approx(MEAN, abs=0.05)
+        distances.append(float((x0 - clean).abs().mean()))
+    assert distances[0] > distances[1] > 1.5 * distances[2], distances
+    assert distances[2] < 0.15, distances
+
+
+@pytest.mark.parametrize(("name", "objective"), PAIRS)
+def test_what_is_known_stays_and_the_rest_is_made(name, objective):
+    clean = MEAN + DEVIATION * images(1, 1, 32, 32, seed=5)
+    repaint = torch.zeros(1, 1, 32, 32)
+    repaint[..., 16:] = 1
+    generators = [torch.Generator().manual_seed(0)]
+    x0 = denoise(
+        PREDICTORS[objective], make_scheduler(name, objective, 50), images(1, 1, 32, 32), generators=generators,
+        known=Known(clean, repaint),
+    )
+    torch.testing.assert_close(x0[..., :16], clean[..., :16])
+    assert float(x0[..., 16:].mean()) == pytest.approx(MEAN, abs=0.05)
+    assert float(x0[..., 16:].std()) == pytest.approx(DEVIATION, abs=0.05)
+
+
+def test_known_parts_are_as_noisy_as_the_step_wants_them():
+    """With nothing to repaint, x is the known image at the scheduler's own level in every step."""
+    clean, noise = images(1, 1, 4, 4, seed=5), images(1, 1, 4, 4)
+    for name, objective in PAIRS:
+        scheduler, seen = make_scheduler(name, objective, 6), []
+        denoise(
+            PREDICTORS[objective], scheduler, noise, generators=[torch.Generator().manual_seed(0)],
+            known=Known(clean, torch.zeros(1, 1, 4, 4)), on_step=seen.append,
+        )
+        for step, following in zip(seen[:-1], scheduler.timesteps[1:], strict=True):
+            x = step.x / (1 + scheduler.sigmas[step.done] ** 2).sqrt() if name in ("euler", "heun") else step.x
+            alpha, sigma = (1 - following / 1000, following / 1000) if objective == "flow" else level(following[None])
+            torch.testing.assert_close(x, alpha * clean + sigma * noise, rtol=1e-3, atol=2e-3, msg=name)
+        assert torch.equal(seen[-1].x, clean)
+
+
+def test_strength_is_the_share_of_steps():
+    for name, objective in PAIRS:
+        for strength, steps in ((1.0, 10), (0.5, 5), (0.31, 3), (0.01, 1)):
+            scheduler = make_scheduler(name, objective, 10)
+            evaluations = 2 * steps - 1 if "heun" in name else steps
+            assert len(scheduler.timesteps) - first_step(scheduler, strength) == evaluations, name
+    for strength in (0, -1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
+            first_step(scheduler, strength)
+
+
+def test_a_late_start_needs_something_to_start_from():
+    with pytest.raises(ValueError, match="first=3 must lie in 0 .. 5, and needs start="):
+        denoise(exact_noise_predictor, make_scheduler("ddim", "noise", 5), torch.zeros(1, 1, 2, 2), first=3)
+
+
+BETAS = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+
+
+@pytest.mark.parametrize(("scheduler", "objective", "said"), [
+    (FlowMatchEulerDiscreteScheduler(), "noise", "is for models of flow.*use ddpm or ddim"),
+    (DDIMScheduler(**BETAS), "flow", "is for models of noise.*use flow-euler"),
+    (DDIMScheduler(**BETAS), "v", "is for models of noise, this one was trained for v"),
+    (DDIMScheduler(**BETAS, prediction_type="sample"), "noise", "is for models of sample"),
+    (DDIMScheduler(beta_schedule="scaled_linear"), "noise", "other noise levels"),
+    (DDIMScheduler(**BETAS, num_train_timesteps=500), "noise", "num_train_timesteps=500, not 1000"),
+    (EDMEulerScheduler(), "noise", "other noise levels"),
+])
+def test_a_scheduler_that_does_not_fit_is_refused(scheduler, objective, said):
+    with pytest.raises(ValueError, match=said):
+        check_scheduler(scheduler, objective)
+
+
+@pytest.mark.parametrize("kind", [
+    EulerAncestralDiscreteScheduler, DEISMultistepScheduler, DPMSolverSinglestepScheduler, LMSDiscreteScheduler,
+    KDPM2DiscreteScheduler, PNDMScheduler,
+])
+def test_other_schedulers_of_diffusers_walk_too(kind):
+    scheduler = kind(**BETAS)
+    check_scheduler(scheduler, "noise")
+    set_steps(scheduler, 100)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    x0 = denoise(exact_noise_predictor, scheduler, images(4, 1, 20, 20), generators=generators)
+    assert float(x0.mean()) == pytest.approx(MEAN, abs=0.05)
+    assert float(x0.std()) == pytest.approx(DEVIATION, abs=0.05)
+
+
+def test_every_sampler_fits_what_it_says():
+    for name, objective in PAIRS:
+        check_scheduler(make_scheduler(name, objective), objective)
 
 
 def test_guiding_an_unconditional_model_is_an_error():

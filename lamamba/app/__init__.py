@@ -1,0 +1,1 @@
+"""A page to play on: choose classes and settings, watch the denoising, keep the picture (`lamamba app`)."""

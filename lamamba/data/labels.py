@@ -1,0 +1,93 @@
+"""Names of classes: ImageNet's, and how a number or a name that somebody typed becomes a label."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+
+
+@functools.cache
+def imagenet_names() -> tuple[str, ...]:
+    """The 1000 classes of ImageNet in their order; several words for one class stand with commas."""
+    text = (files("lamamba") / "data" / "imagenet_classes.txt").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return tuple(line.split(" ", 1)[1] for line in lines)
+
+
+def short_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The first word of each name ("tabby" of "tabby, tabby cat"), the whole name where that says too little."""
+    first = [name.split(", ")[0] for name in names]
+    return tuple(word if first.count(word) == 1 else name for word, name in zip(first, names, strict=True))
+
+
+def as_names(id2label: Mapping[int | str, str] | Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
+    """One name per class from what diffusers calls id2label, or a sequence; none for None or an empty one.
+
+    Raises:
+        ValueError: when there is not exactly one name for each of 0 .. num_classes - 1.
+    """
+    if not id2label:
+        return ()
+    if isinstance(id2label, Mapping):
+        try:
+            numbered = {int(key): str(name) for key, name in id2label.items()}
+        except ValueError as error:
+            raise ValueError(f"the keys of id2label must be class numbers, 0 .. {num_classes - 1} ({error})") from error
+        missing = sorted(set(range(num_classes)) - numbered.keys())
+        if missing or len(numbered) != num_classes:
+            raise ValueError(
+                f"id2label has {len(numbered)} names for {num_classes} classes; "
+                f"{'class ' + str(missing[0]) + ' has none' if missing else 'there are too many'}"
+            )
+        return tuple(numbered[k] for k in range(num_classes))
+    if len(id2label) != num_classes:
+        raise ValueError(f"{len(id2label)} names came for {num_classes} classes; give one for each")
+    return tuple(map(str, id2label))
+
+
+def find_label(wanted: int | str, names: Sequence[str], num_classes: int) -> int:
+    """The class of a number, of a name, or of one of the words in a name ("tabby" of "tabby, tabby cat").
+
+    Upper and lower case are the same unless two names differ by nothing else.
+
+    Raises:
+        ValueError: for a number out of range, an unknown name (near ones are named), or a word of several classes.
+    """
+    if isinstance(wanted, bool) or not isinstance(wanted, int | str):
+        try:
+            wanted = wanted.__index__()                                         # NumPy's whole numbers, too
+        except AttributeError:
+            raise ValueError(f"label {wanted!r} is neither a class number nor a name") from None
+    if isinstance(wanted, str) and wanted in names:
+        return list(names).index(wanted)
+    if isinstance(wanted, str) and not wanted.strip().lstrip("-").isdigit():
+        return _by_word(wanted, names, num_classes)
+    if not 0 <= int(wanted) < num_classes:
+        raise ValueError(f"label {wanted} is out of range; this model knows 0 .. {num_classes - 1}")
+    return int(wanted)
+
+
+def _by_word(wanted: str, names: Sequence[str], num_classes: int) -> int:
+    if not names:
+        raise ValueError(f"label {wanted!r} is a name, but this model's classes have none: use 0 .. {num_classes - 1}")
+    words: dict[str, list[int]] = {}
+    for label, name in enumerate(names):
+        for word in {name, *name.split(", ")}:
+            words.setdefault(word.lower(), []).append(label)
+    found = words.get(wanted.strip().lower(), [])
+    first = [label for label in found if names[label].split(", ")[0].lower() == wanted.strip().lower()]
+    if len(found) == 1 or len(first) == 1:
+        return (first or found)[0]
+    if found:
+        raise ValueError(
+            f"label {wanted!r} is several classes: {', '.join(f'{label} ({names[label]})' for label in found)}; "
+            "give the number"
+        )
+    spelled = {word.lower(): word for name in names for word in (name, *name.split(", "))}
+    near = [spelled[word] for word in difflib.get_close_matches(wanted.lower(), words, n=3)]
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    several = f"{num_classes} classes, 0: {names[0]!r} to {num_classes - 1}: {names[-1]!r}"
+    known = several if len(names) > 20 else "known: " + "; ".join(names)        # too many to list
+    raise ValueError(f"label {wanted!r} is unknown{hint} ({known})")

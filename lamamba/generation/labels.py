@@ -1,0 +1,28 @@
+"""Which class image k shows: a function of k and its seed, never of the process that makes it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+LabelRule = Literal["balanced", "random", "none"]
+
+
+def label_of(rule: LabelRule, k: int, seed: int, classes: Sequence[int]) -> int | None:
+    """The label of image k.
+
+    Args:
+        rule: "balanced": the classes in turn, so that any first part of the images is balanced, too; "random": drawn
+            uniformly, by the first 8 bytes of SHA-256("label SEED") as a big-endian number, modulo their number;
+            "none": for unconditional models.
+        k: the image's place.
+        seed: the image's own.
+        classes: to choose from.
+    """
+    if rule == "none":
+        return None
+    if rule == "balanced":
+        return classes[k % len(classes)]
+    number = int.from_bytes(hashlib.sha256(f"label {seed}".encode()).digest()[:8], "big")
+    return classes[number % len(classes)]

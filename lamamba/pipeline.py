@@ -1,0 +1,458 @@
+"""The diffusers pipeline: whoever knows those knows this one."""
+
+# no `from __future__ import annotations`: diffusers reads the constructor's types
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import accelerate
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models import ModelMixin
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from lamamba.config import unknown_name
+from lamamba.data.autoencoder import pixels_per_latent
+from lamamba.data.codec import CodecFacts, to_grey_levels
+from lamamba.data.labels import as_names, find_label
+from lamamba.diffusion.denoise import (
+    SAMPLERS,
+    Known,
+    Step,
+    check_scheduler,
+    default_steps,
+    denoise,
+    first_step,
+    make_scheduler,
+    set_steps,
+    slerp,
+)
+from lamamba.diffusion.guidance import Guidance, GuidedChannels, Network, guided
+from lamamba.models.conditioning import ConditionedNetwork
+from lamamba.models.unet import LaMambaUNet
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+DEFAULT_GUIDANCE = 2.0
+"""Scale for models that have classes, as on the command line."""
+PIPELINE_CODE = '''\
+"""For diffusers: DiffusionPipeline.from_pretrained(this folder, trust_remote_code=True). Needs lamamba-diff."""
+
+from lamamba.pipeline import LaMambaPipeline
+
+__all__ = ["LaMambaPipeline"]
+'''
+"""What lies beside a saved pipeline as pipeline.py, so that diffusers finds the class."""
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+class LaMambaPipeline(DiffusionPipeline):
+    """Pictures of a LaMamba-Diff network, as diffusers does it.
+
+        pipe = LaMambaPipeline.from_pretrained("exported").to("cuda")
+        image = pipe("tabby", generator=torch.Generator().manual_seed(0)).images[0]
+
+    Args:
+        unet: the network; its objective decides which schedulers fit.
+        vae: a diffusers autoencoder for a network of latents; None for a network of pixels.
+        scheduler: any of diffusers' that fits the objective; see also `set_sampler`.
+        id2label: names of the classes by number; several words for one class with commas.
+        codec: scale, shift, latents_mean and latents_std of the latents that the network was trained with; by default
+            as the vae's configuration says.
+
+    Raises:
+        ValueError: when network, vae and id2label do not fit together.
+    """
+
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]                                              # noqa: RUF012 (diffusers' own form)
+    _callback_tensor_inputs = ["latents", "x0"]                                 # noqa: RUF012
+
+    def __init__(
+        self,
+        unet: LaMambaUNet,
+        vae: ModelMixin | None,
+        scheduler: SchedulerMixin,
+        id2label: dict | None = None,
+        codec: dict | None = None,
+    ):
+        super().__init__()
+        config = unet.config
+        names = as_names(id2label, config["num_classes"])
+        self._check_vae(unet, vae, codec)
+        self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
+        self.register_to_config(
+            id2label=dict(enumerate(names)) if names else None, codec=dict(codec) if codec else None
+        )
+        self._names = names
+        self._interrupt = False
+
+    @staticmethod
+    def _check_vae(unet: LaMambaUNet, vae: ModelMixin | None, codec: Mapping[str, Any] | None) -> None:
+        channels = unet.config["in_channels"]
+        if vae is None:
+            if codec:
+                raise ValueError("codec was given without a vae; a network of pixels needs neither")
+            return
+        latent_channels = vae.config.get("latent_channels")
+        if latent_channels is not None and latent_channels != channels:
+            raise ValueError(f"the vae makes latents of {latent_channels} channels, the network reads {channels}")
+        known = ("scale", "shift", "latents_mean", "latents_std")
+        for key in codec or {}:
+            if key not in known:
+                raise unknown_name("codec entry", key, known)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as diffusers does, as safetensors in shards where large, with pipeline.py beside (see PIPELINE_CODE).
+
+        Raises:
+            ValueError: when the weights are to be pickled.
+        """
+        if not kwargs.get("safe_serialization", True) or (args and not args[0]):
+            raise ValueError("safe_serialization=False would pickle the weights; only safetensors are written")
+        os.makedirs(save_directory, exist_ok=True)
+        with open(os.path.join(save_directory, "pipeline.py"), "w", encoding="utf-8") as file:
+            file.write(PIPELINE_CODE)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "LaMambaPipeline":
+        """Load a saved pipeline as diffusers does, but only safetensors, and the network strictly.
+
+        Raises:
+            ValueError: when the network's weights do not fit its configuration; every tensor is named.
+            OSError: when there is no such pipeline.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Keep the weights on the CPU and bring each block's to the accelerator when it runs: slow, but small."""
+        self._exclude_from_cpu_offload = ["unet"]
+        super().enable_sequential_cpu_offload(gpu_id, device)
+        self._exclude_from_cpu_offload = []
+        place = self.unet.device
+        accelerate.cpu_offload(self.unet.to("cpu"), place, preload_module_classes=LaMambaUNet._no_split_modules)
+
+    def enable_vae_slicing(self) -> None:
+        """Decode one image at a time, for less memory."""
+        self._slicing_vae("slicing").enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decode all images at once again."""
+        self._slicing_vae("slicing").disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode large images in overlapping tiles, for less memory."""
+        self._slicing_vae("tiling").enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decode images whole again."""
+        self._slicing_vae("tiling").disable_tiling()
+
+    def _slicing_vae(self, what: str) -> Any:
+        if self.vae is None:
+            raise ValueError(f"this pipeline makes pixels without a vae: there is no {what} to set")
+        return self.vae
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """One name per class; empty where the model has none."""
+        return self._names
+
+    @property
+    def codec_facts(self) -> CodecFacts:
+        """How the network's images are made of the vae's latents."""
+        if self.vae is None:
+            return CodecFacts()
+        if self.config.codec is None:
+            return CodecFacts.of_config(self.vae.config)
+        values = dict(self.config.codec)
+        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list | tuple) else v for key, v in values.items()}
+        return CodecFacts(codec="latents", **plain)
+
+    @property
+    def pixels_per_input(self) -> int:
+        """Side in image pixels of one pixel of the network's input: 1, or what the vae makes of one latent."""
+        return 1 if self.vae is None else pixels_per_latent(self.vae.config)
+
+    @property
+    def interrupt(self) -> bool:
+        """Set pipe._interrupt = True, in a callback, to end sampling after the step."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Evaluations of the network in the last call."""
+        return self._num_timesteps
+
+    def set_sampler(self, name: str) -> None:
+        """Take a scheduler by its short name: ddpm, ddim, dpm++, dpm++-sde, unipc, euler, heun; flow-euler, ...
+
+        Raises:
+            ValueError: for an unknown name, or one that does not fit the network; the right ones are named.
+        """
+        objective = self.unet.config["objective"]
+        steps = SAMPLERS[name].default_steps if name in SAMPLERS else None
+        self.scheduler = make_scheduler(name, objective, steps)
+
+    def get_label_ids(self, labels: int | str | Sequence[int | str]) -> list[int]:
+        """Class numbers of numbers or names.
+
+        Raises:
+            ValueError: for a number out of range or an unknown name; near ones are named.
+        """
+        wanted = [labels] if isinstance(labels, int | str | np.integer) else list(labels)
+        return [find_label(label, self._names, self.unet.config["num_classes"]) for label in wanted]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        *,
+        num_images_per_label: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_channels: GuidedChannels = "all",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        guidance_model: LaMambaUNet | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        variation_generator: Generators = None,
+        variation_strength: float = 0.0,
+        image: Any = None,
+        strength: float = 1.0,
+        mask_image: Any = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Make one image, or num_images_per_label, of each label.
+
+        Args:
+            class_labels: class numbers or names, one or several; None for a network without classes.
+            num_images_per_label: images of each label, side by side in the output.
+            num_inference_steps: by default what the scheduler's kind usually takes.
+            guidance_scale: how far the label is exaggerated; 1 is none and costs half. By default 2.
+            guidance_channels: "all" (the paper's code) or "first-three" (DiT's).
+            guidance_interval: guide only where timestep / 1000 lies between these; 1 is noise.
+            guidance_rescale: 0 .. 1, how much of the conditional prediction's deviation each image gets back.
+            guidance_model: a weaker network to push away from, smaller or from earlier in the training, instead of
+                "no class" (autoguidance).
+            height, width: of the images in pixels; by default as the network was trained.
+            generator: a list, one per image, makes each image depend on its own alone; one alone serves the batch.
+            latents: (b, c, h, w) standard normal noise to start from, instead of the generator's.
+            variation_generator, variation_strength: the noise goes from the generator's (0) to this one's (1) along the
+                sphere: pictures that resemble the first.
+            image: image-to-image: PIL images, arrays or tensors in 0 .. 1 to start from.
+            strength: in (0, 1], the share of the steps that are done on image; 1 keeps nothing of it.
+            mask_image: inpainting: white (1) where image is to be made anew, black (0) where it stays.
+            output_type: "pil", "np" (b, h, w, c) in 0 .. 1, "pt" (b, c, h, w) in 0 .. 1, or "latent" (x0).
+            return_dict: False gives the tuple (images,).
+            callback_on_step_end: called as diffusers' are, with the tensors named below; "latents" that it returns take
+                the place of those.
+            callback_on_step_end_tensor_inputs: of "latents" and "x0", the clean image as it is foreseen.
+
+        Returns:
+            ImagePipelineOutput, with .images.
+
+        Raises:
+            ValueError: when labels, sizes, scheduler or the other arguments do not fit the model or each other.
+        """
+        config = self.unet.config
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        for name in callback_on_step_end_tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                raise unknown_name("callback tensor", name, self._callback_tensor_inputs)
+        if output_type not in OUTPUT_TYPES:
+            raise unknown_name("output_type", str(output_type), OUTPUT_TYPES)
+        check_scheduler(self.scheduler, config["objective"])
+        if image is None and (mask_image is not None or strength != 1):
+            raise ValueError("strength and mask_image change an image: give image, too")
+        labels, count = self._find_labels(class_labels, num_images_per_label, generator, latents)
+        if guidance_scale is None:
+            guidance_scale = DEFAULT_GUIDANCE if labels else 1.0
+        guidance = Guidance(guidance_scale, guidance_channels, guidance_interval, guidance_rescale)
+        size = self._input_size(height, width)
+
+        device = self._execution_device
+        noise = self._noise(count, size, generator, latents, device)
+        if variation_strength:
+            if variation_generator is None or not 0 <= variation_strength <= 1:
+                raise ValueError(
+                    f"variation_strength={variation_strength} must lie in 0 .. 1 and needs variation_generator"
+                )
+            noise = slerp(noise, self._noise(count, size, variation_generator, None, device), variation_strength)
+        if num_inference_steps is None:
+            num_inference_steps = default_steps(self.scheduler, config["objective"])
+        set_steps(self.scheduler, num_inference_steps)
+        start, known, first = None, None, 0
+        if image is not None:
+            start = self._encode(image, size, count, device)
+            first = first_step(self.scheduler, strength)
+            if mask_image is not None:
+                known = Known(start, self._mask(mask_image, size, count, device))
+
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps, self._interrupt = len(timesteps) - first, False
+        networks = [self.unet] if guidance_model is None else [self.unet, guidance_model]
+        try:
+            for network in networks:
+                patch = network.config["patch_size"]
+                _set_grid(network, (size[0] // patch, size[1] // patch), device)
+            null = [config["num_classes"]] if labels is not None and guidance.scale != 1 else []
+            present = None if labels is None else [*labels, *null]
+            callers = [_caller(network, timesteps[first:].tolist(), present, device) for network in networks]
+            chosen = None if labels is None else torch.tensor(labels, device=device)
+            predict = guided(callers[0], chosen, guidance, config["num_classes"], weaker=(*callers, None)[1])
+            with self.progress_bar(total=self._num_timesteps) as bar:
+
+                def on_step(step: Step) -> Tensor | None:
+                    bar.update()
+                    if callback_on_step_end is None:
+                        return None
+                    given = {"latents": step.x, "x0": step.x0}
+                    given = {name: given[name] for name in callback_on_step_end_tensor_inputs}
+                    return (callback_on_step_end(self, step.done - 1, step.timestep, given) or {}).get("latents")
+
+                x0 = denoise(
+                    predict, self.scheduler, noise, generators=generator, first=first, start=start, known=known,
+                    on_step=on_step, interrupted=lambda: self._interrupt,
+                )
+        finally:
+            for network in networks:
+                _set_grid(network, network.architecture.token_grid, device)
+        images = self._finish(x0, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _find_labels(
+        self, class_labels: Any, per_label: int, generator: Generators, latents: Tensor | None
+    ) -> tuple[list[int] | None, int]:
+        """Labels image by image (None without classes), and how many images there are to be."""
+        if per_label < 1:
+            raise ValueError(f"num_images_per_label={per_label} must be at least 1")
+        if self.unet.config["num_classes"] == 0:
+            if class_labels is not None:
+                raise ValueError("this model has no classes: leave class_labels out")
+            given = len(generator) if isinstance(generator, list) else None if latents is None else len(latents)
+            return None, given or per_label
+        if class_labels is None:
+            raise ValueError(
+                f"class_labels are missing: give numbers in 0 .. {self.unet.config['num_classes'] - 1}"
+                f"{' or names such as ' + repr(self._names[0].split(', ')[0]) if self._names else ''}"
+            )
+        labels = [label for label in self.get_label_ids(class_labels) for _ in range(per_label)]
+        if not labels:
+            raise ValueError("class_labels is empty: no image was asked for")
+        return labels, len(labels)
+
+    def _input_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width of the network's input."""
+        patch, ratio = self.unet.config["patch_size"], self.pixels_per_input
+        own = self.unet.architecture.input_size
+        multiple = 4 * patch * ratio
+        sides = []
+        for name, side, default in (("height", height, own[0]), ("width", width, own[1])):
+            if side is not None and (side < multiple or side % multiple):
+                nearest = max(1, round(side / multiple)) * multiple
+                raise ValueError(f"{name}={side} must be a multiple of {multiple} pixels; the nearest is {nearest}")
+            sides.append(default if side is None else side // ratio)
+        return sides[0], sides[1]
+
+    def _noise(
+        self, count: int, size: tuple[int, int], generator: Generators, latents: Tensor | None, device: torch.device
+    ) -> Tensor:
+        shape = (count, self.unet.config["in_channels"], *size)
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"{len(generator)} generators came for {count} images; give one for each, or a single one")
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}, {count} images of this size need {shape}")
+        return latents.to(device, torch.float32)
+
+    def _processor(self, **changes: Any) -> VaeImageProcessor:
+        is_grey = changes.pop("is_grey")
+        return VaeImageProcessor(
+            vae_scale_factor=1, do_convert_rgb=not is_grey, do_convert_grayscale=is_grey, **changes
+        )
+
+    def _encode(self, image: Any, size: tuple[int, int], count: int, device: torch.device) -> Tensor:
+        """x0 (count, c, h, w) of images."""
+        channels = self.unet.config["in_channels"] if self.vae is None else self.vae.config.get("in_channels", 3)
+        height, width = (side * self.pixels_per_input for side in size)
+        pixels = self._processor(is_grey=channels == 1).preprocess(image, height=height, width=width)
+        if pixels.shape[1] != channels:
+            raise ValueError(f"image has {pixels.shape[1]} channels, this model's pictures have {channels}")
+        pixels = _repeated(pixels, count, "image")
+        if self.vae is None:
+            return pixels.to(device, torch.float32)
+        encoded = self.vae.encode(pixels.to(device, self.vae.dtype))
+        if hasattr(encoded, "latent_dist"):
+            z = encoded.latent_dist.mode()
+        else:
+            z = encoded.latent if hasattr(encoded, "latent") else encoded.latents
+        return self.codec_facts.to_x0(z.float())
+
+    def _mask(self, mask: Any, size: tuple[int, int], count: int, device: torch.device) -> Tensor:
+        """(count, 1, h, w), 1 wherever any pixel below a point of the network's input is to be made anew."""
+        processor = self._processor(is_grey=True, do_normalize=False, do_binarize=True)
+        height, width = (side * self.pixels_per_input for side in size)
+        pixels = processor.preprocess(mask, height=height, width=width)[:, :1]
+        return _repeated(F.adaptive_max_pool2d(pixels, size), count, "mask_image").to(device, torch.float32)
+
+    def _finish(self, x0: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return x0
+        if self.vae is not None:
+            z = self.codec_facts.to_latents(x0).to(self.vae.dtype)
+            x0 = self.vae.decode(z, return_dict=False)[0].float()
+        if output_type == "pil":
+            levels = to_grey_levels(x0)
+            return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in levels]
+        shares = (x0 / 2 + 0.5).clamp(0, 1)
+        return shares if output_type == "pt" else shares.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _repeated(images: Tensor, count: int, name: str) -> Tensor:
+    if count % len(images):
+        raise ValueError(f"{len(images)} of {name} came for {count} images; give one, or one for each")
+    return images.repeat_interleave(count // len(images), dim=0)
+
+
+def _is_hooked(network: Any) -> bool:
+    """Whether accelerate or diffusers bring its weights to the device when they are needed."""
+    return hasattr(network, "_hf_hook") or hasattr(network, "_diffusers_hook")
+
+
+def _set_grid(network: LaMambaUNet, grid: tuple[int, int], device: torch.device) -> None:
+    if network.run_grid != grid:
+        network.set_grid(grid)
+        if _is_hooked(network):                                                 # its tables are new to the hooks
+            network.geometries.to(device)
+
+
+def _caller(network: Any, timesteps: list[float], labels: list[int] | None, device: torch.device) -> Network:
+    """The network with its conditioning made ahead, or as it is where hooks move its weights about."""
+    if not (_is_hooked(network) or is_compiled_module(network)):
+        return ConditionedNetwork(network, timesteps, labels)
+
+    def call(x: Tensor, t: Tensor, chosen: Tensor | None) -> Tensor:
+        return network(x.to(network.dtype), t.to(device), chosen).to(x.dtype)
+
+    return call

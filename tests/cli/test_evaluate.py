@@ -1,0 +1,275 @@
+"""lamamba evaluate: the same figures whatever the processes, results that compare or refuse, mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lamamba.cli.main import main
+from lamamba.data.digits import Digits
+from lamamba.evaluation import Statistics, frechet_distance
+from lamamba.evaluation.digits_network import DigitFeatures
+from lamamba.generation import generate
+from lamamba.training.state import MANIFEST, SamplingFacts, _hash, _hash_of_hashes, load_network, write_json
+from tests.networks import random_network, small_config
+
+SAMPLE = ["--reference", "digits", "--features", "digits", "--num-images", 40, "--steps", 2, "--device", "cpu"]
+
+
+@pytest.fixture
+def lamamba(capsys, monkeypatch, tmp_path):
+    """Run a command in this process, in an empty folder: (exit status, what it printed, what it complained)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LAMAMBA_TRACEBACK", raising=False)
+
+    def call(*arguments):
+        status = main(list(map(str, arguments)))
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run with two checkpoints, each with two averages."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    for step in (10, 20):
+        place = folder / "checkpoints" / f"step_{step:08d}"
+        place.mkdir(parents=True)
+        for seed, name in enumerate(("model", "ema", "ema_0.9")):
+            config = small_config(in_channels=1, num_classes=10, objective="flow")
+            random_network(config, seed=seed + step).save_pretrained(place / name)
+        SamplingFacts(objective="flow", image_size=8, label_names=Digits.label_names).save(place / "sampling.json")
+        write_json(place / "state.json", {"version": 1, "step": step, "ema_decays": [0.99, 0.9]})
+        files = {p.relative_to(place).as_posix(): _hash(p) for p in sorted(place.rglob("*")) if p.is_file()}
+        write_json(place / MANIFEST, {"version": 1, "files": files, "files_sha256": _hash_of_hashes(files)})
+    return folder
+
+
+def figures(path, entry=0):
+    return json.loads(Path(path).read_text())["entries"][entry]["figures"]
+
+
+def test_figures_of_a_run_are_those_of_its_samples(lamamba, run):
+    status, printed, error = lamamba("evaluate", run, *SAMPLE, "--shard-size", 16, "--batch-size", 7)
+    assert status == 0, error
+    model = load_network(run / "checkpoints" / "step_00000020" / "ema")
+    labels = [int(np.random.default_rng([seed, 1]).integers(10)) for seed in range(40)]
+    images = generate(model, labels, range(40), num_steps=2)
+    network = DigitFeatures()
+    outputs = network(images)
+    mine = Statistics(64).add(outputs["features"])
+    real = Statistics(64).add(network(Digits().images.transpose(0, 2, 3, 1))["features"])
+    expected = frechet_distance(mine.mean, mine.covariance(), real.mean, real.covariance())
+    found = figures("evaluation.json")
+    assert found["frechet"] == pytest.approx(expected, rel=1e-4)
+    assert found["accuracy"] == pytest.approx(np.mean(outputs["logits"].argmax(1) == labels), abs=1 / 40)
+    assert {"precision", "recall", "density", "coverage", "kernel", "inception_score"} <= found.keys()
+    assert any(line.split() == ["FD-digits", f"{found['frechet']:.4f}"] for line in printed.splitlines())
+    assert sorted(p.name for p in Path().iterdir()) == ["evaluation.json"]       # features are gone
+    protocol = json.loads(Path("evaluation.json").read_text())["entries"][0]["protocol"]
+    assert protocol["seeds"] == [[0, 39]]
+    assert protocol["images"] == 40
+    assert protocol["samples"]["step"] == 20
+    assert protocol["samples"]["ema"] == 0.99
+    assert protocol["samples"]["sampler"] == "flow-euler"
+    assert protocol["samples"]["evaluations"] == 2
+    assert protocol["samples"]["guidance"] == 1
+    assert protocol["samples"]["labels"] == "uniform"
+    assert len(protocol["network"]["sha256"]) == len(protocol["samples"]["weights_sha256"]) == 64
+
+
+def test_any_number_of_processes(lamamba, run):
+    assert lamamba("evaluate", run, *SAMPLE, "--shard-size", 9)[0] == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lamamba",
+         "evaluate", str(run), *map(str, SAMPLE), "--shard-size", "9", "--out", "two.json"],
+        capture_output=True, text=True, env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("FD-digits") == 1                                  # one process speaks
+    one, two = figures("evaluation.json"), figures("two.json")
+    assert two.keys() == one.keys()
+    for name, value in one.items():
+        assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_a_kill_loses_at_most_one_shard(lamamba, run):
+    assert lamamba("evaluate", "stats", "digits", "--features", "digits", "--out", "digits.npz")[0] == 0
+    command = [sys.executable, "-m", "lamamba", "evaluate", str(run), *map(str, SAMPLE), "--shard-size", "4",
+               "--reference", "digits.npz", "--num-images", "120", "--steps", "8", "--keep-features"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while len(shards := sorted(Path().glob("evaluation.work/*/shard_*.safetensors"))) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    times = {shard: shard.stat().st_mtime_ns for shard in shards}
+    assert lamamba(*command[3:])[0] == 0
+    assert all(shard.stat().st_mtime_ns == before for shard, before in times.items())
+    assert len(list(Path().glob("evaluation.work/*/shard_*.safetensors"))) == 30
+    undisturbed = figures("evaluation.json")
+    assert lamamba(*command[3:-1], "--out", "again.json", "--shard-size", 50)[0] == 0
+    assert figures("again.json") == pytest.approx(undisturbed, rel=1e-4, abs=1e-5)
+
+
+def test_repeats_checkpoints_and_sweeps(lamamba, run):
+    status, printed, error = lamamba("evaluate", run, *SAMPLE, "--repeats", 2, "--every-checkpoint")
+    assert status == 0, error
+    entries = json.loads(Path("evaluation.json").read_text())["entries"]
+    assert [(e["step"], e["ema"]) for e in entries] == [(10, 0.99), (10, 0.9), (20, 0.99), (20, 0.9)]
+    assert [e["name"] for e in entries] == ["10 ema 0.99", "10 ema 0.9", "20 ema 0.99", "20 ema 0.9"]
+    first = entries[0]
+    assert first["protocol"]["seeds"] == [[0, 39], [40, 79]]
+    both = [r["frechet"] for r in first["runs"]]
+    assert first["figures"]["frechet"] == pytest.approx(np.mean(both))
+    assert first["spread"]["frechet"] == pytest.approx(np.std(both, ddof=1))
+    assert "±" in printed
+    with Image.open("evaluation.png") as picture:
+        assert picture.width > 800
+
+    status, printed, error = lamamba("evaluate", run, *SAMPLE, "--guidance", "1,2", "--ema", "none", "--out", "s.json")
+    assert status == 0, error
+    entries = json.loads(Path("s.json").read_text())["entries"]
+    assert [e["guidance"] for e in entries] == [1, 2]
+    assert entries[0]["ema"] == "none"
+    assert entries[0]["figures"]["frechet"] != entries[1]["figures"]["frechet"]
+    assert Path("s.png").is_file()
+
+    status, printed, _ = lamamba("evaluate", "compare", "evaluation.json", "s.json")
+    assert status == 0
+    assert "samples.guidance: 1.0 | 2.0" in printed
+    assert "evaluation 10 ema 0.99" in printed
+
+
+def save_png(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def colour(lamamba):
+    """A folder and an npz of the same 12 colour images, and a function of them that can be imported."""
+    draws = np.random.default_rng(0)
+    images = draws.integers(0, 256, (12, 6, 5, 3), dtype=np.uint8)
+    for k, image in enumerate(images):
+        save_png(Path(f"folder/{k:02d}.png"), image)
+    np.savez_compressed("packed.npz", arr_0=images)
+    np.savez("loose.npz", arr_0=images)
+    return images
+
+
+def means(images):
+    """A feature network of five numbers, for the command line to import."""
+    x = images.astype(np.float64) / 255
+    return np.concatenate([x.mean(axis=(1, 2)), x.std(axis=(1, 2, 3))[:, None], x[:, 0, 0, :1]], axis=1)
+
+
+def holes(images):
+    return means(images) * np.where(np.arange(len(images)) == 3, np.nan, 1)[:, None]
+
+
+MEANS = ["--features", "tests.cli.test_evaluate:means", "--device", "cpu"]
+
+
+def test_folders_and_npz_files_and_saved_statistics(lamamba, colour):
+    assert lamamba("evaluate", "stats", "folder", *MEANS, "--out", "reference.npz")[0] == 0
+    with np.load("reference.npz", allow_pickle=False) as saved:
+        np.testing.assert_allclose(saved["mu"], means(colour).mean(0), rtol=1e-6)
+        np.testing.assert_allclose(saved["sigma"], np.cov(means(colour).T), rtol=1e-5)
+    results = []
+    for number, (samples, reference) in enumerate([
+        ("folder", "folder"), ("packed.npz", "folder"), ("loose.npz", "reference.npz"), ("folder", "packed.npz")
+    ]):
+        status, _, error = lamamba("evaluate", samples, "--reference", reference, *MEANS, "--out", f"{number}.json",
+                                   "--shard-size", 5, "--batch-size", 2)
+        assert status == 0, error
+        results.append(figures(f"{number}.json"))
+    for result in results:
+        assert result["frechet"] == pytest.approx(0, abs=1e-6)
+        assert result["precision"] == result["recall"] == 1
+        assert result == pytest.approx(results[0], abs=1e-6)
+    half = lamamba("evaluate", "folder", "--reference", "reference.npz", *MEANS, "--num-images", 6, "--out", "6.json")
+    assert half[0] == 0
+    status, _, error = lamamba("evaluate", "compare", "2.json", "6.json")
+    assert status == 2
+    assert "2 and 6 cannot be compared: they differ in the number of samples (12 against 6)" in error
+    assert lamamba("evaluate", "compare", "0.json", "2.json")[0] == 0           # statistics of the same folder
+
+
+def test_mistakes_are_one_line(lamamba, colour, run, tmp_path):
+    digits = Digits().images.transpose(0, 2, 3, 1)
+    np.savez("one.npz", arr_0=colour[:1])
+    np.savez("objects.npz", arr_0=np.array([{}, []], dtype=object))
+    np.savez("floats.npz", arr_0=colour / 255)
+    np.savez("grey.npz", arr_0=digits[:9])
+    np.savez("moments.npz", mu=np.zeros(7), sigma=np.eye(7))
+    Path("cut.npz").write_bytes(Path("loose.npz").read_bytes()[:900])
+    flipped = bytearray(Path("loose.npz").read_bytes())
+    flipped[700] ^= 1
+    Path("flipped.npz").write_bytes(bytes(flipped))
+    save_png(Path("sizes/a.png"), colour[0])
+    save_png(Path("sizes/b.png"), np.tile(colour[1], (2, 1, 1)))
+    save_png(Path("mixed/a.png"), colour[0])
+    save_png(Path("mixed/b.png"), colour[0, :, :, 0])
+    Path("broken").mkdir()
+    Path("broken/a.png").write_bytes(Path("folder/00.png").read_bytes()[:60])
+    assert lamamba("evaluate", "stats", "digits", "--features", "digits", "--out", "digits.npz")[0] == 0
+    folder = ["--reference", "folder", *MEANS]
+    for arguments, message in [
+        (["one.npz", *folder], "one.npz has 1 image; distances between sets need at least 2"),
+        (["sizes", *folder], "b.png is 12 x 5 colour, a.png is 6 x 5 colour; all images of a set have one size"),
+        (["mixed", *folder], "b.png is 6 x 5 grey, a.png is 6 x 5 colour"),
+        (["grey.npz", "--reference", "grey.npz", *MEANS], "grey images and tests.cli.test_evaluate:means reads colour"),
+        (["folder", "--reference", "folder", "--features", "digits"], "colour images and digits reads grey"),
+        (["folder", "--reference", "digits.npz", *MEANS], "was made by another feature network"),
+        (["folder", "--reference", "moments.npz", *MEANS], "does not say which network made it"),
+        (["grey.npz", "--reference", "folder", "--features", "digits"], "are 6 x 5 and 8 x 8 pixels"),
+        (["folder", "--reference", "folder", "--features", "tests.cli.test_evaluate:holes"],
+         "1 of 12 images are NaN or infinite, first of image 3"),
+        (["cut.npz", *folder], "cut.npz is damaged or no npz file"),
+        (["flipped.npz", *folder], "flipped.npz is damaged"),
+        (["objects.npz", *folder], "pickled objects under 'arr_0'"),
+        (["folder", "--reference", "objects.npz", *MEANS], "pickled objects under 'arr_0'"),
+        (["floats.npz", *folder], "floats.npz has float64 (12, 6, 5, 3) under 'arr_0'; samples are uint8 images"),
+        (["broken", *folder], "a.png is no good image (truncated"),
+        (["nothing", *folder], "nothing does not exist"),
+        (["folder", *folder, "--repeats", 2, "--steps", 3], "holds images, not a model: --repeats, --steps cannot"),
+        (["folder", "--reference", "folder", "--features", "incepton"], "did you mean 'inception'"),
+        (["folder", "--reference", "folder", "--features", "json:nothing"], "has no attribute 'nothing'"),
+        (["folder", *folder, "--shard-size", 0], "--shard-size 0 must be at least 1"),
+        ([run, *SAMPLE, "--guidance", "1,x"], "--guidance '1,x': numbers with commas"),
+        ([run, *SAMPLE, "--guidance", "1,2", "--every-checkpoint"], "two curves"),
+        ([run, *SAMPLE, "--ema", "0.5"], "has no average '0.5'; it has 0.99, 0.9, none"),
+        ([run, *SAMPLE, "--sampler", "ddpm"], "sampler 'ddpm' is for"),
+        ([run, *SAMPLE, "--num-images", 1], "--num-images 1 must be at least 2"),
+        (["compare", "nothing.json", "x.json"], "nothing.json is no file"),
+        (["compare", "x.json"], "at least two result files"),
+        (["compare", "folder/00.png", "folder/01.png"], "is no result of lamamba evaluate"),
+        (["stats", "folder", *MEANS, "--out", "x.json"], "must end in .npz"),
+    ]:
+        status, printed, error = lamamba("evaluate", *arguments)
+        assert status == 2, (arguments, printed)
+        assert message in error, arguments
+        assert error.count("\n") == 1, error
+
+
+def test_help_needs_no_torch():
+    code = ("import sys\nfrom lamamba.cli.main import main\n"
+            "for verb in (['evaluate'], ['evaluate', 'stats'], ['evaluate', 'compare']):\n"
+            "    try: main([*verb, '--help'])\n    except SystemExit: pass\n"
+            "sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -1,0 +1,238 @@
+"""lamamba sample as a user types it: pictures that repeat themselves, films, paths, folders, mistakes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+
+from lamamba.cli.films import chosen_frames, save_film
+from lamamba.cli.main import main
+from lamamba.generation.settings import Between, read_png_facts
+from lamamba.training.state import SamplingFacts
+from tests.networks import random_network, small_config
+
+COMMAND = [sys.executable, "-m", "lamamba"]
+
+
+def save_model(folder: Path, seed: int = 0, names=("ant", "bee", "cat"), **changes) -> None:
+    model = random_network(small_config(**{"in_channels": 1, "objective": "flow", "width": 8, **changes}), seed)
+    model.save_pretrained(folder)
+    objective = model.architecture.objective
+    SamplingFacts(objective=objective, image_size=8, label_names=names).save(folder / "sampling.json")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    place = tmp_path_factory.mktemp("models")
+    save_model(place / "flow")
+    save_model(place / "early", seed=1)
+    save_model(place / "noise", objective="noise")
+    save_model(place / "free", num_classes=0, names=())
+    return place
+
+
+@pytest.fixture
+def sample(capsys, monkeypatch, tmp_path, models):
+    """Run lamamba sample in this process, in an empty folder beside the models: (exit status, out, err)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LAMAMBA_TRACEBACK", raising=False)
+    for name in models.iterdir():
+        (tmp_path / name.name).symlink_to(name)
+
+    def call(*arguments):
+        status = main(["sample", *map(str, arguments)])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return call
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def hashes(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_a_picture_repeats_itself_and_takes_changes(sample):
+    made = sample("flow", "--classes", "bee,2", "--num", 3, "--seed", 5, "--steps", 3, "--guidance", 3,
+                  "--guidance-channels", "first-three", "--guidance-interval", 0.1, 0.9, "--guidance-rescale", 0.5,
+                  "--autoguidance", "early", "--width", 12, "--batch-size", 4, "--out", "a.png")
+    assert made[0] == 0, made[2]
+    facts = read_png_facts("a.png")
+    assert (facts.labels, facts.seeds, facts.row_names) == ((1, 1, 1, 2, 2, 2), (5, 6, 7, 8, 9, 10), ("bee", "cat"))
+    assert (facts.settings.height, facts.settings.width, facts.settings.autoguidance) == (8, 12, "early")
+    assert sample("--like", "a.png", "--out", "b.png")[0] == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    assert sample("--like", "a.png", "--out", "c.png", "--steps", 4, "--num", 2)[0] == 0
+    other = read_png_facts("c.png")
+    assert (other.settings.steps, other.labels, other.seeds) == (4, (1, 1, 2, 2), (5, 6, 7, 8))
+    assert other.settings.guidance == facts.settings.guidance
+    assert sample("--like", "a.png", "--out", "d.png", "--sampler", "flow-heun", "--classes", "ant")[0] == 0
+    other = read_png_facts("d.png")
+    assert (other.settings.sampler, other.settings.steps, other.labels) == ("flow-heun", 25, (0, 0, 0))
+    assert sample("early", "--like", "a.png", "--out", "e.png")[0] == 0         # another model, named
+    assert read_png_facts("e.png").settings.model == "early"
+
+
+def test_a_picture_of_a_model_that_has_changed_is_not_repeated_in_silence(sample, models, tmp_path):
+    assert sample("flow", "--num", 1, "--steps", 1, "--out", "a.png")[0] == 0
+    (tmp_path / "flow").unlink()
+    save_model(tmp_path / "flow", seed=5)
+    status, _, err = sample("--like", "a.png", "--out", "b.png")
+    assert (status, "flow is not the model that made a.png" in err) == (2, True)
+    Image.open("a.png").save("c.png")                                           # Pillow drops the text
+    status, _, err = sample("--like", "c.png")
+    assert (status, "c.png holds no settings" in err, len(err.splitlines())) == (2, True, 1)
+
+
+def test_paths_between_seeds_and_classes(sample):
+    assert sample("flow", "--interpolate", "seeds:3:7", "--classes", "0,1", "--num", 4, "--steps", 2,
+                  "--out", "a.png")[0] == 0
+    facts = read_png_facts("a.png")
+    assert facts.labels == (0, 0, 0, 0, 1, 1, 1, 1)
+    assert facts.seeds[:4] == tuple(Between(3, 7, k / 3) for k in range(4))
+    assert sample("flow", "--interpolate", "classes:ant:2", "--num", 3, "--steps", 2, "--out", "b.png")[0] == 0
+    assert read_png_facts("b.png").labels[:3] == tuple(Between(0, 2, w) for w in (0.0, 0.5, 1.0))
+    assert read_png_facts("b.png").row_names == ("seed 0", "seed 1", "seed 2", "seed 3")
+    assert sample("--like", "b.png", "--out", "c.png")[0] == 0
+    assert Path("c.png").read_bytes() == Path("b.png").read_bytes()
+    status, _, err = sample("--like", "b.png", "--seed", 3)
+    assert (status, "shows a path" in err) == (2, True)
+
+
+def test_films_have_a_frame_for_every_step(sample):
+    options = ("flow", "--classes", "1", "--num", 2, "--steps", 7)
+    assert sample(*options, "--out", "walk.gif")[0] == 0
+    assert sample(*options, "--out", "end.png")[0] == 0
+    with Image.open("walk.gif") as film:
+        durations = [frame.info["duration"] for frame in ImageSequence.Iterator(film)]
+        assert np.abs(np.asarray(film.convert("RGB")).astype(int) - pixels("end.png")).max() <= 2
+    assert sum(durations) == pytest.approx(7 * 1000 / 12 + 1500, abs=40)        # equal frames are stored as one
+    assert sample("flow", "--interpolate", "seeds:1:2", "--num", 5, "--steps", 1, "--out", "path.gif")[0] == 0
+    assert Image.open("path.gif").n_frames == 5
+    frames = [Image.new("L", (20, 10), 10 * k) for k in range(7)]
+    save_film(frames, Path("seven.gif"), 12)
+    assert Image.open("seven.gif").n_frames == 7
+    assert chosen_frames(5) == [1, 2, 3, 4, 5]
+    long = chosen_frames(250)
+    assert (len(long), long[0], long[-1], max(np.diff(long))) == (100, 1, 250, 3)
+
+
+def test_mp4(sample):
+    try:
+        import imageio.v3 as imageio
+        import imageio_ffmpeg  # noqa: F401 (the reader needs it)
+    except ModuleNotFoundError:
+        status, _, err = sample("flow", "--out", "walk.mp4")
+        assert (status, "pip install 'lamamba-diff[film]', or give a .gif" in err) == (2, True)
+        return
+    assert sample("flow", "--classes", "1", "--num", 1, "--steps", 7, "--fps", 10, "--out", "walk.mp4")[0] == 0
+    assert len(imageio.imread("walk.mp4", plugin="FFMPEG")) == 7 + 15           # and a second and a half at the end
+
+
+MANY = ["-n", 22, "--steps", 2, "--batch-size", 4, "--threads", 1, "--random-labels", "--format", "both"]
+
+
+def test_a_folder_of_images_by_one_process_or_by_two_that_are_killed_and_a_third(sample, tmp_path):
+    status, out, err = sample("flow", *MANY, "--out", "one")
+    assert (status, out.count("22 images")) == (0, 2), err                      # said before and after
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    options = ["sample", "flow", *map(str, MANY), "--out", "several"]
+    several = [
+        subprocess.Popen([*COMMAND, *options], stdout=subprocess.PIPE, text=True,
+                         env={**environment, "RANK": str(rank), "WORLD_SIZE": "2"})
+        for rank in range(2)
+    ]
+    while all(p.poll() is None for p in several) and not list(Path("several").glob(".sampling/shard_*.json")):
+        time.sleep(0.01)
+    for process in several:
+        process.send_signal(signal.SIGKILL)
+    said = [process.communicate()[0] for process in several]
+    assert said[1] == ""                                                        # the first one speaks
+    assert sample("flow", *MANY, "--out", "several")[0] == 0
+    names = {f"{k:06d}.png" for k in range(22)} | {"samples.npz"}
+    one = {name: digest for name, digest in hashes(tmp_path / "one").items() if name in names}
+    assert len(one) == 23
+    assert {name: hashes(tmp_path / "several")[name] for name in names} == one
+    with np.load("one/samples.npz", allow_pickle=False) as file:
+        images, labels = file["arr_0"].astype(int), file["arr_1"]
+    assert images.shape == (22, 8, 8, 3)
+    assert sample("flow", "--steps", 2, "--batch-size", 7, "--seed", 10, "--num", 12, "--random-labels",
+                  "--format", "npz", "--out", "others")[0] == 0
+    with np.load("others/samples.npz", allow_pickle=False) as file:             # other batches, other places
+        assert np.abs(file["arr_0"].astype(int) - images[10:]).max() <= 1
+        assert file["arr_1"].tolist() == labels[10:].tolist()
+    assert sample("--like", "one/000013.png", "--out", "again.png")[0] == 0
+    assert np.abs(pixels("again.png") - images[13, ..., 0]).max() <= 1
+    status, _, err = sample("flow", *MANY, "--steps", 3, "--out", "one")
+    assert (status, "steps: 2 there, 3 here" in err) == (2, True)
+
+
+def test_torchrun_takes_none_of_our_options_for_its_own():
+    from torch.distributed.run import parse_args
+
+    ours = ["sample", "flow", *map(str, MANY), "--out", "two"]
+    parsed = parse_args(["--nproc-per-node", "2", "-m", "lamamba", *ours])
+    assert (parsed.training_script, parsed.training_script_args) == ("lamamba", ours)
+
+
+def test_balanced_labels_of_an_unconditional_model_and_of_chosen_classes(sample):
+    assert sample("noise", "--num", 5, "--balanced", "--classes", "cat,ant", "--sampler", "ddim", "--steps", 2,
+                  "--out", "some")[0] == 0
+    assert [read_png_facts(f"some/00000{k}.png").labels for k in range(5)] == [(2,), (0,), (2,), (0,), (2,)]
+    assert sample("free", "--num", 3, "--steps", 1, "--out", "free-samples")[0] == 0
+    assert read_png_facts("free-samples/000002.png").labels is None
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["flow", "--classes", "bees"], "label 'bees' is unknown; did you mean 'bee'?"),
+    (["flow", "--height", "10"], "height 10 does not fit this model: it must be a multiple of 4 pixels"),
+    (["flow", "--num", "5", "--out", "folder"], "--balanced (in turn) or --random-labels"),
+    (["flow", "--balanced"], "--num 50000"),
+    (["flow", "--balanced", "--num", "3", "--out", "x.png"], "give a folder's name"),
+    (["flow", "--balanced", "--random-labels", "--num", "3"], "exclude each other"),
+    (["free", "--balanced", "--num", "3"], "leave --balanced, --random-labels and --classes out"),
+    (["flow", "--out", "x.jpg"], "pictures are .png, films .gif or .mp4"),
+    (["flow", "--interpolate", "seeds:3"], "write seeds:3:7 or classes:3:8"),
+    (["flow", "--interpolate", "classes:3:ant"], "label 3 is out of range"),
+    (["noise", "--interpolate", "seeds:3:4", "--sampler", "ddpm"], "no path between two seeds; use ddim"),
+    (["flow", "--autoguidance", "noise"], "weaker model has objective='noise'"),
+    (["flow", "--guidance-interval", "0.5", "0.1"], "guidance interval"),
+    (["flow", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
+    (["--like", "nowhere.png"], "nowhere.png does not exist"),
+    (["model.pt"], "a pickled checkpoint can run code, so it is not opened here: lamamba convert model.pt DIR"),
+    (["broken"], "broken are missing or damaged"),
+    (["empty"], "holds no network"),
+])
+def test_mistakes_are_answered_in_one_line_before_any_work(sample, arguments, said, models):
+    Path("model.pt").write_bytes(b"\x80\x04.")
+    Path("empty").mkdir()
+    save_model(Path("broken"))
+    weights = Path("broken/diffusion_pytorch_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:500])
+    before = {path.name for path in Path().iterdir()}
+    status, _, err = sample(*arguments)
+    assert (status, said in err, len(err.strip().splitlines())) == (2, True, 1), err
+    assert {path.name for path in Path().iterdir()} == before
+
+
+def test_without_a_model_the_shipped_one_draws_or_is_said_to_be_missing(sample):
+    status, out, err = sample("--num", 1, "--classes", "3", "--steps", 2)
+    if status:
+        assert (status, "no MODEL was given" in err, len(err.splitlines())) == (2, True, 1)
+    else:
+        assert "digits model that ships with lamamba" in out
+        assert read_png_facts("samples.png").settings.model == "shipped"
+        assert sample("--like", "samples.png", "--out", "again.png")[0] == 0
+        assert Path("again.png").read_bytes() == Path("samples.png").read_bytes()

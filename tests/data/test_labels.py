@@ -1,0 +1,82 @@
+"""Names of classes: ImageNet's are whole and in order, and what people type finds its class or the nearest."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import numpy as np
+import pytest
+
+from lamamba.data.labels import as_names, find_label, imagenet_names, short_names
+
+# known from other lists of ImageNet's classes
+KNOWN = {
+    0: "tench", 1: "goldfish", 7: "cock", 9: "ostrich", 22: "bald eagle", 88: "macaw", 130: "flamingo",
+    207: "golden retriever", 250: "Siberian husky", 279: "Arctic fox", 281: "tabby", 291: "lion", 360: "otter",
+    387: "lesser panda", 388: "giant panda", 417: "balloon", 425: "barn", 538: "dome", 555: "fire engine",
+    817: "sports car", 928: "ice cream", 933: "cheeseburger", 949: "strawberry", 970: "alp", 974: "geyser",
+    979: "valley", 980: "volcano", 985: "daisy", 999: "toilet tissue",
+}
+
+
+def test_imagenets_classes_are_whole_and_in_order():
+    text = (files("lamamba") / "data" / "imagenet_classes.txt").read_text(encoding="utf-8")
+    synsets = [line.split()[0] for line in text.splitlines() if not line.startswith("#")]
+    assert len(synsets) == 1000
+    assert synsets == sorted(set(synsets))                                      # the order of the folders' names
+    assert all(len(synset) == 9 and synset[0] == "n" and synset[1:].isdigit() for synset in synsets)
+    names = imagenet_names()
+    first = [name.split(", ")[0] for name in names]
+    assert len(set(map(str.lower, first))) == 1000
+    for label, name in KNOWN.items():
+        assert first[label] == name
+
+
+def test_numbers_names_and_single_words_find_their_class():
+    names = imagenet_names()
+    for wanted, label in (
+        (281, 281), ("281", 281), (np.int64(281), 281), ("tabby", 281), ("tabby cat", 281), ("Tabby, tabby cat", 281),
+        ("tiger cat", 282), ("Tinca tinca", 0), ("toilet paper", 999), ("cardigan", 474), ("crane (machine)", 517),
+        ("maillot", 638),
+    ):
+        assert find_label(wanted, names, 1000) == label, wanted
+    for label, name in enumerate(names):
+        assert find_label(name, names, 1000) == label
+        assert find_label(name.split(", ")[0], names, 1000) == label
+
+
+@pytest.mark.parametrize(("wanted", "said"), [
+    ("taby", "did you mean 'tabby'"), ("golden retreiver", "did you mean 'golden retriever'"),
+    ("qqqqqq", "is unknown .1000 classes, 0: 'tench"),
+    (1000, "out of range; this model knows 0 .. 999"), ("-1", "out of range"),
+    ("horn", "is several classes"), (1.5, "neither a class number nor a name"),
+])
+def test_what_finds_nothing_says_what_is_near(wanted, said):
+    with pytest.raises(ValueError, match=said):
+        find_label(wanted, imagenet_names(), 1000)
+
+
+def test_few_names_are_all_named():
+    with pytest.raises(ValueError, match=r"did you mean 'cats'\? \(known: cats; dogs\)"):
+        find_label("cat", ("cats", "dogs"), 2)
+    with pytest.raises(ValueError, match="classes have none: use 0 .. 9"):
+        find_label("three", (), 10)
+    assert find_label("3", ("1", "3"), 2) == 1                                  # a name that is a number comes first
+
+
+def test_short_names_stay_apart():
+    names = ("tabby, tabby cat", "crane, bird", "crane, machine")
+    assert short_names(names) == ("tabby", "crane, bird", "crane, machine")
+    assert short_names(imagenet_names())[281] == "tabby"
+    assert len(set(short_names(imagenet_names()))) == 1000
+
+
+def test_names_come_as_diffusers_has_them():
+    assert as_names({"1": "b", "0": "a"}, 2) == as_names(["a", "b"], 2) == ("a", "b")
+    assert as_names(None, 2) == as_names({}, 2) == ()
+    for wrong, said in (
+        ({0: "a"}, "class 1 has none"), ({0: "a", 1: "b", 2: "c"}, "too many"), (["a"], "1 names came for 2"),
+        ({"x": "a", "y": "b"}, "must be class numbers"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            as_names(wrong, 2)

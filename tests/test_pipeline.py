@@ -1,0 +1,373 @@
+"""The pipeline is diffusers' own kind: what it makes, changes, saves, loads and refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
+from PIL import Image
+
+from lamamba import LaMambaPipeline
+from lamamba.data.codec import CodecFacts, LatentDecoder
+from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
+from lamamba.generation import generate
+from lamamba.training.state import find_network
+from tests.autoencoders import MAKERS, make_kl
+from tests.networks import random_network, small_config
+
+NAMES = {0: "cat, kitten", 1: "dog", 2: "bird"}
+PAIRS = [(name, objective) for name, sampler in SAMPLERS.items() for objective in sampler.objectives]
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def make_pipeline(sampler=None, vae=None, codec=None, network_seed=0, **changes):
+    settings = dict(in_channels=1, objective="flow", width=8) if vae is None else dict(objective="noise", width=8)
+    config = small_config(**{**settings, **changes})
+    network = random_network(config, network_seed)
+    scheduler = make_scheduler(sampler or samplers_for(config.objective)[0], config.objective)
+    pipe = LaMambaPipeline(network, vae, scheduler, NAMES if config.num_classes else None, codec)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def levels(images):
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+@pytest.mark.parametrize(("sampler", "objective"), PAIRS)
+def test_it_makes_what_lamamba_sample_makes_at_any_batch_size(sampler, objective):
+    pipe = make_pipeline(sampler, objective=objective)
+    pipe_images = levels(pipe([0, 2, 1], num_inference_steps=6, generator=seeds(5, 6, 7)).images)
+    same = generate(pipe.unet, [0, 2, 1], [5, 6, 7], sampler=sampler, num_steps=6, guidance=2.0)[..., 0]
+    assert np.abs(pipe_images - same).max() <= 1
+    alone = levels(pipe(1, num_inference_steps=6, generator=seeds(7)).images)
+    assert np.abs(alone[0] - pipe_images[2]).max() <= 1
+    assert np.ptp(pipe_images) > 10
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_latents_are_decoded_as_they_were_made(kind, tmp_path):
+    vae = MAKERS[kind]()
+    codec = dict(scale=0.3, shift=0.1, latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 0.5, 1.5])
+    vae.save_pretrained(tmp_path)
+    for given in (None, codec):
+        pipe = make_pipeline("ddim", vae, given)
+        x0 = pipe(1, num_inference_steps=2, generator=seeds(3), output_type="latent").images
+        pictures = levels(pipe(1, num_inference_steps=2, generator=seeds(3)).images)
+        decoder = LatentDecoder(tmp_path)
+        if given:
+            decoder.facts = CodecFacts(codec="latents", **{**codec, "latents_mean": tuple(codec["latents_mean"]),
+                                                           "latents_std": tuple(codec["latents_std"])})
+        assert np.abs(pictures - decoder.decode(x0)).max() <= 1
+        assert pictures.shape[1:3] == tuple(side * pipe.pixels_per_input for side in x0.shape[2:])
+
+
+def test_every_output_type():
+    pipe = make_pipeline()
+    made = {
+        kind: pipe("dog", num_inference_steps=3, generator=seeds(1), output_type=kind).images
+        for kind in ("pil", "np", "pt", "latent")
+    }
+    assert (made["pil"][0].mode, made["pil"][0].size) == ("L", (8, 8))
+    assert made["np"].shape == (1, 8, 8, 1)
+    assert made["pt"].shape == made["latent"].shape == (1, 1, 8, 8)
+    np.testing.assert_allclose(made["np"][0, ..., 0], made["pt"][0, 0])
+    np.testing.assert_allclose(made["pt"], (made["latent"] / 2 + 0.5).clamp(0, 1))
+    assert np.abs(levels(made["pil"])[0] - 255 * made["np"][0, ..., 0]).max() <= 0.51
+    (images,) = pipe("dog", num_inference_steps=3, generator=seeds(1), return_dict=False)
+    assert np.array_equal(levels(images), levels(made["pil"]))
+    with pytest.raises(ValueError, match="did you mean 'pil'"):
+        pipe("dog", output_type="pill")
+
+
+def test_labels_by_number_name_and_word():
+    pipe = make_pipeline()
+    assert pipe.get_label_ids(["kitten", 2, "Dog", "1"]) == [0, 2, 1, 1]
+    assert len(pipe(["cat", "dog"], num_images_per_label=3, num_inference_steps=1).images) == 6
+    for wrong, said in (("catt", "did you mean"), (3, "knows 0 .. 2"), (None, "or names such as 'cat'"), ([], "empty")):
+        with pytest.raises(ValueError, match=said):
+            pipe(wrong, num_inference_steps=1)
+    with pytest.raises(ValueError, match="2 generators came for 3 images"):
+        pipe([0, 1, 2], generator=seeds(0, 1))
+    unconditional = make_pipeline(num_classes=0)
+    assert len(unconditional(num_inference_steps=1, generator=seeds(0, 1)).images) == 2
+    assert len(unconditional(num_inference_steps=1, num_images_per_label=3).images) == 3
+    with pytest.raises(ValueError, match="no classes: leave class_labels out"):
+        unconditional(0)
+
+
+def test_any_size_and_the_grid_comes_back():
+    pipe = make_pipeline("ddim", make_kl())
+    image = pipe(0, num_inference_steps=2, height=24, width=32).images[0]
+    assert image.size == (32, 24)
+    assert pipe(0, num_inference_steps=2).images[0].size == (16, 16)
+    for wrong in (dict(height=20), dict(width=4)):
+        with pytest.raises(ValueError, match="must be a multiple of 8 pixels; the nearest is"):
+            pipe(0, **wrong)
+
+    def broken(*_):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        pipe(0, num_inference_steps=2, height=32, callback_on_step_end=broken)
+    assert pipe.unet._run_grid == pipe.unet.architecture.token_grid
+
+
+def run(pipe, **settings):
+    settings = {"num_inference_steps": 6, "generator": seeds(4), "output_type": "pt", **settings}
+    return pipe(settings.pop("label", 0), **settings).images
+
+
+def test_guidance_reaches_the_network():
+    pipe, other = make_pipeline("ddim", objective="noise"), make_pipeline("ddim", objective="noise", network_seed=9)
+    plain, guided = run(pipe, guidance_scale=1.0), run(pipe, guidance_scale=3.0)
+    assert not torch.allclose(plain, guided, atol=1e-3)
+    torch.testing.assert_close(run(pipe, guidance_scale=3.0, guidance_interval=(0.0, 0.0)), plain, atol=1e-5, rtol=0)
+    assert not torch.allclose(run(pipe, guidance_scale=3.0, guidance_interval=(0.0, 0.5)), guided, atol=1e-3)
+    assert not torch.allclose(run(pipe, guidance_scale=3.0, guidance_rescale=1.0), guided, atol=1e-3)
+    # a model that is guided by itself is not guided
+    torch.testing.assert_close(
+        run(pipe, guidance_scale=3.0, guidance_model=pipe.unet), plain, atol=1e-4, rtol=0)
+    assert not torch.allclose(run(pipe, guidance_scale=3.0, guidance_model=other.unet), guided, atol=1e-3)
+    latents = make_pipeline("dpm++", make_kl())
+    every, some = (
+        run(latents, output_type="latent", guidance_scale=3.0, guidance_channels=channels, num_inference_steps=1)
+        for channels in ("all", "first-three")
+    )
+    torch.testing.assert_close(every[:, :3], some[:, :3])
+    assert float((every[:, 3] - some[:, 3]).abs().max()) > 0.1
+
+
+def test_callbacks_see_and_change_the_steps():
+    pipe, seen = make_pipeline("ddim", objective="noise"), []
+
+    def watch(given_pipe, step, timestep, tensors):
+        assert given_pipe is pipe
+        seen.append((step, int(timestep), sorted(tensors)))
+        return tensors
+
+    plain = run(pipe)
+    watched = run(pipe, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["latents", "x0"])
+    assert torch.equal(plain, watched)
+    assert seen == [(i, int(t), ["latents", "x0"]) for i, t in enumerate(pipe.scheduler.timesteps)]
+    changed = run(
+        pipe, output_type="latent", callback_on_step_end=lambda *given: {"latents": torch.ones(1, 1, 8, 8)})
+    assert torch.equal(changed, torch.ones(1, 1, 8, 8))
+    with pytest.raises(ValueError, match="callback tensor 'latent' is unknown; did you mean 'latents'"):
+        run(pipe, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["latent"])
+
+    def stop(given_pipe, step, timestep, tensors):
+        given_pipe._interrupt = step == 1
+        return tensors
+
+    seen.clear()
+    stopped = run(pipe, callback_on_step_end=stop)
+    assert not torch.allclose(stopped, plain, atol=1e-3)
+    assert torch.equal(run(pipe), plain)                                        # it is not stopped for ever
+
+
+def picture(seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++", "heun", "euler"])
+def test_image_to_image_keeps_what_strength_leaves(sampler):
+    pipe = make_pipeline(sampler, objective="noise")
+    original = torch.from_numpy(np.asarray(picture())).float() / 255
+    far, near = (
+        float((run(pipe, image=picture(), strength=strength, num_inference_steps=20)[0, 0] - original).abs().mean())
+        for strength in (1.0, 0.05)
+    )
+    assert near < 0.15 < 0.3 < far
+    assert pipe.num_timesteps == 1
+    same = run(pipe, image=[picture()] * 2, label=[0, 0], strength=0.5, generator=seeds(4, 4))
+    torch.testing.assert_close(same[0], same[1], atol=1e-5, rtol=0)
+    for wrong, said in (
+        (dict(strength=0.5), "give image, too"), (dict(image=picture(), strength=0), r"must lie in \(0, 1\]"),
+        (dict(image=[picture()] * 2), "2 of image came for 1 images"),
+        (dict(image=torch.zeros(1, 3, 8, 8)), "image has 3 channels, this model's pictures have 1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(pipe, **wrong)
+
+
+@pytest.mark.parametrize(("sampler", "objective"), [("ddpm", "noise"), ("dpm++", "v"), ("flow-heun", "flow")])
+def test_inpainting_changes_the_white_part_alone(sampler, objective):
+    pipe = make_pipeline(sampler, objective=objective)
+    original = torch.from_numpy(np.asarray(picture())).float() / 255
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, 5:] = 255
+    image = run(pipe, image=picture(), mask_image=Image.fromarray(mask))[0, 0]
+    torch.testing.assert_close(image[:, :5], original[:, :5])
+    assert float((image[:, 5:] - original[:, 5:]).abs().mean()) > 0.1
+    with pytest.raises(ValueError, match="give image, too"):
+        run(pipe, mask_image=Image.fromarray(mask))
+
+
+def test_inpainting_latents_keeps_the_known_latents():
+    pipe = make_pipeline("ddim", make_kl())
+    grey = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, 9:] = 255                                                           # half of a latent: made anew
+    settings = dict(image=Image.fromarray(grey), mask_image=Image.fromarray(mask), output_type="latent")
+    latents = run(pipe, **settings)
+    with torch.no_grad():
+        pixels = torch.from_numpy(grey).permute(2, 0, 1)[None].float() / 127.5 - 1
+        z = pipe.vae.encode(pixels).latent_dist.mode()
+    expected = (z - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    torch.testing.assert_close(latents[..., :4], expected[..., :4], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(latents[..., 4:], expected[..., 4:], atol=1e-2)
+
+
+def test_variations_go_from_one_seeds_picture_to_anothers():
+    pipe = make_pipeline("ddim", objective="noise")
+    one, other = run(pipe, generator=seeds(1)), run(pipe, generator=seeds(2))
+    assert torch.equal(run(pipe, generator=seeds(1), variation_generator=seeds(2)), one)
+    whole = run(pipe, generator=seeds(1), variation_generator=seeds(2), variation_strength=1.0)
+    torch.testing.assert_close(whole, other, atol=1e-5, rtol=0)
+    little = run(pipe, generator=seeds(1), variation_generator=seeds(2), variation_strength=0.1)
+    assert 0 < float((little - one).abs().mean()) < float((other - one).abs().mean()) / 2
+    with pytest.raises(ValueError, match="needs variation_generator"):
+        run(pipe, variation_strength=0.5)
+    given = run(pipe, latents=torch.randn(1, 1, 8, 8, generator=seeds(1)[0]), generator=None)
+    torch.testing.assert_close(given, one)
+    with pytest.raises(ValueError, match=r"latents have shape \(1, 1, 4, 4\), 1 images of this size need"):
+        run(pipe, latents=torch.zeros(1, 1, 4, 4))
+
+
+def test_any_fitting_scheduler_of_diffusers_and_no_other():
+    pipe = make_pipeline("ddim", objective="noise")
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    together = run(pipe, label=[0, 1], generator=seeds(0, 1))
+    torch.testing.assert_close(together[1:], run(pipe, label=1, generator=seeds(1)), atol=1e-5, rtol=0)
+    pipe.scheduler = DDIMScheduler(beta_schedule="scaled_linear")
+    with pytest.raises(ValueError, match="DDIMScheduler has other noise levels"):
+        run(pipe)
+    pipe.set_sampler("unipc")
+    assert type(pipe.scheduler).__name__ == "UniPCMultistepScheduler"
+    with pytest.raises(ValueError, match="this one was trained for noise; use ddpm"):
+        pipe.set_sampler("flow-euler")
+    with pytest.raises(ValueError, match="did you mean"):
+        pipe.set_sampler("unipcc")
+
+
+@pytest.mark.parametrize("vae", [None, make_kl()], ids=["pixels", "latents"])
+def test_a_saved_pipeline_makes_the_same_images(vae, tmp_path):
+    codec = dict(scale=0.3, shift=0.1) if vae else None
+    pipe = make_pipeline("ddim", vae, codec, objective="noise")
+    pipe.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 2
+    again = LaMambaPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(run(pipe), run(again))
+    assert again.label_names == tuple(NAMES.values())
+    assert again.codec_facts == pipe.codec_facts
+    assert set(again.components) == {"unet", "vae", "scheduler"}
+    half = LaMambaPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    assert half.unet.dtype == torch.bfloat16
+    assert run(half).isfinite().all()
+    # lamamba sample takes it, too, and makes the same pictures
+    network, facts = find_network(tmp_path)
+    assert facts.label_names == ("cat", "dog", "bird")
+    assert (facts.scale, facts.shift) == ((0.3, 0.1) if vae else (1.0, 0.0))
+    assert facts.image_size == (16 if vae else 8)
+    decoder = LatentDecoder(facts.autoencoder, facts) if vae else None
+    pictures = generate(network, [2], [7], sampler="ddim", num_steps=6, guidance=2.0, decoder=decoder)
+    same = levels(run(pipe, label="bird", generator=seeds(7), output_type="pil"))
+    assert np.abs(pictures.astype(int) - same.reshape(pictures.shape)).max() <= 1
+
+
+def test_diffusers_alone_loads_it_with_the_code_beside_it(tmp_path):
+    pipe = make_pipeline("ddim", objective="noise")
+    pipe.save_pretrained(tmp_path / "saved")
+    code = (
+        "import sys, torch; from diffusers import DiffusionPipeline; assert 'lamamba' not in sys.modules; "
+        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline='pipeline', trust_remote_code=True); "
+        "seed = torch.Generator().manual_seed(7); "
+        "images = pipe(1, num_inference_steps=6, generator=[seed], output_type='pt').images; "
+        "torch.save(images, sys.argv[2])"
+    )
+    out = tmp_path / "images.pt"
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", code, str(tmp_path / "saved"), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(out, weights_only=True), run(pipe, label=1, generator=seeds(7)))
+
+
+@pytest.mark.parametrize(("damage", "said"), [
+    (lambda unet: (unet / "diffusion_pytorch_model.safetensors").rename(unet / "diffusion_pytorch_model.bin"),
+     "weights as a pickle can run code"),
+    (lambda unet: (unet / "config.json").write_text((unet / "config.json").read_text().replace("width", "widht")),
+     "configuration field 'widht' is unknown; did you mean 'width'"),
+])
+def test_loading_is_strict(damage, said, tmp_path):
+    make_pipeline().save_pretrained(tmp_path)
+    damage(tmp_path / "unet")
+    with pytest.raises(ValueError, match=said):
+        LaMambaPipeline.from_pretrained(tmp_path)
+
+
+def test_what_does_not_fit_together_is_refused(tmp_path):
+    network = random_network(small_config(width=8, in_channels=1, objective="flow"))
+    scheduler = make_scheduler("flow-euler", "flow")
+    for given, said in (
+        (dict(vae=make_kl()), "the vae makes latents of 4 channels, the network reads 1"),
+        (dict(vae=None, codec={"scale": 1.0}), "codec was given without a vae"),
+        (dict(vae=None, id2label={0: "cat"}), "id2label has 1 names for 3 classes; class 1 has none"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            LaMambaPipeline(network, scheduler=scheduler, **given)
+    with pytest.raises(ValueError, match="codec entry 'scal' is unknown; did you mean 'scale'"):
+        make_pipeline("ddim", make_kl(), {"scal": 2.0})
+    pipe = make_pipeline()
+    with pytest.raises(ValueError, match="only safetensors are written"):
+        pipe.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(ValueError, match="there is no tiling to set"):
+        pipe.enable_vae_tiling()
+
+
+def test_slices_and_tiles_of_the_vae_change_little():
+    pipe = make_pipeline("ddim", make_kl())
+    whole = run(pipe, label=[0, 1], generator=seeds(0, 1))
+    pipe.enable_vae_slicing()
+    torch.testing.assert_close(run(pipe, label=[0, 1], generator=seeds(0, 1)), whole, atol=1e-4, rtol=0)
+    pipe.disable_vae_slicing()
+    pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 8, 16
+    pipe.enable_vae_tiling()
+    tiled = run(pipe, height=32, width=32)
+    pipe.disable_vae_tiling()
+    assert tiled.shape == (1, 3, 32, 32)
+    assert not torch.equal(tiled, run(pipe, height=32, width=32))
+
+
+def test_offloaded_networks_make_the_same_images():
+    """accelerate's hooks, which bring weights to the device for each call of forward."""
+    pipe = make_pipeline("ddim", objective="noise")
+    plain = run(pipe)
+    accelerate.cpu_offload(
+        pipe.unet, execution_device=torch.device("cpu"), preload_module_classes=pipe.unet._no_split_modules)
+    assert {parameter.device.type for parameter in pipe.unet.parameters()} == {"meta"}
+    torch.testing.assert_close(run(pipe), plain, atol=1e-5, rtol=0)
+    assert run(pipe, height=16).shape == (1, 1, 16, 8)
+    torch.testing.assert_close(run(pipe), plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("way", ["to", "enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_on_a_gpu(way):
+    pipe = make_pipeline("ddpm", make_kl())
+    plain = run(pipe, label=[0, 1], generator=seeds(0, 1))
+    pipe.to("cuda") if way == "to" else getattr(pipe, way)()
+    images = run(pipe, label=[0, 1], generator=seeds(0, 1))
+    torch.testing.assert_close(images.cpu(), plain, atol=5e-3, rtol=0)
