@@ -23,13 +23,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from lamamba.config import Objective
 from lamamba.data.digits import Digits
 from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
 from lamamba.evaluation.digits import DigitJudge
@@ -41,6 +41,7 @@ from lamamba.training.loop import train
 from lamamba.training.state import find_network
 
 EVALUATIONS = (2, 3, 4, 6, 8, 12, 16, 32)
+SHOWN: tuple[Objective, ...] = ("noise", "flow")
 FIRST_SEED = 50_000
 TRAINING_STEPS = 400
 
@@ -74,7 +75,7 @@ def train_noise_model() -> LaMambaUNet:
         return train(config, Digits(config.data.image_size), Path(folder) / "run", []).ema
 
 
-def steps_for(sampler: str, objective: Any, evaluations: int) -> int | None:
+def steps_for(sampler: str, objective: Objective, evaluations: int) -> int | None:
     """How many steps make so many evaluations; None where no number does."""
     for steps in range(SAMPLERS[sampler].min_steps, evaluations + 1):
         if len(make_scheduler(sampler, objective, steps).timesteps) == evaluations:
@@ -82,7 +83,7 @@ def steps_for(sampler: str, objective: Any, evaluations: int) -> int | None:
     return None
 
 
-def number_of(sampler: str, objective: Any, evaluations: int) -> int | None:
+def number_of(sampler: str, objective: Objective, evaluations: int) -> int | None:
     """So many evaluations, or one fewer where the sampler makes only odd numbers (heun); None for neither."""
     return next((n for n in (evaluations, evaluations - 1) if n and steps_for(sampler, objective, n)), None)
 
@@ -116,10 +117,10 @@ def measure(
 def markdown(results: dict[str, list[dict[str, float]]], floor: float) -> str:
     """Two tables for each objective: a row for each sampler, a column for each number of evaluations."""
     text = []
-    for title, objective in (("noise", "noise"), ("flow", "flow")):
+    for objective in SHOWN:
         names = [name for name in samplers_for(objective) if name in results]
         for score, form in (("distance", "{:.2f}"), ("recognised", "{:.0%}")):
-            text += [f"| {title} model: {score} | " + " | ".join(map(str, EVALUATIONS)) + " |",
+            text += [f"| {objective} model: {score} | " + " | ".join(map(str, EVALUATIONS)) + " |",
                      "|---" * (len(EVALUATIONS) + 1) + "|"]
             for name in names:
                 by_number = {line["evaluations"]: line for line in results[name]}
@@ -138,7 +139,7 @@ def draw(results: dict[str, list[dict[str, float]]], floor: float, path: Path) -
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
-    for axes, objective, title in zip(panels, ("noise", "flow"), ("noise model", "flow model"), strict=True):
+    for axes, objective in zip(panels, SHOWN, strict=True):
         names = [name for name in samplers_for(objective) if name in results]
         for name, marker in zip(names, "osD^vPX*", strict=False):
             lines = sorted(results[name], key=lambda line: line["evaluations"])
@@ -146,7 +147,7 @@ def draw(results: dict[str, list[dict[str, float]]], floor: float, path: Path) -
                       marker=marker, markersize=5, label=name)
         axes.axhline(floor, color="0.5", linestyle="--", linewidth=1)
         axes.text(EVALUATIONS[0], floor, "real digits", color="0.4", va="bottom", fontsize=9)
-        axes.set(xscale="log", yscale="log", xlabel="evaluations of the network per image", title=title)
+        axes.set(xscale="log", yscale="log", xlabel="evaluations of the network per image", title=f"{objective} model")
         axes.set_xticks(EVALUATIONS, list(map(str, EVALUATIONS)))
         axes.minorticks_off()
         axes.grid(alpha=0.3)
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400, help="of each sampler and number of steps")
     parser.add_argument("--samplers", nargs="*", help="some only")
     parser.add_argument("--most", type=int, default=max(EVALUATIONS), help="evaluations")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="results; samplers that it has already are not measured again")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--markdown", type=Path)
     chosen = parser.parse_args()
@@ -179,20 +180,26 @@ def main() -> None:
     real, labels = rows(digits.images), [k % 10 for k in range(chosen.images)]
     judge = DigitJudge(digits.images, digits.labels)
     order = np.random.default_rng(0).permutation(len(real))
-    in_turn = order[np.argsort(_place_in_class(digits.labels[order]), kind="stable")]           # 0 to 9, again and again
+    in_turn = order[np.argsort(_place_in_class(digits.labels[order]), kind="stable")]       # 0 to 9, again and again
     floor = frechet_distance(real[in_turn[: chosen.images]], real[in_turn[chosen.images :]])
-    flow = find_network(chosen.flow_model or shipped_model())[0]
-    noise = find_network(chosen.noise_model)[0] if chosen.noise_model else train_noise_model()
-    results = {
-        name: measure(model.eval(), name, labels, real, judge, chosen.most)
-        for model in (noise, flow) for name in samplers_for(model.architecture.objective)
-        if not chosen.samplers or name in chosen.samplers
-    }
+    results: dict[str, list[dict[str, float]]] = {}
+    if chosen.json and chosen.json.is_file():
+        before = json.loads(chosen.json.read_text(encoding="utf-8"))
+        results = before["samplers"] if before["images"] == chosen.images else {}
+    for objective in SHOWN:
+        names = [name for name in samplers_for(objective) if name not in results]
+        names = [name for name in names if not chosen.samplers or name in chosen.samplers]
+        if names and objective == "flow":
+            model = find_network(chosen.flow_model or shipped_model())[0]
+        elif names:
+            model = find_network(chosen.noise_model)[0] if chosen.noise_model else train_noise_model()
+        for name in names:
+            results[name] = measure(model.eval(), name, labels, real, judge, chosen.most)
+            if chosen.json:
+                facts = {"images": chosen.images, "floor": floor, "samplers": results}
+                chosen.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     text = markdown(results, floor)
     print(f"\n{text}")
-    if chosen.json:
-        facts = {"images": chosen.images, "floor": floor, "samplers": results}
-        chosen.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     if chosen.markdown:
         chosen.markdown.write_text(text, encoding="utf-8")
     if chosen.picture:
