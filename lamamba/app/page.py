@@ -8,6 +8,7 @@ import random
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,15 @@ from lamamba.app.studio import MAX_GUIDANCE, MAX_SEED, Frame, Request, Studio
 from lamamba.diffusion.denoise import SAMPLERS
 from lamamba.generation.settings import png_text
 
-Compose = Callable[[np.ndarray, int, list[str], int], Image.Image]
-"""(images (n, h, w, c) uint8, columns, names of the rows, width of an image on the page) -> one picture."""
+Compose = Callable[[np.ndarray, int, list[str], int, bool], Image.Image]
+"""(images (n, h, w, c) uint8, columns, names of the rows, width of an image on the page, pixels as squares) -> one
+picture."""
 
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""Of an event: no veil over what it changes, and nothing that programs would call."""
+SQUARES, SMOOTH = "squares", "smooth"
+SMALL = 64
+"""Pixels: below, an image is enlarged so much that it matters how."""
 FEW_CLASSES = 20
 """So many are boxes to tick; more are a list to search."""
 WAITING = 200
@@ -52,6 +59,14 @@ def theme() -> Any:
     )
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What a visitor sees."""
+
+    request: Request
+    images: np.ndarray
+
+
 def build_page(studio: Studio, compose: Compose) -> Any:
     """The page: controls on the left, the drawing on the right.
 
@@ -64,9 +79,26 @@ def build_page(studio: Studio, compose: Compose) -> Any:
     """
     names = list(studio.class_names)
 
+    is_small = max(studio.size) < SMALL
+
+    def table(drawn: Drawn, look: str) -> Image.Image:
+        columns, rows = studio.columns_of(drawn.request), list(studio.row_names_of(drawn.request))
+        cell = _cell_pixels(columns, len(drawn.images), bool(rows))
+        return compose(drawn.images, columns, rows, cell, look == SQUARES)
+
+    def finish(drawn: Drawn, look: str, status: str, kept: Drawn | None) -> Iterator[tuple[Any, ...]]:
+        with tempfile.TemporaryDirectory() as folder:                           # gradio keeps a copy of what it sends
+            place = Path(folder) / _file_name(drawn.request)
+            table(drawn, look).save(place, format="PNG", pnginfo=png_text(studio.facts_of(drawn.request)))
+            yield str(place), status, gr.update(value=str(place), interactive=True), _repeat(place.name), kept
+
+    def look_again(kept: Drawn | None, look: str) -> Iterator[tuple[Any, ...]]:
+        if kept is not None:
+            yield from finish(kept, look, gr.skip(), kept)
+
     def draw(
         classes: list[str] | str | None, num: float, seed: float, sampler: str, steps: float, guidance: float,
-        height: float, width: float,
+        height: float, width: float, look: str,
     ) -> Iterator[tuple[Any, ...]]:
         try:
             request = Request(
@@ -75,15 +107,11 @@ def build_page(studio: Studio, compose: Compose) -> Any:
                 height=_whole(height), width=_whole(width),
             )
             for frame in studio.draw(request):
-                columns, rows = studio.columns_of(request), list(studio.row_names_of(request))
-                table = compose(frame.images, columns, rows, _cell_pixels(columns, len(frame.images), bool(rows)))
-                if not frame.is_last:
-                    yield table, _status(frame), gr.update(interactive=False), ""
-                    continue
-                with tempfile.TemporaryDirectory() as folder:                   # gradio keeps a copy of what it sends
-                    place = Path(folder) / _file_name(request)
-                    table.save(place, format="PNG", pnginfo=png_text(studio.facts_of(request)))
-                    yield str(place), _status(frame), gr.update(value=str(place), interactive=True), _repeat(place.name)
+                drawn = Drawn(request, frame.images)
+                if frame.is_last:
+                    yield from finish(drawn, look, _status(frame), drawn if is_small else None)
+                else:
+                    yield table(drawn, look), _status(frame), gr.update(interactive=False), "", None
         except (ValueError, RuntimeError, MemoryError) as error:
             raise gr.Error(html.escape(_sentence(error)), title="That does not work", print_exception=False) from None
 
@@ -120,6 +148,9 @@ def build_page(studio: Studio, compose: Compose) -> Any:
                             )
                             for label, own in (("Height", studio.size[0]), ("Width", studio.size[1]))
                         ]
+                look = gr.Radio(
+                    [SQUARES, SMOOTH], value=SQUARES, label="Show pixels as", visible=is_small, elem_id="look"
+                )
             with gr.Column(scale=6, min_width=340):
                 picture = gr.Image(
                     label="Picture", show_label=False, format="png", interactive=False, elem_id="picture",
@@ -127,21 +158,18 @@ def build_page(studio: Studio, compose: Compose) -> Any:
                     placeholder="Press Draw",
                 )
                 status = gr.HTML(_hint(), elem_id="status")
+                kept = gr.State(None)
                 keep = gr.DownloadButton("Save picture with its settings", interactive=False, elem_id="keep")
                 repeat = gr.Markdown("", elem_id="repeat")
-        dice.click(lambda: random.randrange(2**31), outputs=seed, show_progress="hidden", queue=False, api_name=False)
-        drawing = go.click(
-            lambda: "Waiting for its turn ...", outputs=status, queue=False, show_progress="hidden", api_name=False
-        ).then(
-            draw, [classes, num, seed, sampler, steps, guidance, *sides], [picture, status, keep, repeat],
-            show_progress="hidden", api_name="draw",
+        shown, at_once = [picture, status, keep, repeat, kept], {**QUIET, "queue": False}
+        dice.click(lambda: random.randrange(2**31), outputs=seed, **at_once)
+        drawing = go.click(lambda: "Waiting for its turn ...", outputs=status, **at_once).then(
+            draw, [classes, num, seed, sampler, steps, guidance, *sides, look], shown, show_progress="hidden",
+            api_name="draw",
         )
-        drawing.failure(
-            lambda: "Nothing was drawn.", outputs=status, queue=False, show_progress="hidden", api_name=False
-        )
-        stop.click(
-            lambda: "Stopped.", outputs=status, cancels=[drawing], queue=False, show_progress="hidden", api_name=False
-        )
+        drawing.failure(lambda: "Nothing was drawn.", outputs=status, **at_once)
+        stop.click(lambda: "Stopped.", outputs=status, cancels=[drawing], **at_once)
+        look.change(look_again, [kept, look], shown, **QUIET)
     page.queue(default_concurrency_limit=1, max_size=WAITING)
     return page
 

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from lamamba.config import unknown_name
-from lamamba.data.codec import Decoder, PixelCodec
+from lamamba.data.codec import LatentDecoder, PixelCodec
 from lamamba.diffusion.denoise import SAMPLERS, samplers_for
 from lamamba.diffusion.guidance import Guidance
 from lamamba.generation import generate
@@ -30,6 +30,7 @@ BATCH_TOKENS = 16_384
 """Of the images that the network sees at once: 100 digits, 16 pictures of 256 pixels."""
 PAPER = 235
 """Grey of images that have not been begun."""
+THREAD_NAME = "lamamba drawing"
 FRAMES_PER_SECOND = 12
 """Intermediate pictures that are sent at most: eyes and connections need no more."""
 
@@ -70,14 +71,14 @@ class Studio:
     """One network and its facts, drawing for one caller at a time."""
 
     def __init__(
-        self, model: LaMambaUNet, facts: SamplingFacts, *, name: str, source: str, decoder: Decoder | None = None
+        self, model: LaMambaUNet, facts: SamplingFacts, *, name: str, source: str, decoder: LatentDecoder | None = None
     ):
         """
         Args:
             model: on the device and in the precision it is to run in.
             facts: of the model: names of its classes, kind of its images.
             name: for the page's heading.
-            source: as lamamba sample would be told, "" for the model that comes with the package.
+            source: how the pictures' settings name it, for lamamba sample to find it again.
             decoder: of latents; None for a model of pixels.
         """
         self.model, self.facts, self.name, self.source = model, facts, name, source
@@ -86,7 +87,7 @@ class Studio:
         named = len(facts.label_names) == config.num_classes
         self.class_names = tuple(facts.label_names) if named else tuple(map(str, range(config.num_classes)))
         self.samplers = samplers_for(config.objective)
-        self.pixel = facts.image_size // config.input_size[0]
+        self.pixel = max(1, facts.image_size // config.input_size[0]) if decoder else 1
         """Pixels of the picture for each of the network's own: 1, or a latent's."""
         self.side_step = 4 * config.patch_size * self.pixel
         """Sides are multiples of it."""
@@ -150,7 +151,9 @@ class Studio:
         frames: queue.Queue[Frame | BaseException] = queue.Queue()
         is_watched = threading.Event()
         is_watched.set()
-        worker = threading.Thread(target=self._work, args=(request, frames, is_watched), daemon=True)
+        worker = threading.Thread(
+            target=self._work, args=(request, frames, is_watched), name=THREAD_NAME, daemon=True
+        )
         worker.start()
         try:
             while True:
@@ -169,11 +172,13 @@ class Studio:
         height, width = self.size_of(request)
         sampler = request.sampler or self.samplers[0]
         count = self._count(request)
+        autoencoder = self._decoder.autoencoder if self._decoder else None
         settings = Settings(
             model=self.source, model_sha256=self._fingerprint, sampler=sampler,
             steps=request.steps or SAMPLERS[sampler].default_steps, height=height, width=width,
-            guidance=Guidance(float(request.guidance)), autoencoder=self.facts.autoencoder,
-            autoencoder_sha256=self.facts.autoencoder_sha256, dtype=str(self.model.dtype).removeprefix("torch."),
+            guidance=Guidance(float(request.guidance)), autoencoder=autoencoder.name if autoencoder else None,
+            autoencoder_sha256=autoencoder.sha256 if autoencoder else None,
+            dtype=str(self.model.dtype).removeprefix("torch."),
         )
         labels = self._labels(request)
         return PictureFacts(

@@ -56,8 +56,8 @@ def main(arguments: list[str]) -> None:
 
     studio = open_studio(chosen.model, chosen.autoencoder, chosen.device)
     print(f"{studio.name}: {studio.parameters / 1e6:.2f} M parameters, on {studio.model.device}", flush=True)
-    def compose(images: np.ndarray, columns: int, names: list[str], cell_pixels: int) -> Image.Image:
-        return grid_picture(images, columns, names, cell_pixels=cell_pixels, crisp=True)
+    def compose(images: np.ndarray, columns: int, names: list[str], cell_pixels: int, crisp: bool) -> Image.Image:
+        return grid_picture(images, columns, names, cell_pixels=cell_pixels, crisp=crisp)
 
     serve(studio, compose, host=chosen.host, port=chosen.port, share=chosen.share, browser=chosen.open)
 
@@ -68,22 +68,15 @@ def open_studio(place: Path | None, autoencoder: str | None, device_name: str) -
     Raises:
         OSError, ValueError: when there is none, or it lacks something.
     """
+    import torch
+
     from lamamba.app.studio import Studio
-    from lamamba.data.codec import LatentDecoder
+    from lamamba.cli.models import move, open_model
     from lamamba.pretrained import DESCRIPTION as SHIPPED
-    from lamamba.pretrained import shipped_model
     from lamamba.training.loop import pick_device
-    from lamamba.training.state import find_network
 
     device = pick_device(device_name)
-    source = shipped_model() if place is None else place
-    model, facts = find_network(source)
-    decoder = None
-    if facts.codec == "latents":
-        if (name := autoencoder or facts.autoencoder) is None:
-            raise ValueError("this model makes latents: name the autoencoder that decodes them with --autoencoder")
-        decoder = LatentDecoder(name, facts, device)
-    elif autoencoder is not None:
-        raise ValueError("this model makes pixels: leave --autoencoder out")
-    name = f"{SHIPPED} (the model that comes with the package)" if place is None else str(place)
-    return Studio(model.to(device), facts, name=name, source=str(source), decoder=decoder)
+    model = open_model(place, autoencoder, device)
+    name = f"{SHIPPED.capitalize()}, the model that comes with the package" if place is None else str(place)
+    network = move(model.network, device, torch.float32)
+    return Studio(network, model.facts, name=name, source=model.name, decoder=model.decoder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-DESCRIPTION = "handwritten digits, 8 x 8 pixels"
+DESCRIPTION = "handwritten digits"
 
 
 def shipped_model() -> Path:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 
 import pytest
 
+from lamamba.app.studio import THREAD_NAME
 from lamamba.generation.settings import read_png_facts
 from tests.app.test_page import server  # noqa: F401 (a fixture)
 
@@ -74,8 +77,19 @@ def test_no_class_is_a_message_and_the_page_goes_on(page):
 
 def test_stop_ends_a_long_drawing(page):
     page.click("#more button")
-    page.locator("#more input[type=number]").first.fill("250")
+    field = page.locator("#more input[type=number]").first
+    field.fill("250")
+    field.press("Tab")
     page.click("#go")
     page.wait_for_function("document.querySelector('#status').innerText.includes('of 250')", timeout=SECONDS)
+    assert is_drawing()
     page.click("#stop")
     page.wait_for_selector("text=Stopped.", timeout=SECONDS)
+    until = time.monotonic() + 10                                               # alone it would take twice as long
+    while is_drawing() and time.monotonic() < until:
+        page.wait_for_timeout(50)
+    assert not is_drawing()
+
+
+def is_drawing():
+    return any(thread.name == THREAD_NAME for thread in threading.enumerate())

@@ -11,17 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lamamba.app.studio import Studio
+from lamamba.cli.app import open_studio
+from lamamba.cli.main import main
 from lamamba.cli.pictures import grid_picture
 from lamamba.generation.settings import read_png_facts
-from lamamba.pretrained import shipped_model
-from lamamba.training.state import find_network
 
 VISITORS = 50
 
 
-def crisp(images, columns, names, cell_pixels):
-    return grid_picture(images, columns, names, cell_pixels=cell_pixels, crisp=True)
+def compose(images, columns, names, cell_pixels, crisp):
+    return grid_picture(images, columns, names, cell_pixels=cell_pixels, crisp=crisp)
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +29,8 @@ def server():
     pytest.importorskip("gradio", reason="the page needs gradio")
     from lamamba.app.page import serve
 
-    studio = Studio(*find_network(shipped_model()), name="digits", source=str(shipped_model()))
-    page = serve(studio, crisp, host="127.0.0.1", port=None, in_background=True)
+    studio = open_studio(None, None, "cpu")
+    page = serve(studio, compose, host="127.0.0.1", port=None, in_background=True)
     yield page.local_url, studio
     page.close()
 
@@ -43,8 +42,9 @@ def client(server, tmp_path):
     return Client(server[0], verbose=False, download_files=str(tmp_path))
 
 
-def ask(client, classes=("4",), num=1, seed=3, sampler="flow-euler", steps=3, guidance=1.0, height=8, width=8):
-    return client.predict(list(classes), num, seed, sampler, steps, guidance, height, width, api_name="/draw")
+def ask(client, classes=("4",), num=1, seed=3, sampler="flow-euler", steps=3, guidance=1.0, height=8, width=8,
+        look="squares"):
+    return client.predict(list(classes), num, seed, sampler, steps, guidance, height, width, look, api_name="/draw")
 
 
 def test_a_picture_comes_with_its_settings(client, server):
@@ -55,6 +55,24 @@ def test_a_picture_comes_with_its_settings(client, server):
     assert facts.seeds == (3, 4, 5, 6, 7, 8)
     assert (facts.settings.steps, facts.settings.guidance.scale) == (5, 1.5)
     assert Image.open(picture).width > 400                                      # enlarged for eyes
+
+
+def pixels_of(table, columns):
+    """The images (n, 8, 8, 1) of a crisp table without names."""
+    side = (table.width - 6) // columns - 6
+    corners = [(x, y) for y in range(6, table.height, side + 6) for x in range(6, table.width, side + 6)]
+    cells = [table.crop((x, y, x + side, y + side)).convert("L").resize((8, 8), Image.Resampling.NEAREST)
+             for x, y in corners]
+    return np.stack([np.asarray(cell)[..., None] for cell in cells])
+
+
+def test_the_command_line_repeats_a_picture_of_the_page(client, tmp_path):
+    picture, *_ = ask(client, num=4, steps=5, guidance=1.5)
+    assert main(["sample", "--like", str(picture), "--out", str(tmp_path / "again.png")]) == 0
+    assert read_png_facts(tmp_path / "again.png") == read_png_facts(picture)
+    expected = grid_picture(pixels_of(Image.open(picture), 2), 2)
+    difference = np.asarray(Image.open(tmp_path / "again.png")).astype(int) - np.asarray(expected)
+    assert abs(difference).max() <= 1                                           # of 255: to rounding
 
 
 def test_pixels_are_crisp(client):
