@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lamamba.cli.models import OpenModel
-from lamamba.config import unknown_name
+from lamamba.data.labels import find_label
 from lamamba.generation.settings import Between, PictureFacts
 
 DEFAULT_COLUMNS, DEFAULT_CLASSES, PATH_ROWS = 8, 10, 4
@@ -29,22 +29,7 @@ def parse_classes(text: str | None, label_names: tuple[str, ...], num_classes: i
     """
     if text is None:
         return list(range(min(DEFAULT_CLASSES, num_classes)))
-    return [parse_class(word.strip(), label_names, num_classes) for word in text.split(",")]
-
-
-def parse_class(word: str, label_names: tuple[str, ...], num_classes: int) -> int:
-    """A class by name or number.
-
-    Raises:
-        ValueError: when there is none.
-    """
-    if word in label_names:
-        return label_names.index(word)
-    if word.lstrip("-").isdigit():
-        if not 0 <= int(word) < num_classes:
-            raise ValueError(f"class {word} is out of range; this model knows 0 .. {num_classes - 1}")
-        return int(word)
-    raise unknown_name("class", word, label_names or map(str, range(num_classes)))
+    return [find_label(word.strip(), label_names, num_classes) for word in text.split(",")]
 
 
 def table(model: OpenModel, classes: str | None, num: int, seed: int) -> Asked:
@@ -86,7 +71,7 @@ def path_between(model: OpenModel, text: str, classes: str | None, num: int, see
         raise ValueError(f"{model.name} is unconditional: it knows no classes to go between; write seeds:3:7")
     if classes is not None:
         raise ValueError("--interpolate classes:A:B names its classes itself: leave --classes out")
-    a, b = (parse_class(end, model.facts.label_names, model.num_classes) for end in ends)
+    a, b = (find_label(end, model.facts.label_names, model.num_classes) for end in ends)
     starts = range(seed, seed + PATH_ROWS)
     return Asked(
         tuple(start for start in starts for _ in weights), tuple(Between(a, b, w) for _ in starts for w in weights),

@@ -172,7 +172,7 @@ def prepare(
     from lamamba.diffusion.guidance import Guidance
     from lamamba.generation.settings import Settings, fingerprint
 
-    model = open_model(chosen.model, chosen.autoencoder, device)
+    model = open_model(_place_of(chosen, facts), chosen.autoencoder, device)
     if speaks and model.name == SHIPPED:
         print("no model was named: the small digits model that ships with lamamba draws", flush=True)
     if facts is not None and model.name == facts.settings.model and model.sha256 != facts.settings.model_sha256:
@@ -204,6 +204,26 @@ def prepare(
         dtype=chosen.dtype or "float32", compiled=chosen.compile,
     )
     return model, weaker, settings
+
+
+def _place_of(chosen: SampleArguments, facts: PictureFacts | None) -> Path | None:
+    """The folder of the model; None for the shipped one, which may have had another place when it made the picture.
+
+    Raises:
+        FileNotFoundError: when the model that made the picture to be repeated is not where it was.
+    """
+    from lamamba.cli.models import find_shipped, open_network
+    from lamamba.generation.settings import fingerprint
+
+    place = chosen.model
+    if facts is None or place is None or str(place) != facts.settings.model or place.exists():
+        return place
+    try:
+        if fingerprint(open_network(find_shipped())[0]) == facts.settings.model_sha256:
+            return None
+    except FileNotFoundError:
+        pass
+    raise FileNotFoundError(f"{chosen.like} was made by {place}, which is not here: name the model's folder as MODEL")
 
 
 def to_device(

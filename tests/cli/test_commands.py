@@ -201,8 +201,8 @@ def test_mistakes_are_answered_in_one_line(lamamba, tmp_path, arguments, said):
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["--classes", "10"], "class 10 is out of range; this model knows 0 .. 9"),
-    (["--classes", "seven"], "class 'seven' is unknown"),
+    (["--classes", "10"], "label 10 is out of range; this model knows 0 .. 9"),
+    (["--classes", "seven"], "label 'seven' is unknown"),
     (["--sampler", "ddpm"], "use flow-euler or flow-heun"),
     (["--num", "0"], "--num 0 must be at least 1"),
     (["--steps", "0"], "takes 1 to 1000 steps, not 0"),
