@@ -69,8 +69,11 @@ def main(arguments: list[str]) -> None:
     if chosen.images < 0:
         raise ValueError(f"--images {chosen.images} must be 0 (no grid) or more")
 
+    from lamamba.models.export import require_onnx
     from lamamba.training.state import find_network
 
+    if chosen.onnx:
+        require_onnx()
     model, facts = find_network(chosen.source, chosen.ema)
     temporary = chosen.target.with_name(f".{chosen.target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -38,6 +44,24 @@ def export_program(model: LaMambaUNet) -> ExportedProgram:
         return torch.export.export(model.eval(), inputs, dynamic_shapes=[{0: batch} for _ in inputs])
 
 
+def require_onnx() -> None:
+    """Refuse early where ONNX files cannot be made and checked.
+
+    Raises:
+        RuntimeError: when onnx, onnxscript or onnxruntime are not installed.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not _is_there(name)]
+    if missing:
+        raise RuntimeError(f"ONNX needs {', '.join(missing)}: pip install lamamba-diff[export]")
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:                                                          # it was imported, and not from a file
+        return sys.modules.get(module) is not None
+
+
 def export_onnx(model: LaMambaUNet, path: Path) -> float:
     """Write the network as ONNX, for batches of any size, and run it in onnxruntime beside PyTorch.
 
@@ -47,24 +71,17 @@ def export_onnx(model: LaMambaUNet, path: Path) -> float:
         The largest error over the largest value, over batches of 1, 2 and 5.
 
     Raises:
-        ModuleNotFoundError: when onnx, onnxscript or onnxruntime are not installed.
-        RuntimeError: when onnxruntime's numbers are not PyTorch's.
+        RuntimeError: when onnx, onnxscript or onnxruntime are not installed, or onnxruntime's numbers are not PyTorch's.
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401 (torch.onnx needs it, and says so late)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error.name} is not installed; pip install lamamba-diff[export]") from error
-    with use_backend("torch"):
-        program = export_program(model)
-    program = program.run_decompositions({torch.ops.lamamba.selective_scan.default: _scan})
-    for node in program.graph.nodes:                                            # attention's result lies in memory in
-        if node.target is torch.ops.aten.view.default:                          # another order in its plain form
-            node.target = torch.ops.aten.reshape.default
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.onnx.export(
-        program, (), str(path), dynamo=True, opset_version=OPSET, output_names=["output"], verbose=False,
-    )
+    require_onnx()
+    import onnxruntime
+
+    with _quietly():
+        program = _with_standard_operations(model)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.onnx.export(
+            program, (), str(path), dynamo=True, opset_version=OPSET, output_names=["output"], verbose=False,
+        )
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names, worst = [given.name for given in session.get_inputs()], 0.0
     for batch in (1, 2, 5):
@@ -78,5 +95,36 @@ def export_onnx(model: LaMambaUNet, path: Path) -> float:
     return worst
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Exporters warn of what is missing and unfinished in themselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _with_standard_operations(model: LaMambaUNet) -> ExportedProgram:
+    with use_backend("torch"):
+        program = export_program(model)
+    for node in program.graph.nodes:                                            # attention's plain form gives a result
+        if node.target is torch.ops.aten.view.default:                          # that lies in memory in another order
+            node.target = torch.ops.aten.reshape.default
+    program = program.run_decompositions({
+        torch.ops.lamamba.selective_scan.default: _scan,
+        torch.ops.aten.scaled_dot_product_attention.default: _attention,
+    })
+    return program
+
+
 def _scan(x, dt, B, C, W_dt, b_dt, A, D, paths, backend):
     return doubling.forward(x, dt, B, C, W_dt, b_dt, A, D, paths)
+
+
+def _attention(q, k, v, mask):
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + mask
+    return torch.softmax(scores, dim=-1) @ v

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,13 @@ def test_what_cannot_be_exported_leaves_nothing_behind(extra, said, tmp_path, ca
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), *extra]) == 2
     assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_onnx_without_its_libraries_is_refused_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    saved_model(tmp_path / "model")
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--onnx"]) == 2
+    assert "pip install lamamba-diff[export]" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten_and_damage_is_seen(tmp_path, capsys):

@@ -23,7 +23,8 @@ def forward(
     for n in range(A.shape[2]):                                                 # the states do not hear of each other
         decay = torch.exp(delta * A[:, None, :, n].float())
         y = y + C[..., n : n + 1] * _prefixes(decay, delta * u * B[..., n : n + 1])
-    back = torch.argsort(paths, dim=1)                                          # where a direction reads each token
+    times = torch.arange(paths.shape[1], device=paths.device).expand_as(paths)
+    back = torch.zeros_like(paths).scatter(1, paths, times)                     # when a direction reads each token
     return torch.stack([y[:, k, back[k]] for k in range(paths.shape[0])]).sum(0).to(x.dtype)
 
 
