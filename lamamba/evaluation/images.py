@@ -152,7 +152,7 @@ class NpzImages:
         if len(content) != len(places) * size:
             raise ValueError(f"{self._path} ends before image {places.stop}; make or fetch it again")
         self._at = places.stop
-        return np.frombuffer(content, dtype=np.uint8).reshape(len(places), *self.shape)
+        return np.frombuffer(bytearray(content), dtype=np.uint8).reshape(len(places), *self.shape)
 
     def asked(self, places: range) -> None:
         return None
