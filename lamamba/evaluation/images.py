@@ -8,6 +8,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from lamamba.data.digits import Digits
-from lamamba.data.images import BadImage, decode
+from lamamba.data.images import DECODERS, BadImage, decode
 from lamamba.data.sources import Source, open_source
 
 
@@ -82,15 +83,14 @@ class FolderImages:
         return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, 1 if grey else 3)
 
     def read(self, places: range) -> np.ndarray:
-        images = []
-        for k in places:
-            image = self._open(k)
+        with ThreadPoolExecutor(DECODERS) as pool:
+            images = list(pool.map(self._open, places))
+        for k, image in zip(places, images, strict=True):
             if image.shape != self.shape:
                 raise ValueError(
                     f"{self._source.name}: {self._source.file(k)} is {_words(image.shape)}, {self._source.file(0)} is "
                     f"{_words(self.shape)}; all images of a set have one size and one kind (crop them as you trained)"
                 )
-            images.append(image)
         return np.stack(images)
 
     def asked(self, places: range) -> None:
@@ -152,7 +152,7 @@ class NpzImages:
         if len(content) != len(places) * size:
             raise ValueError(f"{self._path} ends before image {places.stop}; make or fetch it again")
         self._at = places.stop
-        return np.frombuffer(content, dtype=np.uint8).reshape(len(places), *self.shape)
+        return np.frombuffer(bytearray(content), dtype=np.uint8).reshape(len(places), *self.shape)
 
     def asked(self, places: range) -> None:
         return None
