@@ -111,7 +111,8 @@ def main() -> None:
                       if line.startswith("model name")), platform.processor())
     result: dict[str, Any] = {
         "samples": chosen.samples, "reference": chosen.reference, "size": chosen.size, "processor": processor,
-        "load": round(os.getloadavg()[0], 1), "threads": os.environ.get("OMP_NUM_THREADS", "unset"), "numpy": np.__version__,
+        "load": round(os.getloadavg()[0], 1), "threads": os.environ.get("OMP_NUM_THREADS", "unset"),
+        "numpy": np.__version__,
     }
     for way in chosen.ways.split(","):
         here, there = multiprocessing.get_context("spawn").Pipe()

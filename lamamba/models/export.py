@@ -71,7 +71,7 @@ def export_onnx(model: LaMambaUNet, path: Path) -> float:
         The largest error over the largest value, over batches of 1, 2 and 5.
 
     Raises:
-        RuntimeError: when onnx, onnxscript or onnxruntime are not installed, or onnxruntime's numbers are not PyTorch's.
+        RuntimeError: when onnx, onnxscript or onnxruntime are not installed, or onnxruntime's numbers differ.
     """
     require_onnx()
     import onnxruntime

@@ -22,8 +22,9 @@ from lamamba.evaluation.digits_network import DigitFeatures
 from lamamba.evaluation.features import InceptionFeatures
 from lamamba.evaluation.inception import Inception
 from lamamba.evaluation.scores import softmax
+from lamamba.files import sha256, write_json
 from lamamba.generation import generate
-from lamamba.training.state import MANIFEST, SamplingFacts, _hash, _hash_of_hashes, load_network, write_json
+from lamamba.training.state import MANIFEST, SamplingFacts, _hash_of_hashes, load_network
 from tests.networks import random_network, small_config
 
 SAMPLE = ["--reference", "digits", "--features", "digits", "--num-images", 40, "--steps", 2, "--device", "cpu"]
@@ -55,7 +56,7 @@ def run(tmp_path_factory) -> Path:
             random_network(config, seed=seed + step).save_pretrained(place / name)
         SamplingFacts(objective="flow", image_size=8, label_names=Digits.label_names).save(place / "sampling.json")
         write_json(place / "state.json", {"version": 1, "step": step, "ema_decays": [0.99, 0.9]})
-        files = {p.relative_to(place).as_posix(): _hash(p) for p in sorted(place.rglob("*")) if p.is_file()}
+        files = {p.relative_to(place).as_posix(): sha256(p) for p in sorted(place.rglob("*")) if p.is_file()}
         write_json(place / MANIFEST, {"version": 1, "files": files, "files_sha256": _hash_of_hashes(files)})
     return folder
 
