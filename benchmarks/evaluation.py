@@ -82,16 +82,18 @@ def straightforward(reference: np.ndarray, samples: np.ndarray, clock: Any) -> d
 def measure(way: str, counts: tuple[int, int], size: int, pipe: Any) -> None:
     """In a process of its own: figures, seconds of each part, peak memory."""
     reference, samples = (make_features(count, size, seed) for seed, count in enumerate(counts))
-    seconds, last = {}, time.perf_counter()
+    seconds, last, busy = {}, time.perf_counter(), time.process_time()
 
     def clock(part: str) -> None:
         nonlocal last
         seconds[part], last = round(time.perf_counter() - last, 2), time.perf_counter()
 
     figures = {"ours": ours, "straightforward": straightforward}[way](reference, samples, clock)
+    busy = time.process_time() - busy
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     pipe.send({
         "figures": figures, "seconds": seconds, "total": round(sum(seconds.values()), 2),
+        "processor_seconds": round(busy, 1),                                    # of all threads: tells a busy machine
         "peak_gib": round(peak / 2**30, 2),
         "features_gib": round((reference.nbytes + samples.nbytes) / 2**30, 2),
     })
@@ -109,7 +111,8 @@ def main() -> None:
                       if line.startswith("model name")), platform.processor())
     result: dict[str, Any] = {
         "samples": chosen.samples, "reference": chosen.reference, "size": chosen.size, "processor": processor,
-        "threads": os.environ.get("OMP_NUM_THREADS", "unset"), "numpy": np.__version__,
+        "load": round(os.getloadavg()[0], 1), "threads": os.environ.get("OMP_NUM_THREADS", "unset"),
+        "numpy": np.__version__,
     }
     for way in chosen.ways.split(","):
         here, there = multiprocessing.get_context("spawn").Pipe()

@@ -13,7 +13,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)   # all, so that they pair up
+    return [text for found, text in fences if found == kind]
 
 
 def test_the_library_example_runs(tmp_path, monkeypatch):
@@ -28,6 +29,10 @@ def test_the_library_example_runs(tmp_path, monkeypatch):
 COMMANDS = [
     line.split("#")[0].strip() for block in blocks("") for line in block.splitlines() if line.startswith("lamamba ")
 ]
+
+
+def test_commands_are_found():
+    assert len(COMMANDS) >= 10
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -167,7 +167,7 @@ def build_page(studio: Studio, compose: Compose) -> Any:
             draw, [classes, num, seed, sampler, steps, guidance, *sides, look], shown, show_progress="hidden",
             api_name="draw",
         )
-        drawing.failure(lambda: "Nothing was drawn.", outputs=status, **at_once)
+        drawing.failure(lambda: "Stopped.", outputs=status, **at_once)    # to gradio, a stop is a failure, too
         stop.click(lambda: "Stopped.", outputs=status, cancels=[drawing], **at_once)
         look.change(look_again, [kept, look], shown, **QUIET)
     page.queue(default_concurrency_limit=1, max_size=WAITING)

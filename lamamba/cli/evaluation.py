@@ -229,13 +229,13 @@ def entries_of(chosen: EvaluateArguments, device: torch.device, watch: Watch) ->
     candidates = find_candidates(path, options.ema, every=chosen.every_checkpoint)
     if len(scales) > 1 and chosen.every_checkpoint:
         raise ValueError("--every-checkpoint and several --guidance scales are two curves; draw one at a time")
-    loaded: dict[Path, Sampler] = {}
+    loaded: dict[Candidate, Sampler] = {}
 
     def make(candidate: Candidate, scale: float) -> Entry:
-        if candidate.network not in loaded:
+        if candidate not in loaded:
             loaded.clear()
-            loaded[candidate.network] = Sampler(candidate, options, device, chosen.batch_size)
-        sampler = loaded[candidate.network]
+            loaded[candidate] = Sampler(candidate, options, device, chosen.batch_size)
+        sampler = loaded[candidate]
         first = [options.seed + count * repeat for repeat in range(chosen.repeats)]
         runs: list[Images] = [sampler.images(count, seed, scale, watch) for seed in first]
         name = f"guidance {scale:g}" if len(scales) > 1 else candidate.name

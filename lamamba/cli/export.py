@@ -33,7 +33,7 @@ class ExportArguments:
     """A run folder (its newest checkpoint), a checkpoint, or a saved model."""
     target: Annotated[Path, tyro.conf.Positional]
     """The folder to write; it must not exist yet."""
-    ema: float | None = None
+    ema: float | Literal["none"] | None = None
     """Decay of the average to take, for runs that keep several; by default the first."""
     sampler: str | None = None
     """The sampler whose scheduler is saved; by default the first that fits. lamamba sample --help names them."""
@@ -69,8 +69,11 @@ def main(arguments: list[str]) -> None:
     if chosen.images < 0:
         raise ValueError(f"--images {chosen.images} must be 0 (no grid) or more")
 
+    from lamamba.models.export import require_onnx
     from lamamba.training.state import find_network
 
+    if chosen.onnx:
+        require_onnx()
     model, facts = find_network(chosen.source, chosen.ema)
     temporary = chosen.target.with_name(f".{chosen.target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -201,6 +204,6 @@ def _write_card(
         chosen.name or chosen.target.name, config, sum(p.numel() for p in pipe.unet.parameters()),
         (config.input_size[0] * pixels, config.input_size[1] * pixels), pipe.label_names, sampler=sampler,
         guidance=guidance, autoencoder=vae, licence=chosen.licence, run=run, step=state.get("step"),
-        ema_decay=chosen.ema or decays[0], has_grid=has_grid,
+        ema=chosen.ema or decays[0], has_grid=has_grid,
     )
     path.write_text(text, encoding="utf-8")

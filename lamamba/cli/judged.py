@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from lamamba.cli.models import open_model
 from lamamba.cli.sample_options import SampleOptions
-from lamamba.data.codec import LatentDecoder
 from lamamba.diffusion.denoise import make_scheduler, samplers_for
-from lamamba.evaluation.features import hash_weights
 from lamamba.evaluation.images import DigitImages, FolderImages, GeneratedImages, Images, NpzImages
+from lamamba.files import read_json
 from lamamba.generation import generate
-from lamamba.models.packing import pack_weights
-from lamamba.models.unet import LaMambaUNet
-from lamamba.training.state import MANIFEST, RunFolder, SamplingFacts, check_manifest, load_network, read_json
+from lamamba.generation.labels import label_of
+from lamamba.training.state import MANIFEST, PIPELINE_INDEX, Average, RunFolder, averages_at
 
 
 def open_images(name: str, image_size: int = 8, limit: int | None = None) -> Images:
@@ -33,8 +32,8 @@ def open_images(name: str, image_size: int = 8, limit: int | None = None) -> Ima
 
 
 def is_model(path: Path) -> bool:
-    """Whether a folder is a run, a checkpoint or a saved network."""
-    return (path / "checkpoints").is_dir() or (path / MANIFEST).is_file() or (path / "sampling.json").is_file()
+    """Whether a folder is a run, a checkpoint, a saved network or a pipeline."""
+    return any((path / name).exists() for name in ("checkpoints", MANIFEST, "sampling.json", PIPELINE_INDEX))
 
 
 @dataclass(frozen=True)
@@ -46,18 +45,16 @@ class Candidate:
     """Run, checkpoint or model, as the user named it."""
     place: Path
     """Checkpoint or model."""
-    network: Path
-    step: int | None
-    ema: float | str | None
-    """Decay of the average; "none" for the trained weights themselves; None where nobody knows."""
+    step: int | None = None
+    ema: Average | None = None
+    """None where there is no choice."""
 
 
-def find_candidates(path: Path, ema: str | None = None, *, every: bool = False) -> list[Candidate]:
+def find_candidates(path: Path, ema: Average | None = None, *, every: bool = False) -> list[Candidate]:
     """The networks at a place: of a run's newest checkpoint or of all, its first average or all of them.
 
     Args:
-        ema: a decay (as 0.999), "none" for the weights that were not averaged; by default the first average, or, with
-            every, each.
+        ema: which average; by default the first, or, with every, each.
 
     Raises:
         FileNotFoundError, ValueError: when there is none, or not such an average.
@@ -74,27 +71,18 @@ def find_candidates(path: Path, ema: str | None = None, *, every: bool = False) 
         places = [path]
     found = []
     for place in places:
-        if not (place / MANIFEST).is_file():
+        kept = averages_at(place)
+        if not kept:
             if ema is not None:
                 raise ValueError(f"{place} is a single network; --ema chooses among a checkpoint's averages")
-            network = place / "ema" if (place / "ema").is_dir() else place
-            found.append(Candidate(place.name, path, place, network, None, None))
+            found.append(Candidate(place.name, path, place))
             continue
-        check_manifest(place)
-        state = read_json(place / "state.json")
-        decays = state.get("ema_decays") or [None]
-        folders: dict[str, tuple[Path, float | str | None]] = {
-            "?" if decay is None else f"{decay:g}": (place / ("ema" if k == 0 else f"ema_{decay:g}"), decay)
-            for k, decay in enumerate(decays)
-        }
-        if (place / "model").is_dir():
-            folders["none"] = (place / "model", "none")
-        if ema is not None and ema not in folders:
-            raise ValueError(f"{place} has no average {ema!r}; it has {', '.join(folders)}")
-        averages = [key for key in folders if key != "none"]
-        for key in [ema] if ema is not None else averages if every else averages[:1]:
-            name = f"{state['step']}" + (f" ema {key}" if every and len(averages) > 1 else "")
-            found.append(Candidate(name, path, place, folders[key][0], int(state["step"]), folders[key][1]))
+        if ema is not None and ema not in kept:
+            raise ValueError(f"{place} has no average {ema}; it has {', '.join(str(each) for each in kept)}")
+        step, averages = int(read_json(place / "state.json")["step"]), [each for each in kept if each != "none"]
+        for chosen in [ema] if ema is not None else averages if every else averages[:1]:
+            name = f"{step}" + (f" ema {chosen}" if every and len(averages) > 1 else "")
+            found.append(Candidate(name, path, place, step, chosen))
     return found
 
 
@@ -106,54 +94,37 @@ class Sampler:
     """
 
     def __init__(self, candidate: Candidate, options: SampleOptions, device: torch.device, batch_size: int):
-        facts_file = candidate.place / "sampling.json"
-        if not facts_file.is_file():
-            raise FileNotFoundError(f"{candidate.place} has no sampling.json: the kind of images it makes is unknown")
-        facts = SamplingFacts.load(facts_file)
-        model: LaMambaUNet = load_network(candidate.network)
-        self.num_classes = model.architecture.num_classes or 0
-        self.options, self._batch_size = options, batch_size
-        objective = model.architecture.objective
-        self.sampler = options.sampler or samplers_for(objective)[0]
-        self.steps = len(make_scheduler(self.sampler, objective, options.steps).timesteps)
-        weights = hash_weights(model)
-        self._decoder = None
-        if facts.codec == "latents":
-            name = options.autoencoder or facts.autoencoder
-            if name is None:
-                raise ValueError("this model makes latents: name the autoencoder that decodes them with --autoencoder")
-            self._decoder = LatentDecoder(name, facts, device)
-            self.shape = (facts.image_size, facts.image_size, 3)
-        elif options.autoencoder is not None:
-            raise ValueError("this model makes pixels: leave --autoencoder out")
-        else:
-            self.shape = (*model.architecture.input_size, model.architecture.in_channels)
-        self.facts: dict[str, Any] = {
-            "name": f"{candidate.path}", "step": candidate.step, "ema": candidate.ema, "weights_sha256": weights,
-            "objective": objective, "sampler": self.sampler, "evaluations": self.steps, "dtype": options.dtype,
-            "autoencoder_sha256": self._decoder.autoencoder.sha256 if self._decoder else None,
+        self._model = open_model(candidate.place, options.autoencoder, device, candidate.ema)
+        self._options, self._batch_size = options, batch_size
+        config = self._model.network.architecture
+        self._sampler = options.sampler or samplers_for(config.objective)[0]
+        steps = len(make_scheduler(self._sampler, config.objective, options.steps).timesteps)
+        decoder = self._model.decoder
+        height, width = self._model.fit(None, None)[1]
+        self._shape = (height, width, 3 if decoder else config.in_channels)
+        self._facts: dict[str, Any] = {
+            "name": f"{candidate.path}", "step": candidate.step, "ema": candidate.ema,
+            "weights_sha256": self._model.sha256, "objective": config.objective, "sampler": self._sampler,
+            "evaluations": steps, "dtype": options.dtype,
+            "labels": options.labels if config.num_classes else "none",
+            "autoencoder_sha256": decoder.autoencoder.sha256 if decoder else None,
         }
-        self._model = model.to(device)
-        if options.dtype != "float32":
-            self._model = self._model.to(getattr(torch, options.dtype))
-        if options.dtype == "bfloat16" and device.type == "cpu":
-            tokens = model.architecture.token_grid[0] * model.architecture.token_grid[1]
-            pack_weights(self._model, tokens * batch_size)
+        self._model.prepare(device, getattr(torch, options.dtype), compiled=False, images=batch_size)
 
     def images(
         self, count: int, first_seed: int, guidance: float, on_step: Callable[[int, int], None] | None = None
     ) -> GeneratedImages:
         """So many images, made when they are read."""
-        if guidance != 1 and not self.num_classes:
-            raise ValueError(f"{self.facts['name']} is unconditional: guidance needs classes, leave --guidance out")
+        classes = range(self._model.num_classes)
+        if guidance != 1 and not classes:
+            raise ValueError(f"{self._facts['name']} is unconditional: guidance needs classes, leave --guidance out")
+        seeds = range(first_seed, first_seed + count)
 
-        def make(seeds: range, labels: list[int] | None) -> np.ndarray:
+        def make(seeds: range, labels: Sequence[int] | None) -> np.ndarray:
             return generate(
-                self._model, labels, seeds, sampler=self.sampler, num_steps=self.options.steps, guidance=guidance,
-                batch_size=self._batch_size, decoder=self._decoder, on_step=on_step,
+                self._model.network, labels, seeds, sampler=self._sampler, num_steps=self._options.steps,
+                guidance=guidance, batch_size=self._batch_size, decoder=self._model.decoder, on_step=on_step,
             )
 
-        return GeneratedImages(
-            make, count, first_seed=first_seed, num_classes=self.num_classes, shape=self.shape,
-            balanced=self.options.labels == "balanced", facts={**self.facts, "guidance": guidance},
-        )
+        labels = [label_of(self._options.labels, k, seed, classes) for k, seed in enumerate(seeds)] if classes else None
+        return GeneratedImages(make, seeds, labels, facts={**self._facts, "guidance": guidance}, shape=self._shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lamamba._version import __version__
 from lamamba.config import UNetConfig
@@ -27,7 +27,7 @@ def model_card(
     licence: str | None,
     run: Mapping[str, Any] | None,
     step: int | None,
-    ema_decay: float | None,
+    ema: float | Literal["none"] | None,
     has_grid: bool,
 ) -> str:
     """Markdown with the front matter that the Hugging Face hub reads.
@@ -83,7 +83,7 @@ With diffusers alone: `DiffusionPipeline.from_pretrained(..., custom_pipeline="p
 
 ## Training
 
-{_training(run, step, ema_decay)}
+{_training(run, step, ema)}
 
 ## Licence
 
@@ -97,7 +97,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
-def _training(run: Mapping[str, Any] | None, step: int | None, ema_decay: float | None) -> str:
+def _training(run: Mapping[str, Any] | None, step: int | None, ema: float | Literal["none"] | None) -> str:
     if run is None:
         return "Not known: the model was exported from a saved model, not from a run."
     train = run.get("train", {})
@@ -107,6 +107,7 @@ def _training(run: Mapping[str, Any] | None, step: int | None, ema_decay: float 
         rows.append(("optimizer steps done", str(step)))
     rows += [(words, str(train[key])) for key, words in TRAINING_FACTS.items() if train.get(key) is not None]
     rows += [(f"optimizer: {key.replace('_', ' ')}", str(value)) for key, value in optimizer.items()]
-    rows.append(("weights", f"their average, decay {ema_decay:g}" if ema_decay is not None else "their average"))
+    averaged = "their average" if ema is None else "as trained" if ema == "none" else f"their average, decay {ema:g}"
+    rows.append(("weights", averaged))
     rows.append(("lamamba", str(run.get("lamamba"))))
     return _table(rows)

@@ -14,7 +14,7 @@ from lamamba.generation.settings import fingerprint
 from lamamba.models.compiling import compile_network
 from lamamba.models.packing import pack_weights
 from lamamba.models.unet import LaMambaUNet
-from lamamba.training.state import SamplingFacts, find_network
+from lamamba.training.state import Average, SamplingFacts, find_network
 
 SHIPPED = "shipped"
 """How settings name the model that comes with the package."""
@@ -88,7 +88,7 @@ class OpenModel:
             compile_network(self.network)
 
 
-def open_network(path: Path) -> tuple[LaMambaUNet, SamplingFacts]:
+def open_network(path: Path, ema: Average | None = None) -> tuple[LaMambaUNet, SamplingFacts]:
     """A network and the facts that go with it.
 
     Raises:
@@ -100,22 +100,25 @@ def open_network(path: Path) -> tuple[LaMambaUNet, SamplingFacts]:
             f"{path} is a file, and a model is a folder; a pickled checkpoint can run code, so it is not opened here: "
             f"lamamba convert {path} DIR makes a folder of an official one"
         )
-    return find_network(path)
+    return find_network(path, ema)
 
 
-def open_model(path: Path | None, autoencoder: str | None, device: torch.device) -> OpenModel:
+def open_model(
+    path: Path | None, autoencoder: str | None, device: torch.device, ema: Average | None = None
+) -> OpenModel:
     """Read a model: a run folder's newest averaged weights, a checkpoint, or a saved model; the shipped one for None.
 
     Args:
         path: the folder.
         autoencoder: decodes latents; by default the one that made those the model was trained on.
+        ema: which of a checkpoint's averages; by default the first.
         device: where the autoencoder works. The network stays on the CPU until `OpenModel.prepare`.
 
     Raises:
         FileNotFoundError: when there is no model.
         ValueError: when it is damaged, a pickle, or the autoencoder does not fit.
     """
-    network, facts = open_network(path or find_shipped())
+    network, facts = open_network(path or find_shipped(), ema)
     decoder = None
     if facts.codec == "latents":
         name = autoencoder or facts.autoencoder

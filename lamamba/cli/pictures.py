@@ -243,7 +243,7 @@ def evaluation_curves(entries: list[dict[str, Any]], distance: str, path: Path) 
         places = [entry["guidance"] if is_sweep else entry["step"] or 0 for entry in mine]
         values = [entry["figures"]["frechet"] for entry in mine]
         spreads = [entry["spread"].get("frechet", 0) for entry in mine]
-        style = {"color": color, "marker": "o", "capsize": 3, "linewidth": 1.6, "label": f"average {average}"}
+        style = {"color": color, "marker": "o", "capsize": 3, "linewidth": 1.6, "label": f"EMA {average}"}
         panels[0][0].errorbar(places, values, yerr=spreads if any(spreads) else None, **style)
         if has_recall and is_sweep:
             recalls = [entry["figures"]["recall"] for entry in mine]
@@ -252,7 +252,7 @@ def evaluation_curves(entries: list[dict[str, Any]], distance: str, path: Path) 
                 panels[0][1].annotate(f"{place:g}", (recall, value), (5, 5), textcoords="offset points")
         elif has_recall:
             for key, line in (("precision", "-"), ("recall", "--")):
-                label = f"{key}, average {average}" if len(averages) > 1 else key
+                label = f"{key}, EMA {average}" if len(averages) > 1 else key
                 panels[0][1].plot(places, [e["figures"][key] for e in mine], line, marker="o", color=color, label=label)
     panels[0][0].set(xlabel="guidance scale" if is_sweep else "optimizer step", ylabel=distance)
     panels[0][0].set_ylim(0, 1.1 * max(e["figures"]["frechet"] + e["spread"].get("frechet", 0) for e in entries))

@@ -14,8 +14,9 @@ class SampleOptions:
     """Images: of a model 50,000 by default, the field's count, of each seed range; of images that are there, all."""
     seed: int = 0
     """Seed of the first image; image k is made from seed + k."""
-    labels: Literal["uniform", "balanced"] = "uniform"
-    """Classes drawn uniformly at random by each image's seed (as DiT), or in turn, equally many of each."""
+    labels: Literal["random", "balanced"] = "random"
+    """Classes drawn uniformly by each image's seed (as DiT), or in turn, equally many of each: those of `lamamba sample
+    -n N --random-labels` or `--balanced`, and the same images."""
     sampler: str | None = None
     """As in lamamba sample; by default the objective's first."""
     steps: int | None = None
@@ -26,5 +27,5 @@ class SampleOptions:
     """For models of latents: folder or hub id; by default the one that made the latents."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the sampled network."""
-    ema: str | None = None
+    ema: float | Literal["none"] | None = None
     """Which average: its decay, as 0.999, or "none" for the trained weights; by default the first."""

@@ -138,6 +138,9 @@ def set_steps(scheduler: Any, num_steps: int) -> None:
     config = scheduler.config
     if not 1 <= num_steps <= NUM_TIMESTEPS:
         raise ValueError(f"{num_steps} steps were asked for; 1 to {NUM_TIMESTEPS} are possible")
+    if "FlowMatch" in type(scheduler).__name__:
+        # N equal steps from 1 to 0; diffusers' last one would begin at 1/1000, after N - 1 that are longer
+        scheduler.sigma_min = 1 / num_steps
     if isinstance(scheduler, DDPMScheduler) and config.timestep_spacing == "linspace" and num_steps > 1:
         scheduler.set_timesteps(timesteps=respaced_steps(num_steps))
     else:

@@ -146,6 +146,6 @@ def _make_shard(
         tensors[ASKED] = asked.astype(np.int64)
     temporary = features.path(shard).with_suffix(f".{os.getpid()}.tmp")
     save_file(tensors, temporary)
-    with temporary.open("rb") as file:
+    with temporary.open("r+b") as file:
         os.fsync(file.fileno())
     os.replace(temporary, features.path(shard))

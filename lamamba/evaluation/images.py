@@ -7,7 +7,8 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from lamamba.data.digits import Digits
-from lamamba.data.images import BadImage, decode
+from lamamba.data.images import DECODERS, BadImage, decode
 from lamamba.data.sources import Source, open_source
 
 
@@ -82,15 +83,14 @@ class FolderImages:
         return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, 1 if grey else 3)
 
     def read(self, places: range) -> np.ndarray:
-        images = []
-        for k in places:
-            image = self._open(k)
+        with ThreadPoolExecutor(DECODERS) as pool:
+            images = list(pool.map(self._open, places))
+        for k, image in zip(places, images, strict=True):
             if image.shape != self.shape:
                 raise ValueError(
                     f"{self._source.name}: {self._source.file(k)} is {_words(image.shape)}, {self._source.file(0)} is "
                     f"{_words(self.shape)}; all images of a set have one size and one kind (crop them as you trained)"
                 )
-            images.append(image)
         return np.stack(images)
 
     def asked(self, places: range) -> None:
@@ -152,7 +152,7 @@ class NpzImages:
         if len(content) != len(places) * size:
             raise ValueError(f"{self._path} ends before image {places.stop}; make or fetch it again")
         self._at = places.stop
-        return np.frombuffer(content, dtype=np.uint8).reshape(len(places), *self.shape)
+        return np.frombuffer(bytearray(content), dtype=np.uint8).reshape(len(places), *self.shape)
 
     def asked(self, places: range) -> None:
         return None
@@ -224,40 +224,29 @@ class GeneratedImages:
 
     Args:
         generate: seeds and classes (None for unconditional models) to uint8 images (n, h, w, c).
-        count: how many.
-        first_seed: image k is made from seed first_seed + k.
-        num_classes: 0 for unconditional models.
-        balanced: classes in turn, instead of drawn uniformly by each image's seed.
-        facts: of the model and the sampler; together with the seeds they say all.
+        seeds: image k is made from seeds[k].
+        labels: the class of each image; None for unconditional models.
+        facts: of the model and the sampler; together with seeds and labels they say all.
         shape: of one image.
     """
 
     def __init__(
-        self, generate: Callable[[range, list[int] | None], np.ndarray], count: int, *, first_seed: int,
-        num_classes: int, balanced: bool, facts: Mapping[str, Any], shape: tuple[int, int, int],
+        self, generate: Callable[[range, Sequence[int] | None], np.ndarray], seeds: range,
+        labels: Sequence[int] | None, *, facts: Mapping[str, Any], shape: tuple[int, int, int],
     ):
-        self._generate, self._count, self._first, self._num_classes = generate, count, first_seed, num_classes
-        self._balanced, self.shape = balanced, shape
-        labels = ("in turn" if balanced else "uniform") if num_classes else "none"
-        described = {**facts, "kind": "generated", "seeds": [first_seed, first_seed + count - 1], "labels": labels}
-        self.facts = {**described, "fingerprint": digest(described)}
+        self._generate, self._seeds, self._labels, self.shape = generate, seeds, labels, shape
+        described = {**facts, "kind": "generated", "seeds": [seeds[0], seeds[-1]]}
+        self.facts = {**described, "fingerprint": digest(described, labels)}
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._seeds)
 
     def read(self, places: range) -> np.ndarray:
-        labels = self.asked(places)
-        seeds = range(self._first + places.start, self._first + places.stop)
-        return self._generate(seeds, None if labels is None else labels.tolist())
+        chosen = slice(places.start, places.stop)
+        return self._generate(self._seeds[chosen], None if self._labels is None else self._labels[chosen])
 
     def asked(self, places: range) -> np.ndarray | None:
-        """An image's class depends on its seed alone, so that neither shards nor processes change it."""
-        if not self._num_classes:
-            return None
-        seeds = range(self._first + places.start, self._first + places.stop)
-        if self._balanced:
-            return np.array([seed % self._num_classes for seed in seeds])
-        return np.array([np.random.default_rng([seed, 1]).integers(self._num_classes) for seed in seeds])
+        return None if self._labels is None else np.array(self._labels[places.start : places.stop])
 
 
 class InColour:

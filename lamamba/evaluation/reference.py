@@ -80,8 +80,9 @@ class Reference:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
+        save: Any = np.savez                                                    # its types forbid dictionaries
         with temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            save(file, **arrays)
         temporary.replace(path)
 
 

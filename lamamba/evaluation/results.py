@@ -21,7 +21,7 @@ MUST_AGREE = {
 LABELS = {
     "frechet": "{distance}", "frechet_spatial": "s{distance}", "inception_score": "{score}",
     "precision": "precision", "recall": "recall", "density": "density", "coverage": "coverage",
-    "kernel": "kernel distance x 1000", "accuracy": "accuracy",
+    "kernel": "{kernel} x 1000", "accuracy": "accuracy",
 }
 """How figures are called in a table, in its order."""
 WITHIN = {"inception_score": "inception_score_spread", "kernel": "kernel_spread"}
@@ -100,14 +100,17 @@ def _short(value: Any) -> str:
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-    """Figures as lines of text: one row for each figure, one column for each entry; spreads after a plus-minus sign."""
+    """Figures as lines of text, one column for each entry (one line, for more than three); spreads after a ± sign."""
     rows = [["", *(entry["name"] for entry in entries)]]
     for key, label in LABELS.items():
         if not any(key in entry["figures"] for entry in entries):
             continue
         distance = entries[0]["protocol"].get("distance_name", "Fréchet distance")
-        score = "Inception Score" if distance == "FID" else "class score"
-        rows.append([label.format(distance=distance, score=score), *(_cell(entry, key) for entry in entries)])
+        score, kernel = ("Inception Score", "KID") if distance == "FID" else ("class score", "kernel distance")
+        label = label.format(distance=distance, score=score, kernel=kernel)
+        rows.append([label, *(_cell(entry, key) for entry in entries)])
+    if len(entries) > 3:                                                        # many results run down, not across
+        rows = [list(column) for column in zip(*rows, strict=True)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for name, *cells in rows:

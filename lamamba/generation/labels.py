@@ -7,21 +7,19 @@ from collections.abc import Sequence
 from typing import Literal
 
 LabelRule = Literal["balanced", "random", "none"]
+"""Of a set of images; none for unconditional models."""
 
 
-def label_of(rule: LabelRule, k: int, seed: int, classes: Sequence[int]) -> int | None:
+def label_of(rule: Literal["balanced", "random"], k: int, seed: int, classes: Sequence[int]) -> int:
     """The label of image k.
 
     Args:
         rule: "balanced": the classes in turn, so that any first part of the images is balanced, too; "random": drawn
-            uniformly, by the first 8 bytes of SHA-256("label SEED") as a big-endian number, modulo their number;
-            "none": for unconditional models.
+            uniformly, by the first 8 bytes of SHA-256("label SEED") as a big-endian number, modulo their number.
         k: the image's place.
         seed: the image's own.
         classes: to choose from.
     """
-    if rule == "none":
-        return None
     if rule == "balanced":
         return classes[k % len(classes)]
     number = int.from_bytes(hashlib.sha256(f"label {seed}".encode()).digest()[:8], "big")

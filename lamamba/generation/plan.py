@@ -72,7 +72,7 @@ class Plan:
         return self.seed + k
 
     def label_of(self, k: int) -> int | None:
-        return label_of(self.rule, k, self.seed_of(k), self.classes)
+        return None if self.rule == "none" else label_of(self.rule, k, self.seed_of(k), self.classes)
 
     def labels_of(self, images: range) -> list[int] | None:
         """One per image; None for an unconditional model."""

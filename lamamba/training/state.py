@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
@@ -346,13 +346,17 @@ def load_network(folder: Path) -> LaMambaUNet:
         raise ValueError(f"the weights in {folder} are missing or damaged: {str(error).splitlines()[0]}") from error
 
 
-def find_network(path: str | Path, ema_decay: float | None = None) -> tuple[LaMambaUNet, SamplingFacts]:
+Average = float | Literal["none"]
+"""Which weights of a checkpoint: those averaged with this decay, or those that were trained."""
+
+
+def find_network(path: str | Path, ema: Average | None = None) -> tuple[LaMambaUNet, SamplingFacts]:
     """The network to sample from: of a run (the newest checkpoint's EMA weights), a checkpoint, a saved model, or
     a diffusers pipeline as LaMambaPipeline saves it.
 
     Args:
         path: the folder.
-        ema_decay: which of several averages of a run or checkpoint; by default the first.
+        ema: which of the averages of a run or checkpoint, by its decay, or "none"; by default the first.
 
     Raises:
         FileNotFoundError: when there is nothing of the kind at that place.
@@ -360,10 +364,10 @@ def find_network(path: str | Path, ema_decay: float | None = None) -> tuple[LaMa
     """
     path = find_place(path)
     if (path / PIPELINE_INDEX).is_file():
-        if ema_decay is not None:
+        if ema is not None:
             raise ValueError(f"{path} is a pipeline and has one set of weights: no average can be chosen")
         return _find_in_pipeline(path)
-    network = _find_average(path, ema_decay)
+    network = _find_average(path, ema)
     model = load_network(network)
     facts_file = path / "sampling.json"
     if not facts_file.is_file():
@@ -391,19 +395,29 @@ def find_place(path: str | Path) -> Path:
     return path
 
 
-def _find_average(place: Path, decay: float | None) -> Path:
-    if not (place / "ema").is_dir():
-        if decay is not None:
-            raise ValueError(f"{place} is no checkpoint and has one set of weights: no average can be chosen")
-        return place
-    state = read_json(place / "state.json") if (place / "state.json").is_file() else {}
-    decays = state.get("ema_decays", [])
-    if decay is None or decays[:1] == [decay]:
-        return place / "ema"
-    if decay not in decays or not (place / f"ema_{decay:g}").is_dir():
-        known = ", ".join(f"{each:g}" for each in decays) or "one, of a decay that it does not name"
-        raise ValueError(f"{place} keeps no average of decay {decay:g} (it keeps: {known})")
-    return place / f"ema_{decay:g}"
+def averages_at(place: Path) -> dict[Average, Path]:
+    """What a checkpoint keeps: its averages by their decays, the first one first, then the trained weights, "none".
+
+    Empty for a saved model, which has one set of weights.
+    """
+    if not (place / "state.json").is_file():
+        return {}
+    decays = read_json(place / "state.json").get("ema_decays", [])
+    kept: dict[Average, Path] = {
+        decay: place / (f"ema_{decay:g}" if number else "ema") for number, decay in enumerate(decays)
+    }
+    return {decay: folder for decay, folder in {**kept, "none": place / "model"}.items() if folder.is_dir()}
+
+
+def _find_average(place: Path, ema: Average | None) -> Path:
+    if ema is None:
+        return place / "ema" if (place / "ema").is_dir() else place
+    kept = averages_at(place)
+    if not kept:
+        raise ValueError(f"{place} is no checkpoint and has one set of weights: no average can be chosen")
+    if ema not in kept:
+        raise ValueError(f"{place} has no average {ema}; it has {', '.join(str(each) for each in kept)}")
+    return kept[ema]
 
 
 def _find_in_pipeline(path: Path) -> tuple[LaMambaUNet, SamplingFacts]:

@@ -48,9 +48,9 @@ def test_pick_a_class_press_the_button_and_a_picture_appears(page, tmp_path):
     page.click("#go")
     page.wait_for_selector("#picture img", timeout=SECONDS)
     page.wait_for_function("document.querySelector('#status').innerText.includes('pictures in')", timeout=SECONDS)
-    width, height = page.evaluate("(i => [i.naturalWidth, i.naturalHeight])(document.querySelector('#picture img'))")
-    assert width > 500                                                          # 4 x 2 digits, enlarged
-    assert height > 250
+    # 4 x 2 digits, enlarged; the browser needs a moment to load them
+    page.wait_for_function("document.querySelector('#picture img').naturalWidth > 500", timeout=SECONDS)
+    assert page.evaluate("document.querySelector('#picture img').naturalHeight") > 250
 
     with page.expect_download() as waiting:
         page.click("#keep")

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lamamba.app.studio import Studio
 from lamamba.cli.app import open_studio
 from lamamba.cli.main import main
 from lamamba.cli.pictures import grid_picture
 from lamamba.generation.settings import read_png_facts
+from lamamba.training.state import SamplingFacts
+from tests.networks import random_network, small_config
 
 VISITORS = 50
 
@@ -108,6 +111,27 @@ def test_fifty_at_once_are_all_served(server, tmp_path):
     with ThreadPoolExecutor(VISITORS) as visitors:
         answers = list(visitors.map(lambda seed: ask(client, seed=seed, steps=1)[0], range(VISITORS)))
     assert [read_png_facts(answer).seeds for answer in answers] == [(seed,) for seed in range(VISITORS)]
+
+
+def test_models_of_other_kinds_have_a_page_too(tmp_path):
+    """Without classes there is nothing to choose; a thousand of them are a list to search."""
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    from gradio_client import Client
+
+    from lamamba.app.page import serve
+
+    sizes = dict(in_channels=3, objective="v", grid=(8, 16))
+    for num_classes, first in ((0, []), (1000, [["17", "999"]])):
+        network = random_network(small_config(**sizes, num_classes=num_classes))
+        facts = SamplingFacts(objective="v", image_size=8)
+        page = serve(Studio(network, facts, name="toy", source="toy"), compose, host="127.0.0.1", port=None,
+                     in_background=True)
+        client = Client(page.local_url, verbose=False, download_files=str(tmp_path))
+        picture, *_ = client.predict(*first, 2, 5, "ddim", 3, 1.0, 8, 16, "smooth", api_name="/draw")
+        page.close()
+        facts = read_png_facts(picture)
+        assert facts.labels == (None if not first else (17, 17, 999, 999))
+        assert (facts.settings.height, facts.settings.width) == (8, 16)
 
 
 def test_without_gradio_one_line_says_what_to_install(tmp_path):

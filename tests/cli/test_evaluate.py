@@ -12,14 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lamamba.cli.main import main
 from lamamba.data.digits import Digits
-from lamamba.evaluation import Statistics, frechet_distance
+from lamamba.evaluation import Statistics, frechet_distance, inception_score, judge, precision_recall
 from lamamba.evaluation.digits_network import DigitFeatures
+from lamamba.evaluation.features import InceptionFeatures
+from lamamba.evaluation.inception import Inception
+from lamamba.evaluation.scores import softmax
+from lamamba.files import sha256, write_json
 from lamamba.generation import generate
-from lamamba.training.state import MANIFEST, SamplingFacts, _hash, _hash_of_hashes, load_network, write_json
+from lamamba.training.state import MANIFEST, SamplingFacts, _hash_of_hashes, load_network
 from tests.networks import random_network, small_config
 
 SAMPLE = ["--reference", "digits", "--features", "digits", "--num-images", 40, "--steps", 2, "--device", "cpu"]
@@ -51,9 +56,17 @@ def run(tmp_path_factory) -> Path:
             random_network(config, seed=seed + step).save_pretrained(place / name)
         SamplingFacts(objective="flow", image_size=8, label_names=Digits.label_names).save(place / "sampling.json")
         write_json(place / "state.json", {"version": 1, "step": step, "ema_decays": [0.99, 0.9]})
-        files = {p.relative_to(place).as_posix(): _hash(p) for p in sorted(place.rglob("*")) if p.is_file()}
+        files = {p.relative_to(place).as_posix(): sha256(p) for p in sorted(place.rglob("*")) if p.is_file()}
         write_json(place / MANIFEST, {"version": 1, "files": files, "files_sha256": _hash_of_hashes(files)})
     return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Path:
+    """Saved statistics of the digits."""
+    path = tmp_path_factory.mktemp("reference") / "digits.npz"
+    assert main(["evaluate", "stats", "digits", "--features", "digits", "--out", str(path)]) == 0
+    return path
 
 
 def figures(path, entry=0):
@@ -90,11 +103,11 @@ def test_figures_of_a_run_are_those_of_its_samples(lamamba, run):
 
 
 def test_any_number_of_processes(lamamba, run):
-    assert lamamba("evaluate", run, *SAMPLE, "--shard-size", 9)[0] == 0
+    assert lamamba("evaluate", run, *SAMPLE, "--shard-size", 25)[0] == 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lamamba",
-         "evaluate", str(run), *map(str, SAMPLE), "--shard-size", "9", "--out", "two.json"],
+         "evaluate", str(run), *map(str, SAMPLE), "--shard-size", "25", "--out", "two.json"],
         capture_output=True, text=True, env=environment,
     )
     assert done.returncode == 0, done.stderr
@@ -105,10 +118,9 @@ def test_any_number_of_processes(lamamba, run):
         assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
-def test_a_kill_loses_at_most_one_shard(lamamba, run):
-    assert lamamba("evaluate", "stats", "digits", "--features", "digits", "--out", "digits.npz")[0] == 0
+def test_a_kill_loses_at_most_one_shard(lamamba, run, reference):
     command = [sys.executable, "-m", "lamamba", "evaluate", str(run), *map(str, SAMPLE), "--shard-size", "4",
-               "--reference", "digits.npz", "--num-images", "120", "--steps", "8", "--keep-features"]
+               "--reference", str(reference), "--num-images", "120", "--steps", "8", "--keep-features"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while len(shards := sorted(Path().glob("evaluation.work/*/shard_*.safetensors"))) < 3:
@@ -210,7 +222,45 @@ def test_folders_and_npz_files_and_saved_statistics(lamamba, colour):
     assert lamamba("evaluate", "compare", "0.json", "2.json")[0] == 0           # statistics of the same folder
 
 
-def test_mistakes_are_one_line(lamamba, colour, run, tmp_path):
+def test_a_reference_of_adms_kind(lamamba, monkeypatch):
+    """mu, sigma, mu_s, sigma_s of all images, and some of the images under arr_0."""
+    asked = []
+    monkeypatch.setattr(judge, "frechet_distance", lambda *given: asked.append(given) or len(given[0]))  # takes seconds
+    torch.manual_seed(0)
+    torch.save(Inception().state_dict(), "weights.pth")
+    draws = np.random.default_rng(0)
+    real, fake = draws.integers(0, 256, (2, 6, 16, 16, 3), dtype=np.uint8)
+    network = InceptionFeatures("weights.pth")
+    outputs, mine = network(real), network(fake)
+    moments = {"mu": outputs["features"].mean(0), "sigma": np.cov(outputs["features"].T),
+               "mu_s": outputs["spatial"].mean(0), "sigma_s": np.cov(outputs["spatial"].T)}
+    np.savez("reference.npz", arr_0=real[:5], **moments)
+    np.savez("samples.npz", arr_0=fake)
+    arguments = ["--reference", "reference.npz", "--weights", "weights.pth", "--device", "cpu"]
+    status, printed, error = lamamba("evaluate", "samples.npz", *arguments, "--batch-size", 6)
+    assert status == 0, error
+    found = figures("evaluation.json")
+    assert (found["frechet"], found["frechet_spatial"]) == (2048, 2023)
+    for given, key, end in zip(asked, ("features", "spatial"), ("", "_s"), strict=True):
+        mu, sigma, reference_mu, reference_sigma = given
+        np.testing.assert_allclose(mu, mine[key].mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(sigma, np.cov(mine[key].T), rtol=1e-3, atol=1e-5)
+        np.testing.assert_array_equal(reference_mu, moments[f"mu{end}"])
+        np.testing.assert_array_equal(reference_sigma, moments[f"sigma{end}"])
+    assert [line.split()[0] for line in printed.splitlines()[1:3]] == ["FID", "sFID"]
+    assert (found["precision"], found["recall"]) == precision_recall(outputs["features"][:5], mine["features"], 3)
+    assert found["inception_score"] == pytest.approx(inception_score(softmax(mine["logits"]))[0], rel=1e-5)
+    np.savez("larger.npz", arr_0=draws.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8))
+    status, _, error = lamamba("evaluate", "larger.npz", *arguments)
+    assert status == 2
+    assert "reference.npz is of 16 x 16 images and the samples are 8 x 8" in error
+    np.savez("moments.npz", mu=np.zeros(7), sigma=np.eye(7))
+    status, _, error = lamamba("evaluate", "samples.npz", *arguments, "--reference", "moments.npz")
+    assert status == 2
+    assert "moments.npz has 7 features, Inception's pool3 2048" in error
+
+
+def test_mistakes_are_one_line(lamamba, colour, run, reference):
     digits = Digits().images.transpose(0, 2, 3, 1)
     np.savez("one.npz", arr_0=colour[:1])
     np.savez("objects.npz", arr_0=np.array([{}, []], dtype=object))
@@ -227,7 +277,6 @@ def test_mistakes_are_one_line(lamamba, colour, run, tmp_path):
     save_png(Path("mixed/b.png"), colour[0, :, :, 0])
     Path("broken").mkdir()
     Path("broken/a.png").write_bytes(Path("folder/00.png").read_bytes()[:60])
-    assert lamamba("evaluate", "stats", "digits", "--features", "digits", "--out", "digits.npz")[0] == 0
     folder = ["--reference", "folder", *MEANS]
     for arguments, message in [
         (["one.npz", *folder], "one.npz has 1 image; distances between sets need at least 2"),
@@ -235,7 +284,7 @@ def test_mistakes_are_one_line(lamamba, colour, run, tmp_path):
         (["mixed", *folder], "b.png is 6 x 5 grey, a.png is 6 x 5 colour"),
         (["grey.npz", "--reference", "grey.npz", *MEANS], "grey images and tests.cli.test_evaluate:means reads colour"),
         (["folder", "--reference", "folder", "--features", "digits"], "colour images and digits reads grey"),
-        (["folder", "--reference", "digits.npz", *MEANS], "was made by another feature network"),
+        (["folder", "--reference", reference, *MEANS], "was made by another feature network"),
         (["folder", "--reference", "moments.npz", *MEANS], "does not say which network made it"),
         (["grey.npz", "--reference", "folder", "--features", "digits"], "are 6 x 5 and 8 x 8 pixels"),
         (["folder", "--reference", "folder", "--features", "tests.cli.test_evaluate:holes"],

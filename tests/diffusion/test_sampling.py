@@ -109,6 +109,23 @@ def test_deterministic_samplers_reach_the_solution_of_the_flow(name, objective):
     assert errors[1] < max(errors[0] / 7, 1e-3), errors
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7])
+def test_flow_samplers_take_steps_of_one_length(num_steps):
+    """Euler's and Heun's rules written out, on times 1, 1 - 1/N, ..., 0."""
+    noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    times, h = [1 - k / num_steps for k in range(num_steps + 1)], 1 / num_steps
+    euler, heun = noise.clone(), noise.clone()
+    for time, following in zip(times, times[1:], strict=False):
+        euler = euler - h * exact_velocity(euler, torch.tensor([1000 * time]))
+        slope = exact_velocity(heun, torch.tensor([1000 * time]))
+        if following > 1e-6:                                                    # the last step is one of Euler's
+            slope = (slope + exact_velocity(heun - h * slope, torch.tensor([1000 * following]))) / 2
+        heun = heun - h * slope
+    for name, expected in (("flow-euler", euler), ("flow-heun", heun)):
+        found = denoise(exact_velocity, make_scheduler(name, "flow", num_steps), noise)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "objective"), PAIRS)
 def test_fewest_and_most_steps_are_finite(name, objective):
     sampler = SAMPLERS[name]

@@ -90,19 +90,17 @@ def test_shards_are_made_once_and_damaged_ones_again(tmp_path):
     assert extract(images, CallableFeatures(function, "other", channels=1), tmp_path).folder != features.folder
 
 
-def test_classes_of_samples_depend_on_their_seeds_alone():
-    def make(balanced, first):
-        return GeneratedImages(
-            lambda seeds, labels: np.array(labels, dtype=np.uint8).reshape(-1, 1, 1, 1), 30, first_seed=first,
-            num_classes=7, balanced=balanced, facts={}, shape=(1, 1, 1),
-        )
+def test_samples_are_made_when_they_are_read():
+    def make(seeds, labels):
+        return np.stack([np.full((1, 1, 1), 10 * label + seed) for seed, label in zip(seeds, labels, strict=True)])
 
-    uniform = make(False, 0)
-    labels = uniform.asked(range(30))
-    assert len(set(labels)) > 4
-    np.testing.assert_array_equal(make(False, 10).asked(range(20)), labels[10:])
-    np.testing.assert_array_equal(uniform.read(range(5, 9)).ravel(), labels[5:9])
-    assert np.bincount(make(True, 3).asked(range(28))).tolist() == [4] * 7
+    images = GeneratedImages(make, range(3, 9), [5, 4, 3, 2, 1, 0], facts={"name": "toy"}, shape=(1, 1, 1))
+    assert len(images) == 6
+    assert images.read(range(1, 4)).ravel().tolist() == [44, 35, 26]
+    assert images.asked(range(1, 4)).tolist() == [4, 3, 2]
+    assert images.facts["seeds"] == [3, 8]
+    other = GeneratedImages(make, range(3, 9), [5, 4, 3, 2, 1, 1], facts={"name": "toy"}, shape=(1, 1, 1))
+    assert images.facts["fingerprint"] != other.facts["fingerprint"]
 
 
 @pytest.fixture(scope="module")

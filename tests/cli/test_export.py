@@ -1,0 +1,149 @@
+"""A run becomes a pipeline folder that loads, samples, says what it is, and is written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from lamamba import LaMambaPipeline
+from lamamba.cli.main import main
+from lamamba.training.state import MANIFEST, SamplingFacts, find_network
+from tests.autoencoders import make_kl
+from tests.networks import random_network, small_config
+
+RUN = Path(__file__).parent.parent / "training" / "version1" / "run"
+
+
+def saved_model(folder, facts=None, seed=0, **changes):
+    network = random_network(small_config(**{"in_channels": 1, "objective": "flow", "width": 8, **changes}), seed)
+    network.save_pretrained(folder)
+    (facts or SamplingFacts(objective=network.architecture.objective, image_size=8)).save(folder / "sampling.json")
+    return network
+
+
+def test_a_run_becomes_a_pipeline(tmp_path, capsys):
+    target = tmp_path / "there" / "digits"
+    assert main(["export", str(RUN), str(target), "--steps", "2", "--images", "3", "--licence", "cc-by-4.0"]) == 0
+    assert "a diffusers pipeline" in capsys.readouterr().out
+    pipe = LaMambaPipeline.from_pretrained(target)
+    network, facts = find_network(RUN)
+    for one, other in zip(pipe.unet.parameters(), network.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert pipe.label_names == facts.label_names == tuple("0123456789")
+    assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    grid = np.asarray(Image.open(target / "samples.png"))
+    assert grid.shape[0] > 10 * 48
+    assert np.ptp(grid) > 100
+    card = (target / "README.md").read_text()
+    assert "license: cc-by-4.0" in card
+    assert "![samples](samples.png)" in card
+    assert "| optimizer steps done | 2 |" in card
+    assert "| batch | 4 |" in card
+    assert "| data | digits |" in card
+    for file in target.rglob("*.json"):
+        assert str(RUN) not in file.read_text()                                 # no places of this disk
+    assert str(RUN) not in card
+    # and lamamba sample takes it
+    assert main(["sample", str(target), "--classes", "3", "--num", "2", "--steps", "2",
+                 "--out", str(tmp_path / "grid.png")]) == 0
+
+
+def test_the_cards_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(RUN), "digits", "--images", "0"]) == 0
+    assert not Path("digits/samples.png").exists()
+    card = Path("digits/README.md").read_text()
+    assert "samples.png" not in card
+    names: dict = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    assert names["image"].size == (8, 8)
+
+
+def test_latents_take_their_autoencoder_along(tmp_path):
+    vae = make_kl()
+    vae.save_pretrained(tmp_path / "vae")
+    facts = SamplingFacts(
+        objective="noise", image_size=16, codec="latents", scale=0.3, shift=0.1, autoencoder=str(tmp_path / "vae"))
+    saved_model(tmp_path / "model", facts, objective="noise", in_channels=4)
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--images", "2", "--steps", "2",
+                 "--sampler", "dpm++", "--dtype", "bfloat16"]) == 0
+    shutil.rmtree(tmp_path / "vae")
+    pipe = LaMambaPipeline.from_pretrained(tmp_path / "out")
+    assert (pipe.codec_facts.scale, pipe.codec_facts.shift) == (0.3, 0.1)
+    assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    weights = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert find_network(tmp_path / "out")[1].image_size == 16
+
+
+def test_names_from_a_file_and_imagenets(tmp_path, capsys):
+    saved_model(tmp_path / "model")
+    (tmp_path / "names.txt").write_text("red panda\nblue bird\ngreen frog\n")
+    source, names = str(tmp_path / "model"), str(tmp_path / "names.txt")
+    assert main(["export", source, str(tmp_path / "out"), "--images", "0", "--labels", names]) == 0
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["id2label"] == {"0": "red panda", "1": "blue bird", "2": "green frog"}
+    assert main(["export", source, str(tmp_path / "two"), "--labels", "imagenet"]) == 2
+    assert "1000 names came for 3 classes" in capsys.readouterr().err
+    saved_model(tmp_path / "large", num_classes=1000)
+    assert main(["export", str(tmp_path / "large"), str(tmp_path / "imagenet"), "--images", "1", "--steps", "1",
+                 "--labels", "imagenet"]) == 0
+    assert LaMambaPipeline.from_pretrained(tmp_path / "imagenet").get_label_ids("tabby") == [281]
+
+
+def test_one_of_several_averages(tmp_path, capsys):
+    place = tmp_path / "checkpoint"
+    saved_model(place)
+    for name, seed in (("ema", 1), ("ema_0.99", 2)):
+        saved_model(place / name, seed=seed)
+    (place / "state.json").write_text(json.dumps({"version": 1, "step": 7, "ema_decays": [0.9, 0.99]}))
+    for decay, seed in ((None, 1), ("0.9", 1), ("0.99", 2)):
+        target = tmp_path / f"out{decay}"
+        extra = [] if decay is None else ["--ema", decay]
+        assert main(["export", str(place), str(target), "--images", "0", *extra]) == 0
+        expected = random_network(small_config(in_channels=1, objective="flow", width=8), seed)
+        pipe = LaMambaPipeline.from_pretrained(target)
+        assert torch.equal(pipe.unet.position_embedding, expected.position_embedding)
+    assert main(["export", str(place), str(tmp_path / "none"), "--ema", "0.5"]) == 2
+    assert "keeps no average of decay 0.5 (it keeps: 0.9, 0.99)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("extra", "said"), [
+    (["--sampler", "ddpm"], "use flow-euler or flow-heun"),
+    (["--autoencoder", "x/y"], "this model makes pixels: leave --autoencoder out"),
+    (["--labels", "nowhere.txt"], "neither \"imagenet\" nor a text file"),
+    (["--images", "-1"], "--images -1 must be 0"),
+    (["--guidance", "nan"], "no finite number"),
+])
+def test_what_cannot_be_exported_leaves_nothing_behind(extra, said, tmp_path, capsys):
+    saved_model(tmp_path / "model")
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), *extra]) == 2
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_onnx_without_its_libraries_is_refused_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    saved_model(tmp_path / "model")
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--onnx"]) == 2
+    assert "pip install lamamba-diff[export]" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten_and_damage_is_seen(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    assert main(["export", str(RUN), str(tmp_path / "out")]) == 2
+    assert "exists already" in capsys.readouterr().err
+    shutil.copytree(RUN, tmp_path / "run")
+    (weights,) = tmp_path.glob("run/checkpoints/*/ema/*.safetensors")
+    assert (weights.parent.parent / MANIFEST).is_file()
+    weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "new")]) == 2
+    assert "is damaged" in capsys.readouterr().err
