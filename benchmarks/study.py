@@ -51,12 +51,12 @@ from lamamba.training.draws import draw, image_indices
 
 SIDE, NUM_CLASSES, OBJECTIVE = 16, 10, "flow"
 BASE = UNetConfig(
-    width=16, num_heads=4, depths=(3, 2, 1, 1), bottleneck_depth=1, window_size=4, in_channels=1,
+    width=16, num_heads=4, depths=(1, 1, 1, 1), bottleneck_depth=1, window_size=4, in_channels=1,
     num_classes=NUM_CLASSES, grid=SIDE, objective=OBJECTIVE,
 )
 TRAINING = TrainConfig(
-    batch_size=64, steps=600, ema_decays=(0.995,),
-    optimizer=OptimizerOptions(learning_rate=1e-3, warmup_steps=50, cooldown_share=0.3, max_grad_norm=1.0),
+    batch_size=32, steps=1200, ema_decays=(0.995,),
+    optimizer=OptimizerOptions(learning_rate=2e-3, warmup_steps=50, cooldown_share=0.5, max_grad_norm=1.0),
 )
 SAMPLER, NUM_STEPS = "flow-euler", 20
 
@@ -78,7 +78,7 @@ class DiTShape:
 
 NETWORKS: dict[str, UNetConfig | DiTShape] = {
     "LaMamba": BASE,
-    "DiT, as many multiply-adds": DiTShape(84, 5, 6),
+    "DiT, as many multiply-adds": DiTShape(76, 4, 4),
     "DiT, as many parameters": DiTShape(96, 6, 6),
     "LaMamba, plain rows and columns (cross scan)": dataclasses.replace(BASE, scan="cross"),
     "LaMamba without window attention": _without("attention"),
