@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> None:
             print_plan(config, plan_data(config), out)
         return
     try:
-        run_training(config, open_data(config, out / BAD_IMAGES), out)
+        run_training(config, open_data(config, out), out)
     finally:
         end_processes()
     if is_main_process():
@@ -82,12 +82,13 @@ def main(arguments: list[str]) -> None:
         print(f"done: {out}\nsample it: lamamba sample {out} --out grid.png")
 
 
-def open_data(config: TrainConfig, ledger: Path | None = None) -> TrainingSet:
+def open_data(config: TrainConfig, out: Path | None = None) -> TrainingSet:
     """The data that a configuration names: pixels, latents, or images that are encoded as they are read.
 
     Args:
         config: of the run.
-        ledger: where unforeseen bad images are written down, by all processes together.
+        out: the run's folder: where unforeseen bad images are written down, by all processes together, and which files
+            a run that goes on has left out from its beginning.
 
     Raises:
         OSError, ValueError: when it is missing or does not fit.
@@ -114,19 +115,26 @@ def open_data(config: TrainConfig, ledger: Path | None = None) -> TrainingSet:
     from lamamba.data.images import Images
     from lamamba.data.manifest import known_bad
     from lamamba.data.sources import open_source
+    from lamamba.training.processes import is_main_process, local_device
+    from lamamba.training.state import RunFolder
 
     source = open_source(data.source)
     left_out, note = known_bad(source, data.manifest)
-    if note:
+    foreseen: set[str] = set()
+    if out is not None and (began_without := RunFolder(out).left_out()) is not None:
+        left_out, foreseen = began_without, set(left_out) - set(began_without)
+    if note and is_main_process():
         print(f"warning: {note}", flush=True)
+    if foreseen and is_main_process():
+        print(f"{len(foreseen)} files that the manifest names now were not known to be bad when this run began: its "
+              "order stays, and where they cannot be read the next good ones stand in", flush=True)
     images = Images(
-        source, data.image_size, data.channels, crop=data.crop, left_out=left_out, max_bad_images=data.max_bad_images,
-        ledger=ledger,
+        source, data.image_size, data.channels, crop=data.crop, left_out=left_out, foreseen=foreseen,
+        max_bad_images=data.max_bad_images, ledger=None if out is None else out / BAD_IMAGES,
     )
     if data.autoencoder is None:
         return PixelSet(images, data.mirror)
     from lamamba.data.autoencoder import Autoencoder
-    from lamamba.training.processes import local_device
 
     return EncodedSet(images, Autoencoder(data.autoencoder, local_device(config.device)), data.mirror)
 

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lamamba.cli.main import main
@@ -23,6 +24,7 @@ from lamamba.training.config import OptimizerOptions, TrainConfig
 from lamamba.training.interrupt import EXIT_INTERRUPTED
 from lamamba.training.state import RunFolder, find_network
 from tests.cli.test_commands import TINY, run
+from tests.data.test_images import write_images
 from tests.training.together import free_port
 
 
@@ -115,6 +117,28 @@ def test_sigterm_ends_with_a_checkpoint_and_its_own_status(tmp_path):
     assert newest.name in complaint
     resumed = run("train", "digits", *TINY, "--steps", int(newest.name[5:]) + 1, "--out", tmp_path / "run")
     assert f"resuming at step {int(newest.name[5:])}" in resumed.stdout
+
+
+def test_a_check_in_the_middle_of_a_run_changes_none_of_its_images(lamamba, tmp_path):
+    """The bad files that it finds no longer count, and the run that never heard of it is the same to the bit."""
+    write_images(tmp_path / "photos", 6)
+    for bad in ("000.png", "003.png"):
+        (tmp_path / "photos" / bad).write_bytes(b"")
+    training = ["train", "folder", "--data.source", "photos", "--data.image-size", 16, "--data.channels", 3, *TINY]
+    assert lamamba(*training, "--steps", 6, "--out", "whole")[0] == 0
+    assert lamamba(*training, "--steps", 2, "--out", "checked")[0] == 0
+    assert "bad       2" in lamamba("data", "check", "photos")[1]
+    status, out, err = lamamba(*training, "--steps", 6, "--data.max-bad-images", 0, "--out", "checked")
+    assert status == 0, err
+    assert "2 files that the manifest names now" in out
+    assert "checked: 6 images of photos" in out
+    whole, checked = (find_network(run, "none")[0].state_dict() for run in ("whole", "checked"))
+    assert all(torch.equal(whole[name], checked[name]) for name in whole)
+    status, out, err = lamamba(*training, "--steps", 2, "--data.max-bad-images", 0, "--out", "later")
+    assert (status, "later: 4 images of photos" in out) == (0, True), err       # a new run leaves them out
+    os.remove(tmp_path / "photos" / "lamamba-manifest.json")
+    status, out, err = lamamba(*training, "--steps", 4, "--data.max-bad-images", 0, "--out", "later")
+    assert (status, "later: 4 images of photos" in out) == (0, True), err       # so does its restart without a manifest
 
 
 def write_run(folder, steps, *, speed=100.0, held_out=False):
