@@ -234,7 +234,8 @@ class LatentSet:
         folder: made by lamamba encode.
         mirror: read the mirror image's latents where the draws say so.
         image_size: what training expects; another cache is refused.
-        autoencoder: what training expects, by name or loaded; a cache made with another is refused.
+        autoencoder: what training expects, by name or loaded; a cache made with another is refused. Pictures are made
+            with this one from here on, wherever the one that encoded has gone.
 
     Raises:
         FileNotFoundError: when the folder holds no latents.
@@ -249,10 +250,14 @@ class LatentSet:
         self._folder, self._mirror = Path(folder), mirror
         index = Index.load(self._folder)
         plan = index.plan
+        if autoencoder is not None and not isinstance(autoencoder, Autoencoder):
+            autoencoder = Autoencoder(autoencoder)
         self._check_fits(plan, image_size, autoencoder)
         for shard in index.shards:
             check_size(self._folder, shard)
         self.plan, self.name, self.facts = plan, str(folder), plan.facts
+        if autoencoder is not None:
+            self.facts = dataclasses.replace(plan.facts, autoencoder=autoencoder.name)
         self.label_names, self.image_size = plan.label_names, plan.image_size
         self.channels, self.input_size = plan.shape[0], plan.shape[1]
         self.draws_latents = plan.parts == 2
@@ -262,20 +267,18 @@ class LatentSet:
         self._labels = np.concatenate([np.array(shard.labels, dtype=np.int64) for shard in index.shards])
         self._maps: dict[int, np.ndarray] = {}
 
-    def _check_fits(self, plan: Plan, image_size: int | None, autoencoder: Autoencoder | str | None) -> None:
+    def _check_fits(self, plan: Plan, image_size: int | None, autoencoder: Autoencoder | None) -> None:
         if image_size is not None and image_size != plan.image_size:
             raise ValueError(
                 f"{self._folder} holds latents of images of {plan.image_size} x {plan.image_size} pixels, this "
                 f"training wants {image_size} x {image_size}; set data.image_size={plan.image_size}, or encode anew"
             )
-        if autoencoder is not None:
-            wanted = autoencoder if isinstance(autoencoder, Autoencoder) else Autoencoder(autoencoder)
-            if wanted.sha256 != plan.facts.autoencoder_sha256:
-                raise ValueError(
-                    f"{self._folder} was made with the autoencoder {plan.facts.autoencoder} "
-                    f"({str(plan.facts.autoencoder_sha256)[:12]}), this training wants {wanted.name} "
-                    f"({wanted.sha256[:12]}): weights or configurations differ. Name the first one, or encode anew"
-                )
+        if autoencoder is not None and autoencoder.sha256 != plan.facts.autoencoder_sha256:
+            raise ValueError(
+                f"{self._folder} was made with the autoencoder {plan.facts.autoencoder} "
+                f"({str(plan.facts.autoencoder_sha256)[:12]}), this training wants {autoencoder.name} "
+                f"({autoencoder.sha256[:12]}): weights or configurations differ. Name the first one, or encode anew"
+            )
         if self._mirror and plan.views == 1:
             raise ValueError(
                 f"{self._folder} was made without mirror images; encode without --no-mirror, or set data.mirror=false"

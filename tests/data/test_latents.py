@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from lamamba.cli.train import open_decoder
 from lamamba.data import encode as encoding
 from lamamba.data.autoencoder import Autoencoder
 from lamamba.data.codec import CodecFacts, PixelCodec
@@ -133,6 +134,24 @@ def test_a_cache_of_another_autoencoder_or_size_is_refused_with_both_named(place
         LatentSet(encoded, image_size=32)
     with pytest.raises(ValueError, match=rf"made with the autoencoder {place / 'kl'} .*wants {place / 'other'} "):
         LatentSet(encoded, autoencoder=str(place / "other"))
+
+
+def test_an_autoencoder_that_has_moved_is_found_where_training_says(place, encoded, tmp_path):
+    make_kl().save_pretrained(tmp_path / "moved")
+    facts = LatentSet(encoded, autoencoder=str(tmp_path / "moved")).facts
+    assert facts == dataclasses.replace(LatentSet(encoded).facts, autoencoder=str(tmp_path / "moved"))
+    with pytest.raises(OSError, match="--data.autoencoder, or train without them"):
+        open_decoder(dataclasses.replace(facts, autoencoder=str(tmp_path / "gone")), torch.device("cpu"))
+    assert open_decoder(facts, torch.device("meta")).autoencoder.device.type == "meta"
+    assert open_decoder(CodecFacts(), torch.device("cpu")) is None              # pixels
+
+
+@pytest.mark.parametrize("kind", ["kl", "tiny", "dc"])
+def test_a_size_that_would_come_back_smaller_is_refused(place, kind):
+    network = Autoencoder(place / kind)
+    assert network.latent_shape(16)[1:] == (8, 8)
+    with pytest.raises(ValueError, match="17 x 17 pixels.*multiple of 8"):
+        network.latent_shape(17)
 
 
 def test_float32_is_exact_and_float16_nearly(place, encoded, tmp_path):
