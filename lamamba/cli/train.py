@@ -18,6 +18,8 @@ from lamamba.config import LATENT_SCALE
 from lamamba.training.config import DataOptions, TrainConfig, load_recipe, recipe_names
 
 if TYPE_CHECKING:
+    import torch
+
     from lamamba.data.codec import LatentDecoder
     from lamamba.data.images import ImageSet
     from lamamba.data.sets import TrainingSet
@@ -177,8 +179,8 @@ class PlannedData:
         raise ValueError(f"{self.name} has no files")
 
 
-def open_decoder(facts: SamplingFacts) -> LatentDecoder | None:
-    """What makes pictures of a network's latents while it trains; None for pixels.
+def open_decoder(facts: SamplingFacts, device: torch.device) -> LatentDecoder | None:
+    """What makes pictures of a network's latents while it trains, on the device that trains; None for pixels.
 
     Raises:
         OSError, ValueError: when the autoencoder cannot be had.
@@ -187,7 +189,13 @@ def open_decoder(facts: SamplingFacts) -> LatentDecoder | None:
 
     if facts.codec == "pixels" or facts.autoencoder is None:
         return None
-    return LatentDecoder(facts.autoencoder, facts)
+    try:
+        return LatentDecoder(facts.autoencoder, facts, device)
+    except OSError as error:
+        raise OSError(
+            f"{error}. It is wanted for pictures while training: name where it is with --data.autoencoder, or train "
+            "without them (--sampling.every 0)"
+        ) from error
 
 
 def run_training(
@@ -215,19 +223,19 @@ def _train_and_tell(
 ) -> Any:
     from lamamba.cli.observers import ProgressLine, SampleGrid
     from lamamba.training.loop import describe, train
-    from lamamba.training.processes import is_main_process, pick_device
+    from lamamba.training.processes import is_main_process, local_device
     from lamamba.training.state import RunFolder
 
     architecture, facts = describe(config, images)
     folder = RunFolder(out)
     sampling, decoder = config.sampling, None
-    is_main = is_main_process()
+    is_main, device = is_main_process(), local_device(config.device)
     if is_main and (sampling.every or config.score.every):
-        decoder = open_decoder(facts)
+        decoder = open_decoder(facts, device)
     if config.score.every:
         from lamamba.cli.quick_score import QuickScore
 
-        score = QuickScore(config.score, sampling, folder.scores, facts.image_size, decoder, pick_device(config.device))
+        score = QuickScore(config.score, sampling, folder.scores, facts.image_size, decoder, device, judges=is_main)
         observers = [score, *observers]
     if not is_main:                                                             # the main process draws
         grid = SampleGrid(sampling, folder.samples, facts.label_names)

@@ -90,7 +90,8 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers_start_the_same_command_unchanged(launcher, tmp_path):
     command = ["train", "digits", *TINY, "--out", str(tmp_path / "run"), "--sampling.every", "3",
-               "--sampling.num-steps", "2"]
+               "--sampling.num-steps", "2", "--score.every", "3", "--score.features", "digits", "--score.images", "20",
+               "--score.reference", "digits"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *LAUNCHERS[launcher], *command], capture_output=True, text=True, env=environment
@@ -100,6 +101,7 @@ def test_launchers_start_the_same_command_unchanged(launcher, tmp_path):
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert (events[0]["processes"], events[-1]["event"]) == (2, "finished")
     assert (tmp_path / "run" / "samples" / "step_00000003.png").is_file()
+    assert len((tmp_path / "run" / "scores.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
