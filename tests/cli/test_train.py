@@ -21,7 +21,7 @@ from lamamba.evaluation import frechet_distance
 from lamamba.evaluation.digits_network import DigitFeatures
 from lamamba.generation import generate
 from lamamba.training.config import OptimizerOptions, TrainConfig
-from lamamba.training.interrupt import EXIT_INTERRUPTED
+from lamamba.training.interrupt import EXIT_INTERRUPTED, listening
 from lamamba.training.state import RunFolder, find_network
 from tests.cli.test_commands import TINY, run
 from tests.data.test_images import write_images
@@ -105,20 +105,32 @@ def test_launchers_start_the_same_command_unchanged(launcher, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
-def test_sigterm_ends_with_a_checkpoint_and_its_own_status(tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_with_a_checkpoint_and_a_status_of_its_own(name, tmp_path):
     command = [sys.executable, "-m", "lamamba", "train", "digits", *TINY, "--steps", "1000000", "--log-every", "1",
                "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(getattr(signal, name))
     _, complaint = process.communicate(timeout=60)
     assert process.returncode == EXIT_INTERRUPTED == 75
+    assert f"{name}: stopped after step" in complaint
     assert "run the same command again to resume" in complaint
+    assert ("once more stops at once" in complaint) == (name == "SIGINT")
     newest = RunFolder(tmp_path / "run").newest()
     assert newest.name in complaint
     resumed = run("train", "digits", *TINY, "--steps", int(newest.name[5:]) + 1, "--out", tmp_path / "run")
     assert f"resuming at step {int(newest.name[5:])}" in resumed.stdout
+
+
+def test_a_second_interrupt_does_not_wait():
+    with pytest.raises(KeyboardInterrupt), listening() as request:
+        signal.raise_signal(signal.SIGINT)
+        assert request.name == "SIGINT"
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):                                      # as before: this process lives on
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_check_in_the_middle_of_a_run_changes_none_of_its_images(lamamba, tmp_path):
