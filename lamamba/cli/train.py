@@ -37,8 +37,6 @@ Options given here go before the recipe's. Running the same command again resume
   lamamba train digits --steps 200 --optimizer.learning-rate 5e-4 --dry-run"""
 
 
-BAD_IMAGES = "bad_images.tsv"
-"""In a run's folder: files that turned out bad while it trained, and why."""
 LATENT_CHANNELS = 4
 """Of the Stable Diffusion autoencoders, whose latents the paper's recipes train on."""
 
@@ -68,6 +66,7 @@ def main(arguments: list[str]) -> None:
     out = chosen.out or Path("runs") / Path(name).stem
 
     from lamamba.training.processes import end_processes, is_main_process
+    from lamamba.training.state import RunFolder
 
     if chosen.dry_run:
         if is_main_process():
@@ -78,9 +77,9 @@ def main(arguments: list[str]) -> None:
     finally:
         end_processes()
     if is_main_process():
-        if (out / BAD_IMAGES).is_file():
-            count = len((out / BAD_IMAGES).read_text(encoding="utf-8").splitlines())
-            print(f"{count} files could not be read, others stood in: {out / BAD_IMAGES}")
+        if (bad := RunFolder(out).bad_images).is_file():
+            count = len(bad.read_text(encoding="utf-8").splitlines())
+            print(f"{count} files could not be read, others stood in: {bad}")
         print(f"done: {out}\nsample it: lamamba sample {out} --out grid.png")
 
 
@@ -132,7 +131,7 @@ def open_data(config: TrainConfig, out: Path | None = None) -> TrainingSet:
               "order stays, and where they cannot be read the next good ones stand in", flush=True)
     images = Images(
         source, data.image_size, data.channels, crop=data.crop, left_out=left_out, foreseen=foreseen,
-        max_bad_images=data.max_bad_images, ledger=None if out is None else out / BAD_IMAGES,
+        max_bad_images=data.max_bad_images, ledger=None if out is None else RunFolder(out).bad_images,
     )
     if data.autoencoder is None:
         return PixelSet(images, data.mirror)

@@ -130,6 +130,7 @@ class RunFolder:
         self.samples = self.path / "samples"
         self.metrics = self.path / "metrics.jsonl"
         self.scores = self.path / "scores.jsonl"
+        self.bad_images = self.path / "bad_images.tsv"
         self.events = self.path / "events.jsonl"
         self.config = self.path / "config.json"
 
@@ -149,6 +150,8 @@ class RunFolder:
     ) -> None:
         """Write what the run is into its folder, or check that the folder belongs to the very same run.
 
+        A run that never came to a checkpoint is no run yet: its mistakes may be mended in place.
+
         Args:
             config: of the run.
             architecture: of its network.
@@ -165,8 +168,11 @@ class RunFolder:
             "data": {"fingerprint": fingerprint, "left_out": list(left_out)},
         }
         values = json.loads(json.dumps(values))
-        if self.config.exists():
+        if self.config.exists() and self.names():
             self._check_same(read_json(self.config, RUN_VERSION), values)
+        else:
+            for of_another_try in (self.scores, self.bad_images):
+                of_another_try.unlink(missing_ok=True)
         self.samples.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         write_atomically(self.config, json.dumps(values, indent=2) + "\n")
@@ -201,12 +207,12 @@ class RunFolder:
             )
 
     def left_out(self) -> tuple[str, ...] | None:
-        """Files of the data that the run has left out since it began; None where it has not begun or does not say.
+        """Files of the data that the run has left out since it began; None where it has no checkpoint or does not say.
 
         Raises:
             ValueError: when config.json is damaged.
         """
-        if not self.config.exists():
+        if not self.config.exists() or not self.names():
             return None
         data = read_json(self.config, RUN_VERSION).get("data") or {}
         return tuple(data["left_out"]) if "left_out" in data else None
