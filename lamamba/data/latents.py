@@ -78,6 +78,8 @@ class Plan:
     shard_size: int
     """Images of a shard, but for the last."""
     label_names: tuple[str, ...]
+    left_out: tuple[str, ...] | None = None
+    """The source's files that were known to be bad when this began; None in folders that do not say."""
 
     @property
     def num_shards(self) -> int:
@@ -88,7 +90,10 @@ class Plan:
         return range(number * self.shard_size, min((number + 1) * self.shard_size, self.images))
 
     def to_dict(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        if self.left_out is None:
+            del values["left_out"]                                              # older folders stay what they are
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Plan:
@@ -100,8 +105,8 @@ class Plan:
         old, new = self.to_dict(), other.to_dict()
         for plan in (old, new):
             facts = plan.pop("facts")
-            for known_otherwise in ("source", "label_names"):                   # the fingerprint counts
-                plan.pop(known_otherwise)
+            for known_otherwise in ("source", "label_names", "left_out"):       # the fingerprint counts
+                plan.pop(known_otherwise, None)
             facts.pop("autoencoder")                                            # its hash counts, not its name
             plan |= facts
         return differences_in_words(old, new)
