@@ -149,6 +149,7 @@ def run_curves(
         names = {f"{line['name']}, {line['images']} images" for lines in scores.values() for line in lines}
         panels[3].set(ylabel=names.pop() if len(names) == 1 else "score", yscale="log")
     panels[-1].set(xlabel="optimizer step")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     for axes in panels:
         axes.grid(alpha=0.3, which="both" if axes.get_yscale() == "log" else "major")
         axes.spines[["top", "right"]].set_visible(False)

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,13 +87,27 @@ def make_plan(
         shape=autoencoder.latent_shape(image_size), storage=storage, facts=CodecFacts.of(autoencoder),
         compute=str(autoencoder.dtype).removeprefix("torch."), batch_size=batch_size,
         threads=threads if autoencoder.device.type == "cpu" else 0, shard_size=shard_size,
-        label_names=source.label_names,
+        label_names=source.label_names, left_out=tuple(left_out),
     )
+
+
+def begun_without(folder: str | Path) -> tuple[str, ...] | None:
+    """The files that a folder's latents leave out since they were begun; None for a new folder, or an old one.
+
+    Raises:
+        ValueError: when its plan or index is damaged.
+    """
+    folder = Path(folder)
+    if (folder / INDEX).is_file():
+        return Index.load(folder).plan.left_out
+    path = folder / UNFINISHED / PLAN
+    return Plan.from_dict(read_json(path, LATENTS_VERSION)["plan"]).left_out if path.is_file() else None
 
 
 def encode(
     source: Source, autoencoder: Autoencoder, folder: str | Path, plan: Plan, *, left_out: tuple[str, ...] = (),
-    max_bad_images: int = 0, rank: int = 0, on_progress: Callable[[Progress], None] | None = None,
+    foreseen: Collection[str] = (), max_bad_images: int = 0, rank: int = 0,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> Index:
     """Encode what is not encoded yet, together with any other processes that do the same; return when all is there.
 
@@ -102,7 +116,8 @@ def encode(
         autoencoder: frozen, on the device where it shall work.
         folder: where the latents go; new, or with what an earlier call or another process has made by the same plan.
         plan: from `make_plan` with the same source and autoencoder.
-        left_out: files known to be bad.
+        left_out: files known to be bad when this was begun (see `begun_without`).
+        foreseen: files found to be bad since then: left out of their shards, and not counted.
         max_bad_images: unforeseen ones to bear; they are left out, too.
         rank: this process's number among those that start together, so that they begin at different shards.
         on_progress: told after every batch.
@@ -114,7 +129,7 @@ def encode(
     """
     folder = Path(folder)
     tell = on_progress or (lambda progress: None)
-    job = _Job(source, autoencoder, folder, plan, left_out, max_bad_images, rank, tell)
+    job = _Job(source, autoencoder, folder, plan, left_out, foreseen, max_bad_images, rank, tell)
     if not job.is_finished():
         job.begin()
         with _threads(plan.threads):
@@ -139,11 +154,11 @@ class _Job:
 
     def __init__(
         self, source: Source, autoencoder: Autoencoder, folder: Path, plan: Plan, left_out: tuple[str, ...],
-        max_bad_images: int, rank: int, tell: Callable[[Progress], None],
+        foreseen: Collection[str], max_bad_images: int, rank: int, tell: Callable[[Progress], None],
     ):
         self._images = Images(source, plan.image_size, autoencoder.in_channels, left_out=left_out, caches=False)
         self._autoencoder, self._folder, self._plan = autoencoder, folder, plan
-        self._max_bad, self._tell = max_bad_images, tell
+        self._foreseen, self._max_bad, self._tell = frozenset(foreseen), max_bad_images, tell
         self._work = folder / UNFINISHED
         self._claims = Claims(self._work, self._is_indexed)
         start = rank % plan.num_shards
@@ -287,6 +302,7 @@ class _Job:
 
     def _count_bad(self, current: dict[str, str]) -> None:
         bad = {file: fault for shard in self._done.values() for file, fault in shard.left_out.items()} | current
+        bad = {file: fault for file, fault in bad.items() if file not in self._foreseen}
         if len(bad) > self._max_bad:
             raise ValueError(explain_bad(self._plan.source, bad, self._max_bad))
 

@@ -126,7 +126,8 @@ def train(
     try:
         processes.together(lock.take)
         with precision_policy(config.precision), listening() as request:
-            processes.together(lambda: run.create(config, architecture, facts, samples.fingerprint))
+            left_out = getattr(samples, "left_out", ())                         # latents and digits know of none
+            processes.together(lambda: run.create(config, architecture, facts, samples.fingerprint, left_out))
             return _Training(config, samples, architecture, facts, run, processes).run(observers, request)
     finally:
         lock.release()

@@ -176,6 +176,7 @@ MISTAKES = [
     (["train", "digts"], "did you mean 'digits'?"),
     (["train", "nowhere.toml"], "nowhere.toml does not exist"),
     (["train", "digits", "--stepz", "3"], "did you mean --steps?"),
+    (["train", "digits", "--no-data.use-labels"], "did you mean --data.no-use-labels?"),
     (["train", "digits", "--steps", "many"], "--steps"),
     (["train", "digits", "--steps", "0"], "steps=0 must be at least 1"),
     (["train", "digits", "--model.preset", "m", "--dry-run"], "model.preset 'm' is unknown"),
