@@ -209,8 +209,10 @@ def entries_of(chosen: EvaluateArguments, device: torch.device, watch: Watch) ->
     """What is to be judged, one after the other; a network is loaded when its turn comes."""
     options, path = chosen.sampling, Path(chosen.samples)
     if not is_model(path):
-        if chosen.samples not in ("digits",) and not path.exists():
-            raise FileNotFoundError(f"{path} does not exist; give a folder of images, an npz file, a run or a model")
+        if chosen.samples != "digits" and not path.exists():
+            raise FileNotFoundError(
+                f"{path} does not exist; give a folder of images, an npz file, a run, a model, or \"shipped\""
+            )
         given = [name for name, unused in (
             ("--repeats", chosen.repeats == 1), ("--every-checkpoint", not chosen.every_checkpoint),
             ("--ema", options.ema is None), ("--guidance", options.guidance == "1"), ("--seed", options.seed == 0),
@@ -223,7 +225,8 @@ def entries_of(chosen: EvaluateArguments, device: torch.device, watch: Watch) ->
             size = (load_statistics(chosen.reference).image_shape or (size,))[0]
         images = open_images(chosen.samples, size, options.num_images)
         return [lambda: Entry(path.stem or chosen.samples, [images])]
-    scales, count = parse_scales(options.guidance), options.num_images or FIELD_COUNT
+    scales = parse_scales(options.guidance)
+    count = FIELD_COUNT if options.num_images is None else options.num_images
     if count < 2 or options.seed < 0:
         raise ValueError(f"--num-images {count} must be at least 2 and --seed {options.seed} at least 0")
     candidates = find_candidates(path, options.ema, every=chosen.every_checkpoint)

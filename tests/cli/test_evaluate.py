@@ -317,6 +317,40 @@ def test_mistakes_are_one_line(lamamba, colour, run, reference):
         assert error.count("\n") == 1, error
 
 
+def test_what_sample_has_made_is_judged_as_if_it_were_sampled_now(lamamba, run):
+    """A folder of PNG files, and an npz file whose three channels are one: the same figures, with their plan."""
+    many = ["-n", 40, "--random-labels", "--steps", 2, "--guidance", 1, "--device", "cpu"]
+    for kind, name in (("png", "folder"), ("npz", "packed")):
+        status, _, error = lamamba("sample", run, *many, "--format", kind, "--out", name)
+        assert status == 0, error
+    against = SAMPLE[:4]
+    assert lamamba("evaluate", run, *SAMPLE)[0] == 0
+    wanted = figures("evaluation.json")
+    del wanted["accuracy"]                                                      # files do not say what was asked for
+    for samples in ("folder", "packed/samples.npz"):
+        status, _, error = lamamba("evaluate", samples, *against, "--out", "files.json")
+        assert status == 0, error
+        assert figures("files.json") == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+        plan = json.loads(Path("files.json").read_text())["entries"][0]["protocol"]["samples"]["made_by"]
+        assert (plan["num"], plan["seed"], plan["rule"], plan["settings"]["steps"]) == (40, 0, "random", 2)
+    for count, message in ((41, "has 40 images, and --num-images 41 asks for more"), (0, "must be at least 2")):
+        status, _, error = lamamba("evaluate", "folder", *against, "--num-images", count)
+        assert (status, message in error) == (2, True), error
+    Path("folder/.sampling").mkdir()
+    status, _, error = lamamba("evaluate", "folder", *against)
+    assert (status, "lamamba sample has not filled folder yet" in error) == (2, True), error
+
+
+def test_the_model_of_the_package_has_a_name(lamamba):
+    status, _, error = lamamba("evaluate", "shipped", *SAMPLE)
+    assert status == 0, error
+    entry = json.loads(Path("evaluation.json").read_text())["entries"][0]
+    assert entry["name"] == entry["protocol"]["samples"]["name"] == "shipped"
+    assert entry["figures"]["accuracy"] > 0.8
+    status, _, error = lamamba("evaluate", "shipped", *SAMPLE, "--every-checkpoint")
+    assert (status, "shipped is no run" in error) == (2, True)
+
+
 def test_help_needs_no_torch():
     code = ("import sys\nfrom lamamba.cli.main import main\n"
             "for verb in (['evaluate'], ['evaluate', 'stats'], ['evaluate', 'compare']):\n"
