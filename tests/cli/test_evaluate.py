@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,7 @@ def test_repeats_checkpoints_and_sweeps(lamamba, run):
     assert "±" in printed
     with Image.open("evaluation.png") as picture:
         assert picture.width > 800
+    assert {"lamamba", "torch", "numpy", "diffusers", "pillow", "python"} == first["protocol"]["versions"].keys()
 
     status, printed, error = lamamba("evaluate", run, *SAMPLE, "--guidance", "1,2", "--ema", "none", "--out", "s.json")
     assert status == 0, error
@@ -166,6 +168,35 @@ def test_repeats_checkpoints_and_sweeps(lamamba, run):
     assert status == 0
     assert "samples.guidance: 1.0 | 2.0" in printed
     assert "evaluation 10 ema 0.99" in printed
+
+
+def test_a_run_of_one_checkpoint_has_no_curve_and_says_why(lamamba, run):
+    for name in ("model", "ema"):
+        shutil.copytree(run / "checkpoints" / "step_00000010" / name, f"one/checkpoints/step_00000010/{name}")
+    place = Path("one/checkpoints/step_00000010")
+    shutil.copy(run / "checkpoints" / "step_00000010" / "sampling.json", place)
+    write_json(place / "state.json", {"version": 1, "step": 10, "ema_decays": [0.99]})
+    files = {p.relative_to(place).as_posix(): sha256(p) for p in sorted(place.rglob("*")) if p.is_file()}
+    write_json(place / MANIFEST, {"version": 1, "files": files, "files_sha256": _hash_of_hashes(files)})
+    status, printed, error = lamamba("evaluate", "one", *SAMPLE, "--every-checkpoint")
+    assert status == 0, error
+    assert "lamamba train keeps more with --keep-checkpoints or --keep-every" in printed
+    assert not Path("evaluation.png").exists()
+
+
+def test_finished_figures_are_not_those_of_files_changed_since(lamamba, colour):
+    """Kept features answer for files as they were: the same names and sizes with other pixels are judged anew."""
+    names = sorted(Path("folder").glob("*.png"))
+    for path in names:
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    command = ["evaluate", "folder", "--reference", "packed.npz", *MEANS, "--keep-features"]
+    assert lamamba(*command)[0] == 0
+    assert figures("evaluation.json")["frechet"] == pytest.approx(0, abs=1e-6)
+    for path, image in zip(names, 255 - colour // 2, strict=True):
+        Image.fromarray(image).save(path.with_suffix(".bmp"))
+    assert lamamba(*command)[0] == 0
+    assert figures("evaluation.json")["frechet"] > 0.1
 
 
 def save_png(path, pixels):
@@ -217,6 +248,12 @@ def test_folders_and_npz_files_and_saved_statistics(lamamba, colour):
         assert result == pytest.approx(results[0], abs=1e-6)
     half = lamamba("evaluate", "folder", "--reference", "reference.npz", *MEANS, "--num-images", 6, "--out", "6.json")
     assert half[0] == 0
+    assert lamamba("evaluate", "stats", "folder", *MEANS, "--out", "fewer.npz", "--rows", 8)[0] == 0
+    assert lamamba("evaluate", "folder", "--reference", "fewer.npz", *MEANS, "--out", "fewer.json")[0] == 0
+    protocol = json.loads(Path("fewer.json").read_text())["entries"][0]["protocol"]
+    assert (protocol["reference"]["rows"], protocol["settings"]["kernel_subset"]) == (8, 8)
+    status, _, error = lamamba("evaluate", "compare", "2.json", "fewer.json")
+    assert (status, "differ in the reference images (rows 12 against 8)" in error) == (2, True), error
     status, _, error = lamamba("evaluate", "compare", "2.json", "6.json")
     assert status == 2
     assert "2 and 6 cannot be compared: they differ in the number of samples (12 against 6)" in error
