@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from lamamba.cli.main import main
+from lamamba.cli.pictures import evaluation_curves
 from lamamba.data.digits import Digits
 from lamamba.evaluation import Statistics, frechet_distance, inception_score, judge, precision_recall
 from lamamba.evaluation.digits_network import DigitFeatures
@@ -168,6 +169,38 @@ def test_repeats_checkpoints_and_sweeps(lamamba, run):
     assert status == 0
     assert "samples.guidance: 1.0 | 2.0" in printed
     assert "evaluation 10 ema 0.99" in printed
+
+
+@pytest.mark.parametrize("sweep", [True, False])
+def test_curves_ring_the_best_and_no_words_overlap(tmp_path, monkeypatch, sweep):
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
+    courses = [(1, 9.6, 0.68), (1.125, 6.5, 0.66), (1.25, 4.1, 0.63), (1.375, 2.9, 0.6), (1.5, 2.3, 0.57),
+               (1.75, 2.9, 0.52), (2, 4.4, 0.47), (4, 14, 0.2)]
+    entries = [
+        {"step": None if sweep else int(place * 400_000), "ema": ema, "guidance": place if sweep else 1.0,
+         "figures": {"frechet": value + extra, "recall": recall, "precision": 0.8}, "spread": {"frechet": 0.2}}
+        for place, value, recall in courses for ema, extra in (((None, 0),) if sweep else ((0.999, 0.5), (0.9, 0)))
+    ]
+    evaluation_curves(entries, "FID", tmp_path / "curve.png")
+    (figure,) = drawn
+    left, right = figure.axes
+    assert left.get_title() == ("ringed: 2.3 at guidance 1.5" if sweep else "ringed: 2.3 at step 600,000, EMA 0.9")
+    rings = [line for axes in figure.axes for line in axes.lines if line.get_markerfacecolor() == "none"]
+    assert [tuple(ring.get_xydata()[0]) for ring in rings] == ([(1.5, 2.3), (0.57, 2.3)] if sweep else [(6e5, 2.3)])
+    if sweep:
+        assert sorted(text.get_text() for text in right.texts) == sorted(f"{place:g}" for place, *_ in courses)
+    else:
+        assert [text.get_text() for text in left.get_legend().get_texts()] == ["EMA 0.999", "EMA 0.9"]
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        below = [word for word in axes.get_xticklabels() if low <= word.get_position()[0] <= high]
+        words = [word for word in (*axes.texts, *below, *axes.get_yticklabels()) if word.get_text()]
+        boxes = [word.get_window_extent() for word in words]
+        for k, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:k]), words[k].get_text()
 
 
 def test_a_run_of_one_checkpoint_has_no_curve_and_says_why(lamamba, run):
