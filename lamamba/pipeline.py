@@ -287,7 +287,7 @@ class LaMambaPipeline(DiffusionPipeline):
         if guidance_scale is None:
             guidance_scale = DEFAULT_GUIDANCE if labels else 1.0
         guidance = Guidance(guidance_scale, guidance_channels, guidance_interval, guidance_rescale)
-        size = self._input_size(height, width)
+        size = self.unet.architecture.fit_input(height, width, self.pixels_per_input)
 
         device = self._execution_device
         noise = self._noise(count, size, generator, latents, device)
@@ -360,19 +360,6 @@ class LaMambaPipeline(DiffusionPipeline):
         if not labels:
             raise ValueError("class_labels is empty: no image was asked for")
         return labels, len(labels)
-
-    def _input_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width of the network's input."""
-        patch, ratio = self.unet.config["patch_size"], self.pixels_per_input
-        own = self.unet.architecture.input_size
-        multiple = 4 * patch * ratio
-        sides = []
-        for name, side, default in (("height", height, own[0]), ("width", width, own[1])):
-            if side is not None and (side < multiple or side % multiple):
-                nearest = max(1, round(side / multiple)) * multiple
-                raise ValueError(f"{name}={side} must be a multiple of {multiple} pixels; the nearest is {nearest}")
-            sides.append(default if side is None else side // ratio)
-        return sides[0], sides[1]
 
     def _noise(
         self, count: int, size: tuple[int, int], generator: Generators, latents: Tensor | None, device: torch.device
