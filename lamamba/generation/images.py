@@ -12,7 +12,7 @@ from torch import Tensor
 from lamamba.config import Grid
 from lamamba.data.codec import Decoder, PixelCodec
 from lamamba.diffusion.denoise import SAMPLERS, Step, denoise, make_scheduler, samplers_for, slerp
-from lamamba.diffusion.guidance import Guidance, guided
+from lamamba.diffusion.guidance import Guidance, check_weaker, guided
 from lamamba.generation.settings import MAX_SEED, Between
 from lamamba.models.conditioning import ConditionedNetwork
 from lamamba.models.unet import LaMambaUNet
@@ -161,13 +161,7 @@ def _check(
             f"{' or '.join(quiet)}"
         )
     if weaker is not None:
-        other = weaker.architecture
-        for name in ("objective", "in_channels", "num_classes"):
-            if getattr(config, name) != getattr(other, name):
-                raise ValueError(
-                    f"the weaker model has {name}={getattr(other, name)!r}, the model has {getattr(config, name)!r}: "
-                    "guide by a smaller or an earlier model of the same data"
-                )
+        check_weaker(config, weaker.architecture)
 
 
 @contextmanager
