@@ -91,6 +91,12 @@ def test_a_picture_of_a_model_that_has_changed_is_not_repeated_in_silence(sample
     save_model(tmp_path / "flow", seed=5)
     status, _, err = sample("--like", "a.png", "--out", "b.png")
     assert (status, "flow is not the model that made a.png" in err) == (2, True)
+    sample("noise", "--num", 1, "--steps", 2, "--sampler", "ddim", "--autoguidance", "noise", "--out", "d.png")
+    (tmp_path / "noise").unlink()
+    save_model(tmp_path / "noise", seed=5, objective="noise")
+    save_model(tmp_path / "as_before", objective="noise")
+    status, _, err = sample("as_before", "--like", "d.png", "--autoguidance", "noise", "--out", "b.png")
+    assert (status, "noise is not what made d.png: it has changed" in err) == (2, True), err
     Image.open("a.png").save("c.png")                                           # Pillow drops the text
     status, _, err = sample("--like", "c.png")
     assert (status, "c.png holds no settings" in err, len(err.splitlines())) == (2, True, 1)
