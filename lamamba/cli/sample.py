@@ -203,6 +203,12 @@ def prepare(
         autoencoder_sha256=model.decoder.autoencoder.sha256 if model.decoder else None,
         dtype=chosen.dtype or "float32", compiled=chosen.compile,
     )
+    for part in ("autoguidance", "autoencoder"):
+        name = getattr(settings, part)
+        if facts is not None and name is not None and name == getattr(facts.settings, part) and (
+            getattr(settings, f"{part}_sha256") != getattr(facts.settings, f"{part}_sha256")
+        ):
+            raise ValueError(f"{name} is not what made {chosen.like}: it has changed. Restore it, or name another")
     return model, weaker, settings
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from lamamba.config import unknown_name
 from lamamba.files import differences_in_words, read_json
 from lamamba.generation.labels import LabelRule, label_of
-from lamamba.generation.settings import PictureFacts, Settings
+from lamamba.generation.settings import MAX_SEED, PictureFacts, Settings
 
 SAMPLES_VERSION = 1
 MANIFEST = "manifest.json"
@@ -21,7 +21,6 @@ UNFINISHED = ".sampling"
 PLAN = "plan.json"
 
 FileKind = Literal["png", "npz", "both"]
-MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
