@@ -267,6 +267,13 @@ def test_any_fitting_scheduler_of_diffusers_and_no_other():
         pipe.set_sampler("flow-euler")
     with pytest.raises(ValueError, match="did you mean"):
         pipe.set_sampler("unipcc")
+    for wrong, said in (
+        (dict(num_inference_steps=2.5), "2.5 steps were asked for; whole numbers from 1"),
+        (dict(num_inference_steps=0), "0 steps were asked for"),
+        (dict(guidance_scale="3"), "guidance scale '3' is no finite number"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            pipe(0, **wrong)
 
 
 @pytest.mark.parametrize("vae", [None, make_kl()], ids=["pixels", "latents"])

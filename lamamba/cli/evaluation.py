@@ -32,6 +32,7 @@ from lamamba.evaluation.judge import Figures, judge, mean_and_spread, moments
 from lamamba.evaluation.reference import Reference, is_statistics, load_statistics, reference_images
 from lamamba.evaluation.results import table, write_result
 from lamamba.evaluation.statistics import Statistics
+from lamamba.files import check_target
 from lamamba.training.processes import end_processes, is_main_process, launched_processes, local_device
 
 if TYPE_CHECKING:
@@ -331,6 +332,7 @@ def judge_entry(
 def evaluate(chosen: EvaluateArguments) -> None:
     """Judge, print a table, write the result."""
     chosen.metrics.check()
+    check_target(chosen.out)
     group, device = Group(), local_device(chosen.device)
     work = chosen.out.with_suffix(".work")
     watch = Watch()
@@ -387,6 +389,7 @@ def save_statistics(chosen: StatsArguments) -> None:
     group, device = Group(), local_device(chosen.device)
     if chosen.out.suffix != ".npz":
         raise ValueError(f"--out {chosen.out} must end in .npz")
+    check_target(chosen.out)
     images = open_images(chosen.images, chosen.image_size)
     network = open_network(chosen.features, chosen.weights, device)
     images = fit_channels(

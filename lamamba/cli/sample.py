@@ -253,11 +253,13 @@ def _sample_picture(chosen: SampleArguments, facts: PictureFacts | None) -> None
     from lamamba.cli.pictures import bare_picture, grid_picture, save_picture
     from lamamba.data.codec import PixelCodec
     from lamamba.diffusion.denoise import make_scheduler
+    from lamamba.files import check_target
     from lamamba.generation import generate
     from lamamba.generation.settings import PictureFacts, png_text
     from lamamba.training.loop import pick_device
 
     out = chosen.out or Path("samples.png")
+    check_target(out)
     is_film = out.suffix.lower() in FILM_SUFFIXES
     if is_film:
         check_film(out)

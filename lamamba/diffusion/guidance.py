@@ -46,8 +46,8 @@ class Guidance:
     """0 .. 1: how much of the prediction's own deviation is given back to each image (Lin et al., 2024, Eq. 15-16)."""
 
     def __post_init__(self) -> None:
-        if not abs(self.scale) < float("inf"):
-            raise ValueError(f"guidance scale {self.scale} is no finite number; 1 is none, 1.5 to 4 are usual")
+        if not isinstance(self.scale, int | float) or not abs(self.scale) < float("inf"):
+            raise ValueError(f"guidance scale {self.scale!r} is no finite number; 1 is none, 1.5 to 4 are usual")
         if self.channels not in get_args(GuidedChannels):
             raise unknown_name("guided channels", str(self.channels), get_args(GuidedChannels))
         object.__setattr__(self, "interval", tuple(self.interval))
