@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lamamba.data.autoencoder import Autoencoder
-from lamamba.data.claims import Claims
+from lamamba.data.claims import PLAN, PlannedFolder
 from lamamba.data.codec import CodecFacts, to_pixels
 from lamamba.data.images import BadImage, Images, explain_bad
 from lamamba.data.latents import (
@@ -42,7 +42,6 @@ from lamamba.files import read_json, settle, sha256, temporary_name, write_atomi
 
 logger = logging.getLogger("lamamba.data")
 
-PLAN = "plan.json"
 READERS = min(8, os.cpu_count() or 1)
 """Threads that decode images while the autoencoder works."""
 
@@ -131,7 +130,7 @@ def encode(
     tell = on_progress or (lambda progress: None)
     job = _Job(source, autoencoder, folder, plan, left_out, foreseen, max_bad_images, rank, tell)
     if not job.is_finished():
-        job.begin()
+        job.shared.begin()
         with _threads(plan.threads):
             job.encode_all()
         job.finish()
@@ -159,8 +158,11 @@ class _Job:
         self._images = Images(source, plan.image_size, autoencoder.in_channels, left_out=left_out, caches=False)
         self._autoencoder, self._folder, self._plan = autoencoder, folder, plan
         self._foreseen, self._max_bad, self._tell = frozenset(foreseen), max_bad_images, tell
-        self._work = folder / UNFINISHED
-        self._claims = Claims(self._work, self._is_indexed)
+        self.shared = PlannedFolder(
+            folder, UNFINISHED, plan, Plan.from_dict, version=LATENTS_VERSION, what="latents", own="shard_",
+            is_over=self._is_indexed,
+        )
+        self._work, self._claims = self.shared.work, self.shared.claims
         start = rank % plan.num_shards
         self._order = [*range(start, plan.num_shards), *range(start)]
         self._done: dict[int, Shard] = {}
@@ -170,7 +172,7 @@ class _Job:
         if not self._is_indexed():
             return False
         index = Index.load(self._folder)
-        self._check_same(index.plan)
+        self.shared.check_same(index.plan)
         whole, faults = dict[int, Shard](), []
         for number, shard in enumerate(index.shards):
             try:
@@ -185,47 +187,17 @@ class _Job:
         self._work.mkdir(exist_ok=True)
         with self._claims.claim("index", waits=True):
             if self._is_indexed():
-                self._write_plan()
+                self.shared.write_plan()
                 for number, shard in whole.items():
                     self._write_note(number, shard)
                 (self._folder / INDEX).unlink()
         return False
-
-    def begin(self) -> None:
-        """Make the folder, or join those who work in it."""
-        if not self._work.is_dir() and self._folder.is_dir():
-            foreign = [path.name for path in self._folder.iterdir() if not path.name.startswith("shard_")]
-            if foreign and not self._work.is_dir():                             # another may be making it just now
-                raise FileExistsError(
-                    f"{self._folder} exists and holds something else ({', '.join(sorted(foreign)[:3])}); give another "
-                    "folder with --out"
-                )
-        self._work.mkdir(parents=True, exist_ok=True)
-        with self._claims.claim("plan", waits=True):
-            if self._is_indexed():                                              # others have just finished
-                return
-            path = self._work / PLAN
-            if path.is_file():
-                self._check_same(Plan.from_dict(read_json(path, LATENTS_VERSION)["plan"]))
-            else:
-                self._write_plan()
-
-    def _write_plan(self) -> None:
-        values = {"version": LATENTS_VERSION, "plan": self._plan.to_dict()}
-        write_atomically(self._work / PLAN, json.dumps(values) + "\n")
 
     def _note(self, number: int) -> Path:
         return self._work / f"shard_{number:05d}.json"
 
     def _write_note(self, number: int, shard: Shard) -> None:
         write_atomically(self._note(number), json.dumps({"version": LATENTS_VERSION, **vars(shard)}) + "\n")
-
-    def _check_same(self, old: Plan) -> None:
-        if found := old.differences(self._plan):
-            raise ValueError(
-                f"{self._folder} holds latents made otherwise ({'; '.join(found)}); repeat the options to go on with "
-                "them, or give another folder with --out"
-            )
 
     def encode_all(self) -> None:
         """Take shard after shard that nobody has made or is making; then wait for the others, in case one dies."""

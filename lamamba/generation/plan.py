@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lamamba.config import unknown_name
+from lamamba.data.claims import PLAN
 from lamamba.files import differences_in_words, read_json
 from lamamba.generation.labels import LabelRule, label_of
 from lamamba.generation.settings import MAX_SEED, PictureFacts, Settings
@@ -18,7 +19,6 @@ SHARDS = "shards.json"
 NPZ = "samples.npz"
 UNFINISHED = ".sampling"
 """Folder that holds the plan and what is done, until all images are there."""
-PLAN = "plan.json"
 
 FileKind = Literal["png", "npz", "both"]
 
