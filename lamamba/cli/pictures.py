@@ -67,6 +67,21 @@ def save_picture(picture: Image.Image, path: Path, text: PngImagePlugin.PngInfo 
         temporary.unlink(missing_ok=True)
 
 
+def _save_figure(figure: Any, path: Path) -> None:
+    """The same for a plot, which is closed."""
+    import matplotlib.pyplot as plt
+
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        figure.savefig(temporary, dpi=120, format="png")
+        settle(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        plt.close(figure)
+
+
 def loss_curve(metrics: Path, path: Path) -> None:
     """Draw the loss and the gradient norm of a run's metrics.jsonl over its steps."""
     import matplotlib
@@ -84,9 +99,7 @@ def loss_curve(metrics: Path, path: Path) -> None:
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save_figure(figure, path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -158,12 +171,7 @@ def run_curves(
         panels[0].set(yscale="log")
     panels[0].legend(frameon=False, fontsize="small")
     figure.align_ylabels(panels)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
-    plt.close(figure)
+    _save_figure(figure, path)
 
 
 def cost_curves(rows: list[dict[str, Any]], multiply_adds: dict[str, list[tuple[int, int]]], path: Path) -> None:
@@ -197,11 +205,7 @@ def cost_curves(rows: list[dict[str, Any]], multiply_adds: dict[str, list[tuple[
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
-    plt.close(figure)
+    _save_figure(figure, path)
 
 
 def _power_lines(axes: Any, tokens: list[float]) -> None:
@@ -292,12 +296,7 @@ def evaluation_curves(entries: list[dict[str, Any]], distance: str, path: Path) 
         axes.xaxis.set_major_formatter("{x:g}" if is_sweep else "{x:,.0f}")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
-    plt.close(figure)
+    _save_figure(figure, path)
 
 
 def _with_spread(entries: list[dict[str, Any]], key: str) -> tuple[list[float], list[float] | None]:

@@ -33,20 +33,6 @@ from tests.networks import random_network, small_config
 SAMPLE = ["--reference", "digits", "--features", "digits", "--num-images", 40, "--steps", 2, "--device", "cpu"]
 
 
-@pytest.fixture
-def lamamba(capsys, monkeypatch, tmp_path):
-    """Run a command in this process, in an empty folder: (exit status, what it printed, what it complained)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LAMAMBA_TRACEBACK", raising=False)
-
-    def call(*arguments):
-        status = main(list(map(str, arguments)))
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run with two checkpoints, each with two averages."""

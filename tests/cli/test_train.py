@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from lamamba.cli.main import main
 from lamamba.cli.train import CURVE_WIDTH, rate_curve
 from lamamba.data.digits import Digits
 from lamamba.evaluation import frechet_distance
@@ -26,23 +25,6 @@ from lamamba.training.state import RunFolder, find_network
 from tests.cli.test_commands import TINY, run
 from tests.data.test_images import write_images
 from tests.training.together import free_port
-
-
-@pytest.fixture
-def lamamba(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LAMAMBA_TRACEBACK", raising=False)
-
-    def call(*arguments):
-        try:
-            status = main(list(map(str, arguments)))
-        except SystemExit as end:
-            status = end.code or 0
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
-
 
 EXPECTED = {
     "xl_256": ("652.48 M", "5,004.6 steps per epoch"), "b_256": ("105.31 M", "256 images = 1 process x 1 x 256"),
