@@ -2,7 +2,7 @@ r"""How good are few steps? Every sampler on the digits models, from 2 to 32 eva
 
     lamamba train digits_small --model.objective noise --sampling.sampler ddim --steps 2000 --out runs/digits_noise
     python benchmarks/few_steps.py --noise-model runs/digits_noise --json benchmarks/results/few-steps.json \
-        --picture docs/few-steps.png --markdown docs/few-steps.txt
+        --picture docs/few-steps.png
 
 The flow samplers draw with --flow-model (the model that comes with the package), the others with --noise-model; without
 one, a smaller noise model is trained for a minute first, whose numbers are worse throughout. No guidance: a step costs
@@ -157,8 +157,8 @@ def draw(results: dict[str, list[dict[str, float]]], floor: float, path: Path) -
     ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if floor / 2 < tick]
     panels[0].set_yticks(ticks, list(map(str, ticks)))
     panels[0].set_ylabel("Fréchet distance to real digits (pixels)")
-    highest = max(line["distance"] for lines in results.values() for line in lines)
-    panels[0].set_ylim(floor * 0.8, highest * 1.2)
+    distances = [line["distance"] for lines in results.values() for line in lines]
+    panels[0].set_ylim(min(floor, *distances) * 0.85, max(distances) * 1.2)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

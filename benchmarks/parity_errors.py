@@ -1,23 +1,31 @@
 """Print how far each back end's network lies from the official one: python benchmarks/parity_errors.py
 
-Largest error over largest value, float32, for outputs, for the worst of all saved gradients, and for guidance.
+Largest error over largest value, float32, for outputs, for the worst of all saved gradients, and for guidance; then for
+whole chains of the samplers, from the official chains' noise, with the same analytic network.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
+from diffusers.schedulers import scheduling_ddpm
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lamamba import load_official
+from lamamba.diffusion.denoise import denoise, make_scheduler
 from lamamba.diffusion.guidance import guided
 from lamamba.models.official import official_name
 from lamamba.ops import use_backend
 from lamamba.ops.selective_scan import OP
-from tests.networks import FILES, load_case, relative_error
+from tests.diffusion.test_official_values import toy
+from tests.networks import FILES, PARITY, load_case, relative_error
+
+CHAINS = (("ddpm", 25), ("ddpm", 10), ("ddim", 25))
 
 
 def errors(name: str) -> tuple[float, float, float | None]:
@@ -40,6 +48,14 @@ def errors(name: str) -> tuple[float, float, float | None]:
     return relative_error(output, tensors["out.eps_and_var"]), max(gradients), guidance
 
 
+def chain_error(sampler: str, num_steps: int) -> float:
+    """Of the last image of a sampler's chain."""
+    official, chain = load_file(PARITY / "diffusion.safetensors"), f"{sampler}{num_steps}"
+    with mock.patch.object(scheduling_ddpm, "randn_tensor", side_effect=official.get(f"{chain}.noise", ())):
+        x0 = denoise(toy, make_scheduler(sampler, "noise", num_steps), official[f"{chain}.x_T"])
+    return relative_error(x0, official[f"{chain}.x_0"])
+
+
 def main() -> None:
     print("| file | back end | outputs | gradients | guidance |\n|---|---|---|---|---|")
     for name in FILES:
@@ -51,6 +67,9 @@ def main() -> None:
                 output, gradient, guidance = errors(name)
             last = f"{guidance:.1e}" if guidance is not None else "-"
             print(f"| {name} | {backend.name} | {output:.1e} | {gradient:.1e} | {last} |")
+    print("\n| sampler | steps | last image |\n|---|---|---|")
+    for sampler, num_steps in CHAINS:
+        print(f"| {sampler} | {num_steps} | {chain_error(sampler, num_steps):.1e} |")
 
 
 if __name__ == "__main__":

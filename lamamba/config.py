@@ -179,6 +179,30 @@ class UNetConfig:
         """Height and width of the network's input in its own pixels (latent pixels, for latents)."""
         return self.token_grid[0] * self.patch_size, self.token_grid[1] * self.patch_size
 
+    def fit_input(self, height: int | None, width: int | None, factor: int = 1) -> Grid:
+        """Height and width of the network's input for a picture of height x width pixels (None: as it was made for).
+
+        Args:
+            height, width: of the picture, in pixels.
+            factor: pixels of the picture along one side of an input pixel (of a latent; 1 without an autoencoder).
+
+        Raises:
+            ValueError: when a side does not fit, naming the nearest that do.
+        """
+        multiple = 4 * self.patch_size * factor                                 # two halvings, and whole pairs after
+        sides = []
+        for name, asked, own in (("height", height, self.input_size[0]), ("width", width, self.input_size[1])):
+            side = own * factor if asked is None else asked
+            if side < multiple or side % multiple:
+                below, above = side // multiple * multiple, (side // multiple + 1) * multiple
+                nearest = f"{below} or {above}" if below > 0 else f"{max(above, multiple)}"
+                raise ValueError(
+                    f"{name} {side} does not fit this model: it must be a multiple of {multiple} pixels; the nearest "
+                    f"is {nearest}"
+                )
+            sides.append(int(side // factor))
+        return sides[0], sides[1]
+
     @property
     def output_channels(self) -> int:
         """out_channels, resolved."""

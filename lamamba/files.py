@@ -44,6 +44,25 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
+def check_target(path: Path) -> None:
+    """Find out before long work whether its result can be written; makes the folder.
+
+    Raises:
+        ValueError: when there is a folder in the file's place.
+        OSError: when the place takes no files.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it")
+    temporary = temporary_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        reason = error.strerror
+        raise OSError(f"{path} cannot be written ({reason}); nothing was done yet: name another place") from error
+
+
 def settle(temporary: Path, path: Path) -> None:
     """Give a whole file its name: flushed to disk first, so that a file of that name is never half of it."""
     flush(temporary)

@@ -34,13 +34,13 @@ from lamamba.diffusion.denoise import (
     set_steps,
     slerp,
 )
-from lamamba.diffusion.guidance import Guidance, GuidedChannels, Network, guided
+from lamamba.diffusion.guidance import Guidance, GuidedChannels, Network, check_weaker, guided
 from lamamba.models.conditioning import ConditionedNetwork
 from lamamba.models.unet import LaMambaUNet
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DEFAULT_GUIDANCE = 2.0
-"""Scale for models that have classes, as on the command line."""
+"""Scale for models that have classes or another model to guide by, as on the command line."""
 PIPELINE_CODE = '''\
 """For diffusers: DiffusionPipeline.from_pretrained(this folder, trust_remote_code=True). Needs lamamba-diff."""
 
@@ -246,7 +246,8 @@ class LaMambaPipeline(DiffusionPipeline):
             class_labels: class numbers or names, one or several; None for a network without classes.
             num_images_per_label: images of each label, side by side in the output.
             num_inference_steps: by default what the scheduler's kind usually takes.
-            guidance_scale: how far the label is exaggerated; 1 is none and costs half. By default 2.
+            guidance_scale: how far the label is exaggerated; 1 is none and costs half. By default 2 (for a network
+                without classes 1, unless it is guided by another).
             guidance_channels: "all" (the paper's code) or "first-three" (DiT's).
             guidance_interval: guide only where timestep / 1000 lies between these; 1 is noise.
             guidance_rescale: 0 .. 1, how much of the conditional prediction's deviation each image gets back.
@@ -285,9 +286,11 @@ class LaMambaPipeline(DiffusionPipeline):
             raise ValueError("strength and mask_image change an image: give image, too")
         labels, count = self._find_labels(class_labels, num_images_per_label, generator, latents)
         if guidance_scale is None:
-            guidance_scale = DEFAULT_GUIDANCE if labels else 1.0
+            guidance_scale = DEFAULT_GUIDANCE if labels or guidance_model is not None else 1.0
         guidance = Guidance(guidance_scale, guidance_channels, guidance_interval, guidance_rescale)
-        size = self._input_size(height, width)
+        if guidance_model is not None:
+            check_weaker(self.unet.architecture, guidance_model.architecture)
+        size = self.unet.architecture.fit_input(height, width, self.pixels_per_input)
 
         device = self._execution_device
         noise = self._noise(count, size, generator, latents, device)
@@ -360,19 +363,6 @@ class LaMambaPipeline(DiffusionPipeline):
         if not labels:
             raise ValueError("class_labels is empty: no image was asked for")
         return labels, len(labels)
-
-    def _input_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width of the network's input."""
-        patch, ratio = self.unet.config["patch_size"], self.pixels_per_input
-        own = self.unet.architecture.input_size
-        multiple = 4 * patch * ratio
-        sides = []
-        for name, side, default in (("height", height, own[0]), ("width", width, own[1])):
-            if side is not None and (side < multiple or side % multiple):
-                nearest = max(1, round(side / multiple)) * multiple
-                raise ValueError(f"{name}={side} must be a multiple of {multiple} pixels; the nearest is {nearest}")
-            sides.append(default if side is None else side // ratio)
-        return sides[0], sides[1]
 
     def _noise(
         self, count: int, size: tuple[int, int], generator: Generators, latents: Tensor | None, device: torch.device

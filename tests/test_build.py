@@ -36,6 +36,19 @@ def build(checkout: Path, **environment: str) -> subprocess.CompletedProcess:
                           env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False)
 
 
+def test_every_file_of_the_package_is_installed(checkout):
+    """Recipes, class names, the judge and the model that comes with the package among them."""
+    ignore = shutil.ignore_patterns("__pycache__", f"*{native.SUFFIX}")
+    shutil.copytree(ROOT / "lamamba", checkout / "lamamba", ignore=ignore, dirs_exist_ok=True)
+    subprocess.run([sys.executable, "setup.py", "-q", "build_py", "--build-lib", "out"], cwd=checkout,
+                   capture_output=True, timeout=120, check=True)
+    left_out = checkout / "lamamba/csrc"
+    own = {path.relative_to(checkout) for path in checkout.glob("lamamba/**/*")
+           if path.is_file() and left_out not in path.parents}
+    installed = {path.relative_to(checkout / "out") for path in checkout.glob("out/**/*") if path.is_file()}
+    assert own == installed
+
+
 NO_COMPILER = {"CXX": "/nowhere/c++", "CC": "/nowhere/cc", "LDSHARED": "/nowhere/cc", "LDCXXSHARED": "/nowhere/c++"}
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import accelerate
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 from PIL import Image
 
-from lamamba import LaMambaPipeline
+from lamamba import LaMambaPipeline, LaMambaUNet
 from lamamba.data.codec import CodecFacts, LatentDecoder
 from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
 from lamamba.generation import generate
@@ -138,6 +140,13 @@ def test_guidance_reaches_the_network():
     torch.testing.assert_close(
         run(pipe, guidance_scale=3.0, guidance_model=pipe.unet), plain, atol=1e-4, rtol=0)
     assert not torch.allclose(run(pipe, guidance_scale=3.0, guidance_model=other.unet), guided, atol=1e-3)
+    with pytest.raises(ValueError, match="weaker model has objective='flow', the model has 'noise'"):
+        run(pipe, guidance_model=make_pipeline().unet)
+    free, weaker = (make_pipeline("ddim", objective="noise", num_classes=0, network_seed=seed) for seed in (0, 9))
+    torch.testing.assert_close(
+        run(free, label=None, guidance_model=weaker.unet),
+        run(free, label=None, guidance_model=weaker.unet, guidance_scale=2.0))
+    assert not torch.allclose(run(free, label=None, guidance_model=weaker.unet), run(free, label=None), atol=1e-3)
     latents = make_pipeline("dpm++", make_kl())
     every, some = (
         run(latents, output_type="latent", guidance_scale=3.0, guidance_channels=channels, num_inference_steps=1)
@@ -258,6 +267,13 @@ def test_any_fitting_scheduler_of_diffusers_and_no_other():
         pipe.set_sampler("flow-euler")
     with pytest.raises(ValueError, match="did you mean"):
         pipe.set_sampler("unipcc")
+    for wrong, said in (
+        (dict(num_inference_steps=2.5), "2.5 steps were asked for; whole numbers from 1"),
+        (dict(num_inference_steps=0), "0 steps were asked for"),
+        (dict(guidance_scale="3"), "guidance scale '3' is no finite number"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            pipe(0, **wrong)
 
 
 @pytest.mark.parametrize("vae", [None, make_kl()], ids=["pixels", "latents"])
@@ -303,6 +319,40 @@ def test_diffusers_alone_loads_it_with_the_code_beside_it(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(out, weights_only=True), run(pipe, label=1, generator=seeds(7)))
+
+
+def test_it_is_pushed_to_a_hub_whole(monkeypatch):
+    """All but the network: what is created and uploaded there is looked at here."""
+    import diffusers.models.modeling_utils as of_models
+    import diffusers.pipelines.pipeline_utils as of_pipelines
+    import diffusers.utils.hub_utils as hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    class Repository:
+        repo_id = "me/digits"
+
+    def no_card(*_, **__):
+        raise EntryNotFoundError("no card is there yet")
+
+    def upload(*, repo_id, folder_path, **_):
+        assert repo_id == "me/digits"
+        shutil.copytree(folder_path, there, dirs_exist_ok=True)
+
+    for module in (hub, of_pipelines, of_models):
+        monkeypatch.setattr(module, "create_repo", lambda *_, **__: Repository)
+    monkeypatch.setattr(hub, "upload_folder", upload)
+    monkeypatch.setattr(hub.ModelCard, "load", no_card)
+    pipe = make_pipeline("ddim", objective="noise")
+    with tempfile.TemporaryDirectory() as there:
+        pipe.push_to_hub("me/digits")
+        again = LaMambaPipeline.from_pretrained(there)
+        again.set_progress_bar_config(disable=True)
+        assert torch.equal(run(again), run(pipe))
+        assert os.path.isfile(os.path.join(there, "pipeline.py"))
+    with tempfile.TemporaryDirectory() as there:
+        pipe.unet.push_to_hub("me/digits")
+        again = LaMambaUNet.from_pretrained(there)
+        assert all(map(torch.equal, again.state_dict().values(), pipe.unet.state_dict().values()))
 
 
 @pytest.mark.parametrize(("damage", "said"), [

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lamamba.cli.main import main
+from lamamba.pretrained import shipped_model
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -19,11 +22,21 @@ def blocks(kind: str) -> list[str]:
 
 def test_the_library_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (example,) = blocks("python")
+    example, _ = blocks("python")
     names: dict = {}
     exec(example, names)
     assert names["output"].shape == (2, 8, 32, 32)
     assert names["model"]._run_grid == (32, 48)
+
+
+def test_the_diffusers_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(shipped_model()), "exported/digits", "--images", "0"]) == 0
+    _, example = blocks("python")
+    names: dict = {}
+    exec(example + "\nlast = pipe('3', num_inference_steps=2, height=8, width=16).images[0]", names)
+    assert len(names["pictures"]) == 2
+    assert names["last"].size == (16, 8)
 
 
 COMMANDS = [
@@ -58,5 +71,14 @@ def test_every_option_of_every_command_exists(command, monkeypatch):
 
 
 def test_files_it_names_exist():
-    for path in re.findall(r"(?:lamamba|docs|tests|benchmarks)/[\w./-]+\w", README):
+    for path in re.findall(r"(?:lamamba|docs|tests|benchmarks|examples)/[\w./-]+\w", README):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_files_that_the_docs_name_exist(page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    for path in re.findall(r"(?:lamamba|docs|tests|benchmarks|examples)/[\w./-]+\w", text):
+        assert (ROOT / path).exists(), path
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (ROOT / "docs" / picture).exists(), picture

@@ -124,7 +124,8 @@ class Studio:
         if sampler not in self.samplers:
             raise unknown_name("sampler for this model", sampler, self.samplers)
         if request.steps is not None:
-            _check_whole("the number of steps", request.steps, SAMPLERS[sampler].min_steps, 1000)
+            _check_whole(
+                "the number of steps", request.steps, SAMPLERS[sampler].min_steps, SAMPLERS[sampler].max_steps)
         if not isinstance(request.guidance, int | float) or not 0 <= request.guidance <= MAX_GUIDANCE:
             raise ValueError(f"guidance {request.guidance!r} must be a number from 0 to {MAX_GUIDANCE}; 1 is none")
         if not config.num_classes and request.guidance != 1:
@@ -132,12 +133,7 @@ class Studio:
         for what, side in (("height", request.height), ("width", request.width)):
             if side is not None:
                 _check_whole(f"the {what}", side, self.side_step, self.max_side)
-                if side % self.side_step:
-                    below = side // self.side_step * self.side_step
-                    raise ValueError(
-                        f"{what} {side} does not fit this network: use a multiple of {self.side_step}, "
-                        f"such as {max(below, self.side_step)} or {below + self.side_step}"
-                    )
+        config.fit_input(request.height, request.width, self.pixel)
 
     def draw(self, request: Request) -> Iterator[Frame]:
         """The drawing as it comes to be: some moments on the way, then the images.

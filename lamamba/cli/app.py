@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -48,6 +51,8 @@ def main(arguments: list[str]) -> None:
     chosen = parse(AppArguments, arguments, "app", DESCRIPTION)
     if chosen.port is not None and not 0 < chosen.port < 65536:
         raise ValueError(f"--port {chosen.port} is no port; 1024 to 65535 are for everybody")
+    if chosen.port is not None:
+        _check_free(chosen.host, chosen.port)
     if importlib.util.find_spec("gradio") is None:
         raise RuntimeError("the page needs gradio: pip install 'lamamba-diff[app]'")
 
@@ -60,6 +65,18 @@ def main(arguments: list[str]) -> None:
         return grid_picture(images, columns, names, cell_pixels=cell_pixels, crisp=crisp)
 
     serve(studio, compose, host=chosen.host, port=chosen.port, share=chosen.share, browser=chosen.open)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Refuse a port that is taken before a network is read."""
+    with socket.socket() as probe:
+        if os.name != "nt":                                                     # as servers do: one just left is free
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise OSError(f"port {port} is taken: give another with --port, or leave it out") from error
 
 
 def open_studio(place: Path | None, autoencoder: str | None, device_name: str) -> Studio:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from difflib import SequenceMatcher
 from typing import Any, TypeVar
 
 import tyro
@@ -39,7 +40,14 @@ def _one_line(box: str, verb: str) -> str:
     rules = [i for i, line in enumerate(lines) if re.fullmatch(r"─+|-+", line)] or [len(lines)]
     gist = " ".join(lines[: rules[0]])
     gist = re.sub(r"^Error parsing [A-Z]\w*: ", "", gist).replace("[bold]", "").replace("[/bold]", "").rstrip(" .:")
-    near = [line.split()[0] for line in lines[rules[0]:] if line.startswith("--") and line[2:3].isalpha()]
+    near = [line for line in lines[rules[0]:] if line.startswith("--") and line[2:3].isalpha()]
     if gist.startswith("Unrecognized options:") and near:
-        gist += f"; did you mean {near[0]}?"
+        names = re.findall(r"--[A-Za-z][\w.-]*", near[0])                       # --x, and --no-x where it is a switch
+        wanted = _words(gist.removeprefix("Unrecognized options:").split()[0])
+        gist += f"; did you mean {max(names, key=lambda name: SequenceMatcher(None, wanted, _words(name)).ratio())}?"
     return f"{gist} (lamamba {verb} --help lists all options)"
+
+
+def _words(option: str) -> str:
+    """An option's words in the order of the alphabet, so that --no-x.y is near --x.no-y."""
+    return " ".join(sorted(re.split(r"[-.]+", option)))

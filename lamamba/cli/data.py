@@ -26,6 +26,7 @@ Every image is decoded, by several processes. Bad files are named by kind and wr
 (SOURCE/lamamba-manifest.json), by which lamamba train and lamamba encode leave them out:
   empty, not an image, truncated, damaged, unreadable (the disk's fault); too small (below --min-side), too narrow (over
   64 times as long as wide), decompression bomb (over 179 million pixels), 32-bit (its white is unknown)
+
 Some files are good after a conversion, and only named; with --strict they are bad, too:
   CMYK     R = (1 - C)(1 - K) and so on, without a colour profile
   16-bit   grey levels divided by 257, of colours the upper byte"""
@@ -86,6 +87,10 @@ def _check_images(chosen: CheckArguments) -> None:
     except OSError as error:
         raise OSError(f"{error}; name a place that can be written with --manifest") from error
     print(_summary(manifest, place))
+    if empty := getattr(source, "empty_folders", ()):
+        named = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+        print(f"warning: {len(empty)} subfolders hold no images and are no classes, so that later ones have lower "
+              f"numbers: {named}")
 
 
 def _summary(manifest: Manifest, place: Path) -> str:

@@ -76,9 +76,12 @@ def main(arguments: list[str]) -> None:
     import torch
 
     from lamamba.data.autoencoder import Autoencoder
-    from lamamba.data.encode import Progress, encode, make_plan
+    from lamamba.data.encode import Progress, begun_without, encode, make_plan
     from lamamba.training.processes import local_device
 
+    foreseen: set[str] = set()
+    if (before := begun_without(chosen.out)) is not None:                       # the same numbers for the same images
+        left_out, foreseen = before, set(left_out) - set(before)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True       # the same bits every time
     autoencoder = Autoencoder(chosen.autoencoder, local_device(chosen.device), getattr(torch, chosen.dtype))
     plan = make_plan(
@@ -90,6 +93,9 @@ def main(arguments: list[str]) -> None:
         shape = " x ".join(map(str, plan.shape))
         print(f"{chosen.out}: {plan.images:,} images of {source.name} {views}, {len(left_out)} left out by the "
               f"manifest, {plan.num_shards} shards\nautoencoder {autoencoder}, latents {shape}", flush=True)
+        if foreseen:
+            print(f"{len(foreseen)} files came into the manifest after {chosen.out} was begun: they are left out of "
+                  "their shards, the others stay where they are", flush=True)
 
     phase = ""
     with WorkBar("encoding", plan.images) as bar:
@@ -109,8 +115,8 @@ def main(arguments: list[str]) -> None:
             phase = progress.phase
 
         index = encode(
-            source, autoencoder, chosen.out, plan, left_out=left_out, max_bad_images=chosen.max_bad_images, rank=rank,
-            on_progress=tell,
+            source, autoencoder, chosen.out, plan, left_out=left_out, foreseen=foreseen,
+            max_bad_images=chosen.max_bad_images, rank=rank, on_progress=tell,
         )
     if is_first:
         missing = sum(len(shard.left_out) for shard in index.shards)

@@ -18,14 +18,15 @@ coverage, KID.
   lamamba evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz
   lamamba evaluate runs/xl --reference VIRTUAL_imagenet256_labeled.npz --guidance 1.5 --repeats 3
   torchrun --nproc-per-node 8 -m lamamba evaluate runs/xl --reference imagenet.npz       the same figures, sooner
+  lamamba evaluate shipped --reference digits --features digits --num-images 2000 --guidance 1,1.5,2
   lamamba evaluate runs/digits --reference digits --features digits --num-images 2000 --every-checkpoint
   lamamba evaluate stats imagenet/val --out imagenet.npz       a reference, once; ADM's names, nothing pickled
   lamamba evaluate compare a.json b.json                       side by side, or refused with the reason
 
-SAMPLES is a folder of images, an npz file with arr_0, "digits", or a run, a checkpoint or a model, which then samples
-while it is judged: images are never kept. REFERENCE is an npz file of ADM's kind, one made by `stats`, a folder, or
-"digits". The result file holds every figure and the whole protocol. Features are kept by shard beside it until the end:
-when the command is killed, the same command goes on where it was.
+SAMPLES is a folder of images, an npz file with arr_0, "digits", or a run, a checkpoint or a model ("shipped": the one
+that comes with the package), which then samples while it is judged: images are never kept. REFERENCE is an npz file
+of ADM's kind, one made by `stats`, a folder, or "digits". The result file holds every figure and the whole protocol.
+Features are kept by shard beside it until the end: when the command is killed, the same command goes on where it was.
 
 Feature networks: inception (FID as published; the weights are downloaded once, or named with --weights), dinov2
 (FD-DINOv2; needs transformers), digits (part of the package), or module:name for a function of your own from uint8
@@ -35,7 +36,7 @@ images (n, h, w, 3) to features (n, d)."""
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArguments:
     samples: Annotated[str, tyro.conf.Positional]
-    """Folder, npz file, "digits", run, checkpoint or model."""
+    """Folder, npz file, "digits", run, checkpoint, model, or "shipped"."""
     reference: str
     """Npz file, folder, or "digits"."""
     out: Path = Path("evaluation.json")

@@ -12,6 +12,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from lamamba.evaluation.judge import Figures, judge, mean_and_spread, moments
 from lamamba.evaluation.reference import Reference, is_statistics, load_statistics, reference_images
 from lamamba.evaluation.results import table, write_result
 from lamamba.evaluation.statistics import Statistics
+from lamamba.files import check_target
 from lamamba.training.processes import end_processes, is_main_process, launched_processes, local_device
 
 if TYPE_CHECKING:
@@ -209,8 +211,10 @@ def entries_of(chosen: EvaluateArguments, device: torch.device, watch: Watch) ->
     """What is to be judged, one after the other; a network is loaded when its turn comes."""
     options, path = chosen.sampling, Path(chosen.samples)
     if not is_model(path):
-        if chosen.samples not in ("digits",) and not path.exists():
-            raise FileNotFoundError(f"{path} does not exist; give a folder of images, an npz file, a run or a model")
+        if chosen.samples != "digits" and not path.exists():
+            raise FileNotFoundError(
+                f"{path} does not exist; give a folder of images, an npz file, a run, a model, or \"shipped\""
+            )
         given = [name for name, unused in (
             ("--repeats", chosen.repeats == 1), ("--every-checkpoint", not chosen.every_checkpoint),
             ("--ema", options.ema is None), ("--guidance", options.guidance == "1"), ("--seed", options.seed == 0),
@@ -223,7 +227,8 @@ def entries_of(chosen: EvaluateArguments, device: torch.device, watch: Watch) ->
             size = (load_statistics(chosen.reference).image_shape or (size,))[0]
         images = open_images(chosen.samples, size, options.num_images)
         return [lambda: Entry(path.stem or chosen.samples, [images])]
-    scales, count = parse_scales(options.guidance), options.num_images or FIELD_COUNT
+    scales = parse_scales(options.guidance)
+    count = FIELD_COUNT if options.num_images is None else options.num_images
     if count < 2 or options.seed < 0:
         raise ValueError(f"--num-images {count} must be at least 2 and --seed {options.seed} at least 0")
     candidates = find_candidates(path, options.ema, every=chosen.every_checkpoint)
@@ -248,21 +253,24 @@ def protocol_of(
     entry: Entry, network: FeatureNetwork, reference: Reference, chosen: EvaluateArguments, device: torch.device
 ) -> dict[str, Any]:
     """All that the figures depend on."""
-    images = entry.runs[0]
+    images, rows = entry.runs[0], 0 if reference.rows is None else len(reference.rows)
+    subset = min(chosen.metrics.kernel_subset, rows or chosen.metrics.kernel_subset, len(images))
     samples = {k: v for k, v in images.facts.items() if k not in ("seeds", "changed")}
     if "seeds" in images.facts:                                                 # which seeds is said below
         samples.pop("fingerprint", None)
     return {
         "distance_name": network.distance_name,
         "network": dataclasses.asdict(network.facts),
-        "reference": {"name": reference.name, "fingerprint": reference.fingerprint, "count": reference.count},
+        "reference": {"name": reference.name, "fingerprint": reference.fingerprint, "count": reference.count,
+                      "rows": rows},
         "images": len(images), "image_shape": list(images.shape[:2]), "grey": chosen.grey,
-        "settings": dataclasses.asdict(chosen.metrics),
+        "settings": {**dataclasses.asdict(chosen.metrics), "kernel_subset": subset},       # as it is, of few images
         "samples": samples, "seeds": [run.facts["seeds"] for run in entry.runs if "seeds" in run.facts],
         "repeats": len(entry.runs),
         "pixels": "127.5 x + 128, clamped, truncated" if "seeds" in images.facts else "as stored",
         "versions": {
             "lamamba": __version__, "torch": torch.__version__, "numpy": np.__version__,
+            **{name: metadata.version(name) for name in ("diffusers", "pillow")},
             "python": platform.python_version(),
         },
         "device": device.type,
@@ -274,7 +282,7 @@ def judge_entry(
     chosen: EvaluateArguments, watch: Watch,
 ) -> dict[str, Any]:
     """Figures of all seed ranges with their mean and spread; found on disk where they were made before a kill."""
-    place = work / f"{digest(protocol)[:16]}.entry.json"
+    place = work / f"{digest(protocol, [dict(run.facts) for run in entry.runs])[:16]}.entry.json"
     group.wait()                                                                # nobody looks while another writes
     if place.is_file():
         found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
@@ -324,6 +332,7 @@ def judge_entry(
 def evaluate(chosen: EvaluateArguments) -> None:
     """Judge, print a table, write the result."""
     chosen.metrics.check()
+    check_target(chosen.out)
     group, device = Group(), local_device(chosen.device)
     work = chosen.out.with_suffix(".work")
     watch = Watch()
@@ -356,6 +365,8 @@ def evaluate(chosen: EvaluateArguments) -> None:
             picture = chosen.out.with_suffix(".png")
             evaluation_curves(entries, network.distance_name, picture)
             print(f"curve: {picture}")
+        elif chosen.every_checkpoint:
+            print("no curve of one checkpoint: lamamba train keeps more with --keep-checkpoints or --keep-every")
         if not chosen.keep_features:
             _clear(work)
     group.wait()
@@ -378,6 +389,7 @@ def save_statistics(chosen: StatsArguments) -> None:
     group, device = Group(), local_device(chosen.device)
     if chosen.out.suffix != ".npz":
         raise ValueError(f"--out {chosen.out} must end in .npz")
+    check_target(chosen.out)
     images = open_images(chosen.images, chosen.image_size)
     network = open_network(chosen.features, chosen.weights, device)
     images = fit_channels(

@@ -127,6 +127,8 @@ def _write(chosen: ExportArguments, model: LaMambaUNet, facts: SamplingFacts, fo
     if chosen.onnx:
         from lamamba.models.export import export_onnx
 
+        print("onnx/unet.onnx: every block is traced, which takes a minute for a small network, more for others",
+              flush=True)
         error = export_onnx(network.float().cpu(), folder / "onnx" / "unet.onnx")
         print(f"onnx/unet.onnx: largest error over largest value against PyTorch, in onnxruntime: {error:.1e}")
     for part in (network, vae):

@@ -10,30 +10,53 @@ from typing import Any
 import numpy as np
 import torch
 
-from lamamba.cli.models import open_model
+from lamamba.cli.models import SHIPPED, find_shipped, open_model
 from lamamba.cli.sample_options import SampleOptions
 from lamamba.diffusion.denoise import make_scheduler, samplers_for
 from lamamba.evaluation.images import DigitImages, FolderImages, GeneratedImages, Images, NpzImages
 from lamamba.files import read_json
 from lamamba.generation import generate
 from lamamba.generation.labels import label_of
-from lamamba.training.state import MANIFEST, PIPELINE_INDEX, Average, RunFolder, averages_at
+from lamamba.generation.plan import NPZ, SHARDS, UNFINISHED, find_plan
+from lamamba.training.state import PIPELINE_INDEX, Average, RunFolder, averages_at
 
 
 def open_images(name: str, image_size: int = 8, limit: int | None = None) -> Images:
-    """Images by name: "digits", an npz file, or a folder.
+    """Images by name: "digits", an npz file, or a folder; at most `limit`, the first ones.
+
+    What `lamamba sample -n` has made carries its plan (model, sampler, guidance, seeds) into the protocol.
 
     Raises:
-        FileNotFoundError, ValueError: when there are none.
+        FileNotFoundError, ValueError: when there are none, fewer than `limit`, or not all of them yet.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--num-images {limit} must be at least 2")
     if name == "digits":
-        return DigitImages(image_size, limit)
-    return NpzImages(name, limit=limit) if name.endswith(".npz") else FolderImages(name, limit)
+        images: Images = DigitImages(image_size, limit)
+    else:
+        folder = Path(name).parent if Path(name).name == NPZ else Path(name)
+        if (folder / UNFINISHED).is_dir():
+            raise ValueError(f"lamamba sample has not filled {folder} yet; run it again, it goes on where it was")
+        made = NpzImages(name, limit=limit) if name.endswith(".npz") else FolderImages(name, limit)
+        if (folder / SHARDS).is_file() and (plan := find_plan(folder)) is not None:
+            made.facts["made_by"] = plan.to_dict()
+        images = made
+    if limit is not None and len(images) < limit:
+        raise ValueError(f"{name} has {len(images):,} images, and --num-images {limit} asks for more; leave it out")
+    return images
 
 
 def is_model(path: Path) -> bool:
-    """Whether a folder is a run, a checkpoint, a saved network or a pipeline."""
-    return any((path / name).exists() for name in ("checkpoints", MANIFEST, "sampling.json", PIPELINE_INDEX))
+    """Whether a folder is a run, a checkpoint, a saved network or a pipeline; "shipped" is one, too."""
+    names = ("checkpoints", "state.json", "sampling.json", PIPELINE_INDEX)
+    return is_shipped(path) or any((path / name).exists() for name in names) or any(
+        path.glob("diffusion_pytorch_model*")
+    )
+
+
+def is_shipped(path: Path) -> bool:
+    """Whether the model that comes with the package is meant, and not a folder of that name."""
+    return str(path) == SHIPPED and not path.exists()
 
 
 @dataclass(frozen=True)
@@ -68,14 +91,14 @@ def find_candidates(path: Path, ema: Average | None = None, *, every: bool = Fal
     elif every:
         raise ValueError(f"{path} is no run: --every-checkpoint scores the checkpoints of a run's folder")
     else:
-        places = [path]
+        places = [find_shipped() if is_shipped(path) else path]
     found = []
     for place in places:
         kept = averages_at(place)
         if not kept:
             if ema is not None:
                 raise ValueError(f"{place} is a single network; --ema chooses among a checkpoint's averages")
-            found.append(Candidate(place.name, path, place))
+            found.append(Candidate(path.name or str(path), path, place))
             continue
         if ema is not None and ema not in kept:
             raise ValueError(f"{place} has no average {ema}; it has {', '.join(str(each) for each in kept)}")

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from lamamba.data.codec import LatentDecoder
-from lamamba.generation.images import fit_size
 from lamamba.generation.settings import fingerprint
 from lamamba.models.compiling import compile_network
 from lamamba.models.packing import pack_weights
@@ -75,7 +74,7 @@ class OpenModel:
         Raises:
             ValueError: when a side does not fit, naming the nearest that do.
         """
-        size = fit_size(self.network, self.factor, height, width)
+        size = self.network.architecture.fit_input(height, width, self.factor)
         return size, (size[0] * self.factor, size[1] * self.factor)
 
     def prepare(self, device: torch.device, dtype: torch.dtype, compiled: bool, images: int) -> None:

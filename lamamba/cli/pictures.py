@@ -67,6 +67,21 @@ def save_picture(picture: Image.Image, path: Path, text: PngImagePlugin.PngInfo 
         temporary.unlink(missing_ok=True)
 
 
+def _save_figure(figure: Any, path: Path) -> None:
+    """The same for a plot, which is closed."""
+    import matplotlib.pyplot as plt
+
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        figure.savefig(temporary, dpi=120, format="png")
+        settle(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        plt.close(figure)
+
+
 def loss_curve(metrics: Path, path: Path) -> None:
     """Draw the loss and the gradient norm of a run's metrics.jsonl over its steps."""
     import matplotlib
@@ -84,9 +99,7 @@ def loss_curve(metrics: Path, path: Path) -> None:
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save_figure(figure, path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -149,6 +162,7 @@ def run_curves(
         names = {f"{line['name']}, {line['images']} images" for lines in scores.values() for line in lines}
         panels[3].set(ylabel=names.pop() if len(names) == 1 else "score", yscale="log")
     panels[-1].set(xlabel="optimizer step")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     for axes in panels:
         axes.grid(alpha=0.3, which="both" if axes.get_yscale() == "log" else "major")
         axes.spines[["top", "right"]].set_visible(False)
@@ -157,12 +171,7 @@ def run_curves(
         panels[0].set(yscale="log")
     panels[0].legend(frameon=False, fontsize="small")
     figure.align_ylabels(panels)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
-    plt.close(figure)
+    _save_figure(figure, path)
 
 
 def cost_curves(rows: list[dict[str, Any]], multiply_adds: dict[str, list[tuple[int, int]]], path: Path) -> None:
@@ -196,11 +205,7 @@ def cost_curves(rows: list[dict[str, Any]], multiply_adds: dict[str, list[tuple[
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
-    plt.close(figure)
+    _save_figure(figure, path)
 
 
 def _power_lines(axes: Any, tokens: list[float]) -> None:
@@ -221,6 +226,8 @@ def _power_lines(axes: Any, tokens: list[float]) -> None:
 def evaluation_curves(entries: list[dict[str, Any]], distance: str, path: Path) -> None:
     """Draw what `lamamba evaluate` found: the distance over training, or over guidance and against recall.
 
+    The best one is ringed and named. Bars are standard deviations over seed ranges.
+
     Args:
         entries: of a result; all of one guidance scale, or all of one checkpoint.
         distance: what the Fréchet distance is called.
@@ -233,43 +240,66 @@ def evaluation_curves(entries: list[dict[str, Any]], distance: str, path: Path) 
 
     is_sweep = len({entry["guidance"] for entry in entries}) > 1
     has_recall = all("recall" in entry["figures"] for entry in entries)
-    figure, panels = plt.subplots(1, 2 if has_recall else 1, figsize=(10 if has_recall else 6, 4.4), squeeze=False)
+    where = "guidance" if is_sweep else "step"
+    figure, panels = plt.subplots(1, 2 if has_recall else 1, figsize=(11 if has_recall else 6.5, 4.6), squeeze=False)
+    left, right = panels[0][0], panels[0][-1]
+    best = min(entries, key=lambda entry: entry["figures"]["frechet"])
     averages = list(dict.fromkeys(str(entry["ema"]) for entry in entries))
     colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     for number, average in enumerate(averages):
         color = colors[number % len(colors)]
-        mine = [entry for entry in entries if str(entry["ema"]) == average]
-        mine.sort(key=lambda entry: entry["guidance"] if is_sweep else entry["step"] or 0)
-        places = [entry["guidance"] if is_sweep else entry["step"] or 0 for entry in mine]
-        values = [entry["figures"]["frechet"] for entry in mine]
-        spreads = [entry["spread"].get("frechet", 0) for entry in mine]
-        style = {"color": color, "marker": "o", "capsize": 3, "linewidth": 1.6, "label": f"EMA {average}"}
-        panels[0][0].errorbar(places, values, yerr=spreads if any(spreads) else None, **style)
+        mine = sorted((e for e in entries if str(e["ema"]) == average), key=lambda e: e[where] or 0)
+        places = [entry[where] or 0 for entry in mine]
+        line = {"color": color, "marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.6}
+        name = "trained weights" if average == "none" else f"EMA {average}"
+        left.errorbar(places, *_with_spread(mine, "frechet"), **line, label=name)
         if has_recall and is_sweep:
-            recalls = [entry["figures"]["recall"] for entry in mine]
-            panels[0][1].plot(recalls, values, "o-", color=color, linewidth=1.6)
-            for place, recall, value in zip(places, recalls, values, strict=True):
-                panels[0][1].annotate(f"{place:g}", (recall, value), (5, 5), textcoords="offset points")
-        elif has_recall:
-            for key, line in (("precision", "-"), ("recall", "--")):
-                label = f"{key}, EMA {average}" if len(averages) > 1 else key
-                panels[0][1].plot(places, [e["figures"][key] for e in mine], line, marker="o", color=color, label=label)
-    panels[0][0].set(xlabel="guidance scale" if is_sweep else "optimizer step", ylabel=distance)
-    panels[0][0].set_ylim(0, 1.1 * max(e["figures"]["frechet"] + e["spread"].get("frechet", 0) for e in entries))
+            recalls, recall_spreads = _with_spread(mine, "recall")
+            right.errorbar(recalls, *_with_spread(mine, "frechet"), xerr=recall_spreads, **line)
+            for place, entry in zip(places, mine, strict=True):                 # outside of the curve's bend
+                spot = (entry["figures"]["recall"], entry["figures"]["frechet"])
+                offset, side = ((0, -20), "center") if entry is best else (
+                    ((-8, -11), "right") if place > best["guidance"] else ((8, -11), "left"))
+                right.annotate(f"{place:g}", spot, offset, textcoords="offset points", ha=side)
+        elif has_recall:                                                        # bars would hide each other
+            right.errorbar(places, _with_spread(mine, "precision")[0], **line)
+            right.errorbar(places, _with_spread(mine, "recall")[0], **{**line, "marker": "s"}, linestyle="--")
+
+    lowest, highest = best["figures"]["frechet"], max(entry["figures"]["frechet"] for entry in entries)
+    spots = [(left, best[where] or 0)] + ([(right, best["figures"]["recall"])] if has_recall and is_sweep else [])
+    for axes, place in spots:
+        axes.plot([place], [lowest], "o", markersize=12, markerfacecolor="none", markeredgecolor="black")
+        axes.set_ylabel(distance + (", lower is better" if axes is left else ""))
+        if lowest > 0 and highest > 20 * lowest:                                # the beginning would hide the end
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
+        else:
+            axes.set_ylim(0, 1.15 * max(e["figures"]["frechet"] + e["spread"].get("frechet", 0) for e in entries))
+    at = f"guidance {best['guidance']:g}" if is_sweep else f"step {best['step'] or 0:,}"
+    at += f", EMA {best['ema']}" if len(averages) > 1 and best["ema"] != "none" else ""
+    left.set(xlabel="guidance scale" if is_sweep else "optimizer step", title=f"ringed: {lowest:.4g} at {at}")
     if len(averages) > 1:
-        panels[0][0].legend(frameon=False, fontsize="small")
+        left.legend(frameon=False, fontsize="small")
     if has_recall and is_sweep:
-        panels[0][1].set(xlabel="recall", ylabel=distance, title="numbers: guidance scale")
-        panels[0][1].set_ylim(0, 1.1 * max(entry["figures"]["frechet"] for entry in entries))
+        right.set(xlabel="recall", title="numbers: guidance scale")
+        right.margins(x=0.12)
     elif has_recall:
-        panels[0][1].set(xlabel="optimizer step", ylim=(0, 1))
-        panels[0][1].legend(frameon=False, fontsize="small")
+        right.set(xlabel="optimizer step", ylabel="share", title="quality (precision) and variety (recall)")
+        right.set_ylim(0, min(1.05, max(1.2 * right.get_ylim()[1], 0.1)))
+        for style, name in (("o-", "precision"), ("s--", "recall")):            # colours are those on the left
+            right.plot([], [], style, color="grey", markersize=4, label=name)
+        right.legend(frameon=False, fontsize="small", loc="upper left")
     for axes in panels[0]:
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 5, 10], integer=not is_sweep))
+        axes.xaxis.set_major_formatter("{x:g}" if is_sweep else "{x:,.0f}")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
-    plt.close(figure)
+    _save_figure(figure, path)
+
+
+def _with_spread(entries: list[dict[str, Any]], key: str) -> tuple[list[float], list[float] | None]:
+    """A figure of each entry, and its standard deviations; None where nothing was repeated."""
+    spreads = [entry["spread"].get(key, 0.0) for entry in entries]
+    return [entry["figures"][key] for entry in entries], spreads if any(spreads) else None

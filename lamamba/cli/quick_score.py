@@ -35,6 +35,7 @@ class QuickScore:
         image_size: side of the pictures.
         decoder: makes pictures of latents.
         device: where the feature network works.
+        judges: whether this process draws and judges; the others only help to put a split network together.
 
     Raises:
         OSError, ValueError: when there is no such reference or feature network, or they do not fit together.
@@ -42,24 +43,26 @@ class QuickScore:
 
     def __init__(
         self, options: ScoreOptions, sampling: SamplingOptions, path: Path, image_size: int,
-        decoder: Decoder | None, device: torch.device,
+        decoder: Decoder | None, device: torch.device, *, judges: bool,
     ):
         self._options, self._sampling, self._path, self._decoder = options, sampling, path, decoder
-        self._network = open_network(options.features, options.weights, device)
-        self._reference = self._open_reference(image_size)
+        self._judge: tuple[FeatureNetwork, Moments] | None = None
+        if judges:
+            features = open_network(options.features, options.weights, device)
+            self._judge = features, self._open_reference(features, image_size)
 
-    def _open_reference(self, image_size: int) -> Moments:
+    def _open_reference(self, features: FeatureNetwork, image_size: int) -> Moments:
         name = self._options.reference
         if name == "digits":
             images = open_images(name, image_size)
-            return moments(_statistics(self._network, images.read(range(len(images)))))
+            return moments(_statistics(features, images.read(range(len(images)))))
         if name is None or not name.endswith(".npz"):
             raise ValueError(
                 f"score.reference={name!r} must be statistics, as lamamba evaluate stats makes them of images (an .npz "
                 "file), or \"digits\""
             )
         reference = load_statistics(name)
-        reference.check(self._network.facts, (image_size, image_size, 3))
+        reference.check(features.facts, (image_size, image_size, 3))
         return reference.features
 
     def __call__(self, moment: Moment) -> None:
@@ -67,19 +70,20 @@ class QuickScore:
         if moment.step % options.every and moment.step != moment.steps:
             return
         network = moment.whole_ema()
-        if network is None:
+        if network is None or self._judge is None:
             return
+        features, reference = self._judge
         classes = network.architecture.num_classes
         labels = [k % classes for k in range(options.images)] if classes else None
         images = generate(
             network, labels, range(options.images), sampler=sampling.sampler, num_steps=sampling.num_steps,
             guidance=sampling.guidance if classes else 1.0, batch_size=BATCH_SIZE, decoder=self._decoder,
         )
-        score = frechet_distance(*moments(_statistics(self._network, images)), *self._reference)
-        line = {"step": moment.step, "name": self._network.distance_name, "score": score, "images": options.images}
+        score = frechet_distance(*moments(_statistics(features, images)), *reference)
+        line = {"step": moment.step, "name": features.distance_name, "score": score, "images": options.images}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        print(f"step {moment.step}  {self._network.distance_name} {score:.4g} of {options.images} images", flush=True)
+        print(f"step {moment.step}  {features.distance_name} {score:.4g} of {options.images} images", flush=True)
 
 
 def _statistics(network: FeatureNetwork, images: np.ndarray) -> Statistics:

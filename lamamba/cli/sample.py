@@ -203,6 +203,12 @@ def prepare(
         autoencoder_sha256=model.decoder.autoencoder.sha256 if model.decoder else None,
         dtype=chosen.dtype or "float32", compiled=chosen.compile,
     )
+    for part in ("autoguidance", "autoencoder"):
+        name = getattr(settings, part)
+        if facts is not None and name is not None and name == getattr(facts.settings, part) and (
+            getattr(settings, f"{part}_sha256") != getattr(facts.settings, f"{part}_sha256")
+        ):
+            raise ValueError(f"{name} is not what made {chosen.like}: it has changed. Restore it, or name another")
     return model, weaker, settings
 
 
@@ -247,11 +253,13 @@ def _sample_picture(chosen: SampleArguments, facts: PictureFacts | None) -> None
     from lamamba.cli.pictures import bare_picture, grid_picture, save_picture
     from lamamba.data.codec import PixelCodec
     from lamamba.diffusion.denoise import make_scheduler
+    from lamamba.files import check_target
     from lamamba.generation import generate
     from lamamba.generation.settings import PictureFacts, png_text
     from lamamba.training.loop import pick_device
 
     out = chosen.out or Path("samples.png")
+    check_target(out)
     is_film = out.suffix.lower() in FILM_SUFFIXES
     if is_film:
         check_film(out)

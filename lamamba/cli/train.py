@@ -18,6 +18,8 @@ from lamamba.config import LATENT_SCALE
 from lamamba.training.config import DataOptions, TrainConfig, load_recipe, recipe_names
 
 if TYPE_CHECKING:
+    import torch
+
     from lamamba.data.codec import LatentDecoder
     from lamamba.data.images import ImageSet
     from lamamba.data.sets import TrainingSet
@@ -35,8 +37,6 @@ Options given here go before the recipe's. Running the same command again resume
   lamamba train digits --steps 200 --optimizer.learning-rate 5e-4 --dry-run"""
 
 
-BAD_IMAGES = "bad_images.tsv"
-"""In a run's folder: files that turned out bad while it trained, and why."""
 LATENT_CHANNELS = 4
 """Of the Stable Diffusion autoencoders, whose latents the paper's recipes train on."""
 
@@ -66,28 +66,30 @@ def main(arguments: list[str]) -> None:
     out = chosen.out or Path("runs") / Path(name).stem
 
     from lamamba.training.processes import end_processes, is_main_process
+    from lamamba.training.state import RunFolder
 
     if chosen.dry_run:
         if is_main_process():
             print_plan(config, plan_data(config), out)
         return
     try:
-        run_training(config, open_data(config, out / BAD_IMAGES), out)
+        run_training(config, open_data(config, out), out)
     finally:
         end_processes()
     if is_main_process():
-        if (out / BAD_IMAGES).is_file():
-            count = len((out / BAD_IMAGES).read_text(encoding="utf-8").splitlines())
-            print(f"{count} files could not be read, others stood in: {out / BAD_IMAGES}")
+        if (bad := RunFolder(out).bad_images).is_file():
+            count = len(bad.read_text(encoding="utf-8").splitlines())
+            print(f"{count} files could not be read, others stood in: {bad}")
         print(f"done: {out}\nsample it: lamamba sample {out} --out grid.png")
 
 
-def open_data(config: TrainConfig, ledger: Path | None = None) -> TrainingSet:
+def open_data(config: TrainConfig, out: Path | None = None) -> TrainingSet:
     """The data that a configuration names: pixels, latents, or images that are encoded as they are read.
 
     Args:
         config: of the run.
-        ledger: where unforeseen bad images are written down, by all processes together.
+        out: the run's folder: where unforeseen bad images are written down, by all processes together, and which files
+            a run that goes on has left out from its beginning.
 
     Raises:
         OSError, ValueError: when it is missing or does not fit.
@@ -114,19 +116,26 @@ def open_data(config: TrainConfig, ledger: Path | None = None) -> TrainingSet:
     from lamamba.data.images import Images
     from lamamba.data.manifest import known_bad
     from lamamba.data.sources import open_source
+    from lamamba.training.processes import is_main_process, local_device
+    from lamamba.training.state import RunFolder
 
     source = open_source(data.source)
     left_out, note = known_bad(source, data.manifest)
-    if note:
+    foreseen: set[str] = set()
+    if out is not None and (began_without := RunFolder(out).left_out()) is not None:
+        left_out, foreseen = began_without, set(left_out) - set(began_without)
+    if note and is_main_process():
         print(f"warning: {note}", flush=True)
+    if foreseen and is_main_process():
+        print(f"{len(foreseen)} files that the manifest names now were not known to be bad when this run began: its "
+              "order stays, and where they cannot be read the next good ones stand in", flush=True)
     images = Images(
-        source, data.image_size, data.channels, crop=data.crop, left_out=left_out, max_bad_images=data.max_bad_images,
-        ledger=ledger,
+        source, data.image_size, data.channels, crop=data.crop, left_out=left_out, foreseen=foreseen,
+        max_bad_images=data.max_bad_images, ledger=None if out is None else RunFolder(out).bad_images,
     )
     if data.autoencoder is None:
         return PixelSet(images, data.mirror)
     from lamamba.data.autoencoder import Autoencoder
-    from lamamba.training.processes import local_device
 
     return EncodedSet(images, Autoencoder(data.autoencoder, local_device(config.device)), data.mirror)
 
@@ -169,8 +178,8 @@ class PlannedData:
         raise ValueError(f"{self.name} has no files")
 
 
-def open_decoder(facts: SamplingFacts) -> LatentDecoder | None:
-    """What makes pictures of a network's latents while it trains; None for pixels.
+def open_decoder(facts: SamplingFacts, device: torch.device) -> LatentDecoder | None:
+    """What makes pictures of a network's latents while it trains, on the device that trains; None for pixels.
 
     Raises:
         OSError, ValueError: when the autoencoder cannot be had.
@@ -179,7 +188,13 @@ def open_decoder(facts: SamplingFacts) -> LatentDecoder | None:
 
     if facts.codec == "pixels" or facts.autoencoder is None:
         return None
-    return LatentDecoder(facts.autoencoder, facts)
+    try:
+        return LatentDecoder(facts.autoencoder, facts, device)
+    except OSError as error:
+        raise OSError(
+            f"{error}. It is wanted for pictures while training: name where it is with --data.autoencoder, or train "
+            "without them (--sampling.every 0)"
+        ) from error
 
 
 def run_training(
@@ -207,19 +222,19 @@ def _train_and_tell(
 ) -> Any:
     from lamamba.cli.observers import ProgressLine, SampleGrid
     from lamamba.training.loop import describe, train
-    from lamamba.training.processes import is_main_process, pick_device
+    from lamamba.training.processes import is_main_process, local_device
     from lamamba.training.state import RunFolder
 
     architecture, facts = describe(config, images)
     folder = RunFolder(out)
     sampling, decoder = config.sampling, None
-    is_main = is_main_process()
+    is_main, device = is_main_process(), local_device(config.device)
     if is_main and (sampling.every or config.score.every):
-        decoder = open_decoder(facts)
+        decoder = open_decoder(facts, device)
     if config.score.every:
         from lamamba.cli.quick_score import QuickScore
 
-        score = QuickScore(config.score, sampling, folder.scores, facts.image_size, decoder, pick_device(config.device))
+        score = QuickScore(config.score, sampling, folder.scores, facts.image_size, decoder, device, judges=is_main)
         observers = [score, *observers]
     if not is_main:                                                             # the main process draws
         grid = SampleGrid(sampling, folder.samples, facts.label_names)

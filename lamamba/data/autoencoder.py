@@ -92,16 +92,23 @@ class Autoencoder:
         """(c, h, w) of the latents of a square image; found by encoding a grey one.
 
         Raises:
-            ValueError: when the autoencoder cannot take this size.
+            ValueError: when the autoencoder cannot take this size, or would give smaller images back.
         """
+        side = pixels_per_latent(self.config)
+        advice = f"choose a multiple of {4 * side}"                             # the network halves latents twice
         try:
             mean, _ = self.moments(torch.zeros(1, self.in_channels, image_size, image_size))
         except RuntimeError as error:
             raise ValueError(
                 f"{self} cannot encode images of {image_size} x {image_size} pixels ({str(error).splitlines()[0]}); "
-                "choose a multiple of 32"
+                f"{advice}"
             ) from error
         c, h, w = mean.shape[1:]
+        if (h * side, w * side) != (image_size, image_size):
+            raise ValueError(
+                f"{self} makes latents of {h} x {w} from images of {image_size} x {image_size} pixels, which are "
+                f"{h * side} x {w * side} when they come back; {advice}"
+            )
         return c, h, w
 
     @torch.no_grad()

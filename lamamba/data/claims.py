@@ -7,13 +7,19 @@ takes over its piece, and starting again goes on.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
+from lamamba.files import read_json, write_atomically
+
+PLAN = "plan.json"
+"""In the hidden folder of unfinished work."""
 POLL_SECONDS = 0.5
 """Between looks at what other processes are still making."""
 
@@ -72,6 +78,83 @@ class Claims:
                 return
             on_wait()
             time.sleep(POLL_SECONDS)
+
+
+class Plan(Protocol):
+    """What the work is to make."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON keeps it."""
+
+    def differences(self, other: Any) -> list[str]:
+        """Where another plan would make something else, one phrase for each entry."""
+
+
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
+
+
+class PlannedFolder(Generic[AnyPlan]):
+    """A folder that any number of processes fill by one plan.
+
+    Args:
+        folder: for the results.
+        unfinished: name of the hidden folder in it that holds plan, notes and locks until all is done.
+        plan: this process's.
+        read: a plan from its dictionary.
+        version: of the format.
+        what: the results in a word, for messages.
+        own: how names of results begin that may lie there before the work does; all others are refused.
+        is_over: whether all is done.
+    """
+
+    def __init__(
+        self, folder: Path, unfinished: str, plan: AnyPlan, read: Callable[[dict[str, Any]], AnyPlan], *,
+        version: int, what: str, own: str | None = None, is_over: Callable[[], bool],
+    ):
+        self.folder, self.work, self.plan = folder, folder / unfinished, plan
+        self._read, self._version, self._what, self._own, self._is_over = read, version, what, own, is_over
+        self.claims = Claims(self.work, is_over)
+
+    def begin(self) -> None:
+        """Make the folder, or join those who work in it.
+
+        Raises:
+            FileExistsError: when it holds something else.
+            ValueError: when it holds results of another plan.
+        """
+        if not self.work.is_dir() and self.folder.is_dir():
+            names = sorted(path.name for path in self.folder.iterdir())
+            foreign = [name for name in names if self._own is None or not name.startswith(self._own)]
+            if foreign and not self.work.is_dir():                              # another may be making it just now
+                raise FileExistsError(
+                    f"{self.folder} exists and holds something else ({', '.join(foreign[:3])}); give another folder "
+                    "with --out"
+                )
+        self.work.mkdir(parents=True, exist_ok=True)
+        with self.claims.claim("plan", waits=True):
+            if self._is_over():                                                 # others have just finished
+                return
+            path = self.work / PLAN
+            if path.is_file():
+                self.check_same(self._read(read_json(path, self._version).get("plan", {})))
+            else:
+                self.write_plan()
+
+    def write_plan(self) -> None:
+        values = {"version": self._version, "plan": self.plan.to_dict()}
+        write_atomically(self.work / PLAN, json.dumps(values) + "\n")
+
+    def check_same(self, old: AnyPlan) -> None:
+        """Refuse results of another plan.
+
+        Raises:
+            ValueError: with the differences.
+        """
+        if found := old.differences(self.plan):
+            raise ValueError(
+                f"{self.folder} holds {self._what} made otherwise ({'; '.join(found)}); repeat the options to go on "
+                "with them, or give another folder with --out"
+            )
 
 
 if sys.platform == "win32":

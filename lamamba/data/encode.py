@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lamamba.data.autoencoder import Autoencoder
-from lamamba.data.claims import Claims
+from lamamba.data.claims import PLAN, PlannedFolder
 from lamamba.data.codec import CodecFacts, to_pixels
 from lamamba.data.images import BadImage, Images, explain_bad
 from lamamba.data.latents import (
@@ -42,7 +42,6 @@ from lamamba.files import read_json, settle, sha256, temporary_name, write_atomi
 
 logger = logging.getLogger("lamamba.data")
 
-PLAN = "plan.json"
 READERS = min(8, os.cpu_count() or 1)
 """Threads that decode images while the autoencoder works."""
 
@@ -87,13 +86,27 @@ def make_plan(
         shape=autoencoder.latent_shape(image_size), storage=storage, facts=CodecFacts.of(autoencoder),
         compute=str(autoencoder.dtype).removeprefix("torch."), batch_size=batch_size,
         threads=threads if autoencoder.device.type == "cpu" else 0, shard_size=shard_size,
-        label_names=source.label_names,
+        label_names=source.label_names, left_out=tuple(left_out),
     )
+
+
+def begun_without(folder: str | Path) -> tuple[str, ...] | None:
+    """The files that a folder's latents leave out since they were begun; None for a new folder, or an old one.
+
+    Raises:
+        ValueError: when its plan or index is damaged.
+    """
+    folder = Path(folder)
+    if (folder / INDEX).is_file():
+        return Index.load(folder).plan.left_out
+    path = folder / UNFINISHED / PLAN
+    return Plan.from_dict(read_json(path, LATENTS_VERSION)["plan"]).left_out if path.is_file() else None
 
 
 def encode(
     source: Source, autoencoder: Autoencoder, folder: str | Path, plan: Plan, *, left_out: tuple[str, ...] = (),
-    max_bad_images: int = 0, rank: int = 0, on_progress: Callable[[Progress], None] | None = None,
+    foreseen: Collection[str] = (), max_bad_images: int = 0, rank: int = 0,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> Index:
     """Encode what is not encoded yet, together with any other processes that do the same; return when all is there.
 
@@ -102,7 +115,8 @@ def encode(
         autoencoder: frozen, on the device where it shall work.
         folder: where the latents go; new, or with what an earlier call or another process has made by the same plan.
         plan: from `make_plan` with the same source and autoencoder.
-        left_out: files known to be bad.
+        left_out: files known to be bad when this was begun (see `begun_without`).
+        foreseen: files found to be bad since then: left out of their shards, and not counted.
         max_bad_images: unforeseen ones to bear; they are left out, too.
         rank: this process's number among those that start together, so that they begin at different shards.
         on_progress: told after every batch.
@@ -114,9 +128,9 @@ def encode(
     """
     folder = Path(folder)
     tell = on_progress or (lambda progress: None)
-    job = _Job(source, autoencoder, folder, plan, left_out, max_bad_images, rank, tell)
+    job = _Job(source, autoencoder, folder, plan, left_out, foreseen, max_bad_images, rank, tell)
     if not job.is_finished():
-        job.begin()
+        job.shared.begin()
         with _threads(plan.threads):
             job.encode_all()
         job.finish()
@@ -139,13 +153,16 @@ class _Job:
 
     def __init__(
         self, source: Source, autoencoder: Autoencoder, folder: Path, plan: Plan, left_out: tuple[str, ...],
-        max_bad_images: int, rank: int, tell: Callable[[Progress], None],
+        foreseen: Collection[str], max_bad_images: int, rank: int, tell: Callable[[Progress], None],
     ):
         self._images = Images(source, plan.image_size, autoencoder.in_channels, left_out=left_out, caches=False)
         self._autoencoder, self._folder, self._plan = autoencoder, folder, plan
-        self._max_bad, self._tell = max_bad_images, tell
-        self._work = folder / UNFINISHED
-        self._claims = Claims(self._work, self._is_indexed)
+        self._foreseen, self._max_bad, self._tell = frozenset(foreseen), max_bad_images, tell
+        self.shared = PlannedFolder(
+            folder, UNFINISHED, plan, Plan.from_dict, version=LATENTS_VERSION, what="latents", own="shard_",
+            is_over=self._is_indexed,
+        )
+        self._work, self._claims = self.shared.work, self.shared.claims
         start = rank % plan.num_shards
         self._order = [*range(start, plan.num_shards), *range(start)]
         self._done: dict[int, Shard] = {}
@@ -155,7 +172,7 @@ class _Job:
         if not self._is_indexed():
             return False
         index = Index.load(self._folder)
-        self._check_same(index.plan)
+        self.shared.check_same(index.plan)
         whole, faults = dict[int, Shard](), []
         for number, shard in enumerate(index.shards):
             try:
@@ -170,47 +187,17 @@ class _Job:
         self._work.mkdir(exist_ok=True)
         with self._claims.claim("index", waits=True):
             if self._is_indexed():
-                self._write_plan()
+                self.shared.write_plan()
                 for number, shard in whole.items():
                     self._write_note(number, shard)
                 (self._folder / INDEX).unlink()
         return False
-
-    def begin(self) -> None:
-        """Make the folder, or join those who work in it."""
-        if not self._work.is_dir() and self._folder.is_dir():
-            foreign = [path.name for path in self._folder.iterdir() if not path.name.startswith("shard_")]
-            if foreign and not self._work.is_dir():                             # another may be making it just now
-                raise FileExistsError(
-                    f"{self._folder} exists and holds something else ({', '.join(sorted(foreign)[:3])}); give another "
-                    "folder with --out"
-                )
-        self._work.mkdir(parents=True, exist_ok=True)
-        with self._claims.claim("plan", waits=True):
-            if self._is_indexed():                                              # others have just finished
-                return
-            path = self._work / PLAN
-            if path.is_file():
-                self._check_same(Plan.from_dict(read_json(path, LATENTS_VERSION)["plan"]))
-            else:
-                self._write_plan()
-
-    def _write_plan(self) -> None:
-        values = {"version": LATENTS_VERSION, "plan": self._plan.to_dict()}
-        write_atomically(self._work / PLAN, json.dumps(values) + "\n")
 
     def _note(self, number: int) -> Path:
         return self._work / f"shard_{number:05d}.json"
 
     def _write_note(self, number: int, shard: Shard) -> None:
         write_atomically(self._note(number), json.dumps({"version": LATENTS_VERSION, **vars(shard)}) + "\n")
-
-    def _check_same(self, old: Plan) -> None:
-        if found := old.differences(self._plan):
-            raise ValueError(
-                f"{self._folder} holds latents made otherwise ({'; '.join(found)}); repeat the options to go on with "
-                "them, or give another folder with --out"
-            )
 
     def encode_all(self) -> None:
         """Take shard after shard that nobody has made or is making; then wait for the others, in case one dies."""
@@ -287,6 +274,7 @@ class _Job:
 
     def _count_bad(self, current: dict[str, str]) -> None:
         bad = {file: fault for shard in self._done.values() for file, fault in shard.left_out.items()} | current
+        bad = {file: fault for file, fault in bad.items() if file not in self._foreseen}
         if len(bad) > self._max_bad:
             raise ValueError(explain_bad(self._plan.source, bad, self._max_bad))
 

@@ -173,6 +173,8 @@ class Images:
         channels: 1 for grey, 3 for colour.
         crop: "centre", or "random", which wants numbers with every image.
         left_out: files known to be bad, by name (see lamamba.data.manifest).
+        foreseen: files found to be bad after a run had begun: replaced like others, so that its order stays, and not
+            counted.
         max_bad_images: how many unforeseen bad files to bear before reading stops with their names.
         ledger: a file that all processes share, where each writes the bad ones that it meets, so that they are counted
             together and known after a restart. Without it, each process counts for itself.
@@ -184,12 +186,13 @@ class Images:
 
     def __init__(
         self, source: Source, image_size: int, channels: int = 3, *, crop: Crop = "centre",
-        left_out: Collection[str] = (), max_bad_images: int = 0, ledger: Path | None = None, caches: bool = True,
+        left_out: Collection[str] = (), foreseen: Collection[str] = (), max_bad_images: int = 0,
+        ledger: Path | None = None, caches: bool = True,
     ):
         self.name, self.label_names = source.name, source.label_names
         self.image_size, self.channels, self.crop = image_size, channels, crop
         self.max_bad_images = max_bad_images
-        self._source, self._left_out = source, frozenset(left_out)
+        self._source, self._left_out, self._foreseen = source, frozenset(left_out), frozenset(foreseen)
         self._kept = np.arange(len(source))
         if left_out:
             kept = [k for k in range(len(source)) if source.file(k) not in self._left_out]
@@ -216,6 +219,11 @@ class Images:
     def fingerprint(self) -> str:
         """SHA-256 of the files' names, classes and order, without those left out."""
         return fingerprint(self._source, self._left_out)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Files that no index counts."""
+        return tuple(sorted(self._left_out))
 
     def files(self, indices: Sequence[int]) -> list[str]:
         """The files of images, by name."""
@@ -285,6 +293,8 @@ class Images:
             file = self.files([index])[0]
             if index not in self._is_bad:
                 self._is_bad.add(index)
+                if file in self._foreseen:
+                    return
                 self._note_bad(file, str(error))
                 if len(self.bad) <= self.max_bad_images:
                     logger.warning("%s cannot be read as an image (%s); the next good one stands in", file, error)
@@ -299,6 +309,7 @@ class Images:
         try:
             lines = self._ledger.read_text(encoding="utf-8").splitlines() if self._ledger.exists() else []
             known = dict(line.split("\t", 1) for line in lines if "\t" in line)
+            known = {name: found for name, found in known.items() if name not in self._foreseen}
             if file not in known:
                 with self._ledger.open("a", encoding="utf-8") as ledger:        # one short write: lines stay whole
                     ledger.write(f"{file}\t{fault}\n")

@@ -78,6 +78,8 @@ class Plan:
     shard_size: int
     """Images of a shard, but for the last."""
     label_names: tuple[str, ...]
+    left_out: tuple[str, ...] | None = None
+    """The source's files that were known to be bad when this began; None in folders that do not say."""
 
     @property
     def num_shards(self) -> int:
@@ -88,7 +90,10 @@ class Plan:
         return range(number * self.shard_size, min((number + 1) * self.shard_size, self.images))
 
     def to_dict(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        if self.left_out is None:
+            del values["left_out"]                                              # older folders stay what they are
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Plan:
@@ -100,8 +105,8 @@ class Plan:
         old, new = self.to_dict(), other.to_dict()
         for plan in (old, new):
             facts = plan.pop("facts")
-            for known_otherwise in ("source", "label_names"):                   # the fingerprint counts
-                plan.pop(known_otherwise)
+            for known_otherwise in ("source", "label_names", "left_out"):       # the fingerprint counts
+                plan.pop(known_otherwise, None)
             facts.pop("autoencoder")                                            # its hash counts, not its name
             plan |= facts
         return differences_in_words(old, new)
@@ -234,7 +239,8 @@ class LatentSet:
         folder: made by lamamba encode.
         mirror: read the mirror image's latents where the draws say so.
         image_size: what training expects; another cache is refused.
-        autoencoder: what training expects, by name or loaded; a cache made with another is refused.
+        autoencoder: what training expects, by name or loaded; a cache made with another is refused. Pictures are made
+            with this one from here on, wherever the one that encoded has gone.
 
     Raises:
         FileNotFoundError: when the folder holds no latents.
@@ -249,10 +255,14 @@ class LatentSet:
         self._folder, self._mirror = Path(folder), mirror
         index = Index.load(self._folder)
         plan = index.plan
+        if autoencoder is not None and not isinstance(autoencoder, Autoencoder):
+            autoencoder = Autoencoder(autoencoder)
         self._check_fits(plan, image_size, autoencoder)
         for shard in index.shards:
             check_size(self._folder, shard)
         self.plan, self.name, self.facts = plan, str(folder), plan.facts
+        if autoencoder is not None:
+            self.facts = dataclasses.replace(plan.facts, autoencoder=autoencoder.name)
         self.label_names, self.image_size = plan.label_names, plan.image_size
         self.channels, self.input_size = plan.shape[0], plan.shape[1]
         self.draws_latents = plan.parts == 2
@@ -262,20 +272,18 @@ class LatentSet:
         self._labels = np.concatenate([np.array(shard.labels, dtype=np.int64) for shard in index.shards])
         self._maps: dict[int, np.ndarray] = {}
 
-    def _check_fits(self, plan: Plan, image_size: int | None, autoencoder: Autoencoder | str | None) -> None:
+    def _check_fits(self, plan: Plan, image_size: int | None, autoencoder: Autoencoder | None) -> None:
         if image_size is not None and image_size != plan.image_size:
             raise ValueError(
                 f"{self._folder} holds latents of images of {plan.image_size} x {plan.image_size} pixels, this "
                 f"training wants {image_size} x {image_size}; set data.image_size={plan.image_size}, or encode anew"
             )
-        if autoencoder is not None:
-            wanted = autoencoder if isinstance(autoencoder, Autoencoder) else Autoencoder(autoencoder)
-            if wanted.sha256 != plan.facts.autoencoder_sha256:
-                raise ValueError(
-                    f"{self._folder} was made with the autoencoder {plan.facts.autoencoder} "
-                    f"({str(plan.facts.autoencoder_sha256)[:12]}), this training wants {wanted.name} "
-                    f"({wanted.sha256[:12]}): weights or configurations differ. Name the first one, or encode anew"
-                )
+        if autoencoder is not None and autoencoder.sha256 != plan.facts.autoencoder_sha256:
+            raise ValueError(
+                f"{self._folder} was made with the autoencoder {plan.facts.autoencoder} "
+                f"({str(plan.facts.autoencoder_sha256)[:12]}), this training wants {autoencoder.name} "
+                f"({autoencoder.sha256[:12]}): weights or configurations differ. Name the first one, or encode anew"
+            )
         if self._mirror and plan.views == 1:
             raise ValueError(
                 f"{self._folder} was made without mirror images; encode without --no-mirror, or set data.mirror=false"

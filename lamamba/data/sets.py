@@ -84,6 +84,10 @@ def _files(images: ImageSet, indices: Sequence[int]) -> list[str]:
     return named(indices) if named else [f"{images.name}[{index}]" for index in indices]
 
 
+def _left_out(images: ImageSet) -> tuple[str, ...]:
+    return getattr(images, "left_out", ())
+
+
 def _fingerprint(*parts: object) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
@@ -104,6 +108,8 @@ class PixelSet:
         self.name, self.label_names = images.name, images.label_names
         self.image_size = self.input_size = images.image_size
         self.channels = images.channels
+        self.left_out = _left_out(images)
+        """Files that no index counts."""
 
     def __len__(self) -> int:
         return len(self._images)
@@ -135,6 +141,8 @@ class EncodedSet:
             )
         self._images, self._autoencoder, self._mirror = images, autoencoder, mirror
         self._process = os.getpid()
+        self.left_out = _left_out(images)
+        """Files that no index counts."""
         self.name, self.label_names, self.image_size = images.name, images.label_names, images.image_size
         self.channels, self.input_size, _ = autoencoder.latent_shape(images.image_size)
         self.facts = CodecFacts.of(autoencoder)

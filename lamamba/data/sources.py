@@ -79,10 +79,10 @@ class FolderSource:
         if not self._folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder; give one with images, or with one subfolder per class")
         flat, below = _images_in(self._folder)
-        classes = {}
-        for sub in below:
-            if found := sorted(_images_below(self._folder, sub)):
-                classes[sub] = found
+        found = {sub: sorted(_images_below(self._folder, sub)) for sub in below}
+        classes = {sub: files for sub, files in found.items() if files}
+        self.empty_folders = tuple(sub for sub, files in found.items() if not files and sub[0] != ".")
+        """Subfolders that hold no images, and so are no classes."""
         if flat and classes:
             raise ValueError(
                 f"{folder} holds {len(flat)} images beside {len(classes)} subfolders with images; put every image into "

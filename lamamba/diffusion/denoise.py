@@ -136,8 +136,8 @@ def set_steps(scheduler: Any, num_steps: int) -> None:
         ValueError: for a number of steps that no scheduler takes.
     """
     config = scheduler.config
-    if not 1 <= num_steps <= NUM_TIMESTEPS:
-        raise ValueError(f"{num_steps} steps were asked for; 1 to {NUM_TIMESTEPS} are possible")
+    if not isinstance(num_steps, int) or not 1 <= num_steps <= NUM_TIMESTEPS:
+        raise ValueError(f"{num_steps!r} steps were asked for; whole numbers from 1 to {NUM_TIMESTEPS} are possible")
     if "FlowMatch" in type(scheduler).__name__:
         # N equal steps from 1 to 0; diffusers' last one would begin at 1/1000, after N - 1 that are longer
         scheduler.sigma_min = 1 / num_steps

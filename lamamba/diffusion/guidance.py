@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lamamba.config import unknown_name
+from lamamba.config import UNetConfig, unknown_name
 from lamamba.diffusion.schedule import NUM_TIMESTEPS
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -46,8 +46,8 @@ class Guidance:
     """0 .. 1: how much of the prediction's own deviation is given back to each image (Lin et al., 2024, Eq. 15-16)."""
 
     def __post_init__(self) -> None:
-        if not abs(self.scale) < float("inf"):
-            raise ValueError(f"guidance scale {self.scale} is no finite number; 1 is none, 1.5 to 4 are usual")
+        if not isinstance(self.scale, int | float) or not abs(self.scale) < float("inf"):
+            raise ValueError(f"guidance scale {self.scale!r} is no finite number; 1 is none, 1.5 to 4 are usual")
         if self.channels not in get_args(GuidedChannels):
             raise unknown_name("guided channels", str(self.channels), get_args(GuidedChannels))
         object.__setattr__(self, "interval", tuple(self.interval))
@@ -74,6 +74,20 @@ class Guidance:
             own = prediction.std(every, keepdim=True) / pushed.std(every, keepdim=True)
             pushed = pushed * (self.rescale * own + 1 - self.rescale)
         return torch.cat([pushed, rest], dim=1)
+
+
+def check_weaker(config: UNetConfig, weaker: UNetConfig) -> None:
+    """Refuse a network to guide by that was made for something else.
+
+    Raises:
+        ValueError: when objective, channels or classes differ.
+    """
+    for name in ("objective", "in_channels", "num_classes"):
+        if getattr(config, name) != getattr(weaker, name):
+            raise ValueError(
+                f"the weaker model has {name}={getattr(weaker, name)!r}, the model has {getattr(config, name)!r}: "
+                "guide by a smaller or an earlier model of the same data"
+            )
 
 
 def guided(

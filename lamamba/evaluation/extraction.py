@@ -1,9 +1,9 @@
 """Features of many images, shard by shard on disk: a kill loses the shard in work, and any number of processes share.
 
-    FOLDER/plan.json                    which images, which network, how many in a shard
-    FOLDER/shard_00003.safetensors      features, and what else the network makes, of its images in order
+    FOLDER/PLAN/plan.json                   which images, which network, how many in a shard; PLAN is its hash
+    FOLDER/PLAN/shard_00003.safetensors     features, and what else the network makes, of its images in order
 
-A shard is written beside its place and renamed. What another plan has left in the folder is removed.
+A shard is written beside its place and renamed. Another plan has a folder of its own.
 """
 
 from __future__ import annotations

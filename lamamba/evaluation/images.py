@@ -66,7 +66,7 @@ class FolderImages:
             stat = file.stat() if file.is_file() else None                      # files in tars have none
             sizes.append((self._source.file(k), stat.st_size if stat else 0))
             times.append(stat.st_mtime_ns if stat else 0)
-        self.facts = {
+        self.facts: dict[str, Any] = {
             "kind": "files", "name": str(folder), "fingerprint": digest(sizes, self.shape), "changed": digest(times),
         }
 
@@ -130,7 +130,9 @@ class NpzImages:
         self._at = 0
         with zipfile.ZipFile(path) as archive:
             checksum = archive.getinfo(f"{name}.npy").CRC
-        self.facts = {"kind": "npz", "name": str(path), "fingerprint": digest(shape, checksum, self._count)}
+        self.facts: dict[str, Any] = {
+            "kind": "npz", "name": str(path), "fingerprint": digest(shape, checksum, self._count),
+        }
 
     def __len__(self) -> int:
         return self._count
@@ -249,6 +251,28 @@ class GeneratedImages:
         return None if self._labels is None else np.array(self._labels[places.start : places.stop])
 
 
+class InGrey:
+    """Colour images whose channels are equal, as grey ones: npz files keep three of grey models, too."""
+
+    def __init__(self, images: Images, network: str):
+        self._images, self._network = images, network
+        self.shape = (*images.shape[:2], 1)
+        self.facts = images.facts
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, places: range) -> np.ndarray:
+        images = self._images.read(places)
+        if (images != images[..., :1]).any():
+            name = self.facts.get("name")
+            raise ValueError(f"{name} has colour images and {self._network} reads grey ones; choose other --features")
+        return images[..., :1]
+
+    def asked(self, places: range) -> np.ndarray | None:
+        return self._images.asked(places)
+
+
 class InColour:
     """Grey images as colour ones with three equal channels."""
 
@@ -272,12 +296,15 @@ def fit_channels(images: Images, channels: int, network: str, *, repeat_grey: bo
 
     Raises:
         ValueError: when they are fewer than two, or do not have its channels and nobody allowed to repeat grey ones.
+            Images that are there and have three channels are found to be in colour only when they are read.
     """
     name = images.facts.get("name", "the model's samples")
     if len(images) < 2:
         raise ValueError(f"{name} has {len(images)} image; distances between sets need at least 2 of each")
     if images.shape[2] == channels:
         return images
+    if images.shape[2] == 3 and images.facts.get("kind") != "generated":
+        return InGrey(images, network)
     if images.shape[2] == 3:
         raise ValueError(f"{name} has colour images and {network} reads grey ones; choose other --features")
     if not repeat_grey:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lamamba.config import Grid
 from lamamba.data.codec import Decoder, PixelCodec
-from lamamba.diffusion.denoise import SAMPLERS, Step, denoise, make_scheduler, samplers_for
-from lamamba.diffusion.guidance import Guidance, guided
-from lamamba.generation.settings import Between
+from lamamba.diffusion.denoise import SAMPLERS, Step, denoise, make_scheduler, samplers_for, slerp
+from lamamba.diffusion.guidance import Guidance, check_weaker, guided
+from lamamba.generation.settings import MAX_SEED, Between
 from lamamba.models.conditioning import ConditionedNetwork
 from lamamba.models.unet import LaMambaUNet
 
@@ -110,12 +110,7 @@ def noise_of(seed: int | Between, shape: Sequence[int]) -> Tensor:
     if not isinstance(seed, Between):
         return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
     first, second = noise_of(seed.first, shape), noise_of(seed.second, shape)
-    if seed.weight in (0, 1) or seed.first == seed.second:
-        return second if seed.weight == 1 else first
-    cosine = float((first * second).sum() / (first.norm() * second.norm()))
-    angle = float(np.arccos(np.clip(cosine, -1, 1)))
-    a, b = np.sin((1 - seed.weight) * angle) / np.sin(angle), np.sin(seed.weight * angle) / np.sin(angle)
-    return float(a) * first + float(b) * second
+    return slerp(first[None], second[None], seed.weight)[0]
 
 
 def _generator_after(seed: int | Between, shape: Sequence[int]) -> torch.Generator:
@@ -147,6 +142,10 @@ def _check(
     config = model.architecture
     if not seeds:
         raise ValueError("no seeds were given; one image is made per seed")
+    for seed in seeds:
+        for end in (seed.first, seed.second) if isinstance(seed, Between) else (seed,):
+            if not 0 <= end <= MAX_SEED:
+                raise ValueError(f"seed {end} is out of range; seeds are 0 .. {MAX_SEED}")
     if labels is not None:
         if len(labels) != len(seeds):
             raise ValueError(f"{len(labels)} labels came with {len(seeds)} seeds; give one label per seed")
@@ -162,13 +161,7 @@ def _check(
             f"{' or '.join(quiet)}"
         )
     if weaker is not None:
-        other = weaker.architecture
-        for name in ("objective", "in_channels", "num_classes"):
-            if getattr(config, name) != getattr(other, name):
-                raise ValueError(
-                    f"the weaker model has {name}={getattr(other, name)!r}, the model has {getattr(config, name)!r}: "
-                    "guide by a smaller or an earlier model of the same data"
-                )
+        check_weaker(config, weaker.architecture)
 
 
 @contextmanager
@@ -179,37 +172,11 @@ def _resized(networks: Sequence[LaMambaUNet], input_size: Grid) -> Iterator[None
         p = network.architecture.patch_size
         for side in input_size:
             if side % p:
-                raise ValueError(f"input_size={tuple(input_size)} does not split into patches of {p}; see fit_size")
+                raise ValueError(f"input_size={tuple(input_size)} does not split into patches of {p}: see "
+                                 "UNetConfig.fit_input")
         network.set_grid((input_size[0] // p, input_size[1] // p))
     try:
         yield
     finally:
         for network in changed:
             network.set_grid(None)
-
-
-def fit_size(model: LaMambaUNet, factor: int, height: int | None, width: int | None) -> Grid:
-    """The size of the network's input for a picture of height x width pixels.
-
-    Args:
-        model: the network.
-        factor: pixels of the picture to a side of one of the input's (of latents; 1 for pixels).
-        height, width: of the picture; None: what the network was made for.
-
-    Raises:
-        ValueError: naming the nearest sizes that fit, when a side does not.
-    """
-    config = model.architecture
-    multiple = 4 * config.patch_size * factor                                   # two halvings, and whole pairs after
-    sides = []
-    for name, asked, own in (("height", height, config.input_size[0]), ("width", width, config.input_size[1])):
-        side = own * factor if asked is None else asked
-        if side < multiple or side % multiple:
-            below, above = side // multiple * multiple, (side // multiple + 1) * multiple
-            nearest = f"{below} or {above}" if below > 0 else f"{above}"
-            raise ValueError(
-                f"{name} {side} does not fit this model: it must be a multiple of {multiple} pixels; the nearest is "
-                f"{nearest}"
-            )
-        sides.append(side // factor)
-    return sides[0], sides[1]

@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lamamba.data.claims import Claims
+from lamamba.data.claims import PlannedFolder
 from lamamba.files import flush, read_json, sha256, temporary_name, write_atomically
 from lamamba.generation.npz import write_npz
-from lamamba.generation.plan import MANIFEST, NPZ, PLAN, SAMPLES_VERSION, SHARDS, UNFINISHED, Plan
+from lamamba.generation.plan import MANIFEST, NPZ, SAMPLES_VERSION, SHARDS, UNFINISHED, Plan
 from lamamba.generation.settings import png_text
 
 logger = logging.getLogger("lamamba.generation")
@@ -79,7 +79,7 @@ def sample_many(
     job = _Job(plan, Path(folder), make_images, rank, dict(machine or {}), on_progress or (lambda progress: None))
     with job.explained():
         if not job.is_whole():
-            job.begin()
+            job.shared.begin()
             for _ in range(MAX_ROUNDS):
                 job.make_shards()
                 if job.finish():
@@ -99,8 +99,10 @@ class _Job:
     ):
         self._plan, self._folder, self._make_images = plan, folder, make_images
         self._machine, self._tell = machine, tell
-        self._work = folder / UNFINISHED
-        self._claims = Claims(self._work, self._is_finished)
+        self.shared = PlannedFolder(
+            folder, UNFINISHED, plan, Plan.from_dict, version=SAMPLES_VERSION, what="images", is_over=self._is_finished,
+        )
+        self._work, self._claims = self.shared.work, self.shared.claims
         start = rank % plan.num_shards
         self._order = [*range(start, plan.num_shards), *range(start)]
         self._done: set[int] = set()
@@ -129,7 +131,7 @@ class _Job:
         if not self._is_finished():
             return False
         manifest = read_json(self._folder / MANIFEST, SAMPLES_VERSION)
-        self._check_same(Plan.from_dict(manifest.get("plan", {})))
+        self.shared.check_same(Plan.from_dict(manifest.get("plan", {})))
         notes = self._read_notes(manifest)
         whole, faults = {}, []
         for number, note in notes.items():
@@ -149,7 +151,7 @@ class _Job:
         self._work.mkdir(exist_ok=True)
         with self._claims.claim("finish", waits=True):
             if self._is_finished():
-                self._write_plan()
+                self.shared.write_plan()
                 for number, note in whole.items():
                     write_atomically(self._note(number), json.dumps(note) + "\n")
                 (self._folder / MANIFEST).unlink()
@@ -175,37 +177,7 @@ class _Job:
     def _place(self, name: str) -> Path:
         return (self._work if name.endswith(".npy") else self._folder) / name
 
-    def _check_same(self, old: Plan) -> None:
-        if found := old.differences(self._plan):
-            raise ValueError(
-                f"{self._folder} holds images made otherwise ({'; '.join(found)}); repeat the options to go on with "
-                "them, or give another folder with --out"
-            )
-
     # making
-
-    def begin(self) -> None:
-        """Make the folder, or join those who work in it."""
-        if not self._work.is_dir() and self._folder.is_dir():
-            foreign = sorted(path.name for path in self._folder.iterdir())
-            if foreign and not self._work.is_dir():                             # another may be making it just now
-                raise FileExistsError(
-                    f"{self._folder} exists and holds something else ({', '.join(foreign[:3])}); give another folder "
-                    "with --out"
-                )
-        self._work.mkdir(parents=True, exist_ok=True)
-        with self._claims.claim("plan", waits=True):
-            if self._is_finished():                                             # others have just finished
-                return
-            path = self._work / PLAN
-            if path.is_file():
-                self._check_same(Plan.from_dict(read_json(path, SAMPLES_VERSION).get("plan", {})))
-            else:
-                self._write_plan()
-
-    def _write_plan(self) -> None:
-        values = {"version": SAMPLES_VERSION, "plan": self._plan.to_dict()}
-        write_atomically(self._work / PLAN, json.dumps(values) + "\n")
 
     def make_shards(self) -> None:
         """Make what nobody has made or is making, then wait for the others."""

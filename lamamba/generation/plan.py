@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lamamba.config import unknown_name
+from lamamba.data.claims import PLAN
 from lamamba.files import differences_in_words, read_json
 from lamamba.generation.labels import LabelRule, label_of
-from lamamba.generation.settings import PictureFacts, Settings
+from lamamba.generation.settings import MAX_SEED, PictureFacts, Settings
 
 SAMPLES_VERSION = 1
 MANIFEST = "manifest.json"
@@ -18,10 +19,8 @@ SHARDS = "shards.json"
 NPZ = "samples.npz"
 UNFINISHED = ".sampling"
 """Folder that holds the plan and what is done, until all images are there."""
-PLAN = "plan.json"
 
 FileKind = Literal["png", "npz", "both"]
-MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from lamamba.models.unet import LaMambaUNet
 SETTINGS_VERSION = 1
 PNG_KEY = "lamamba"
 """Of the text in a PNG that holds the settings as JSON."""
+MAX_SEED = 2**63 - 1
 
 
 def fingerprint(model: LaMambaUNet) -> str:

@@ -59,8 +59,9 @@ class ModelOptions:
         patch = self.patch_size or 1
         if input_size % (4 * patch):
             raise ValueError(
-                f"data.image_size={input_size} does not fit patch_size={patch} and two halvings; "
-                f"choose a multiple of {4 * patch}, such as {max(1, round(input_size / 4 / patch)) * 4 * patch}"
+                f"an input of {input_size} x {input_size} (data.image_size, or the side of its latents) does not fit "
+                f"patch_size={patch} and two halvings; choose a multiple of {4 * patch}, such as "
+                f"{max(1, round(input_size / 4 / patch)) * 4 * patch}"
             )
         return UNetConfig.preset(
             self.preset, **given, in_channels=channels, num_classes=num_classes, grid=input_size // patch

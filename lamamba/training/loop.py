@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class Moment:
     learning_rate: float
     """Of this step."""
     images_per_second: float
-    """Trained on, by all processes together, since this one began."""
+    """Trained on, by all processes together, since this one began; checkpoints, pictures and scores do not count."""
     seconds: float
     """Since this process began to train."""
     peak_memory: int
@@ -126,7 +127,8 @@ def train(
     try:
         processes.together(lock.take)
         with precision_policy(config.precision), listening() as request:
-            processes.together(lambda: run.create(config, architecture, facts, samples.fingerprint))
+            left_out = getattr(samples, "left_out", ())                         # latents and digits know of none
+            processes.together(lambda: run.create(config, architecture, facts, samples.fingerprint, left_out))
             return _Training(config, samples, architecture, facts, run, processes).run(observers, request)
     finally:
         lock.release()
@@ -188,20 +190,22 @@ class _Training:
                 if is_finite:
                     held_out = {}
                     if config.watch.held_out and (state.step % config.watch.held_out_every == 0 or is_last):
-                        held_out = {"held_out_loss": self._held_out_loss()}
+                        with clock.aside():
+                            held_out = {"held_out_loss": self._held_out_loss()}
                     if state.step % config.log_every == 0 or is_last or held_out:
                         metrics.write(clock.line(state.step) | {
                             "grad_norm": norm, "learning_rate": self._rate,
                             "peak_memory_bytes": peak_memory(processes.device), **held_out,
                         })
-                    if state.step % config.checkpoint_every == 0 or is_last:
-                        saved = self._save(must=is_last)
                     moment = Moment(
                         state.step, config.steps, value, norm, self._rate, clock.rate, clock.seconds,
                         peak_memory(processes.device), state.ema, lambda: whole_network(state.ema, processes),
                     )
-                    for observer in observers:
-                        observer(moment)
+                    with clock.aside():
+                        if state.step % config.checkpoint_every == 0 or is_last:
+                            saved = self._save(must=is_last)
+                        for observer in observers:
+                            observer(moment)
                 if is_asked and not is_last:
                     saved = saved or self._save(must=True)
                     name = next((name for name in processes.gather(request.name) if name), "a signal")
@@ -356,25 +360,34 @@ class _Training:
 
 
 class _Clock:
-    """Losses and speed since the last line, and since the beginning."""
+    """Losses and speed since the last line, and since the beginning; what `aside` holds does not slow training down."""
 
     def __init__(self, batch_size: int, first_step: int):
         self._batch_size, self._first_step = batch_size, first_step
-        self._began = self._line_at = time.perf_counter()
-        self._line_step, self._losses = first_step, list[float]()
+        self._began, self._aside = time.perf_counter(), 0.0
+        self._line_step, self._line_seconds, self._losses = first_step, 0.0, list[float]()
         self.rate = self.seconds = 0.0
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time for checkpoints, pictures and scores."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._aside += time.perf_counter() - began
 
     def tick(self, step: int, loss: float) -> None:
         self._losses.append(loss)
         self.seconds = time.perf_counter() - self._began
-        self.rate = max(0, step - self._first_step) * self._batch_size / max(self.seconds, 1e-9)
+        self.rate = max(0, step - self._first_step) * self._batch_size / max(self.seconds - self._aside, 1e-9)
 
     def line(self, step: int) -> dict[str, float]:
         """Mean loss and images per second since the line before."""
-        now = time.perf_counter()
-        rate = max(0, step - self._line_step) * self._batch_size / max(now - self._line_at, 1e-9)
+        training = self.seconds - self._aside
+        rate = max(0, step - self._line_step) * self._batch_size / max(training - self._line_seconds, 1e-9)
         loss = sum(self._losses) / len(self._losses)
-        self._line_step, self._line_at, self._losses = step, now, []
+        self._line_step, self._line_seconds, self._losses = step, training, []
         return {"step": step, "loss": loss, "images_per_second": round(rate, 2), "seconds": round(self.seconds, 2)}
 
 

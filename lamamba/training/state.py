@@ -20,7 +20,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -130,6 +130,7 @@ class RunFolder:
         self.samples = self.path / "samples"
         self.metrics = self.path / "metrics.jsonl"
         self.scores = self.path / "scores.jsonl"
+        self.bad_images = self.path / "bad_images.tsv"
         self.events = self.path / "events.jsonl"
         self.config = self.path / "config.json"
 
@@ -144,9 +145,19 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def create(
-        self, config: TrainConfig, architecture: UNetConfig, facts: SamplingFacts, fingerprint: str | None = None
+        self, config: TrainConfig, architecture: UNetConfig, facts: SamplingFacts, fingerprint: str | None = None,
+        left_out: Sequence[str] = (),
     ) -> None:
         """Write what the run is into its folder, or check that the folder belongs to the very same run.
+
+        A run that never came to a checkpoint is no run yet: its mistakes may be mended in place.
+
+        Args:
+            config: of the run.
+            architecture: of its network.
+            facts: what a sampler must know.
+            fingerprint: of the data.
+            left_out: the data's files that no index counts, which a restart must leave out again.
 
         Raises:
             ValueError: when the folder holds a run with another configuration; every difference is named.
@@ -154,11 +165,14 @@ class RunFolder:
         values = {
             "version": RUN_VERSION, "lamamba": __version__, "train": config.to_dict(),
             "architecture": architecture.to_dict(), "sampling": dataclasses.asdict(facts),
-            "data": {"fingerprint": fingerprint},
+            "data": {"fingerprint": fingerprint, "left_out": list(left_out)},
         }
         values = json.loads(json.dumps(values))
-        if self.config.exists():
+        if self.config.exists() and self.names():
             self._check_same(read_json(self.config, RUN_VERSION), values)
+        else:
+            for of_another_try in (self.scores, self.bad_images):
+                of_another_try.unlink(missing_ok=True)
         self.samples.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         write_atomically(self.config, json.dumps(values, indent=2) + "\n")
@@ -184,13 +198,24 @@ class RunFolder:
                 "repeat its options to resume it, or give another folder with --out"
             )
         old_data, new_data = old.get("data"), new["data"]                       # older runs did not write it down
-        if old_data is not None and old_data != new_data:
+        if old_data is not None and old_data["fingerprint"] != new_data["fingerprint"]:
             raise ValueError(
                 f"{self.path} began with other data than {new['train']['data']['source']} holds now (fingerprint "
                 f"{str(old_data['fingerprint'])[:12]} there, {str(new_data['fingerprint'])[:12]} here): files, classes "
                 "or latents were added, removed or made anew. Bring the former ones back to resume, or give another "
                 "folder with --out"
             )
+
+    def left_out(self) -> tuple[str, ...] | None:
+        """Files of the data that the run has left out since it began; None where it has no checkpoint or does not say.
+
+        Raises:
+            ValueError: when config.json is damaged.
+        """
+        if not self.config.exists() or not self.names():
+            return None
+        data = read_json(self.config, RUN_VERSION).get("data") or {}
+        return tuple(data["left_out"]) if "left_out" in data else None
 
     def names(self) -> list[str]:
         """Checkpoints by name, oldest first, whole or not."""

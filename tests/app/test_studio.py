@@ -115,7 +115,7 @@ def test_two_at_once_do_not_mix(studio):
     ({"steps": 5000}, "number of steps is 5000"),
     ({"guidance": float("nan")}, "guidance nan"),
     ({"guidance": "much"}, "guidance 'much'"),
-    ({"height": 10}, "height 10 does not fit this network: use a multiple of 4, such as 8 or 12"),
+    ({"height": 10}, "height 10 does not fit this model: it must be a multiple of 4 pixels; the nearest is 8 or 12"),
     ({"width": 4096}, "width is 4096"),
 ])
 def test_what_does_not_fit_is_refused_in_words(studio, change, said):

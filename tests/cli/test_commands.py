@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lamamba.cli.main import VERBS, main
+from lamamba.cli.main import VERBS
 from tests.data.test_images import write_images
 from tests.networks import PARITY
 
@@ -28,23 +28,6 @@ def run(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "lamamba.cli.main", *map(str, arguments)], capture_output=True, text=True, **options
     )
-
-
-@pytest.fixture
-def lamamba(capsys, monkeypatch, tmp_path):
-    """Run a command in this process, in an empty folder: (exit status, what it printed, what it complained)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LAMAMBA_TRACEBACK", raising=False)
-
-    def call(*arguments):
-        try:
-            status = main(list(map(str, arguments)))
-        except SystemExit as end:
-            status = end.code or 0
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +159,7 @@ MISTAKES = [
     (["train", "digts"], "did you mean 'digits'?"),
     (["train", "nowhere.toml"], "nowhere.toml does not exist"),
     (["train", "digits", "--stepz", "3"], "did you mean --steps?"),
+    (["train", "digits", "--no-data.use-labels"], "did you mean --data.no-use-labels?"),
     (["train", "digits", "--steps", "many"], "--steps"),
     (["train", "digits", "--steps", "0"], "steps=0 must be at least 1"),
     (["train", "digits", "--model.preset", "m", "--dry-run"], "model.preset 'm' is unknown"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import torch
 from PIL import Image
 
 from lamamba.cli.main import main
+from lamamba.cli.pictures import evaluation_curves
 from lamamba.data.digits import Digits
 from lamamba.evaluation import Statistics, frechet_distance, inception_score, judge, precision_recall
 from lamamba.evaluation.digits_network import DigitFeatures
@@ -28,20 +31,6 @@ from lamamba.training.state import MANIFEST, SamplingFacts, _hash_of_hashes, loa
 from tests.networks import random_network, small_config
 
 SAMPLE = ["--reference", "digits", "--features", "digits", "--num-images", 40, "--steps", 2, "--device", "cpu"]
-
-
-@pytest.fixture
-def lamamba(capsys, monkeypatch, tmp_path):
-    """Run a command in this process, in an empty folder: (exit status, what it printed, what it complained)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LAMAMBA_TRACEBACK", raising=False)
-
-    def call(*arguments):
-        status = main(list(map(str, arguments)))
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +66,7 @@ def test_figures_of_a_run_are_those_of_its_samples(lamamba, run):
     status, printed, error = lamamba("evaluate", run, *SAMPLE, "--shard-size", 16, "--batch-size", 7)
     assert status == 0, error
     model = load_network(run / "checkpoints" / "step_00000020" / "ema")
-    labels = [int(np.random.default_rng([seed, 1]).integers(10)) for seed in range(40)]
+    labels = [int.from_bytes(hashlib.sha256(f"label {k}".encode()).digest()[:8], "big") % 10 for k in range(40)]
     images = generate(model, labels, range(40), num_steps=2)
     network = DigitFeatures()
     outputs = network(images)
@@ -98,7 +87,7 @@ def test_figures_of_a_run_are_those_of_its_samples(lamamba, run):
     assert protocol["samples"]["sampler"] == "flow-euler"
     assert protocol["samples"]["evaluations"] == 2
     assert protocol["samples"]["guidance"] == 1
-    assert protocol["samples"]["labels"] == "uniform"
+    assert protocol["samples"]["labels"] == "random"
     assert len(protocol["network"]["sha256"]) == len(protocol["samples"]["weights_sha256"]) == 64
 
 
@@ -152,6 +141,7 @@ def test_repeats_checkpoints_and_sweeps(lamamba, run):
     assert "±" in printed
     with Image.open("evaluation.png") as picture:
         assert picture.width > 800
+    assert {"lamamba", "torch", "numpy", "diffusers", "pillow", "python"} == first["protocol"]["versions"].keys()
 
     status, printed, error = lamamba("evaluate", run, *SAMPLE, "--guidance", "1,2", "--ema", "none", "--out", "s.json")
     assert status == 0, error
@@ -165,6 +155,67 @@ def test_repeats_checkpoints_and_sweeps(lamamba, run):
     assert status == 0
     assert "samples.guidance: 1.0 | 2.0" in printed
     assert "evaluation 10 ema 0.99" in printed
+
+
+@pytest.mark.parametrize("sweep", [True, False])
+def test_curves_ring_the_best_and_no_words_overlap(tmp_path, monkeypatch, sweep):
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
+    courses = [(1, 9.6, 0.68), (1.125, 6.5, 0.66), (1.25, 4.1, 0.63), (1.375, 2.9, 0.6), (1.5, 2.3, 0.57),
+               (1.75, 2.9, 0.52), (2, 4.4, 0.47), (4, 14, 0.2)]
+    entries = [
+        {"step": None if sweep else int(place * 400_000), "ema": ema, "guidance": place if sweep else 1.0,
+         "figures": {"frechet": value + extra, "recall": recall, "precision": 0.8}, "spread": {"frechet": 0.2}}
+        for place, value, recall in courses for ema, extra in (((None, 0),) if sweep else ((0.999, 0.5), (0.9, 0)))
+    ]
+    evaluation_curves(entries, "FID", tmp_path / "curve.png")
+    (figure,) = drawn
+    left, right = figure.axes
+    assert left.get_title() == ("ringed: 2.3 at guidance 1.5" if sweep else "ringed: 2.3 at step 600,000, EMA 0.9")
+    rings = [line for axes in figure.axes for line in axes.lines if line.get_markerfacecolor() == "none"]
+    assert [tuple(ring.get_xydata()[0]) for ring in rings] == ([(1.5, 2.3), (0.57, 2.3)] if sweep else [(6e5, 2.3)])
+    if sweep:
+        assert sorted(text.get_text() for text in right.texts) == sorted(f"{place:g}" for place, *_ in courses)
+    else:
+        assert [text.get_text() for text in left.get_legend().get_texts()] == ["EMA 0.999", "EMA 0.9"]
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        below = [word for word in axes.get_xticklabels() if low <= word.get_position()[0] <= high]
+        words = [word for word in (*axes.texts, *below, *axes.get_yticklabels()) if word.get_text()]
+        boxes = [word.get_window_extent() for word in words]
+        for k, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:k]), words[k].get_text()
+
+
+def test_a_run_of_one_checkpoint_has_no_curve_and_says_why(lamamba, run):
+    for name in ("model", "ema"):
+        shutil.copytree(run / "checkpoints" / "step_00000010" / name, f"one/checkpoints/step_00000010/{name}")
+    place = Path("one/checkpoints/step_00000010")
+    shutil.copy(run / "checkpoints" / "step_00000010" / "sampling.json", place)
+    write_json(place / "state.json", {"version": 1, "step": 10, "ema_decays": [0.99]})
+    files = {p.relative_to(place).as_posix(): sha256(p) for p in sorted(place.rglob("*")) if p.is_file()}
+    write_json(place / MANIFEST, {"version": 1, "files": files, "files_sha256": _hash_of_hashes(files)})
+    status, printed, error = lamamba("evaluate", "one", *SAMPLE, "--every-checkpoint")
+    assert status == 0, error
+    assert "lamamba train keeps more with --keep-checkpoints or --keep-every" in printed
+    assert not Path("evaluation.png").exists()
+
+
+def test_finished_figures_are_not_those_of_files_changed_since(lamamba, colour):
+    """Kept features answer for files as they were: the same names and sizes with other pixels are judged anew."""
+    names = sorted(Path("folder").glob("*.png"))
+    for path in names:
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    command = ["evaluate", "folder", "--reference", "packed.npz", *MEANS, "--keep-features"]
+    assert lamamba(*command)[0] == 0
+    assert figures("evaluation.json")["frechet"] == pytest.approx(0, abs=1e-6)
+    for path, image in zip(names, 255 - colour // 2, strict=True):
+        Image.fromarray(image).save(path.with_suffix(".bmp"))
+    assert lamamba(*command)[0] == 0
+    assert figures("evaluation.json")["frechet"] > 0.1
 
 
 def save_png(path, pixels):
@@ -216,6 +267,12 @@ def test_folders_and_npz_files_and_saved_statistics(lamamba, colour):
         assert result == pytest.approx(results[0], abs=1e-6)
     half = lamamba("evaluate", "folder", "--reference", "reference.npz", *MEANS, "--num-images", 6, "--out", "6.json")
     assert half[0] == 0
+    assert lamamba("evaluate", "stats", "folder", *MEANS, "--out", "fewer.npz", "--rows", 8)[0] == 0
+    assert lamamba("evaluate", "folder", "--reference", "fewer.npz", *MEANS, "--out", "fewer.json")[0] == 0
+    protocol = json.loads(Path("fewer.json").read_text())["entries"][0]["protocol"]
+    assert (protocol["reference"]["rows"], protocol["settings"]["kernel_subset"]) == (8, 8)
+    status, _, error = lamamba("evaluate", "compare", "2.json", "fewer.json")
+    assert (status, "differ in the reference images (rows 12 against 8)" in error) == (2, True), error
     status, _, error = lamamba("evaluate", "compare", "2.json", "6.json")
     assert status == 2
     assert "2 and 6 cannot be compared: they differ in the number of samples (12 against 6)" in error
@@ -302,7 +359,7 @@ def test_mistakes_are_one_line(lamamba, colour, run, reference):
         (["folder", *folder, "--shard-size", 0], "--shard-size 0 must be at least 1"),
         ([run, *SAMPLE, "--guidance", "1,x"], "--guidance '1,x': numbers with commas"),
         ([run, *SAMPLE, "--guidance", "1,2", "--every-checkpoint"], "two curves"),
-        ([run, *SAMPLE, "--ema", "0.5"], "has no average '0.5'; it has 0.99, 0.9, none"),
+        ([run, *SAMPLE, "--ema", "0.5"], "has no average 0.5; it has 0.99, 0.9, none"),
         ([run, *SAMPLE, "--sampler", "ddpm"], "sampler 'ddpm' is for"),
         ([run, *SAMPLE, "--num-images", 1], "--num-images 1 must be at least 2"),
         (["compare", "nothing.json", "x.json"], "nothing.json is no file"),
@@ -314,6 +371,40 @@ def test_mistakes_are_one_line(lamamba, colour, run, reference):
         assert status == 2, (arguments, printed)
         assert message in error, arguments
         assert error.count("\n") == 1, error
+
+
+def test_what_sample_has_made_is_judged_as_if_it_were_sampled_now(lamamba, run):
+    """A folder of PNG files, and an npz file whose three channels are one: the same figures, with their plan."""
+    many = ["-n", 40, "--random-labels", "--steps", 2, "--guidance", 1, "--device", "cpu"]
+    for kind, name in (("png", "folder"), ("npz", "packed")):
+        status, _, error = lamamba("sample", run, *many, "--format", kind, "--out", name)
+        assert status == 0, error
+    against = SAMPLE[:4]
+    assert lamamba("evaluate", run, *SAMPLE)[0] == 0
+    wanted = figures("evaluation.json")
+    del wanted["accuracy"]                                                      # files do not say what was asked for
+    for samples in ("folder", "packed/samples.npz"):
+        status, _, error = lamamba("evaluate", samples, *against, "--out", "files.json")
+        assert status == 0, error
+        assert figures("files.json") == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+        plan = json.loads(Path("files.json").read_text())["entries"][0]["protocol"]["samples"]["made_by"]
+        assert (plan["num"], plan["seed"], plan["rule"], plan["settings"]["steps"]) == (40, 0, "random", 2)
+    for count, message in ((41, "has 40 images, and --num-images 41 asks for more"), (0, "must be at least 2")):
+        status, _, error = lamamba("evaluate", "folder", *against, "--num-images", count)
+        assert (status, message in error) == (2, True), error
+    Path("folder/.sampling").mkdir()
+    status, _, error = lamamba("evaluate", "folder", *against)
+    assert (status, "lamamba sample has not filled folder yet" in error) == (2, True), error
+
+
+def test_the_model_of_the_package_has_a_name(lamamba):
+    status, _, error = lamamba("evaluate", "shipped", *SAMPLE)
+    assert status == 0, error
+    entry = json.loads(Path("evaluation.json").read_text())["entries"][0]
+    assert entry["name"] == entry["protocol"]["samples"]["name"] == "shipped"
+    assert entry["figures"]["accuracy"] > 0.8
+    status, _, error = lamamba("evaluate", "shipped", *SAMPLE, "--every-checkpoint")
+    assert (status, "shipped is no run" in error) == (2, True)
 
 
 def test_help_needs_no_torch():

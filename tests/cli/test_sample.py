@@ -91,6 +91,12 @@ def test_a_picture_of_a_model_that_has_changed_is_not_repeated_in_silence(sample
     save_model(tmp_path / "flow", seed=5)
     status, _, err = sample("--like", "a.png", "--out", "b.png")
     assert (status, "flow is not the model that made a.png" in err) == (2, True)
+    sample("noise", "--num", 1, "--steps", 2, "--sampler", "ddim", "--autoguidance", "noise", "--out", "d.png")
+    (tmp_path / "noise").unlink()
+    save_model(tmp_path / "noise", seed=5, objective="noise")
+    save_model(tmp_path / "as_before", objective="noise")
+    status, _, err = sample("as_before", "--like", "d.png", "--autoguidance", "noise", "--out", "b.png")
+    assert (status, "noise is not what made d.png: it has changed" in err) == (2, True), err
     Image.open("a.png").save("c.png")                                           # Pillow drops the text
     status, _, err = sample("--like", "c.png")
     assert (status, "c.png holds no settings" in err, len(err.splitlines())) == (2, True, 1)
@@ -209,6 +215,7 @@ def test_balanced_labels_of_an_unconditional_model_and_of_chosen_classes(sample)
     (["noise", "--interpolate", "seeds:3:4", "--sampler", "ddpm"], "no path between two seeds; use ddim"),
     (["flow", "--autoguidance", "noise"], "weaker model has objective='noise'"),
     (["flow", "--guidance-interval", "0.5", "0.1"], "guidance interval"),
+    (["flow", "--seed", "99999999999999999999"], "seed 99999999999999999999 is out of range"),
     (["flow", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
     (["--like", "nowhere.png"], "nowhere.png does not exist"),
     (["model.pt"], "a pickled checkpoint can run code, so it is not opened here: lamamba convert model.pt DIR"),

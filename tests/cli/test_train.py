@@ -11,36 +11,20 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from lamamba.cli.main import main
 from lamamba.cli.train import CURVE_WIDTH, rate_curve
 from lamamba.data.digits import Digits
 from lamamba.evaluation import frechet_distance
 from lamamba.evaluation.digits_network import DigitFeatures
 from lamamba.generation import generate
 from lamamba.training.config import OptimizerOptions, TrainConfig
-from lamamba.training.interrupt import EXIT_INTERRUPTED
+from lamamba.training.interrupt import EXIT_INTERRUPTED, listening
 from lamamba.training.state import RunFolder, find_network
 from tests.cli.test_commands import TINY, run
+from tests.data.test_images import write_images
 from tests.training.together import free_port
-
-
-@pytest.fixture
-def lamamba(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LAMAMBA_TRACEBACK", raising=False)
-
-    def call(*arguments):
-        try:
-            status = main(list(map(str, arguments)))
-        except SystemExit as end:
-            status = end.code or 0
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
-
 
 EXPECTED = {
     "xl_256": ("652.48 M", "5,004.6 steps per epoch"), "b_256": ("105.31 M", "256 images = 1 process x 1 x 256"),
@@ -88,7 +72,8 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers_start_the_same_command_unchanged(launcher, tmp_path):
     command = ["train", "digits", *TINY, "--out", str(tmp_path / "run"), "--sampling.every", "3",
-               "--sampling.num-steps", "2"]
+               "--sampling.num-steps", "2", "--score.every", "3", "--score.features", "digits", "--score.images", "20",
+               "--score.reference", "digits"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *LAUNCHERS[launcher], *command], capture_output=True, text=True, env=environment
@@ -98,23 +83,58 @@ def test_launchers_start_the_same_command_unchanged(launcher, tmp_path):
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert (events[0]["processes"], events[-1]["event"]) == (2, "finished")
     assert (tmp_path / "run" / "samples" / "step_00000003.png").is_file()
+    assert len((tmp_path / "run" / "scores.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
-def test_sigterm_ends_with_a_checkpoint_and_its_own_status(tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_with_a_checkpoint_and_a_status_of_its_own(name, tmp_path):
     command = [sys.executable, "-m", "lamamba", "train", "digits", *TINY, "--steps", "1000000", "--log-every", "1",
                "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(getattr(signal, name))
     _, complaint = process.communicate(timeout=60)
     assert process.returncode == EXIT_INTERRUPTED == 75
+    assert f"{name}: stopped after step" in complaint
     assert "run the same command again to resume" in complaint
+    assert ("once more stops at once" in complaint) == (name == "SIGINT")
     newest = RunFolder(tmp_path / "run").newest()
     assert newest.name in complaint
     resumed = run("train", "digits", *TINY, "--steps", int(newest.name[5:]) + 1, "--out", tmp_path / "run")
     assert f"resuming at step {int(newest.name[5:])}" in resumed.stdout
+
+
+def test_a_second_interrupt_does_not_wait():
+    with pytest.raises(KeyboardInterrupt), listening() as request:
+        signal.raise_signal(signal.SIGINT)
+        assert request.name == "SIGINT"
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):                                      # as before: this process lives on
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_check_in_the_middle_of_a_run_changes_none_of_its_images(lamamba, tmp_path):
+    """The bad files that it finds no longer count, and the run that never heard of it is the same to the bit."""
+    write_images(tmp_path / "photos", 6)
+    for bad in ("000.png", "003.png"):
+        (tmp_path / "photos" / bad).write_bytes(b"")
+    training = ["train", "folder", "--data.source", "photos", "--data.image-size", 16, "--data.channels", 3, *TINY]
+    assert lamamba(*training, "--steps", 6, "--out", "whole")[0] == 0
+    assert lamamba(*training, "--steps", 2, "--out", "checked")[0] == 0
+    assert "bad       2" in lamamba("data", "check", "photos")[1]
+    status, out, err = lamamba(*training, "--steps", 6, "--data.max-bad-images", 0, "--out", "checked")
+    assert status == 0, err
+    assert "2 files that the manifest names now" in out
+    assert "checked: 6 images of photos" in out
+    whole, checked = (find_network(run, "none")[0].state_dict() for run in ("whole", "checked"))
+    assert all(torch.equal(whole[name], checked[name]) for name in whole)
+    status, out, err = lamamba(*training, "--steps", 2, "--data.max-bad-images", 0, "--out", "later")
+    assert (status, "later: 4 images of photos" in out) == (0, True), err       # a new run leaves them out
+    os.remove(tmp_path / "photos" / "lamamba-manifest.json")
+    status, out, err = lamamba(*training, "--steps", 4, "--data.max-bad-images", 0, "--out", "later")
+    assert (status, "later: 4 images of photos" in out) == (0, True), err       # so does its restart without a manifest
 
 
 def write_run(folder, steps, *, speed=100.0, held_out=False):

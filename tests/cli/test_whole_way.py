@@ -58,6 +58,7 @@ def place(tmp_path_factory):
         picture.save(folder / "images" / "shape" / f"{k:02}.jpg")
     whole = (folder / "images" / "shape" / "00.jpg").read_bytes()
     (folder / "images" / "shape" / "99.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "images" / "later").mkdir()
     make_kl().save_pretrained(folder / "kl")
     return folder
 
@@ -67,6 +68,7 @@ def latents(place):
     told = call(place, "data", "check", "images")
     assert "2 classes with 20 to 21 files" in told
     assert "shape/99.jpg: truncated" in told
+    assert "1 subfolders hold no images" in told
     encoding = ["encode", "images", "--autoencoder", "kl", "--image-size", "32", "--shard-size", "8"]
     encoding += ["--out", "latents"]
     assert "40 images in 5 verified shards" in call(place, *encoding, launcher=TWO)

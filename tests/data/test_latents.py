@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 
+from lamamba.cli.main import main
+from lamamba.cli.train import open_decoder
 from lamamba.data import encode as encoding
 from lamamba.data.autoencoder import Autoencoder
 from lamamba.data.codec import CodecFacts, PixelCodec
 from lamamba.data.encode import encode, make_plan
 from lamamba.data.images import Images
-from lamamba.data.latents import Index, LatentSet, check_latents
+from lamamba.data.latents import Index, LatentSet, Plan, check_latents
 from lamamba.data.sets import EncodedSet, PixelSet, read_ahead
 from lamamba.data.sources import FolderSource
 from lamamba.training.draws import draw
@@ -135,6 +137,24 @@ def test_a_cache_of_another_autoencoder_or_size_is_refused_with_both_named(place
         LatentSet(encoded, autoencoder=str(place / "other"))
 
 
+def test_an_autoencoder_that_has_moved_is_found_where_training_says(place, encoded, tmp_path):
+    make_kl().save_pretrained(tmp_path / "moved")
+    facts = LatentSet(encoded, autoencoder=str(tmp_path / "moved")).facts
+    assert facts == dataclasses.replace(LatentSet(encoded).facts, autoencoder=str(tmp_path / "moved"))
+    with pytest.raises(OSError, match="--data.autoencoder, or train without them"):
+        open_decoder(dataclasses.replace(facts, autoencoder=str(tmp_path / "gone")), torch.device("cpu"))
+    assert open_decoder(facts, torch.device("meta")).autoencoder.device.type == "meta"
+    assert open_decoder(CodecFacts(), torch.device("cpu")) is None              # pixels
+
+
+@pytest.mark.parametrize("kind", ["kl", "tiny", "dc"])
+def test_a_size_that_would_come_back_smaller_is_refused(place, kind):
+    network = Autoencoder(place / kind)
+    assert network.latent_shape(16)[1:] == (8, 8)
+    with pytest.raises(ValueError, match="17 x 17 pixels.*multiple of 8"):
+        network.latent_shape(17)
+
+
 def test_float32_is_exact_and_float16_nearly(place, encoded, tmp_path):
     run_encode(place, tmp_path / "exact", storage="float32")
     exact, half = LatentSet(tmp_path / "exact"), LatentSet(encoded)
@@ -197,6 +217,39 @@ def test_bad_images_are_left_out_or_stop_the_encoding(place, tmp_path):
     whole = LatentSet(place / "encoded")
     assert torch.equal(data.moments([1, 8]), whole.moments([2, 9]))
     assert run_encode(copy, tmp_path / "known", left_out=("ant/001.png", "bee/004.png")).plan.images == 9
+
+
+def test_an_encoding_that_met_bad_files_goes_on_after_the_check_it_asks_for(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("LAMAMBA_TRACEBACK", raising=False)
+    shutil.copytree(place / "images", tmp_path / "images")
+    (tmp_path / "images" / "bee" / "004.png").write_text("no image")
+    command = ["encode", tmp_path / "images", "--autoencoder", place / "kl", "--image-size", "16", "--shard-size", "4",
+               "--batch", "2", "--device", "cpu", "--out", tmp_path / "out"]
+
+    def call(*arguments):
+        status = main(list(map(str, arguments)))
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    status, said = call(*command)
+    assert (status, "bee/004.png (not an image" in said) == (2, True)
+    shard = tmp_path / "out" / "shard_00000.safetensors"
+    before = shard.stat().st_mtime_ns
+    call("data", "check", tmp_path / "images", "--workers", 1)
+    for words in ("1 files came into the manifest after", "10 images in 3 verified shards"):
+        status, said = call(*command)                                           # the second finds all done
+        assert (status, words in said) == (0, True), said
+    assert shard.stat().st_mtime_ns == before
+    assert Index.load(tmp_path / "out").shards[2].left_out.keys() == {"bee/004.png"}
+    (tmp_path / "images" / "ant" / "000.png").unlink()
+    assert "holds latents made otherwise" in call(*command)[1]                  # other images are still refused
+
+
+def test_folders_of_the_time_before_stay_what_they_are(encoded):
+    plan = Index.load(encoded).plan
+    old = {key: value for key, value in plan.to_dict().items() if key != "left_out"}
+    assert Plan.from_dict(old).to_dict() == old                                 # so that runs on them go on
+    assert Plan.from_dict(old).differences(plan) == []
 
 
 def test_a_latent_set_survives_a_fork(encoded):

@@ -23,6 +23,9 @@ def test_names_and_labels_of_a_folder(tmp_path):
     source = open_source(tmp_path)
     assert [source.file(k) for k in range(len(source))] == ["ant/000.png", "ant/001.png", "bee/young/000.png"]
     assert source.labels.tolist() == [0, 0, 1]
+    (tmp_path / "cow").mkdir()
+    assert FolderSource(tmp_path).empty_folders == ("cow",)
+    assert FolderSource(tmp_path).label_names == ("ant", "bee")
     before = fingerprint(source)
     write_images(tmp_path / "bee", 1)
     assert fingerprint(FolderSource(tmp_path)) != before

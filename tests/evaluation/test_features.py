@@ -90,6 +90,36 @@ def test_shards_are_made_once_and_damaged_ones_again(tmp_path):
     assert extract(images, CallableFeatures(function, "other", channels=1), tmp_path).folder != features.folder
 
 
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    """Extraction and statistics of ten times as many images take the same: a shard and a matrix."""
+    import tracemalloc
+
+    class Many:
+        shape = (4, 4, 3)
+
+        def __init__(self, count):
+            self.count, self.facts = count, {"kind": "made up", "fingerprint": str(count)}
+
+        def __len__(self):
+            return self.count
+
+        def read(self, places):
+            return np.random.default_rng(places.start).integers(0, 256, (len(places), 4, 4, 3), dtype=np.uint8)
+
+        def asked(self, places):
+            return None
+
+    network = CallableFeatures(lambda images: images.reshape(len(images), -1), "pixels")
+    peaks = []
+    for count in (500, 2_000, 20_000):                                          # the first one warms up
+        tracemalloc.start()
+        extract(Many(count), network, tmp_path, shard_size=500, batch_size=100).statistics()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.5 * peaks[1]
+    assert peaks[2] < 20_000 * 48 * 4 / 2                                       # half of the features as a matrix
+
+
 def test_samples_are_made_when_they_are_read():
     def make(seeds, labels):
         return np.stack([np.full((1, 1, 1), 10 * label + seed) for seed, label in zip(seeds, labels, strict=True)])

@@ -56,6 +56,25 @@ def test_frechet_with_fewer_images_than_features_agrees_with_extended_precision(
     assert frechet_distance(*values) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(("images", "others"), [(40, 50), (40, 900), (250, 300)])
+def test_frechet_of_few_images_is_that_of_the_data_themselves(images, others):
+    """tr (S1 S2)^(1/2) is the sum of singular values of X Y^T, centred: no covariance, and no roots of rounding."""
+    draws = np.random.default_rng(3)
+    mix = draws.normal(size=(300, 300)) * np.logspace(0, -4, 300)[:, None]
+    x, y = draws.normal(size=(images, 300)) @ mix, draws.normal(size=(others, 300)) @ mix * 1.3 + 0.1
+    centred = [(side - side.mean(0)) / np.sqrt(len(side) - 1) for side in (x, y)]
+    mixed = linalg.svdvals(centred[0] @ centred[1].T).sum()
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + sum((side**2).sum() for side in centred) - 2 * mixed
+    assert frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T)) == pytest.approx(expected, rel=1e-7)
+
+
+def test_frechet_of_collapsed_sets():
+    """All images alike: a covariance of zeros."""
+    mu, zeros, sigma = np.ones(4), np.zeros((4, 4)), np.diag([1.0, 2, 3, 4])
+    assert frechet_distance(mu, zeros, mu, zeros) == 0
+    assert frechet_distance(mu, zeros, 3 * mu, sigma) == pytest.approx(16 + 10)
+
+
 @pytest.mark.parametrize("images", [20, 5000])
 def test_identical_sets_are_0_apart(images):
     x = np.maximum(np.random.default_rng(2).normal(size=(images, 200)), 0) * 3
@@ -162,6 +181,19 @@ def test_neighbours_are_those_of_brute_force(reference, samples, k, monkeypatch)
     assert density_coverage(reference, samples, k) == pytest.approx(expected[2:], abs=1e-15)
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
+
+
+def test_neighbours_never_hold_the_whole_matrix(monkeypatch):
+    import tracemalloc
+
+    monkeypatch.setattr(neighbours, "BLOCK", 256)
+    reference, samples = np.random.default_rng(0).normal(size=(2, 4000, 8)).astype(np.float32)
+    for function in (precision_recall, density_coverage):
+        tracemalloc.start()
+        function(reference, samples)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4000 * 4000 * 4 / 5                                       # a fifth of one matrix in float32
 
 
 def test_neighbours_refuse():

@@ -9,7 +9,7 @@ import torch
 from lamamba.data.codec import to_grey_levels
 from lamamba.diffusion.guidance import Guidance
 from lamamba.generation import generate
-from lamamba.generation.images import fit_size, noise_of
+from lamamba.generation.images import noise_of
 from lamamba.generation.settings import Between
 from tests.networks import random_network, small_config
 
@@ -54,6 +54,8 @@ def test_unconditional_models_take_no_labels():
     (dict(labels=[0]), "1 labels came with 2 seeds"),
     (dict(labels=None), "class-conditional: give labels"),
     (dict(seeds=[]), "no seeds were given"),
+    (dict(seeds=[0, 2**63]), "seed 9223372036854775808 is out of range; seeds are 0 .. 9223372036854775807"),
+    (dict(seeds=[Between(-1, 2, 0.5), 0]), "seed -1 is out of range"),
     (dict(batch_size=0), "batch_size=0"),
     (dict(sampler="ddpm"), "use flow-euler or flow-heun"),
 ])
@@ -125,12 +127,12 @@ def test_other_sizes_and_back():
     assert model(x, torch.tensor([5.0]), torch.tensor([0])).shape == x.shape
     model.set_grid(None)
     np.testing.assert_array_equal(generate(model, [0], [1], num_steps=2), before)
-    assert fit_size(model, 1, None, 12) == (8, 12)
-    assert fit_size(model, 8, 64, 96) == (8, 12)
+    assert model.architecture.fit_input(None, 12, 1) == (8, 12)
+    assert model.architecture.fit_input(64, 96, 8) == (8, 12)
     with pytest.raises(ValueError, match="height 100 does not fit this model: .* 32 pixels; the nearest is 96 or 128"):
-        fit_size(model, 8, 100, None)
+        model.architecture.fit_input(100, None, 8)
     with pytest.raises(ValueError, match="width 3 does not fit.*the nearest is 4"):
-        fit_size(model, 1, None, 3)
+        model.architecture.fit_input(None, 3, 1)
 
 
 def test_guided_by_a_weaker_network():

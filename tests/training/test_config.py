@@ -60,7 +60,7 @@ def test_unknown_recipes():
 
 
 def test_a_model_that_does_not_fit_its_images():
-    with pytest.raises(ValueError, match=r"data.image_size=30 does not fit.*such as 32"):
+    with pytest.raises(ValueError, match=r"30 x 30 \(data.image_size, or.*such as 32"):
         ModelOptions().build(channels=1, num_classes=10, input_size=30)
     with pytest.raises(ValueError, match="did you mean 'xl'"):
         ModelOptions(preset="x").build(channels=1, num_classes=10, input_size=32)

@@ -18,7 +18,7 @@ from lamamba.data.digits import Digits
 from lamamba.data.images import Images
 from lamamba.data.sources import FolderSource
 from lamamba.training.checkpoint import update_ema
-from lamamba.training.config import DataOptions, ModelOptions, OptimizerOptions, TrainConfig
+from lamamba.training.config import DataOptions, ModelOptions, OptimizerOptions, TrainConfig, WatchOptions
 from lamamba.training.loop import train
 from lamamba.training.state import RunFolder, SamplingFacts, find_network
 from tests.data.test_images import write_images
@@ -149,6 +149,16 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path):
     with pytest.raises(ValueError, match=r"train.batch_size: 4 there, 2 here; train.seed: 0 there, 3 here"):
         train(config(batch_size=2, seed=3), FewDigits(4), tmp_path)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_run_without_a_checkpoint_may_be_mended_in_place(tmp_path):
+    """As after a batch that was too large for the device: nothing is lost by beginning otherwise."""
+    with pytest.raises(ValueError, match="held_out=4 leaves nothing"):
+        train(config(watch=WatchOptions(held_out=4)), FewDigits(4), tmp_path)
+    RunFolder(tmp_path).bad_images.write_text("other.png\tempty: 0 bytes\n")
+    assert train(config(seed=3), FewDigits(4), tmp_path).step == 4
+    assert not RunFolder(tmp_path).bad_images.exists()
+    assert json.loads(RunFolder(tmp_path).config.read_text())["train"]["seed"] == 3
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
