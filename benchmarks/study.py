@@ -1,7 +1,7 @@
 r"""LaMamba beside DiT, and LaMamba with parts of it left out, at a scale that two CPU cores can repeat.
 
     python benchmarks/study.py --out study/                      # trains what is missing, then writes the table
-    python benchmarks/study.py --out study/ --markdown docs/study-table.md --json benchmarks/results/study.json
+    python benchmarks/study.py --out study/ --json benchmarks/results/study.json --picture docs/study.png
 
 The data are scikit-learn's handwritten digits, enlarged to 16 x 16 pixels (bicubic), so that windows of 4 x 4 tokens
 are local. Every network is trained on the same images in the same order with the same noise, times and dropped labels,
@@ -213,13 +213,17 @@ def do_run(name: str, seed: int, path: Path, steps: int) -> None:
         "network": name, "seed": seed, "steps": steps, "loss": loss,
         **score(pictures, labels, images.transpose(0, 2, 3, 1)),
     }
-    first = [int(np.flatnonzero(labels == digit)[k]) for digit in range(NUM_CLASSES) for k in range(4)]
-    rows = pictures[first, :, :, 0].reshape(NUM_CLASSES, 4, SIDE, SIDE)
-    sheet = np.pad(rows, ((0, 0), (0, 0), (1, 1), (1, 1))).transpose(1, 2, 0, 3).reshape(4 * (SIDE + 2), -1)
-    Image.fromarray(sheet).resize((sheet.shape[1] * 3, sheet.shape[0] * 3), Image.Resampling.NEAREST).save(
-        path.with_suffix(".png")
-    )
+    first = [int(np.flatnonzero(labels == digit)[k]) for k in range(2) for digit in range(NUM_CLASSES)]
+    np.save(path.with_suffix(".npy"), pictures[first])
     write_atomically(path, json.dumps(result, indent=2) + "\n")
+
+
+def draw_networks(folder: Path, names: Sequence[str], seed: int, path: Path) -> None:
+    """A row for each network: the first two of every digit, from the same noise everywhere."""
+    from lamamba.cli.pictures import grid_picture, save_picture
+
+    digits = np.concatenate([np.load(result_path(folder, name, seed).with_suffix(".npy")) for name in names])
+    save_picture(grid_picture(digits, 2 * NUM_CLASSES, names, cell_pixels=32), path)
 
 
 def result_path(folder: Path, name: str, seed: int) -> Path:
@@ -295,8 +299,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=TRAINING.steps)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--side-by-side", type=int, default=os.cpu_count() or 1, help="runs at once, one thread each")
-    parser.add_argument("--markdown", type=Path, help="where to write the table")
     parser.add_argument("--json", type=Path, help="where to write everything")
+    parser.add_argument("--picture", type=Path, help="where to draw digits of every network, of the first seed")
     parser.add_argument("--run", choices=list(NETWORKS), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
@@ -306,10 +310,10 @@ def main() -> None:
     do_all(chosen.out, chosen.seeds, chosen.networks, chosen.steps, chosen.side_by_side)
     rows = summary(chosen.out, chosen.seeds, chosen.networks)
     print(table(rows))
-    if chosen.markdown:
-        write_atomically(chosen.markdown, table(rows) + "\n")
     if chosen.json:
         write_atomically(chosen.json, json.dumps(rows, indent=2) + "\n")
+    if chosen.picture:
+        draw_networks(chosen.out, chosen.networks, chosen.seeds[0], chosen.picture)
 
 
 if __name__ == "__main__":
