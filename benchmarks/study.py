@@ -38,6 +38,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from lamamba._version import __version__
 from lamamba.config import BRANCHES, UNetConfig
 from lamamba.data.codec import PixelCodec
 from lamamba.data.digits import Digits
@@ -311,7 +312,12 @@ def main() -> None:
     rows = summary(chosen.out, chosen.seeds, chosen.networks)
     print(table(rows))
     if chosen.json:
-        write_atomically(chosen.json, json.dumps(rows, indent=2) + "\n")
+        facts = {
+            "networks": rows, "training": TRAINING.to_dict() | {"steps": chosen.steps}, "sampler": SAMPLER,
+            "sampling_steps": NUM_STEPS, "lamamba": __version__, "torch": torch.__version__, "numpy": np.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        write_atomically(chosen.json, json.dumps(facts, indent=2) + "\n")
     if chosen.picture:
         draw_networks(chosen.out, chosen.networks, chosen.seeds[0], chosen.picture)
 
