@@ -52,6 +52,23 @@ def test_output_is_that_of_an_embedder_in_every_block():
     assert parameters(shared) < parameters(own)
 
 
+def test_training_begins_with_blocks_that_change_nothing_and_an_output_of_zero():
+    torch.manual_seed(0)
+    model = DiT(SMALL, 16, in_channels=1, out_channels=1, patch_size=4, num_classes=10)
+    model.initialise()
+    x, timestep, labels = torch.randn(2, 1, 16, 16), torch.tensor([10.0, 900.0]), torch.tensor([3, 10])
+    output = model(x, timestep, labels)
+    assert output.shape == x.shape
+    assert not output.any()
+    hidden, c = torch.randn(2, 16, SMALL.width), torch.randn(2, SMALL.width)
+    for block in model.transformer.transformer_blocks:
+        assert torch.equal(block(hidden, timestep=c), hidden)
+        attention = block.attn1.to_q.weight
+        assert attention.abs().max() <= (6 / (2 * SMALL.width)) ** 0.5           # Glorot's uniform
+        assert attention.std() > 0.1
+    assert float(model.embedding.class_embedder.embedding_table.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fresh_peer_says_something(dtype):
     model = build_peer("dit-s-2", 32, CPU, dtype)
