@@ -106,7 +106,15 @@ def test_a_signal_ends_with_a_checkpoint_and_a_status_of_its_own(name, tmp_path)
     assert f"resuming at step {int(newest.name[5:])}" in resumed.stdout
 
 
-def test_a_second_interrupt_does_not_wait():
+@pytest.fixture
+def minded_interrupts():
+    """Ctrl-C as Python has it, even where the tests run behind a shell that ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_does_not_wait(minded_interrupts):
     with pytest.raises(KeyboardInterrupt), listening() as request:
         signal.raise_signal(signal.SIGINT)
         assert request.name == "SIGINT"
