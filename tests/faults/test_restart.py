@@ -85,13 +85,12 @@ def test_n_and_n_steps_are_two_n_steps_to_the_bit(kind, tmp_path, count, tally):
         return together(processes, steps_of, *arguments)
 
     whole = go(tmp_path / "whole", settings, images)
-    again = go(tmp_path / "again", settings, images)
-    assert hashes(tmp_path / "whole") == hashes(tmp_path / "again")             # so that equality means something
+    if count(False, True):                                                      # so that equality means something
+        go(tmp_path / "again", settings, images)
+        assert hashes(tmp_path / "whole") == hashes(tmp_path / "again")
     first = go(tmp_path / "parts", settings, images, 3)
     second = go(tmp_path / "parts", settings, images)
-    assert [step for step, _ in (*whole, *again, *first, *second)] == (
-        [6] * processes + [6] * processes + [3] * processes + [6] * processes
-    )
+    assert [step for step, _ in (*whole, *first, *second)] == [6] * processes + [3] * processes + [6] * processes
     if not settings.processes.data_workers:                                     # what workers read, they keep
         assert [a + b for (_, a), (_, b) in zip(first, second, strict=True)] == [seen for _, seen in whole]
     same = hashes(tmp_path / "whole") == hashes(tmp_path / "parts")
