@@ -30,7 +30,7 @@ KINDS = {
     "two processes": dict(count=2, batch_size=5, processes=dict(accumulation_steps=2)),
     "split between two processes": dict(count=2, batch_size=5, processes=dict(sharding="full", accumulation_steps=2)),
 }
-FEW = ("plain, in the middle of an epoch", "two workers", "two processes", "split between two processes")
+FEW = ("plain, in the middle of an epoch", "two workers", "two processes")
 
 
 def steps_of(folder, settings, images, stop_at=None):
