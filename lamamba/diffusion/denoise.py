@@ -79,7 +79,7 @@ SAMPLERS: dict[str, Sampler] = {
         **_noise_levels(objective), timestep_spacing="linspace"),
         25, "second order, two evaluations per step", min_steps=5),             # with fewer it overshoots by far
     "flow-euler": Sampler(("flow",), lambda _: FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=NUM_TIMESTEPS), 50, "first order, straight steps"),
+        num_train_timesteps=NUM_TIMESTEPS), 28, "first order, straight steps"),
     "flow-heun": Sampler(("flow",), lambda _: FlowMatchHeunDiscreteScheduler(
         num_train_timesteps=NUM_TIMESTEPS), 25, "second order, two evaluations per step"),
     "flow-dpm++": Sampler(("flow",), lambda _: DPMSolverMultistepScheduler(
