@@ -321,7 +321,7 @@ class Images:
 
 def explain_bad(name: str, bad: dict[str, str], bound: int, shown: int = 8) -> str:
     """One line that names bad files and says what to do."""
-    named = ", ".join(f"{file} ({fault})" for file, fault in list(bad.items())[:shown])
+    named = ", ".join(f"{file} ({fault})" for file, fault in sorted(bad.items())[:shown])
     more = f" and {len(bad) - shown} more" if len(bad) > shown else ""
     verb = "file cannot be read as an image" if len(bad) == 1 else "files cannot be read as images"
     return (
