@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from evaluation import make_features
 
 from lamamba.evaluation import Statistics, frechet_distance, inception_score, kernel_distance, precision_recall
-from lamamba.evaluation.inception import Inception, load_inception
+from lamamba.evaluation.inception import load_inception
 from lamamba.evaluation.scores import softmax
-from tests.evaluation.peers import peer
+from tests.evaluation.peers import peer, random_inception
 
 
 def row(what: str, who: str, ours: float, theirs: float) -> None:
@@ -78,15 +78,9 @@ def others(patch: pytest.MonkeyPatch) -> None:
 
 def network(patch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    state = Inception().state_dict()
-    for name, tensor in state.items():
-        if name.endswith("conv.weight"):
-            torch.nn.init.kaiming_normal_(tensor)
-        elif name.endswith(("bn.weight", "running_var")):
-            tensor.uniform_(0.6, 1.4)
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        torch.save(state, f"{folder}/weights.pth")
+        torch.save(random_inception(), f"{folder}/weights.pth")
         module = peer("torch_fidelity", "feature_extractor_inceptionv3", patch)
         theirs = module.FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], f"{folder}/weights.pth")(images)
         ours = load_inception(f"{folder}/weights.pth")[0](images)

@@ -38,7 +38,7 @@ from lamamba.models.unet import LaMambaUNet
 from lamamba.pretrained import shipped_model
 from lamamba.training.config import load_recipe
 from lamamba.training.loop import train
-from lamamba.training.state import find_network
+from lamamba.training.saved import find_network
 
 EVALUATIONS = (2, 3, 4, 6, 8, 12, 16, 32)
 SHOWN: tuple[Objective, ...] = ("noise", "flow")

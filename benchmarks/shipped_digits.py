@@ -24,7 +24,7 @@ from lamamba.generation import generate
 from lamamba.models.unet import LaMambaUNet
 from lamamba.pretrained import shipped_model
 from lamamba.training.config import load_recipe
-from lamamba.training.state import find_network
+from lamamba.training.saved import find_network
 
 RECIPE, FIRST_SEED = "digits_small", 10_000
 

@@ -21,7 +21,7 @@ from lamamba.cli.pictures import grid_picture
 from lamamba.data.digits import Digits
 from lamamba.diffusion.denoise import make_scheduler
 from lamamba.pretrained import shipped_model
-from lamamba.training.state import find_network
+from lamamba.training.saved import find_network
 
 Row = tuple[str, list[Image.Image]]
 """Its name, and its pictures."""

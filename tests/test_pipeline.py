@@ -19,7 +19,7 @@ from lamamba import LaMambaPipeline, LaMambaUNet
 from lamamba.data.codec import CodecFacts, LatentDecoder
 from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
 from lamamba.generation import generate
-from lamamba.training.state import find_network
+from lamamba.training.saved import find_network
 from tests.autoencoders import MAKERS, make_kl
 from tests.networks import random_network, small_config
 

@@ -15,7 +15,7 @@ from lamamba.evaluation.digits import DigitJudge, nearest_distances
 from lamamba.generation import generate
 from lamamba.pretrained import shipped_model
 from lamamba.training.config import load_recipe
-from lamamba.training.state import find_network
+from lamamba.training.saved import find_network
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

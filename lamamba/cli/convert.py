@@ -74,7 +74,7 @@ def _to_official(source: Path, target: Path) -> None:
     import torch
 
     from lamamba.models.official import to_official
-    from lamamba.training.state import find_network
+    from lamamba.training.saved import find_network
 
     if target.suffix != ".pt":
         raise ValueError(f"{source} is a folder in our format, so the target must be a .pt file, not {target}")

@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"--images {chosen.images} must be 0 (no grid) or more")
 
     from lamamba.models.export import require_onnx
-    from lamamba.training.state import find_network
+    from lamamba.training.saved import find_network
 
     if chosen.onnx:
         require_onnx()
@@ -193,7 +193,8 @@ def _write_card(
     chosen: ExportArguments, pipe: LaMambaPipeline, sampler: str, guidance: float, has_grid: bool, path: Path
 ) -> None:
     from lamamba.cli.model_card import model_card
-    from lamamba.training.state import find_place, read_json
+    from lamamba.files import read_json
+    from lamamba.training.saved import find_place
 
     place, run, state = find_place(chosen.source), None, {}
     run_config = place.parent.parent / "config.json"

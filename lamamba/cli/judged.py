@@ -18,7 +18,8 @@ from lamamba.files import read_json
 from lamamba.generation import generate
 from lamamba.generation.labels import label_of
 from lamamba.generation.plan import NPZ, SHARDS, UNFINISHED, find_plan
-from lamamba.training.state import PIPELINE_INDEX, Average, RunFolder, averages_at
+from lamamba.training.saved import PIPELINE_INDEX, Average, averages_at
+from lamamba.training.state import RunFolder
 
 
 def open_images(name: str, image_size: int = 8, limit: int | None = None) -> Images:

@@ -13,7 +13,8 @@ from lamamba.generation.settings import fingerprint
 from lamamba.models.compiling import compile_network
 from lamamba.models.packing import pack_weights
 from lamamba.models.unet import LaMambaUNet
-from lamamba.training.state import Average, SamplingFacts, find_network
+from lamamba.training.saved import Average, find_network
+from lamamba.training.state import SamplingFacts
 
 SHIPPED = "shipped"
 """How settings name the model that comes with the package."""

@@ -33,7 +33,8 @@ from lamamba.files import read_json, write_json
 from lamamba.models.unet import LaMambaUNet
 from lamamba.training.config import RUN_VERSION
 from lamamba.training.processes import Processes, local, whole
-from lamamba.training.state import SamplingFacts, load_network
+from lamamba.training.saved import load_network
+from lamamba.training.state import SamplingFacts
 
 logger = logging.getLogger("lamamba.training")
 

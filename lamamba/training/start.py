@@ -13,7 +13,7 @@ from lamamba.models.official import load_official, official_optimizer, read_offi
 from lamamba.models.unet import LaMambaUNet
 from lamamba.training.checkpoint import TrainState, put, restore_optimizer
 from lamamba.training.config import StartOptions
-from lamamba.training.state import find_network
+from lamamba.training.saved import find_network
 
 logger = logging.getLogger("lamamba.training")
 

@@ -15,7 +15,8 @@ from lamamba.generation import generate
 from lamamba.generation.settings import PictureFacts
 from lamamba.models.unet import LaMambaUNet
 from lamamba.pretrained import shipped_model
-from lamamba.training.state import SamplingFacts, find_network
+from lamamba.training.saved import find_network
+from lamamba.training.state import SamplingFacts
 
 ASKED = Request(classes=("3", "7"), num=2, seed=11, sampler="flow-euler", steps=6, guidance=1.75)
 

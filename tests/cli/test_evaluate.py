@@ -27,7 +27,8 @@ from lamamba.evaluation.inception import Inception
 from lamamba.evaluation.scores import softmax
 from lamamba.files import sha256, write_json
 from lamamba.generation import generate
-from lamamba.training.state import MANIFEST, SamplingFacts, _hash_of_hashes, load_network
+from lamamba.training.saved import load_network
+from lamamba.training.state import MANIFEST, SamplingFacts, _hash_of_hashes
 from tests.networks import random_network, small_config
 
 SAMPLE = ["--reference", "digits", "--features", "digits", "--num-images", 40, "--steps", 2, "--device", "cpu"]

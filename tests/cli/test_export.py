@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from lamamba import LaMambaPipeline
 from lamamba.cli.main import main
-from lamamba.training.state import MANIFEST, SamplingFacts, find_network
+from lamamba.training.saved import find_network
+from lamamba.training.state import MANIFEST, SamplingFacts
 from tests.autoencoders import make_kl
 from tests.networks import random_network, small_config
 

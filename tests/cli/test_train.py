@@ -21,7 +21,8 @@ from lamamba.evaluation.digits_network import DigitFeatures
 from lamamba.generation import generate
 from lamamba.training.config import OptimizerOptions, TrainConfig
 from lamamba.training.interrupt import EXIT_INTERRUPTED, listening
-from lamamba.training.state import RunFolder, find_network
+from lamamba.training.saved import find_network
+from lamamba.training.state import RunFolder
 from tests.cli.test_commands import TINY, run
 from tests.data.test_images import write_images
 from tests.training.together import free_port

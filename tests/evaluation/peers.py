@@ -14,6 +14,10 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
+import torch
+from torch import Tensor
+
+from lamamba.evaluation.inception import Inception
 
 
 def _folder(package: str) -> Path:
@@ -45,3 +49,17 @@ def peer(package: str, module: str, monkeypatch: pytest.MonkeyPatch, *absent: st
     for name in [name for name in sys.modules if name.startswith(f"{package}.") and name not in absent]:
         monkeypatch.delitem(sys.modules, name)
     return importlib.import_module(f"{package}.{module}")
+
+
+def random_inception() -> dict[str, Tensor]:
+    """The network's weights as the public file has them, but random: lively through all layers."""
+    torch.manual_seed(0)
+    state = Inception().state_dict()
+    for name, tensor in state.items():
+        if name.endswith("conv.weight"):
+            torch.nn.init.kaiming_normal_(tensor)
+        elif name.endswith(("bn.weight", "running_var")):
+            tensor.uniform_(0.6, 1.4)
+        elif name.endswith(("bn.bias", "running_mean")):
+            tensor.uniform_(-0.2, 0.4)
+    return state

@@ -10,23 +10,14 @@ import pytest
 import torch
 
 from lamamba.evaluation.inception import Inception, load_inception, resize_like_tensorflow1
-from tests.evaluation.peers import peer
+from tests.evaluation.peers import peer, random_inception
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A file as the public one, with random weights: lively through all layers."""
-    torch.manual_seed(0)
-    state = Inception().state_dict()
-    for name, tensor in state.items():
-        if name.endswith("conv.weight"):
-            torch.nn.init.kaiming_normal_(tensor)
-        elif name.endswith(("bn.weight", "running_var")):
-            tensor.uniform_(0.6, 1.4)
-        elif name.endswith(("bn.bias", "running_mean")):
-            tensor.uniform_(-0.2, 0.4)
+    """A file as the public one, with random weights."""
     path = tmp_path_factory.mktemp("weights") / "some name.pth"
-    torch.save(state, path)
+    torch.save(random_inception(), path)
     return path
 
 

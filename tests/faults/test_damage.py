@@ -13,7 +13,8 @@ import pytest
 
 from lamamba.files import sha256, write_json
 from lamamba.training.loop import train
-from lamamba.training.state import RunFolder, find_network
+from lamamba.training.saved import find_network
+from lamamba.training.state import RunFolder
 from tests.training.together import FewDigits, config, pytestmark, states_equal, together  # noqa: F401
 
 SPLIT = dict(sharding="full")

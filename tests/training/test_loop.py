@@ -20,7 +20,8 @@ from lamamba.data.sources import FolderSource
 from lamamba.training.checkpoint import update_ema
 from lamamba.training.config import DataOptions, ModelOptions, OptimizerOptions, TrainConfig, WatchOptions
 from lamamba.training.loop import train
-from lamamba.training.state import RunFolder, SamplingFacts, find_network
+from lamamba.training.saved import find_network
+from lamamba.training.state import RunFolder, SamplingFacts
 from tests.data.test_images import write_images
 
 TINY = ModelOptions(width=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1, window_size=4, objective="flow")

@@ -18,7 +18,8 @@ from lamamba.training.checkpoint import update_ema
 from lamamba.training.config import ModelOptions
 from lamamba.training.draws import draw, split_held_out
 from lamamba.training.loop import train
-from lamamba.training.state import RunFolder, find_network
+from lamamba.training.saved import find_network
+from lamamba.training.state import RunFolder
 from lamamba.training.trackers import Tracker
 from tests.networks import PARITY
 from tests.training.together import FewDigits, config, states_equal

@@ -10,7 +10,7 @@ import pytest
 
 from lamamba.training.loop import train
 from lamamba.training.processes import MainProcessError, part
-from lamamba.training.state import find_network
+from lamamba.training.saved import find_network
 from tests.training.together import FewDigits, config, pytestmark, states_equal, together  # noqa: F401
 
 
