@@ -8,6 +8,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,6 +66,28 @@ def test_learns_a_few_images(tmp_path, objective):
                       optimizer=OptimizerOptions(learning_rate=5e-3, max_grad_norm=1.0))
     train(settings, FewDigits(4), tmp_path, [lambda moment: losses.append(moment.loss)])
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
+
+
+def test_pictures_and_scores_do_not_count_against_the_speed(tmp_path, monkeypatch):
+    """By a clock that stands still but for 2 s in each batch's reading and 100 s in an observer."""
+    now = [0.0]
+    monkeypatch.setattr("lamamba.training.loop.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    digits, rates = FewDigits(8), []
+    read = digits.read
+
+    def slow_read(indices):
+        now[0] += 2
+        return read(indices)
+
+    def slow_observer(moment):
+        rates.append((moment.images_per_second, moment.seconds))
+        now[0] += 100
+
+    digits.read = slow_read
+    train(config(), digits, tmp_path, [slow_observer])
+    lines = [json.loads(line) for line in RunFolder(tmp_path).metrics.read_text().splitlines()]
+    assert [line["images_per_second"] for line in lines] == [2, 2, 2, 2]
+    assert rates == [(2, 2), (2, 104), (2, 206), (2, 308)]
 
 
 @pytest.mark.parametrize("objective", ["flow", "noise"])
