@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation_agreement.py
 
-Needs SciPy, and the two packages or LAMAMBA_EVALUATORS (see tests/evaluation/peers.py); neither is imported as a whole.
+Needs SciPy, and the two packages or LAMAMBA_EVALUATORS (see tests/metrics/peers.py); neither is imported as a whole.
 Features are made up (`benchmarks/evaluation.py`); the Inception network gets random weights.
 """
 
@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from evaluation import make_features
 
 from lamamba.evaluation import Statistics, frechet_distance, inception_score, kernel_distance, precision_recall
-from lamamba.evaluation.inception import load_inception
-from lamamba.evaluation.scores import softmax
-from tests.evaluation.peers import peer, random_inception
+from lamamba.metrics.inception import load_inception
+from lamamba.metrics.scores import softmax
+from tests.metrics.peers import peer, random_inception
 
 
 def row(what: str, who: str, ours: float, theirs: float) -> None:

@@ -11,7 +11,7 @@ one evaluation (two with heun). Two scores, over the same seeds for all samplers
 distance      Frechet distance between the pixels of the samples and of all 1,797 real digits, both taken for Gaussian
               (the formula of FID, on 64 pixels in [0, 1] instead of Inception's features). The floor is that of real
               digits, as many as there are samples, against the others.
-recognised    share that the judge of lamamba/evaluation/digits.py takes for the digit that was asked for.
+recognised    share that the judge of lamamba/metrics/digits.py takes for the digit that was asked for.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from lamamba.config import Objective
 from lamamba.data.digits import Digits
 from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
-from lamamba.evaluation.digits import DigitJudge
-from lamamba.generation import generate
+from lamamba.metrics.digits import DigitJudge
 from lamamba.models.unet import LaMambaUNet
+from lamamba.options.training import load_recipe
 from lamamba.pretrained import shipped_model
-from lamamba.training.config import load_recipe
+from lamamba.runs.model import find_network
+from lamamba.sampling import generate
 from lamamba.training.loop import train
-from lamamba.training.saved import find_network
 
 EVALUATIONS = (2, 3, 4, 6, 8, 12, 16, 32)
 SHOWN: tuple[Objective, ...] = ("noise", "flow")

@@ -26,7 +26,7 @@ def steps(folder: Path) -> dict[str, tuple[list[str], int, Path | None]]:
     files = {name: folder / f"{name}.json" for name in ("scan", "layers", "forward", "train", "digits")}
     return {
         "tests": ([sys.executable, "-m", "pytest", "-q", "-x", "tests/ops/test_selective_scan_gpu.py",
-                   "tests/ops/test_layers_gpu.py", "tests/models/test_cuda_graph.py"], 130, None),
+                   "tests/ops/test_layers_gpu.py", "tests/inference/test_cuda_graph.py"], 130, None),
         "scan": ([sys.executable, "benchmarks/scan_gpu.py", "--json", str(files["scan"])], 50, files["scan"]),
         "layers": (
             [sys.executable, "benchmarks/layers_gpu.py", "--seconds", "40", "--json", str(files["layers"])],
@@ -74,7 +74,7 @@ def main() -> int:
 
     from lamamba.cli.bench import commit
     from lamamba.cli.doctor import examine
-    from lamamba.files import write_atomically
+    from lamamba.utils.files import write_atomically
 
     findings = examine()
     found: dict[str, Any] = {

@@ -24,8 +24,8 @@ from lamamba.cli.bench import device_name
 from lamamba.data.codec import CodecFacts
 from lamamba.data.latents import MOMENTS, Index, LatentSet, Plan, Shard, shard_name
 from lamamba.data.sets import read_ahead
-from lamamba.files import sha256
 from lamamba.training.draws import Draws, draw, image_indices
+from lamamba.utils.files import sha256
 
 SHAPE = (4, 32, 32)
 

@@ -20,7 +20,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from lamamba.benchmark.throughput import MALLOC
+from lamamba.benchmarking.throughput import MALLOC
 
 if sys.platform == "linux" and any(os.environ.get(name) != value for name, value in MALLOC.items()):
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
@@ -28,8 +28,8 @@ if sys.platform == "linux" and any(os.environ.get(name) != value for name, value
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lamamba.benchmark.throughput import Case, build, inputs
-from lamamba.models.packing import pack_weights
+from lamamba.benchmarking.throughput import Case, build, inputs
+from lamamba.inference.packing import pack_weights
 
 KINDS = {
     "matrix products": ("aten::addmm", "aten::mm", "aten::bmm", "mkldnn::_linear_pointwise", "aten::mkldnn_linear"),

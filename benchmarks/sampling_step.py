@@ -17,17 +17,17 @@ import sys
 import time
 from pathlib import Path
 
-from lamamba.benchmark.throughput import MALLOC
+from lamamba.benchmarking.throughput import MALLOC
 
 if sys.platform == "linux" and any(os.environ.get(name) != value for name, value in MALLOC.items()):
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
 
 import torch
 
-from lamamba.benchmark.throughput import Case, build
+from lamamba.benchmarking.throughput import Case, build
 from lamamba.diffusion.guidance import guided
-from lamamba.models.conditioning import ConditionedNetwork
-from lamamba.models.packing import pack_weights
+from lamamba.inference.conditioning import ConditionedNetwork
+from lamamba.inference.packing import pack_weights
 
 
 def main() -> None:

@@ -19,12 +19,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lamamba.data.digits import Digits
-from lamamba.evaluation.digits import score_digits
-from lamamba.generation import generate
+from lamamba.metrics.digits import score_digits
 from lamamba.models.unet import LaMambaUNet
+from lamamba.options.training import load_recipe
 from lamamba.pretrained import shipped_model
-from lamamba.training.config import load_recipe
-from lamamba.training.saved import find_network
+from lamamba.runs.model import find_network
+from lamamba.sampling import generate
 
 RECIPE, FIRST_SEED = "digits_small", 10_000
 

@@ -45,10 +45,10 @@ from lamamba.data.digits import Digits
 from lamamba.diffusion.guidance import drop_labels
 from lamamba.diffusion.loss import training_loss
 from lamamba.diffusion.schedule import make_schedule
-from lamamba.files import write_atomically
+from lamamba.options.training import OptimizerOptions, TrainConfig
 from lamamba.training.checkpoint import update_ema
-from lamamba.training.config import OptimizerOptions, TrainConfig
 from lamamba.training.draws import draw, image_indices
+from lamamba.utils.files import write_atomically
 
 SIDE, NUM_CLASSES, OBJECTIVE = 16, 10, "flow"
 BASE = UNetConfig(
@@ -90,7 +90,7 @@ NETWORKS: dict[str, UNetConfig | DiTShape] = {
 
 
 def build(shape: UNetConfig | DiTShape) -> nn.Module:
-    from lamamba.benchmark.peers import DiT, DiTSize
+    from lamamba.benchmarking.peers import DiT, DiTSize
     from lamamba.models.unet import LaMambaUNet
 
     if isinstance(shape, UNetConfig):
@@ -106,7 +106,7 @@ def cost(shape: UNetConfig | DiTShape) -> tuple[float, float]:
     """(parameters, multiply-adds of products, convolutions, attention and scan for one image), in millions."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lamamba.benchmark.flops import count
+    from lamamba.benchmarking.flops import count
 
     if isinstance(shape, UNetConfig):
         found = count(shape)
@@ -178,8 +178,8 @@ def draw_digits(network: nn.Module, labels: np.ndarray, seed: int, batch_size: i
 def score(pictures: np.ndarray, labels: np.ndarray, real: np.ndarray) -> dict[str, float]:
     """Of pictures (n, 16, 16, 1) that were asked to show labels (n,), beside real ones of the same layout."""
     from lamamba.evaluation import Statistics, frechet_distance
-    from lamamba.evaluation.digits import nearest_distances
-    from lamamba.evaluation.digits_network import NUM_FEATURES, DigitFeatures
+    from lamamba.metrics.digits import nearest_distances
+    from lamamba.metrics.digits_network import NUM_FEATURES, DigitFeatures
 
     network, found = DigitFeatures(), []
     outputs = [network(images) for images in (pictures, real)]
@@ -221,7 +221,7 @@ def do_run(name: str, seed: int, path: Path, steps: int) -> None:
 
 def draw_networks(folder: Path, names: Sequence[str], seed: int, path: Path) -> None:
     """A row for each network: the first two of every digit, from the same noise everywhere."""
-    from lamamba.cli.pictures import grid_picture, save_picture
+    from lamamba.viz.grids import grid_picture, save_picture
 
     digits = np.concatenate([np.load(result_path(folder, name, seed).with_suffix(".npy")) for name in names])
     save_picture(grid_picture(digits, 2 * NUM_CLASSES, names, cell_pixels=32), path)

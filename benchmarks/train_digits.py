@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lamamba.data.digits import Digits
-from lamamba.training.config import load_recipe
+from lamamba.options.training import load_recipe
 from lamamba.training.loop import Moment, train
 
 WINDOW = 100

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from lamamba import LaMambaPipeline
-from lamamba.cli.pictures import grid_picture
 from lamamba.data.digits import Digits
 from lamamba.diffusion.denoise import make_scheduler
 from lamamba.pretrained import shipped_model
-from lamamba.training.saved import find_network
+from lamamba.runs.model import find_network
+from lamamba.viz.grids import grid_picture
 
 Row = tuple[str, list[Image.Image]]
 """Its name, and its pictures."""

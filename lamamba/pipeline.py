@@ -35,7 +35,7 @@ from lamamba.diffusion.denoise import (
     slerp,
 )
 from lamamba.diffusion.guidance import Guidance, GuidedChannels, Network, check_weaker, guided
-from lamamba.models.conditioning import ConditionedNetwork
+from lamamba.inference.conditioning import ConditionedNetwork
 from lamamba.models.unet import LaMambaUNet
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

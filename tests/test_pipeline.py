@@ -18,8 +18,8 @@ from PIL import Image
 from lamamba import LaMambaPipeline, LaMambaUNet
 from lamamba.data.codec import CodecFacts, LatentDecoder
 from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
-from lamamba.generation import generate
-from lamamba.training.saved import find_network
+from lamamba.runs.model import find_network
+from lamamba.sampling import generate
 from tests.autoencoders import MAKERS, make_kl
 from tests.networks import random_network, small_config
 

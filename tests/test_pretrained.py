@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lamamba.data.digits import Digits
-from lamamba.evaluation.digits import DigitJudge, nearest_distances
-from lamamba.generation import generate
+from lamamba.metrics.digits import DigitJudge, nearest_distances
+from lamamba.options.training import load_recipe
 from lamamba.pretrained import shipped_model
-from lamamba.training.config import load_recipe
-from lamamba.training.saved import find_network
+from lamamba.runs.model import find_network
+from lamamba.sampling import generate
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

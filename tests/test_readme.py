@@ -53,7 +53,7 @@ def test_every_option_of_every_command_exists(command, monkeypatch):
     """The words after the verb are parsed by the verb's own parser, up to the point where work would begin."""
     import importlib
 
-    from lamamba.cli import arguments
+    from lamamba.cli import parse as arguments
 
     class Parsed(Exception):
         pass

@@ -18,7 +18,7 @@ from PIL import Image
 
 from lamamba.app.studio import MAX_GUIDANCE, MAX_SEED, Frame, Request, Studio
 from lamamba.diffusion.denoise import SAMPLERS
-from lamamba.generation.settings import png_text
+from lamamba.sampling.settings import png_text
 
 Compose = Callable[[np.ndarray, int, list[str], int, bool], Image.Image]
 """(images (n, h, w, c) uint8, columns, names of the rows, width of an image on the page, pixels as squares) -> one

@@ -16,10 +16,11 @@ from lamamba.config import unknown_name
 from lamamba.data.codec import LatentDecoder, PixelCodec
 from lamamba.diffusion.denoise import SAMPLERS, samplers_for
 from lamamba.diffusion.guidance import Guidance
-from lamamba.generation import generate
-from lamamba.generation.settings import PictureFacts, Settings, fingerprint
 from lamamba.models.unet import LaMambaUNet
-from lamamba.training.state import SamplingFacts
+from lamamba.runs.metadata import ModelMetadata
+from lamamba.runs.model import fingerprint
+from lamamba.sampling import generate
+from lamamba.sampling.settings import PictureFacts, Settings
 
 MAX_IMAGES = 100
 """In one request: a page is for looking; many images are for lamamba sample."""
@@ -71,7 +72,7 @@ class Studio:
     """One network and its facts, drawing for one caller at a time."""
 
     def __init__(
-        self, model: LaMambaUNet, facts: SamplingFacts, *, name: str, source: str, decoder: LatentDecoder | None = None
+        self, model: LaMambaUNet, facts: ModelMetadata, *, name: str, source: str, decoder: LatentDecoder | None = None
     ):
         """
         Args:

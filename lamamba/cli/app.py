@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from lamamba.cli.arguments import parse
+from lamamba.cli.parse import parse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
         raise RuntimeError("the page needs gradio: pip install 'lamamba-diff[app]'")
 
     from lamamba.app.page import serve
-    from lamamba.cli.pictures import grid_picture
+    from lamamba.viz.grids import grid_picture
 
     studio = open_studio(chosen.model, chosen.autoencoder, chosen.device)
     print(f"{studio.name}: {studio.parameters / 1e6:.2f} M parameters, on {studio.model.device}", flush=True)
@@ -88,9 +88,9 @@ def open_studio(place: Path | None, autoencoder: str | None, device_name: str) -
     import torch
 
     from lamamba.app.studio import Studio
-    from lamamba.cli.models import move, open_model
     from lamamba.pretrained import DESCRIPTION as SHIPPED
-    from lamamba.training.loop import pick_device
+    from lamamba.runs.model import move, open_model
+    from lamamba.utils.distributed import pick_device
 
     device = pick_device(device_name)
     model = open_model(place, autoencoder, device)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lamamba._version import __version__
-from lamamba.cli.arguments import parse
+from lamamba.cli.parse import parse
 from lamamba.config import unknown_name
 
 if TYPE_CHECKING:
-    from lamamba.benchmark.throughput import Case
+    from lamamba.benchmarking.throughput import Case
 
 DESCRIPTION = """Time LaMamba presets beside DiT-S/2 to DiT-XL/2: same batch, precision and settings, in turns.
 
@@ -83,8 +83,8 @@ def main(arguments: list[str]) -> None:
 
     from rich.console import Console
 
-    from lamamba.benchmark.throughput import measure, ratios
-    from lamamba.files import write_atomically
+    from lamamba.benchmarking.throughput import measure, ratios
+    from lamamba.utils.files import write_atomically
 
     facts = environment(groups[0][0], chosen)
     print("\n".join(f"{key:<12}{value}" for key, value in _described(facts)), flush=True)
@@ -105,7 +105,7 @@ def main(arguments: list[str]) -> None:
         what = "training step" if chosen.mode == "train" else "forward pass"
         write_atomically(chosen.markdown, f"# LaMamba beside DiT: {what}, {chosen.dtype}\n\n{lines}\n\n{text}\n")
     if chosen.plot:
-        from lamamba.cli.pictures import cost_curves
+        from lamamba.viz.grids import cost_curves
 
         cost_curves(rows, _curves(groups), chosen.plot)
     for path in (chosen.json, chosen.markdown, chosen.plot):
@@ -129,9 +129,9 @@ def _plan(chosen: BenchArguments) -> list[list[Case]]:
     if chosen.seconds < 0:
         raise ValueError(f"--seconds {chosen.seconds:g} must not be negative")
 
-    from lamamba.benchmark.peers import find_peer
-    from lamamba.benchmark.throughput import Case, parse_model
-    from lamamba.training.loop import pick_device
+    from lamamba.benchmarking.peers import find_peer
+    from lamamba.benchmarking.throughput import Case, parse_model
+    from lamamba.utils.distributed import pick_device
 
     models = [name.strip() for name in chosen.models.split(",")]
     peers = [] if chosen.peers == "none" else [name.strip() for name in chosen.peers.split(",")]
@@ -168,7 +168,7 @@ def environment(case: Case, chosen: BenchArguments) -> dict[str, Any]:
     import diffusers
     import torch
 
-    from lamamba.benchmark.throughput import MALLOC, parse_model
+    from lamamba.benchmarking.throughput import MALLOC, parse_model
     from lamamba.ops.selective_scan import OP
 
     device, is_cpu = torch.device(case.device), case.device == "cpu"
@@ -291,7 +291,7 @@ def table(rows: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> str:
 
 def _curves(groups: list[list[Case]]) -> dict[str, list[tuple[int, int]]]:
     """(image size, multiply-adds) of each network that was timed, at its sizes and at some more."""
-    from lamamba.benchmark.throughput import multiply_adds
+    from lamamba.benchmarking.throughput import multiply_adds
 
     sizes = sorted({*PLOTTED_SIZES, *(cases[0].image_size for cases in groups)})
     return {case.model: [(size, multiply_adds(case.model, size)) for size in sizes] for case in groups[0]}

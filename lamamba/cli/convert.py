@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lamamba.cli.arguments import parse
+from lamamba.cli.parse import parse
 
 DESCRIPTION = """Convert an official LaMamba-Diff checkpoint (.pt) to a folder in our format, or a folder back to .pt.
 
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
 
 def _from_official(chosen: ConvertArguments) -> None:
     from lamamba.models.official import load_official
-    from lamamba.training.state import SamplingFacts
+    from lamamba.runs.metadata import ModelMetadata
 
     if chosen.target.suffix == ".pt":
         raise ValueError(f"both {chosen.source} and {chosen.target} are .pt files; the target must be a folder")
@@ -61,7 +61,7 @@ def _from_official(chosen: ConvertArguments) -> None:
     is_latent = config.in_channels == 4
     temporary = chosen.target.with_name(f".{chosen.target.name}.tmp")
     model.save_pretrained(temporary)
-    SamplingFacts(
+    ModelMetadata(
         objective=config.objective, image_size=config.input_size[0] * (8 if is_latent else 1),
         codec="latents" if is_latent else "pixels", scale=SD_VAE_SCALE if is_latent else 1.0,
     ).save(temporary / "sampling.json")
@@ -74,7 +74,7 @@ def _to_official(source: Path, target: Path) -> None:
     import torch
 
     from lamamba.models.official import to_official
-    from lamamba.training.saved import find_network
+    from lamamba.runs.model import find_network
 
     if target.suffix != ".pt":
         raise ValueError(f"{source} is a folder in our format, so the target must be a .pt file, not {target}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from lamamba.cli.arguments import parse
+from lamamba.cli.parse import parse
 from lamamba.config import unknown_name
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def main(arguments: list[str]) -> None:
 
 
 def _check_images(chosen: CheckArguments) -> None:
-    from lamamba.cli.progress import WorkBar
     from lamamba.data.manifest import Verdict, check_files, make_manifest, manifest_place
     from lamamba.data.sources import open_source
+    from lamamba.utils.bars import WorkBar
 
     source = open_source(chosen.source)
     place = chosen.manifest or manifest_place(source.name)
@@ -116,8 +116,8 @@ def _summary(manifest: Manifest, place: Path) -> str:
 
 
 def _check_latents(folder: Path) -> None:
-    from lamamba.cli.progress import WorkBar
     from lamamba.data.latents import Index, check_latents
+    from lamamba.utils.bars import WorkBar
 
     shards = len(Index.load(folder).shards)
     with WorkBar("verifying", shards, "shards") as bar:

@@ -8,8 +8,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lamamba.cli.arguments import parse
-from lamamba.training.config import load_recipe
+from lamamba.cli.parse import parse
+from lamamba.options.training import load_recipe
 
 DESCRIPTION = """Train LaMamba-Diff on 1,797 real handwritten digits, then let it draw.
 
@@ -44,11 +44,11 @@ def main(arguments: list[str]) -> None:
     import numpy as np
 
     from lamamba.cli.observers import StepBar
-    from lamamba.cli.pictures import grid_picture, loss_curve, save_picture
     from lamamba.cli.train import run_training
     from lamamba.data.digits import Digits
-    from lamamba.evaluation.digits import score_digits
-    from lamamba.generation import generate
+    from lamamba.metrics.digits import score_digits
+    from lamamba.sampling import generate
+    from lamamba.viz.grids import grid_picture, loss_curve, save_picture
 
     began = time.perf_counter()
     digits, out = Digits(config.data.image_size), chosen.out

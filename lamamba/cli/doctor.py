@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamamba._version import __version__
-from lamamba.cli.arguments import parse
+from lamamba.cli.parse import parse
 
 DESCRIPTION = """Print versions, the back end that each op will use on each device and why, and what is missing; then
 check every back end that runs here, forward and every gradient, against the plain recurrence in float64, and the
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything that the command reports, as plain values."""
-    from lamamba.models.compiling import find_compiler
+    from lamamba.inference.compiling import find_compiler
     from lamamba.ops.selective_scan import OP
 
     devices = _devices()
@@ -132,7 +132,7 @@ def _layers_choice(device: str, dtype: str) -> dict[str, Any]:
 def _missing(devices: dict[str, str], compilers: dict[str, str | None]) -> list[str]:
     """What would make more things run, or run faster."""
     from lamamba.cli.bench import version_of
-    from lamamba.models.compiling import C_COMPILERS, CXX_COMPILERS
+    from lamamba.inference.compiling import C_COMPILERS, CXX_COMPILERS
 
     missing = []
     has_gpu = any(device.startswith("cuda") for device in devices)

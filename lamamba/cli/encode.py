@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lamamba.cli.arguments import parse
+from lamamba.cli.parse import parse
 
 DESCRIPTION = """Encode images with a frozen autoencoder, once, for training in its latent space.
 
@@ -63,9 +63,9 @@ def main(arguments: list[str]) -> None:
         if getattr(chosen, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(chosen, name)} must be at least 1")
 
-    from lamamba.cli.progress import WorkBar
     from lamamba.data.manifest import known_bad
     from lamamba.data.sources import open_source
+    from lamamba.utils.bars import WorkBar
 
     source = open_source(chosen.source)
     left_out, note = known_bad(source, chosen.manifest)
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> None:
 
     from lamamba.data.autoencoder import Autoencoder
     from lamamba.data.encode import Progress, begun_without, encode, make_plan
-    from lamamba.training.processes import local_device
+    from lamamba.utils.distributed import local_device
 
     foreseen: set[str] = set()
     if (before := begun_without(chosen.out)) is not None:                       # the same numbers for the same images

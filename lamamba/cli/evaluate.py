@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
-
-from lamamba.cli.arguments import parse
-from lamamba.cli.sample_options import SampleOptions
-from lamamba.evaluation.settings import Settings
+from lamamba.cli.parse import parse
+from lamamba.options.evaluation import CompareArguments, EvaluateArguments, StatsArguments
 
 DESCRIPTION = """Judge samples beside a reference: FID, sFID, Inception Score, precision and recall, density and
 coverage, KID.
@@ -33,64 +26,10 @@ Feature networks: inception (FID as published; the weights are downloaded once, 
 images (n, h, w, 3) to features (n, d)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateArguments:
-    samples: Annotated[str, tyro.conf.Positional]
-    """Folder, npz file, "digits", run, checkpoint, model, or "shipped"."""
-    reference: str
-    """Npz file, folder, or "digits"."""
-    out: Path = Path("evaluation.json")
-    """The result: figures and protocol. A plot, where there is one, lies beside it."""
-    sampling: Annotated[SampleOptions, tyro.conf.arg(name="")] = field(default_factory=SampleOptions)
-    repeats: int = 1
-    """Seed ranges, one after the other; more give a mean and a standard deviation. Only for models."""
-    every_checkpoint: bool = False
-    """Score all checkpoints and averages of a run, and plot the curve."""
-    features: str = "inception"
-    """inception, dinov2, digits, or module:name."""
-    weights: str | None = None
-    """Of the feature network: a file (inception), a folder or hub id (dinov2)."""
-    grey: Literal["refuse", "repeat"] = "refuse"
-    """What to do with grey images when the feature network reads colour: repeat makes three equal channels."""
-    metrics: Settings = field(default_factory=Settings)
-    batch_size: int = 64
-    """Images at a time, sampled and looked at; changes speed and memory, not the images."""
-    shard_size: int = 1000
-    """Images whose work a kill may lose."""
-    keep_features: bool = False
-    """Leave the features on disk at the end (in OUT.work)."""
-    device: str = "auto"
-    """"auto" (a GPU where there is one; under torchrun each process its own), or a PyTorch device."""
-
-
 STATS_DESCRIPTION = """Save the statistics of reference images for `lamamba evaluate --reference`.
 
   lamamba evaluate stats imagenet/val --out imagenet.npz
   lamamba evaluate stats digits --features digits --image-size 16 --out digits.npz"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StatsArguments:
-    images: Annotated[str, tyro.conf.Positional]
-    """Folder, npz file with arr_0, or "digits". All of one size, cropped as your training crops them."""
-    out: Path
-    """The npz file."""
-    features: str = "inception"
-    """inception, dinov2, digits, or module:name."""
-    weights: str | None = None
-    """Of the feature network."""
-    image_size: int = 8
-    """Of "digits": enlarged to this."""
-    grey: Literal["refuse", "repeat"] = "refuse"
-    """What to do with grey images when the feature network reads colour."""
-    rows: int = 10_000
-    """Images whose own features are saved, too, for precision, recall and KID; spread evenly."""
-    batch_size: int = 64
-    """Images at a time."""
-    shard_size: int = 1000
-    """Images whose work a kill may lose."""
-    device: str = "auto"
-    """"auto" or a PyTorch device."""
 
 
 COMPARE_DESCRIPTION = """Put results side by side, or refuse: figures of different feature networks, references, counts
@@ -99,24 +38,18 @@ or sizes say nothing about each other.
   lamamba evaluate compare a.json b.json"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompareArguments:
-    results: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Result files of lamamba evaluate."""
-
-
 def main(arguments: list[str]) -> None:
     task, *rest = arguments or ["--help"]
     if task == "compare":
         compare(parse(CompareArguments, rest, "evaluate compare", COMPARE_DESCRIPTION))
     elif task == "stats":
         wanted = _checked(parse(StatsArguments, rest, "evaluate stats", STATS_DESCRIPTION))
-        from lamamba.cli.evaluation import save_statistics
+        from lamamba.api.evaluate import save_statistics
 
         save_statistics(wanted)
     else:
         chosen = _checked(parse(EvaluateArguments, arguments, "evaluate", DESCRIPTION))
-        from lamamba.cli.evaluation import evaluate
+        from lamamba.api.evaluate import evaluate
 
         evaluate(chosen)
 

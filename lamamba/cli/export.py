@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from lamamba.cli.arguments import parse
+from lamamba.cli.parse import parse
 
 if TYPE_CHECKING:
     from lamamba.models.unet import LaMambaUNet
     from lamamba.pipeline import LaMambaPipeline
-    from lamamba.training.state import SamplingFacts
+    from lamamba.runs.metadata import ModelMetadata
 
 DESCRIPTION = """Make a diffusers pipeline of a trained network: weights, scheduler, autoencoder, names, a model card.
 
@@ -69,8 +69,8 @@ def main(arguments: list[str]) -> None:
     if chosen.images < 0:
         raise ValueError(f"--images {chosen.images} must be 0 (no grid) or more")
 
-    from lamamba.models.export import require_onnx
-    from lamamba.training.saved import find_network
+    from lamamba.exporting.onnx import require_onnx
+    from lamamba.runs.model import find_network
 
     if chosen.onnx:
         require_onnx()
@@ -90,7 +90,7 @@ def _megabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 
-def _write(chosen: ExportArguments, model: LaMambaUNet, facts: SamplingFacts, folder: Path) -> None:
+def _write(chosen: ExportArguments, model: LaMambaUNet, facts: ModelMetadata, folder: Path) -> None:
     import torch
 
     from lamamba.data.autoencoder import Autoencoder
@@ -125,7 +125,7 @@ def _write(chosen: ExportArguments, model: LaMambaUNet, facts: SamplingFacts, fo
     guidance = (2.0 if config.num_classes else 1.0) if chosen.guidance is None else chosen.guidance
     has_grid = _sample_grid(chosen, pipe, guidance, folder / "samples.png") if chosen.images else False
     if chosen.onnx:
-        from lamamba.models.export import export_onnx
+        from lamamba.exporting.onnx import export_onnx
 
         print("onnx/unet.onnx: every block is traced, which takes a minute for a small network, more for others",
               flush=True)
@@ -161,9 +161,9 @@ def _sample_grid(chosen: ExportArguments, pipe: Any, guidance: float, path: Path
     import torch
 
     from lamamba.cli.observers import StepBar
-    from lamamba.cli.pictures import grid_picture, save_picture
     from lamamba.data.labels import short_names
-    from lamamba.training.loop import pick_device
+    from lamamba.utils.distributed import pick_device
+    from lamamba.viz.grids import grid_picture, save_picture
 
     pipe.to(pick_device(chosen.device))
     pipe.set_progress_bar_config(disable=True)
@@ -192,9 +192,9 @@ def _sample_grid(chosen: ExportArguments, pipe: Any, guidance: float, path: Path
 def _write_card(
     chosen: ExportArguments, pipe: LaMambaPipeline, sampler: str, guidance: float, has_grid: bool, path: Path
 ) -> None:
-    from lamamba.cli.model_card import model_card
-    from lamamba.files import read_json
-    from lamamba.training.saved import find_place
+    from lamamba.exporting.model_card import model_card
+    from lamamba.runs.model import find_place
+    from lamamba.utils.files import read_json
 
     place, run, state = find_place(chosen.source), None, {}
     run_config = place.parent.parent / "config.json"

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from lamamba.cli.arguments import parse
+from lamamba.cli.parse import parse
 from lamamba.config import PRESETS, UNetConfig, unknown_name
 
 DESCRIPTION = """Print parameters, multiply-adds by kind, and activation memory of a network.
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     chosen = parse(InfoArguments, arguments, "info", DESCRIPTION)
     config = _find_config(chosen)
 
-    from lamamba.benchmark.flops import count
+    from lamamba.benchmarking.flops import count
 
     cost = count(config)
     if chosen.json:

@@ -9,11 +9,11 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lamamba.cli.pictures import grid_picture, save_picture
 from lamamba.data.codec import Decoder
-from lamamba.generation import generate
-from lamamba.training.config import SamplingOptions
+from lamamba.options.training import SamplingOptions
+from lamamba.sampling import generate
 from lamamba.training.loop import Moment
+from lamamba.viz.grids import grid_picture, save_picture
 
 MAX_GRID_CLASSES = 10
 FACTS_WIDTH = 58

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from lamamba.cli.arguments import parse
+from lamamba.cli.parse import parse
 
 DESCRIPTION = """Draw loss, gradient norm and images per second of runs over their steps, into one PNG.
 
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     if not 0 <= chosen.smooth <= 1:
         raise ValueError(f"--smooth {chosen.smooth} must lie in [0, 1]")
 
-    from lamamba.cli.pictures import read_metrics, run_curves
+    from lamamba.viz.grids import read_metrics, run_curves
 
     metrics, scores = {}, {}
     for run in chosen.runs:

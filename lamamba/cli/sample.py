@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from lamamba.cli.arguments import parse
+from lamamba.cli.parse import parse
 
 if TYPE_CHECKING:
     import torch
 
-    from lamamba.cli.asked import Asked
-    from lamamba.cli.models import OpenModel
-    from lamamba.generation.settings import PictureFacts, Settings
     from lamamba.models.unet import LaMambaUNet
+    from lamamba.runs.model import OpenModel
+    from lamamba.sampling.settings import PictureFacts, Settings
+    from lamamba.sampling.table import Asked
 
 DESCRIPTION = """Sample images from a trained network.
 
@@ -105,7 +105,7 @@ def main(arguments: list[str]) -> None:
     _check(chosen)
     facts = None
     if chosen.like is not None:
-        from lamamba.generation.settings import read_png_facts
+        from lamamba.sampling.settings import read_png_facts
 
         facts = read_png_facts(chosen.like)
         chosen = _like(chosen, facts)
@@ -137,7 +137,7 @@ def _check(chosen: SampleArguments) -> None:
 
 def _like(chosen: SampleArguments, facts: PictureFacts) -> SampleArguments:
     """What was not asked for on the command line, as the picture says."""
-    from lamamba.cli.models import SHIPPED
+    from lamamba.runs.model import SHIPPED
 
     settings, guidance = facts.settings, facts.settings.guidance
     before: dict[str, Any] = {
@@ -167,10 +167,10 @@ def prepare(
     Raises:
         ValueError: when they do not fit together, or the model is not the one that made the picture to be repeated.
     """
-    from lamamba.cli.models import SHIPPED, open_model, open_network
     from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
     from lamamba.diffusion.guidance import Guidance
-    from lamamba.generation.settings import Settings, fingerprint
+    from lamamba.runs.model import SHIPPED, fingerprint, open_model, open_network
+    from lamamba.sampling.settings import Settings
 
     model = open_model(_place_of(chosen, facts), chosen.autoencoder, device)
     if speaks and model.name == SHIPPED:
@@ -218,8 +218,7 @@ def _place_of(chosen: SampleArguments, facts: PictureFacts | None) -> Path | Non
     Raises:
         FileNotFoundError: when the model that made the picture to be repeated is not where it was.
     """
-    from lamamba.cli.models import find_shipped, open_network
-    from lamamba.generation.settings import fingerprint
+    from lamamba.runs.model import find_shipped, fingerprint, open_network
 
     place = chosen.model
     if facts is None or place is None or str(place) != facts.settings.model or place.exists():
@@ -238,7 +237,7 @@ def to_device(
     """Both networks where they work, fast for batches of so many images; the weaker one again."""
     import torch
 
-    from lamamba.cli.models import move
+    from lamamba.runs.model import move
 
     dtype = getattr(torch, settings.dtype)
     model.prepare(device, dtype, settings.compiled, batch)
@@ -248,15 +247,15 @@ def to_device(
 def _sample_picture(chosen: SampleArguments, facts: PictureFacts | None) -> None:
     import numpy as np
 
-    from lamamba.cli.films import FILM_SUFFIXES, check_film, chosen_frames, save_film
     from lamamba.cli.observers import StepBar
-    from lamamba.cli.pictures import bare_picture, grid_picture, save_picture
     from lamamba.data.codec import PixelCodec
     from lamamba.diffusion.denoise import make_scheduler
-    from lamamba.files import check_target
-    from lamamba.generation import generate
-    from lamamba.generation.settings import PictureFacts, png_text
-    from lamamba.training.loop import pick_device
+    from lamamba.sampling import generate
+    from lamamba.sampling.settings import PictureFacts, png_text
+    from lamamba.utils.distributed import pick_device
+    from lamamba.utils.files import check_target
+    from lamamba.viz.films import FILM_SUFFIXES, check_film, chosen_frames, save_film
+    from lamamba.viz.grids import bare_picture, grid_picture, save_picture
 
     out = chosen.out or Path("samples.png")
     check_target(out)
@@ -302,7 +301,7 @@ def _sample_picture(chosen: SampleArguments, facts: PictureFacts | None) -> None
 
 def _asked(chosen: SampleArguments, facts: PictureFacts | None, model: OpenModel) -> Asked:
     """Which images: as the picture to be repeated shows, where nothing else is said."""
-    from lamamba.cli.asked import DEFAULT_COLUMNS, as_before, path_between, table
+    from lamamba.sampling.table import DEFAULT_COLUMNS, as_before, path_between, table
 
     if facts is not None and all(v is None for v in (chosen.classes, chosen.num, chosen.seed, chosen.interpolate)):
         return as_before(facts)
@@ -321,7 +320,7 @@ def _before(facts: PictureFacts) -> dict[str, Any]:
     Raises:
         ValueError: when it shows a path between seeds or classes.
     """
-    from lamamba.generation.settings import Between
+    from lamamba.sampling.settings import Between
 
     if any(isinstance(place, Between) for place in (*facts.seeds, *(facts.labels or ()))):
         raise ValueError("that picture shows a path: give --interpolate again with other seeds, classes or numbers")

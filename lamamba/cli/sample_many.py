@@ -15,19 +15,19 @@ import PIL
 import torch
 
 from lamamba._version import __version__
-from lamamba.cli.asked import parse_classes
-from lamamba.cli.progress import WorkBar
 from lamamba.cli.sample import SampleArguments, prepare, to_device
 from lamamba.data.codec import PixelCodec
-from lamamba.generation import generate
-from lamamba.generation.labels import LabelRule
-from lamamba.generation.many import Progress, sample_many
-from lamamba.generation.plan import NPZ, Plan, find_plan
-from lamamba.training.processes import is_main_process, local_device
+from lamamba.sampling import generate
+from lamamba.sampling.folder import Progress, sample_many
+from lamamba.sampling.labels import LabelRule
+from lamamba.sampling.plan import NPZ, Plan, find_plan
+from lamamba.sampling.table import parse_classes
+from lamamba.utils.bars import WorkBar
+from lamamba.utils.distributed import is_main_process, local_device
 
 if TYPE_CHECKING:
-    from lamamba.cli.models import OpenModel
-    from lamamba.generation.settings import PictureFacts
+    from lamamba.runs.model import OpenModel
+    from lamamba.sampling.settings import PictureFacts
 
 DEFAULT_BATCH = 64
 PHASES = {"sampling": "sampling", "verifying": "verifying", "packing": f"writing {NPZ}"}

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from lamamba.cli.arguments import parse
+from lamamba.cli.parse import parse
 from lamamba.config import LATENT_SCALE
-from lamamba.training.config import DataOptions, TrainConfig, load_recipe, recipe_names
+from lamamba.options.training import DataOptions, TrainConfig, load_recipe, recipe_names
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from lamamba.data.codec import LatentDecoder
     from lamamba.data.images import ImageSet
     from lamamba.data.sets import TrainingSet
+    from lamamba.runs.metadata import ModelMetadata
     from lamamba.training.loop import Observer
-    from lamamba.training.state import SamplingFacts
 
 DESCRIPTION = f"""Train a network: lamamba train RECIPE [options].
 
@@ -65,8 +65,8 @@ def main(arguments: list[str]) -> None:
     config = TrainConfig(**{f.name: getattr(chosen, f.name) for f in dataclasses.fields(TrainConfig)})
     out = chosen.out or Path("runs") / Path(name).stem
 
-    from lamamba.training.processes import end_processes, is_main_process
-    from lamamba.training.state import RunFolder
+    from lamamba.runs.folder import RunFolder
+    from lamamba.utils.distributed import end_processes, is_main_process
 
     if chosen.dry_run:
         if is_main_process():
@@ -116,8 +116,8 @@ def open_data(config: TrainConfig, out: Path | None = None) -> TrainingSet:
     from lamamba.data.images import Images
     from lamamba.data.manifest import known_bad
     from lamamba.data.sources import open_source
-    from lamamba.training.processes import is_main_process, local_device
-    from lamamba.training.state import RunFolder
+    from lamamba.runs.folder import RunFolder
+    from lamamba.utils.distributed import is_main_process, local_device
 
     source = open_source(data.source)
     left_out, note = known_bad(source, data.manifest)
@@ -178,7 +178,7 @@ class PlannedData:
         raise ValueError(f"{self.name} has no files")
 
 
-def open_decoder(facts: SamplingFacts, device: torch.device) -> LatentDecoder | None:
+def open_decoder(facts: ModelMetadata, device: torch.device) -> LatentDecoder | None:
     """What makes pictures of a network's latents while it trains, on the device that trains; None for pixels.
 
     Raises:
@@ -205,7 +205,7 @@ def run_training(
     Exits with status 75 when a signal has stopped the run, and with 2 where the main process has said why it failed.
     """
     from lamamba.training.interrupt import EXIT_INTERRUPTED, Interrupted
-    from lamamba.training.processes import MainProcessError, is_main_process
+    from lamamba.utils.distributed import MainProcessError, is_main_process
 
     try:
         return _train_and_tell(config, images, out, observers)
@@ -221,9 +221,9 @@ def _train_and_tell(
     config: TrainConfig, images: ImageSet | TrainingSet, out: Path, observers: Sequence[Observer]
 ) -> Any:
     from lamamba.cli.observers import ProgressLine, SampleGrid
+    from lamamba.runs.folder import RunFolder
     from lamamba.training.loop import describe, train
-    from lamamba.training.processes import is_main_process, local_device
-    from lamamba.training.state import RunFolder
+    from lamamba.utils.distributed import is_main_process, local_device
 
     architecture, facts = describe(config, images)
     folder = RunFolder(out)
@@ -232,7 +232,7 @@ def _train_and_tell(
     if is_main and (sampling.every or config.score.every):
         decoder = open_decoder(facts, device)
     if config.score.every:
-        from lamamba.cli.quick_score import QuickScore
+        from lamamba.evaluation.quick_score import QuickScore
 
         score = QuickScore(config.score, sampling, folder.scores, facts.image_size, decoder, device, judges=is_main)
         observers = [score, *observers]
@@ -252,17 +252,17 @@ def _train_and_tell(
 
 
 def _parameters(architecture: Any) -> float:
-    from lamamba.benchmark.flops import count
+    from lamamba.benchmarking.flops import count
 
     return count(architecture).parameters / 1e6
 
 
 def print_plan(config: TrainConfig, data: ImageSet | TrainingSet, out: Path) -> None:
     """What a run would be: network, cost, memory, speed of passing the data, and the learning rate as a curve."""
-    from lamamba.benchmark.flops import count
-    from lamamba.benchmark.memory import training_memory
+    from lamamba.benchmarking.flops import count
+    from lamamba.benchmarking.memory import training_memory
     from lamamba.training.loop import describe
-    from lamamba.training.processes import launched_processes, pick_device
+    from lamamba.utils.distributed import launched_processes, pick_device
 
     architecture, facts = describe(config, data)
     cost, processes, options = count(architecture), launched_processes(), config.processes

@@ -1,6 +1,6 @@
 """Images to latents on disk, once: by one process or by many that never write the same file.
 
-The work is cut into shards, which processes claim (lamamba/data/claims.py), write under names of their own, and rename
+The work is cut into shards, which processes claim (lamamba/utils/shards.py), write under names of their own, and rename
 when they are whole. Running the command again goes on. What a shard holds is decided by the plan alone.
 """
 
@@ -21,7 +21,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lamamba.data.autoencoder import Autoencoder
-from lamamba.data.claims import PLAN, PlannedFolder
 from lamamba.data.codec import CodecFacts, to_pixels
 from lamamba.data.images import BadImage, Images, explain_bad
 from lamamba.data.latents import (
@@ -38,7 +37,8 @@ from lamamba.data.latents import (
 )
 from lamamba.data.sets import read_ahead
 from lamamba.data.sources import Source, fingerprint
-from lamamba.files import read_json, settle, sha256, temporary_name, write_atomically
+from lamamba.utils.files import read_json, settle, sha256, temporary_name, write_atomically
+from lamamba.utils.shards import PLAN, PlannedFolder
 
 logger = logging.getLogger("lamamba.data")
 

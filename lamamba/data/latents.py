@@ -28,7 +28,7 @@ from torch import Tensor
 from lamamba.data.autoencoder import Autoencoder
 from lamamba.data.codec import CodecFacts
 from lamamba.data.sets import SampleDraws
-from lamamba.files import differences_in_words, read_json, sha256, write_atomically
+from lamamba.utils.files import differences_in_words, read_json, sha256, write_atomically
 
 LATENTS_VERSION = 1
 INDEX = "index.json"

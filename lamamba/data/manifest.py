@@ -16,7 +16,7 @@ from typing import Any
 
 from lamamba.data.images import MIN_SIDE, BadImage, decode
 from lamamba.data.sources import Source, fingerprint
-from lamamba.files import read_json, write_atomically
+from lamamba.utils.files import read_json, write_atomically
 
 MANIFEST_VERSION = 1
 MANIFEST_NAME = "lamamba-manifest.json"

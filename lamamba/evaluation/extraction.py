@@ -18,9 +18,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lamamba.evaluation.features import FeatureNetwork
 from lamamba.evaluation.images import Images, digest
-from lamamba.evaluation.statistics import Statistics, check_features
+from lamamba.metrics.features import FeatureNetwork
+from lamamba.metrics.statistics import Statistics, check_features
 
 ASKED = "asked"
 """The classes that images should show, beside their features."""

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from lamamba._version import __version__
-from lamamba.evaluation.features import NetworkFacts
 from lamamba.evaluation.images import Images, NpzImages, npz_array, npz_entries
-from lamamba.evaluation.statistics import check_features
+from lamamba.metrics.features import NetworkFacts
+from lamamba.metrics.statistics import check_features
 
 VERSION = 1
 """Of the statistics files that `Reference.save` writes."""

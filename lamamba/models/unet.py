@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from lamamba.config import NUM_STAGES, STAGE_SCALES, Grid, UNetConfig, as_grid, check_grid
-from lamamba.models.block import ConditionLinear, LaMambaBlock, ModulatedNorm
+from lamamba.models.blocks import ConditionLinear, LaMambaBlock, ModulatedNorm
 from lamamba.models.embeddings import PatchEmbedding, TimestepEmbedding, position_table
 from lamamba.models.geometry import Geometry
 from lamamba.models.resample import PatchExpanding, PatchMerging
@@ -185,7 +185,7 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         """All that the network makes of times and labels alone, for `forward` to start from: (b, condition_outputs).
 
         Making it reads a third of the parameters and does not depend on x: a sampler needs it once for each time and
-        label of a whole run, whatever the number of images (lamamba.models.conditioning).
+        label of a whole run, whatever the number of images (lamamba.inference.conditioning).
 
         Args:
             timestep: (b,), or a single number for all labels.

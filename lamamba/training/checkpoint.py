@@ -29,12 +29,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lamamba.files import read_json, write_json
 from lamamba.models.unet import LaMambaUNet
-from lamamba.training.config import RUN_VERSION
-from lamamba.training.processes import Processes, local, whole
-from lamamba.training.saved import load_network
-from lamamba.training.state import SamplingFacts
+from lamamba.options.training import RUN_VERSION
+from lamamba.runs.metadata import ModelMetadata
+from lamamba.runs.model import load_network
+from lamamba.training.distributed import Processes
+from lamamba.utils.distributed import local, whole
+from lamamba.utils.files import read_json, write_json
 
 logger = logging.getLogger("lamamba.training")
 
@@ -115,7 +116,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
 
 
 def write_checkpoint(
-    place: Path, state: TrainState, facts: SamplingFacts, processes: Processes, setup: Mapping[str, Any]
+    place: Path, state: TrainState, facts: ModelMetadata, processes: Processes, setup: Mapping[str, Any]
 ) -> None:
     """Fill an empty folder, all processes together; nothing is flushed or renamed yet.
 

@@ -22,9 +22,11 @@ from lamamba.data.sets import TrainingSet
 from lamamba.diffusion.guidance import drop_labels
 from lamamba.diffusion.loss import training_loss
 from lamamba.diffusion.schedule import make_schedule
-from lamamba.files import write_atomically
-from lamamba.models.compiling import compile_network
+from lamamba.inference.compiling import compile_network
 from lamamba.models.unet import LaMambaUNet
+from lamamba.options.training import TrainConfig
+from lamamba.runs.folder import RunFolder
+from lamamba.runs.metadata import ModelMetadata
 from lamamba.training.checkpoint import (
     TrainState,
     averages_of,
@@ -33,16 +35,16 @@ from lamamba.training.checkpoint import (
     whole_network,
     write_checkpoint,
 )
-from lamamba.training.config import TrainConfig
+from lamamba.training.data import Batch, Feed, as_training_set
+from lamamba.training.distributed import Processes, precision_policy
 from lamamba.training.interrupt import Interrupted, StopRequest, listening
-from lamamba.training.lock import FolderLock
 from lamamba.training.non_finite import find_origin
-from lamamba.training.processes import MainProcessError, Processes, local, peak_memory, precision_policy, whole
-from lamamba.training.processes import pick_device as pick_device
-from lamamba.training.samples import Batch, Feed, as_training_set
 from lamamba.training.start import continue_official, start_network
-from lamamba.training.state import RunFolder, SamplingFacts
 from lamamba.training.trackers import start_trackers
+from lamamba.utils.distributed import MainProcessError, local, peak_memory, whole
+from lamamba.utils.distributed import pick_device as pick_device
+from lamamba.utils.files import write_atomically
+from lamamba.utils.locks import FolderLock
 
 logger = logging.getLogger("lamamba.training")
 
@@ -79,7 +81,7 @@ class Moment:
 Observer = Callable[[Moment], None]
 
 
-def describe(config: TrainConfig, data: ImageSet | TrainingSet) -> tuple[UNetConfig, SamplingFacts]:
+def describe(config: TrainConfig, data: ImageSet | TrainingSet) -> tuple[UNetConfig, ModelMetadata]:
     """The network that a run trains on this data, and what its samplers will need to know.
 
     Raises:
@@ -95,7 +97,7 @@ def describe(config: TrainConfig, data: ImageSet | TrainingSet) -> tuple[UNetCon
     architecture = config.model.build(
         channels=samples.channels, num_classes=len(label_names), input_size=samples.input_size
     )
-    facts = SamplingFacts(
+    facts = ModelMetadata(
         objective=architecture.objective, image_size=samples.image_size, label_names=tuple(label_names),
         **vars(samples.facts),
     )
@@ -138,7 +140,7 @@ class _Training:
     """One call of `train`: its parts, put together, and the loop over them."""
 
     def __init__(
-        self, config: TrainConfig, samples: TrainingSet, architecture: UNetConfig, facts: SamplingFacts,
+        self, config: TrainConfig, samples: TrainingSet, architecture: UNetConfig, facts: ModelMetadata,
         folder: RunFolder, processes: Processes,
     ):
         self._config, self._samples, self._architecture = config, samples, architecture

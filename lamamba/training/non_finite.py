@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamamba.training.processes import local
+from lamamba.utils.distributed import local
 
 
 def is_finite(value: Any) -> bool:

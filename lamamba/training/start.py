@@ -11,9 +11,9 @@ import torch
 from lamamba.config import UNetConfig
 from lamamba.models.official import load_official, official_optimizer, read_official
 from lamamba.models.unet import LaMambaUNet
+from lamamba.options.training import StartOptions
+from lamamba.runs.model import find_network
 from lamamba.training.checkpoint import TrainState, put, restore_optimizer
-from lamamba.training.config import StartOptions
-from lamamba.training.saved import find_network
 
 logger = logging.getLogger("lamamba.training")
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from lamamba.app.studio import THREAD_NAME
-from lamamba.generation.settings import read_png_facts
+from lamamba.sampling.settings import read_png_facts
 from tests.app.test_page import server  # noqa: F401 (a fixture)
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -15,9 +15,9 @@ from PIL import Image
 from lamamba.app.studio import Studio
 from lamamba.cli.app import open_studio
 from lamamba.cli.main import main
-from lamamba.cli.pictures import grid_picture
-from lamamba.generation.settings import read_png_facts
-from lamamba.training.state import SamplingFacts
+from lamamba.runs.metadata import ModelMetadata
+from lamamba.sampling.settings import read_png_facts
+from lamamba.viz.grids import grid_picture
 from tests.networks import random_network, small_config
 
 VISITORS = 50
@@ -124,7 +124,7 @@ def test_models_of_other_kinds_have_a_page_too(tmp_path):
     sizes = dict(in_channels=3, objective="v", grid=(8, 16))
     for num_classes, first in ((0, []), (1000, [["17", "999"]])):
         network = random_network(small_config(**sizes, num_classes=num_classes))
-        facts = SamplingFacts(objective="v", image_size=8)
+        facts = ModelMetadata(objective="v", image_size=8)
         page = serve(Studio(network, facts, name="toy", source="toy"), compose, host="127.0.0.1", port=None,
                      in_background=True)
         client = Client(page.local_url, verbose=False, download_files=str(tmp_path))

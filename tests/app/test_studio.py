@@ -11,12 +11,12 @@ import torch
 
 from lamamba.app.studio import MAX_IMAGES, Request, Studio
 from lamamba.config import UNetConfig
-from lamamba.generation import generate
-from lamamba.generation.settings import PictureFacts
 from lamamba.models.unet import LaMambaUNet
 from lamamba.pretrained import shipped_model
-from lamamba.training.saved import find_network
-from lamamba.training.state import SamplingFacts
+from lamamba.runs.metadata import ModelMetadata
+from lamamba.runs.model import find_network
+from lamamba.sampling import generate
+from lamamba.sampling.settings import PictureFacts
 
 ASKED = Request(classes=("3", "7"), num=2, seed=11, sampler="flow-euler", steps=6, guidance=1.75)
 
@@ -130,7 +130,7 @@ def test_a_model_without_classes():
         num_classes=0, grid=8,
     )
     studio = Studio(
-        LaMambaUNet(config).eval(), SamplingFacts(objective="v", image_size=8), name="photos", source="runs/photos"
+        LaMambaUNet(config).eval(), ModelMetadata(objective="v", image_size=8), name="photos", source="runs/photos"
     )
     *_, last = studio.draw(Request(num=3, steps=4))
     assert last.images.shape == (3, 8, 8, 3)

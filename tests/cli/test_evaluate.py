@@ -18,17 +18,19 @@ import torch
 from PIL import Image
 
 from lamamba.cli.main import main
-from lamamba.cli.pictures import evaluation_curves
 from lamamba.data.digits import Digits
-from lamamba.evaluation import Statistics, frechet_distance, inception_score, judge, precision_recall
-from lamamba.evaluation.digits_network import DigitFeatures
-from lamamba.evaluation.features import InceptionFeatures
-from lamamba.evaluation.inception import Inception
-from lamamba.evaluation.scores import softmax
-from lamamba.files import sha256, write_json
-from lamamba.generation import generate
-from lamamba.training.saved import load_network
-from lamamba.training.state import MANIFEST, SamplingFacts, _hash_of_hashes
+from lamamba.evaluation import Statistics, frechet_distance, inception_score, precision_recall
+from lamamba.evaluation import figures as evaluation_figures
+from lamamba.metrics.digits_network import DigitFeatures
+from lamamba.metrics.features import InceptionFeatures
+from lamamba.metrics.inception import Inception
+from lamamba.metrics.scores import softmax
+from lamamba.runs.folder import MANIFEST, _hash_of_hashes
+from lamamba.runs.metadata import ModelMetadata
+from lamamba.runs.model import load_network
+from lamamba.sampling import generate
+from lamamba.utils.files import sha256, write_json
+from lamamba.viz.grids import evaluation_curves
 from tests.networks import random_network, small_config
 
 SAMPLE = ["--reference", "digits", "--features", "digits", "--num-images", 40, "--steps", 2, "--device", "cpu"]
@@ -44,7 +46,7 @@ def run(tmp_path_factory) -> Path:
         for seed, name in enumerate(("model", "ema", "ema_0.9")):
             config = small_config(in_channels=1, num_classes=10, objective="flow")
             random_network(config, seed=seed + step).save_pretrained(place / name)
-        SamplingFacts(objective="flow", image_size=8, label_names=Digits.label_names).save(place / "sampling.json")
+        ModelMetadata(objective="flow", image_size=8, label_names=Digits.label_names).save(place / "sampling.json")
         write_json(place / "state.json", {"version": 1, "step": step, "ema_decays": [0.99, 0.9]})
         files = {p.relative_to(place).as_posix(): sha256(p) for p in sorted(place.rglob("*")) if p.is_file()}
         write_json(place / MANIFEST, {"version": 1, "files": files, "files_sha256": _hash_of_hashes(files)})
@@ -283,7 +285,9 @@ def test_folders_and_npz_files_and_saved_statistics(lamamba, colour):
 def test_a_reference_of_adms_kind(lamamba, monkeypatch):
     """mu, sigma, mu_s, sigma_s of all images, and some of the images under arr_0."""
     asked = []
-    monkeypatch.setattr(judge, "frechet_distance", lambda *given: asked.append(given) or len(given[0]))  # takes seconds
+    monkeypatch.setattr(                                                        # takes seconds
+        evaluation_figures, "frechet_distance", lambda *given: asked.append(given) or len(given[0])
+    )
     torch.manual_seed(0)
     torch.save(Inception().state_dict(), "weights.pth")
     draws = np.random.default_rng(0)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from lamamba import LaMambaPipeline
 from lamamba.cli.main import main
-from lamamba.training.saved import find_network
-from lamamba.training.state import MANIFEST, SamplingFacts
+from lamamba.runs.folder import MANIFEST
+from lamamba.runs.metadata import ModelMetadata
+from lamamba.runs.model import find_network
 from tests.autoencoders import make_kl
 from tests.networks import random_network, small_config
 
@@ -26,7 +27,7 @@ RUN = Path(__file__).parent.parent / "training" / "version1" / "run"
 def saved_model(folder, facts=None, seed=0, **changes):
     network = random_network(small_config(**{"in_channels": 1, "objective": "flow", "width": 8, **changes}), seed)
     network.save_pretrained(folder)
-    (facts or SamplingFacts(objective=network.architecture.objective, image_size=8)).save(folder / "sampling.json")
+    (facts or ModelMetadata(objective=network.architecture.objective, image_size=8)).save(folder / "sampling.json")
     return network
 
 
@@ -71,7 +72,7 @@ def test_the_cards_example_runs(tmp_path, monkeypatch):
 def test_latents_take_their_autoencoder_along(tmp_path):
     vae = make_kl()
     vae.save_pretrained(tmp_path / "vae")
-    facts = SamplingFacts(
+    facts = ModelMetadata(
         objective="noise", image_size=16, codec="latents", scale=0.3, shift=0.1, autoencoder=str(tmp_path / "vae"))
     saved_model(tmp_path / "model", facts, objective="noise", in_channels=4)
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--images", "2", "--steps", "2",

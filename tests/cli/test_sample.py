@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from lamamba.cli.films import chosen_frames, save_film
 from lamamba.cli.main import main
-from lamamba.generation.settings import Between, read_png_facts
-from lamamba.training.state import SamplingFacts
+from lamamba.runs.metadata import ModelMetadata
+from lamamba.sampling.settings import Between, read_png_facts
+from lamamba.viz.films import chosen_frames, save_film
 from tests.networks import random_network, small_config
 
 COMMAND = [sys.executable, "-m", "lamamba"]
@@ -27,7 +27,7 @@ def save_model(folder: Path, seed: int = 0, names=("ant", "bee", "cat"), **chang
     model = random_network(small_config(**{"in_channels": 1, "objective": "flow", "width": 8, **changes}), seed)
     model.save_pretrained(folder)
     objective = model.architecture.objective
-    SamplingFacts(objective=objective, image_size=8, label_names=names).save(folder / "sampling.json")
+    ModelMetadata(objective=objective, image_size=8, label_names=names).save(folder / "sampling.json")
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ from PIL import Image
 from lamamba.cli.train import CURVE_WIDTH, rate_curve
 from lamamba.data.digits import Digits
 from lamamba.evaluation import frechet_distance
-from lamamba.evaluation.digits_network import DigitFeatures
-from lamamba.generation import generate
-from lamamba.training.config import OptimizerOptions, TrainConfig
+from lamamba.metrics.digits_network import DigitFeatures
+from lamamba.options.training import OptimizerOptions, TrainConfig
+from lamamba.runs.folder import RunFolder
+from lamamba.runs.model import find_network
+from lamamba.sampling import generate
 from lamamba.training.interrupt import EXIT_INTERRUPTED, listening
-from lamamba.training.saved import find_network
-from lamamba.training.state import RunFolder
 from tests.cli.test_commands import TINY, run
 from tests.data.test_images import write_images
 from tests.training.together import free_port
@@ -31,7 +31,7 @@ EXPECTED = {
     "xl_256": ("652.48 M", "5,004.6 steps per epoch"), "b_256": ("105.31 M", "256 images = 1 process x 1 x 256"),
     "s_256": ("26.71 M", "79.9 epochs"), "digits": ("8 x 8",),
 }
-"""The others are checked by tests/training/test_config.py; a plan of a large network takes seconds."""
+"""The others are checked by tests/options/test_training.py; a plan of a large network takes seconds."""
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from lamamba.data.latents import LatentSet
-from lamamba.training.state import RunFolder
+from lamamba.runs.folder import RunFolder
 from tests.autoencoders import make_kl
 from tests.cli.test_commands import TINY
 

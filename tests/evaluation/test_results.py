@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lamamba.evaluation.results import differences, disagreements, read_result, table, write_result
-from lamamba.evaluation.settings import Settings
+from lamamba.options.metrics import Settings
 
 PROTOCOL = {
     "distance_name": "FID", "network": {"name": "inception", "sha256": "a" * 64},

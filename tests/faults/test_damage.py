@@ -11,10 +11,10 @@ import signal
 
 import pytest
 
-from lamamba.files import sha256, write_json
+from lamamba.runs.folder import RunFolder
+from lamamba.runs.model import find_network
 from lamamba.training.loop import train
-from lamamba.training.saved import find_network
-from lamamba.training.state import RunFolder
+from lamamba.utils.files import sha256, write_json
 from tests.training.together import FewDigits, config, pytestmark, states_equal, together  # noqa: F401
 
 SPLIT = dict(sharding="full")
@@ -132,7 +132,7 @@ class Evil:
 ])
 def test_a_pickle_with_code_in_it_is_not_executed(tmp_path, file, tally):
     """Offered as a checkpoint's file with a manifest that vouches for it, or as what to start from."""
-    from lamamba.training import state
+    from lamamba.runs import folder as state
 
     folder, sign = tmp_path / "run", tmp_path / "executed"
     run(config(), folder)

@@ -9,8 +9,8 @@ import random
 import signal
 import time
 
+from lamamba.runs.folder import RunFolder
 from lamamba.training.loop import train
-from lamamba.training.state import RunFolder
 from tests.training.together import FewDigits, config, pytestmark, start, states_equal  # noqa: F401
 
 FOREVER = 10**6

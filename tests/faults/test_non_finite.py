@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lamamba.models.resample import PatchMerging
+from lamamba.runs.folder import RunFolder
+from lamamba.runs.model import find_network
 from lamamba.training.loop import train
-from lamamba.training.saved import find_network
-from lamamba.training.state import RunFolder
 from tests.training.together import Failed, FewDigits, config, pytestmark, states_equal, together  # noqa: F401
 
 BAD = 5

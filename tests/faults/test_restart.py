@@ -11,9 +11,9 @@ import time
 
 import pytest
 
+from lamamba.runs.folder import RunFolder
 from lamamba.training.interrupt import EXIT_INTERRUPTED, Interrupted
 from lamamba.training.loop import train
-from lamamba.training.state import RunFolder
 from tests.training.together import TINY, Failed, FewDigits, config, pytestmark, start, together  # noqa: F401
 
 KINDS = {

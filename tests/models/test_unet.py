@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch._dynamo.backends.registry import lookup_backend
 
 from lamamba import LaMambaUNet, UNetConfig
+from lamamba.inference.compiling import compile_network, find_compiler
 from lamamba.models.attention import WindowAttention
-from lamamba.models.compiling import compile_network, find_compiler
 from lamamba.models.embeddings import TimestepEmbedding, position_table
 from lamamba.models.geometry import Geometry
 from lamamba.ops import native, use_backend

@@ -18,11 +18,12 @@ from lamamba import LaMambaUNet
 from lamamba.data.digits import Digits
 from lamamba.data.images import Images
 from lamamba.data.sources import FolderSource
+from lamamba.options.training import DataOptions, ModelOptions, OptimizerOptions, TrainConfig, WatchOptions
+from lamamba.runs.folder import RunFolder
+from lamamba.runs.metadata import ModelMetadata
+from lamamba.runs.model import find_network
 from lamamba.training.checkpoint import update_ema
-from lamamba.training.config import DataOptions, ModelOptions, OptimizerOptions, TrainConfig, WatchOptions
 from lamamba.training.loop import train
-from lamamba.training.saved import find_network
-from lamamba.training.state import RunFolder, SamplingFacts
 from tests.data.test_images import write_images
 
 TINY = ModelOptions(width=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1, window_size=4, objective="flow")
@@ -133,7 +134,7 @@ def test_what_a_run_leaves_behind(tmp_path):
     }
     model, facts = find_network(tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), state.ema.parameters(), strict=True))
-    assert facts == SamplingFacts(objective="flow", image_size=8, label_names=tuple("0123456789"))
+    assert facts == ModelMetadata(objective="flow", image_size=8, label_names=tuple("0123456789"))
     assert LaMambaUNet.from_pretrained(place / "model").architecture == state.model.architecture
 
 

@@ -13,13 +13,13 @@ import torch
 from lamamba import LaMambaUNet
 from lamamba.data.codec import CodecFacts
 from lamamba.models.official import load_official, official_name, read_official
+from lamamba.options.training import ModelOptions
+from lamamba.runs.folder import RunFolder
+from lamamba.runs.model import find_network
 from lamamba.training import trackers
 from lamamba.training.checkpoint import update_ema
-from lamamba.training.config import ModelOptions
 from lamamba.training.draws import draw, split_held_out
 from lamamba.training.loop import train
-from lamamba.training.saved import find_network
-from lamamba.training.state import RunFolder
 from lamamba.training.trackers import Tracker
 from tests.networks import PARITY
 from tests.training.together import FewDigits, config, states_equal

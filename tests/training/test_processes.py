@@ -8,9 +8,9 @@ import shutil
 import numpy as np
 import pytest
 
+from lamamba.runs.model import find_network
 from lamamba.training.loop import train
-from lamamba.training.processes import MainProcessError, part
-from lamamba.training.saved import find_network
+from lamamba.utils.distributed import MainProcessError, part
 from tests.training.together import FewDigits, config, pytestmark, states_equal, together  # noqa: F401
 
 

@@ -14,7 +14,7 @@ import traceback
 import pytest
 
 from lamamba.data.digits import Digits
-from lamamba.training.config import ModelOptions, OptimizerOptions, TrainConfig
+from lamamba.options.training import ModelOptions, OptimizerOptions, TrainConfig
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
 

@@ -1,0 +1,155 @@
+"""How much memory a training step needs, counted on fake tensors: nothing is allocated or computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from lamamba.config import UNetConfig
+from lamamba.models.blocks import LaMambaBlock
+from lamamba.models.unet import LaMambaUNet
+
+FLOAT = 4
+MOMENTS = 2
+"""AdamW's, per parameter."""
+ALLOCATOR = 1.08
+"""What allocators round up, scatter and keep, measured on CPUs (tests hold the whole estimate to 15 %)."""
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one device at the worst moment of a step."""
+
+    state: int
+    """Weights, averages and AdamW's moments."""
+    peak: int
+    """Everything: the state, and what activations and gradients together reach during the backward pass."""
+
+    @property
+    def step(self) -> int:
+        """What a step needs besides the state."""
+        return self.peak - self.state
+
+
+@dataclass
+class _Timeline:
+    """What a forward pass leaves for the backward pass, in the order of the layers."""
+
+    saved: list[int]
+    """Bytes of each newly kept storage."""
+    gradients: list[int]
+    """Bytes of parameters first used at that place; their gradients appear when the backward pass comes there."""
+    transient: int
+    """What the backward pass needs for a moment: gradients as large as the largest kept tensor, two at a time."""
+
+
+def training_memory(
+    config: UNetConfig, batch_size: int, *, num_averages: int = 1, processes: int = 1, sharded: bool = False,
+    bfloat16: bool = False, checkpoint_activations: bool = False, accumulates: bool = False,
+) -> TrainingMemory:
+    """An estimate for one device.
+
+    Args:
+        config: the network.
+        batch_size: images in one forward pass on this device.
+        num_averages: averaged copies of the weights.
+        processes: how many share the state, when sharded.
+        sharded: parameters, gradients, averages and moments are split among the processes.
+        bfloat16: products run in bfloat16 (autocast).
+        checkpoint_activations: blocks keep their inputs only.
+        accumulates: more than one forward pass for a step, so that gradients are there from the start.
+    """
+    parts = processes if sharded else 1
+    timeline, parameters, largest_block = _run(config, batch_size, bfloat16, checkpoint_activations)
+    weights = FLOAT * parameters
+    state = weights * (1 + num_averages + MOMENTS) // parts
+    kept = sum(timeline.saved)
+    gradients = weights if accumulates else 0
+    peak = kept + gradients // parts
+    for saved, gradient in zip(reversed(timeline.saved), reversed(timeline.gradients), strict=True):
+        if not accumulates:
+            gradients += gradient
+        peak = max(peak, kept + gradients // parts)
+        kept -= saved
+    unsharded = 2 * largest_block * FLOAT if sharded else 0                     # one block in use, one on its way
+    return TrainingMemory(state, round(ALLOCATOR * (state + peak + timeline.transient + unsharded)))
+
+
+def _run(config: UNetConfig, batch: int, bfloat16: bool, checkpoint: bool) -> tuple[_Timeline, int, int]:
+    label_rows = config.num_classes * config.condition_width                    # beside the row for "no class"
+    with torch.device("meta"):
+        model = LaMambaUNet(config.replace(num_classes=0)).train()              # fake labels cannot be looked at
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+        model.to_empty(device="cpu")
+        if checkpoint:
+            model.enable_gradient_checkpointing()
+        x = torch.empty(batch, config.in_channels, *config.input_size)
+        t = torch.zeros(batch)
+        parameters = {p.untyped_storage()._cdata: p.numel() for p in model.parameters()}
+        own = {b.untyped_storage()._cdata for b in model.buffers()}
+        timeline = _Timeline([], [], 0)
+        kept: dict[int, torch.UntypedStorage] = {}
+        used: set[int] = set()
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in parameters:
+                if key not in used:
+                    used.add(key)
+                    _add(0, FLOAT * parameters[key])
+            elif key not in own and key not in kept:
+                kept[key] = storage                                             # held, so that no address comes twice
+                _add(storage.nbytes(), 0)
+            return tensor
+
+        def _add(saved: int, gradient: int) -> None:
+            timeline.saved.append(saved)
+            timeline.gradients.append(gradient)
+            timeline.transient = max(timeline.transient, 2 * saved)
+
+        cast: Any = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
+        with saved_tensors_hooks(keep, lambda tensor: tensor), cast:
+            output = model(x, t)
+        _add(3 * output.nbytes, 0)                                              # of the loss: output, noise, difference
+        late = FLOAT * (label_rows + sum(parameters.values()) - sum(parameters[key] for key in used))
+        timeline.saved.insert(0, 0)
+        timeline.gradients.insert(0, late)                                      # used, not kept: biases, tables
+        blocks = [block for block in model.modules() if isinstance(block, LaMambaBlock)]
+        largest_block = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
+        if checkpoint:
+            timeline.transient = _block_bytes(model, batch, cast, own | set(parameters))
+        return timeline, label_rows + sum(parameters.values()), largest_block
+
+
+def _block_bytes(model: LaMambaUNet, batch: int, cast: Any, own: set[int]) -> int:
+    """What the backward pass of a block on a fine grid needs, by running some by themselves."""
+    largest = 0
+    geometries = dict(zip((1, 2, 4), model.geometries, strict=True))
+    c = torch.zeros(batch, model.architecture.condition_width)
+    stages: list[tuple[Any, int]] = [(model.encoder[0], 1), (model.decoder[3], 1), (model.decoder[2], 2)]
+    for stage, scale in stages:
+        block = next(iter(stage.blocks.values()), None)
+        if block is None:
+            continue
+        geometry: Any = geometries[scale]
+        width = model.architecture.stage_width(0 if scale == 1 else 1)
+        x = torch.zeros(batch, *geometry.grid, width, requires_grad=True)
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, torch.UntypedStorage] = kept) -> Tensor:
+            if tensor.untyped_storage()._cdata not in own:
+                kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor), cast:
+            output = block(x, c, geometry)
+        del output
+        sizes = [storage.nbytes() for storage in kept.values()]
+        largest = max(largest, sum(sizes) + 2 * max(sizes))
+    return largest

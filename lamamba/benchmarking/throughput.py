@@ -1,0 +1,331 @@
+"""How fast LaMamba is beside DiT: both built alike, timed in turns, each in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lamamba.benchmarking.flops import Cost, count
+from lamamba.benchmarking.peers import PEERS, build_peer, find_peer, peer_activation_bytes, peer_multiply_adds
+from lamamba.config import LATENT_SCALE, PRESETS, UNetConfig, unknown_name
+from lamamba.inference.packing import can_pack
+from lamamba.models.unet import LaMambaUNet
+
+Mode = Literal["forward", "train"]
+Processes = Literal["auto", "together", "apart"]
+
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456",
+}
+"""glibc keeps what it was given instead of returning it: fresh pages are dear, above all on virtual machines."""
+WARM_UP_PASSES = 2
+"""After the first one; a single one where that took longer than SLOW_PASS seconds."""
+SLOW_PASS = 5
+MIN_PASSES = 3
+SHORTEST_TURN = 0.1
+"""Seconds that a network runs for before it is the other's turn; quick networks make several passes in a turn."""
+MEMORY_SHARE = 0.85
+"""Of the free memory, what networks may be expected to need together."""
+FORWARD_SHARE = 0.25
+"""Activations alive at once in a forward pass, of those that training keeps: an upper bound."""
+NATIVE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network at one size, as it is to be timed."""
+
+    model: str
+    """A preset (s, b, l, xl), with -n16 behind it for 16 states; or a peer."""
+    image_size: int
+    batch: int
+    dtype: str
+    device: str
+    mode: Mode
+    compile: bool = False
+    threads: int | None = None
+    packed: bool = True
+    """Pack weights for oneDNN where that is possible."""
+
+    @property
+    def is_peer(self) -> bool:
+        return self.model in PEERS
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the network's finest grid, for one image."""
+        return (self.image_size // LATENT_SCALE // (2 if self.is_peer else 1)) ** 2
+
+    @property
+    def packs_weights(self) -> bool:
+        """bfloat16 weights on CPUs are stored in oneDNN's own order once, instead of at every product."""
+        return (
+            self.packed and self.device == "cpu" and self.dtype == "bfloat16" and self.mode == "forward"
+            and not self.compile and can_pack()
+        )
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of matrix products and convolutions, for one image and one forward pass."""
+        return multiply_adds(self.model, self.image_size)
+
+    @property
+    def parameters(self) -> int:
+        if not self.is_peer:
+            return _cost(parse_model(self.model, self.image_size)).parameters
+        from lamamba.benchmarking.peers import DiT
+
+        with torch.device("meta"):
+            return sum(p.numel() for p in DiT(find_peer(self.model), self.image_size // LATENT_SCALE).parameters())
+
+    def memory_estimate(self) -> int:
+        """Bytes that the network will need, rather too many."""
+        kept = (
+            peer_activation_bytes(self.model, self.image_size) if self.is_peer
+            else _cost(parse_model(self.model, self.image_size)).activation_bytes
+        ) * self.batch
+        if self.mode == "train":
+            return 16 * self.parameters + kept
+        return NATIVE_BYTES[self.dtype] * (self.parameters + int(FORWARD_SHARE * kept) // 4)
+
+
+def parse_model(name: str, image_size: int, state_size: int | None = None) -> UNetConfig:
+    """A preset's name, with -n16 behind it for 16 states, as a configuration.
+
+    Raises:
+        ValueError: for an unknown name (the nearest is named), or a size that does not fit.
+    """
+    preset, states = name, state_size
+    if match := re.fullmatch(r"(\w+)-n(\d+)", name):
+        preset, states = match[1], int(match[2])
+    if preset not in PRESETS:
+        raise unknown_name("model", name, PRESETS)
+    return UNetConfig.preset(preset, image_size=image_size, **({} if states is None else {"state_size": states}))
+
+
+@functools.cache
+def _cost(config: UNetConfig) -> Cost:
+    return count(config)
+
+
+def multiply_adds(name: str, image_size: int) -> int:
+    """Of matrix products and convolutions, for one image and one forward pass of a preset or a peer."""
+    if name in PEERS:
+        return peer_multiply_adds(name, image_size)
+    return _cost(parse_model(name, image_size)).matrix
+
+
+def build(case: Case) -> nn.Module:
+    """The network with random weights, made on its device and in its precision; training keeps weights in float32."""
+    device = torch.device(case.device)
+    dtype = torch.float32 if case.mode == "train" else getattr(torch, case.dtype)
+    if case.is_peer:
+        return build_peer(case.model, case.image_size, device, dtype)
+    config = parse_model(case.model, case.image_size)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model: nn.Module = LaMambaUNet(config)
+    finally:
+        torch.set_default_dtype(default)
+    model.to(device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not parameter.any():                     # or adaLN-Zero passes x through
+                parameter.normal_(std=0.02)
+    return model
+
+
+def inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """x, timestep and labels, the same for every network."""
+    random, side = torch.Generator().manual_seed(0), case.image_size // LATENT_SCALE
+    dtype = torch.float32 if case.mode == "train" else getattr(torch, case.dtype)
+    x = torch.randn(case.batch, 4, side, side, generator=random)
+    timestep = torch.rand(case.batch, generator=random) * 1000
+    labels = torch.randint(0, 1000, (case.batch,), generator=random)
+    return x.to(device, dtype), timestep.to(device), labels.to(device)
+
+
+class Runner:
+    """A worker process that holds one network."""
+
+    def __init__(self, case: Case):
+        self.case, self.times, self.facts = case, [], {}  # type: Case, list[float], dict[str, Any]
+        package = str(Path(__file__).resolve().parents[2])
+        paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": paths}
+        if case.device == "cpu" and sys.platform == "linux":
+            environment |= MALLOC
+        self._log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")     # noqa: SIM115 (closed in close)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lamamba.benchmarking.worker"], env=environment, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self._log, text=True, encoding="utf-8",
+        )
+        self._send(asdict(case))
+
+    def _send(self, request: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):                              # _receive says what went wrong
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        reply = json.loads(line) if line else {"error": self._last_words()}
+        if "error" in reply:
+            self.close()
+            case = self.case
+            raise RuntimeError(f"{case.model}, {case.image_size} px, batch {case.batch}, {case.mode}: {reply['error']}")
+        return reply
+
+    def _last_words(self) -> str:
+        status = self._process.wait()
+        self._log.seek(0)
+        lines = self._log.read().strip().splitlines()
+        killed = "; probably out of memory" if status == -9 else ""
+        return f"its process ended with status {status}{killed}{': ' + lines[-1] if lines else ''}"
+
+    def wait_until_built(self) -> None:
+        """Until it has run once; raises RuntimeError with the reason where it cannot."""
+        self.facts |= self._receive()
+
+    def warm_up(self) -> None:
+        """Let it run until it runs evenly, and find how many passes fill a turn."""
+        self._send({"passes": 1 if self.facts["first_pass_seconds"] > SLOW_PASS else WARM_UP_PASSES})
+        warm = min(self._receive()["ms"])
+        self.passes = max(1, math.ceil(1000 * SHORTEST_TURN / warm))
+
+    def turn(self) -> None:
+        """One turn: as many passes as fill it, their times added to the list."""
+        self._send({"passes": self.passes})
+        self.times += self._receive()["ms"]
+
+    def finish(self) -> None:
+        """End the process and keep the largest peak it reported."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        peak = self._receive()["peak_memory_bytes"]
+        self.facts["peak_memory_bytes"] = peak
+        self._process.wait()
+        self.close()
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            if stream is not None and not stream.closed:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that are free on a device now, or None where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def fit_together(cases: Sequence[Case]) -> bool:
+    """Whether the networks are expected to fit into the device's free memory at the same time."""
+    free = free_memory(cases[0].device)
+    return free is None or sum(case.memory_estimate() for case in cases) < MEMORY_SHARE * free
+
+
+def measure(
+    cases: Sequence[Case], *, seconds: float = 60, processes: Processes = "auto",
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, Any]]:
+    """Time networks in turns: one row for each case.
+
+    Networks that fit into memory together stay there and take turns pass by pass; others are loaded one after the
+    other, twice over, so that a machine that grows slower is slow for all.
+
+    Args:
+        seconds: how long each network runs, warm-up aside; at least MIN_PASSES passes all the same.
+
+    Raises:
+        RuntimeError: when a network cannot be built or run, with its reason.
+    """
+    together = processes == "together" or (processes == "auto" and fit_together(cases))
+    rounds = [cases] if together else [[case] for case in (*cases, *cases)]
+    times: dict[Case, list[float]] = {case: [] for case in cases}
+    facts: dict[Case, dict[str, Any]] = {case: {} for case in cases}
+    for present in rounds:
+        for runner in _take_turns(present, seconds * len(present) / (1 if together else 2), on_progress):
+            times[runner.case] += runner.times
+            peaks = [f["peak_memory_bytes"] for f in (facts[runner.case], runner.facts) if f.get("peak_memory_bytes")]
+            facts[runner.case] |= {**runner.facts, "peak_memory_bytes": max(peaks, default=None)}
+    return [_row(case, times[case], facts[case], together) for case in cases]
+
+
+def _take_turns(cases: Sequence[Case], seconds: float, on_progress: Callable[[str], None]) -> Iterator[Runner]:
+    with contextlib.ExitStack() as stack:
+        runners = []
+        for case in cases:
+            runners.append(Runner(case))                                        # they are built side by side
+            stack.callback(runners[-1].close)
+        for runner in runners:
+            on_progress(f"{runner.case.model} {runner.case.image_size} px: building and warming up")
+            runner.wait_until_built()
+        for runner in runners:
+            runner.warm_up()
+        began, turns = time.perf_counter(), 0
+        least = math.ceil(MIN_PASSES / min(runner.passes for runner in runners))
+        while turns < least or time.perf_counter() - began < seconds:
+            for runner in runners:
+                on_progress(f"{runner.case.model} {runner.case.image_size} px: {len(runner.times)} passes")
+                runner.turn()
+            turns += 1
+        for runner in runners:
+            runner.finish()
+        yield from runners
+
+
+def _row(case: Case, times: Sequence[float], facts: dict[str, Any], together: bool) -> dict[str, Any]:
+    ms = statistics.median(times)
+    low, _, high = statistics.quantiles(times, n=4)
+    peak, stays = facts["peak_memory_bytes"], facts["weights_bytes"]
+    return {
+        "model": case.model, "image_size": case.image_size, "batch": case.batch, "dtype": case.dtype,
+        "device": case.device, "mode": case.mode, "ms": ms, "ms_quartiles": [low, high], "ms_fastest": min(times),
+        "passes": len(times),
+        "images_per_second": 1000 * case.batch / ms, "peak_memory_bytes": peak,
+        "activation_bytes_per_image": (peak - stays) / case.batch if peak is not None else None,
+        "multiply_adds": case.multiply_adds, "parameters": case.parameters, "tokens": case.tokens,
+        "compiled": case.compile, "packed_weights": facts["packed"], "in_memory_together": together,
+    }
+
+
+def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Images per second of each model over each peer's, wherever both were timed alike."""
+    same = ("image_size", "batch", "dtype", "device", "mode")
+    return [
+        {
+            "model": row["model"], "peer": peer["model"], **{key: row[key] for key in same},
+            "ratio": row["images_per_second"] / peer["images_per_second"],
+        }
+        for row in rows if row["model"] not in PEERS
+        for peer in rows if peer["model"] in PEERS and all(peer[key] == row[key] for key in same)
+    ]

@@ -1,0 +1,148 @@
+"""One network in a process of its own, timed on demand: python -m lamamba.benchmarking.worker, one JSON object a line.
+
+    -> the case, as throughput.Case              <- {"ready": true, ...}       built, run once, and what it found
+    -> {"passes": 3}                             <- {"ms": [...]}              milliseconds of each pass
+    -> (end of file)                             <- {"peak_memory_bytes": ...} before it ends
+
+A process for each network makes its peak memory its own, lets the runner start it with settings that the C library
+reads only at the start, and lets networks take turns that do not fit into memory together.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    import torch
+
+    from lamamba.benchmarking.throughput import Case
+
+
+def main() -> None:
+    replies, sys.stdout = sys.stdout, sys.stderr                                # a library's chatter is no reply
+    try:
+        _serve(sys.stdin, replies)
+    except Exception as error:                                                  # the parent raises it again, by name
+        message = " ".join(str(error).split())[:500]
+        _reply(replies, error=f"{type(error).__name__}: {message}")
+        raise
+
+
+def _reply(replies: TextIO, **values: Any) -> None:
+    print(json.dumps(values), file=replies, flush=True)
+
+
+def _serve(requests: TextIO, replies: TextIO) -> None:
+    import torch
+
+    from lamamba.benchmarking.throughput import Case, build
+
+    case = Case(**json.loads(requests.readline()))
+    if case.threads:
+        torch.set_num_threads(case.threads)
+    device = torch.device(case.device)
+    memory = PeakMemory(device)
+    torch.manual_seed(0)
+    model = build(case)
+    one_pass, weights_bytes = prepare(case, model, device)
+    began = time.perf_counter()
+    first = one_pass()
+    _wait(device)
+    seconds = time.perf_counter() - began
+    if not torch.isfinite(first).all() or not first.any():
+        raise RuntimeError(f"{case.model} gave an output that is not finite, or all zero")
+    _reply(
+        replies, ready=True, first_pass_seconds=seconds, weights_bytes=weights_bytes, packed=case.packs_weights
+    )
+    for line in requests:
+        times = []
+        for _ in range(json.loads(line)["passes"]):
+            began = time.perf_counter()
+            one_pass()
+            _wait(device)
+            times.append(1000 * (time.perf_counter() - began))
+        _reply(replies, ms=times)
+    _reply(replies, peak_memory_bytes=memory.bytes())
+
+
+def prepare(case: Case, model: torch.nn.Module, device: torch.device) -> tuple[Callable[[], torch.Tensor], int]:
+    """What is timed, returning the network's output (or the loss), and the bytes of everything that stays in memory."""
+    import torch
+
+    from lamamba.benchmarking.throughput import inputs
+    from lamamba.inference.packing import pack_weights
+
+    x, timestep, labels = inputs(case, device)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if case.packs_weights:
+        pack_weights(model, case.tokens * case.batch)
+    network = torch.compile(model, dynamic=False) if case.compile else model
+    if case.mode == "forward":
+        model.eval()
+
+        def forward() -> torch.Tensor:
+            with torch.no_grad():
+                return network(x, timestep, labels)
+
+        return forward, weights
+
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    target = torch.randn(case.batch, 8, *x.shape[2:], device=device)
+    mixed = torch.autocast(device.type, getattr(torch, case.dtype), enabled=case.dtype != "float32")
+
+    def step() -> torch.Tensor:
+        with mixed:
+            output = network(x, timestep, labels)
+        loss = torch.nn.functional.mse_loss(output.float(), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step, 4 * weights                                                    # weights, gradients, two moments
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+class PeakMemory:
+    """The most memory that was in use at once since it was made: of the GPU's allocator, or of this process.
+
+    On a CPU it is the high-water mark of resident memory less what was resident before, so it counts what a network
+    really occupies, with the allocator's waste; None where the system does not tell.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._before = 0 if device.type == "cuda" else resident_bytes("VmRSS")
+
+    def bytes(self) -> int | None:
+        if self._device.type == "cuda":
+            import torch
+
+            return torch.cuda.max_memory_allocated(self._device)
+        peak = resident_bytes("VmHWM")
+        return peak - self._before if peak is not None and self._before is not None else None
+
+
+def resident_bytes(field: str) -> int | None:
+    """VmRSS (now) or VmHWM (most so far) of this process. (ru_maxrss would inherit the parent's.)"""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines[field].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Trained networks for other programs: diffusers pipeline folders, ONNX, model cards."""

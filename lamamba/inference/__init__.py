@@ -1,0 +1,1 @@
+"""Fast inference: conditioning computed ahead, CUDA graphs, packed weights, torch.compile."""

@@ -1,0 +1,104 @@
+"""A small classifier of handwritten digits, whose inner features give the digits a Fréchet distance of their own.
+
+Its weights are part of the package, so that distances compare between machines. `python -m
+lamamba.metrics.digits_network` trains them again (half a minute on a CPU): on the digits that `DigitJudge` also
+trains on, moved by up to a pixel; the others tell how often it is right.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lamamba.data.digits import SIDE, Digits
+from lamamba.metrics.digits import HELD_OUT
+from lamamba.metrics.features import NetworkFacts, Outputs, hash_weights
+
+WEIGHTS = Path(__file__).parent / "digits.safetensors"
+NUM_FEATURES = 64
+
+
+class DigitClassifier(nn.Module):
+    """Two convolutions, one layer of 64 features, ten logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near = nn.Conv2d(1, 16, 3, padding=1)
+        self.far = nn.Conv2d(16, 32, 3, padding=1)
+        self.inner = nn.Linear(32 * (SIDE // 2) ** 2, NUM_FEATURES)
+        self.outer = nn.Linear(NUM_FEATURES, 10)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Features (b, 64) and logits (b, 10) of images (b, 1, 8, 8), 0 .. 255."""
+        x = F.gelu(self.near(images / 127.5 - 1))
+        x = F.max_pool2d(F.gelu(self.far(x)), 2)
+        features = F.gelu(self.inner(x.flatten(1)))
+        return {"features": features, "logits": self.outer(features)}
+
+
+class DigitFeatures:
+    """The classifier that comes with the package, as a feature network.
+
+    Takes grey images of 8 x 8 pixels, or of a multiple, which are averaged down.
+    """
+
+    distance_name = "FD-digits"
+    knows_classes = True
+
+    def __init__(self, weights: str | Path | None = None):
+        self._model = DigitClassifier()
+        self._model.load_state_dict(load_file(weights or WEIGHTS))
+        self._model.eval().requires_grad_(False)
+        self.facts = NetworkFacts("digits", hash_weights(self._model), "8 x 8, means over squares", 1)
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray) -> Outputs:
+        height, width, channels = images.shape[1:]
+        if height != width or height % SIDE or channels != 1:
+            raise ValueError(
+                f"the classifier of digits reads grey squares whose side is a multiple of {SIDE}, not "
+                f"{height} x {width} pixels with {channels} channels"
+            )
+        x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
+        outputs = self._model(F.avg_pool2d(x, height // SIDE))
+        return {name: tensor.numpy() for name, tensor in outputs.items()}
+
+
+def train(epochs: int = 60, seed: int = 0) -> tuple[DigitClassifier, float]:
+    """The classifier and how often it is right on digits that it has not seen."""
+    digits = Digits()
+    order = np.random.default_rng(0).permutation(len(digits))                   # as DigitJudge's
+    images, labels = torch.from_numpy(digits.images[order]).float(), torch.from_numpy(digits.labels[order])
+    torch.manual_seed(seed)
+    model = DigitClassifier()
+    seen, answers = images[HELD_OUT:], labels[HELD_OUT:]
+    steps = epochs * (len(seen) // 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(seen))[: len(seen) // 64 * 64].split(64):
+            moved = F.pad(seen[rows], (1, 1, 1, 1))
+            down, across = torch.randint(0, 3, (2,)).tolist()
+            logits = model(moved[:, :, down : down + SIDE, across : across + SIDE])["logits"]
+            loss = F.cross_entropy(logits, answers[rows], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():
+        right = model.eval()(images[:HELD_OUT])["logits"].argmax(dim=1) == labels[:HELD_OUT]
+    return model, float(right.float().mean())
+
+
+def main() -> None:
+    model, accuracy = train()
+    save_file(model.state_dict(), WEIGHTS, metadata={"held_out_accuracy": f"{accuracy:.4f}"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The options of every verb: frozen, validated, without torch."""

@@ -1,0 +1,170 @@
+"""How options are declared: frozen dataclasses, checked when made, in Python, from TOML, JSON or a command line.
+
+    @options
+    class Resize:
+        image_size: Annotated[int, Ge(1)] = 256
+        \"\"\"Side in pixels.\"\"\"
+
+    Resize(image_size=0)                    ValueError: image_size=0 must be at least 1
+    from_dict(Train, {"data": {"x": 1}})    ValueError: option 'data.x' is unknown ...
+
+pydantic does the checking; its reports become one line with the path of the field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated_dataclass
+from typing_extensions import dataclass_transform
+from tyro.constructors import PrimitiveConstructorSpec
+
+from lamamba.config import unknown_name
+
+T = TypeVar("T")
+
+FilePath = Annotated[Path, Strict(False)]
+"""A Path; text is taken for one."""
+OrInfinity = BeforeValidator(lambda value: math.inf if value == "inf" else value)
+"""Of numbers that JSON files hold as "inf"."""
+
+__all__ = ["FilePath", "Ge", "Gt", "Le", "Lt", "OrInfinity", "comma_separated", "from_dict", "options", "read_toml"]
+
+
+def comma_separated(item: type) -> tuple[Any, ...]:
+    """Annotations of a tuple[item, ...] that the command line reads from one word: 256,512.
+
+        sizes: Annotated[tuple[int, ...], *comma_separated(int)] = (256,)
+    """
+    def split(value: Any) -> Any:
+        if isinstance(value, str):
+            words = [word.strip() for word in value.split(",")]
+            try:
+                return tuple(item(word) for word in words)
+            except ValueError:
+                kind = {int: "whole numbers", float: "numbers"}.get(item, item.__name__)
+                raise ValueError(f"{value!r} is not a list of {kind} with commas, as in 1,2") from None
+        return (value,) if isinstance(value, int | float) else value
+
+    command_line = PrimitiveConstructorSpec[Any](
+        nargs=1, metavar=",".join([item.__name__.upper()] * 2) + ",..", instance_from_str=lambda words: split(words[0]),
+        is_instance=lambda value: isinstance(value, tuple), str_from_instance=lambda value: [",".join(map(str, value))],
+    )
+    return BeforeValidator(split), Strict(False), command_line
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def options(cls: type[T]) -> type[T]:
+    """Make a class a frozen, keyword-only dataclass whose fields are checked when it is made.
+
+    Types are strict (True is no number, "3" is no 3), but lists serve as tuples, NumPy numbers as Python's, and whole
+    numbers as floats. Ranges are annotations: Annotated[int, Ge(1)].
+
+    Raises (the class, when called):
+        ValueError: in one line: field, what came, what fits.
+    """
+    made: Any = validated_dataclass(
+        cls, frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+    )
+    check = made.__init__
+
+    @functools.wraps(check)
+    def __init__(self: Any, **values: Any) -> None:
+        try:
+            check(self, **{name: _plain(value) for name, value in values.items()})
+        except ValidationError as error:
+            raise ValueError(_explain(made, error)) from None
+
+    made.__init__ = __init__
+    return made
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Options from nested plain values, as TOML and JSON files hold them; missing ones keep their defaults.
+
+    Raises:
+        ValueError: for an unknown option (the nearest is named) or a value that does not fit, with its path.
+    """
+    try:
+        return TypeAdapter(cls).validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise ValueError(_explain(cls, error)) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    try:
+        import tomllib
+    except ModuleNotFoundError:                                                 # Python 3.10
+        import tomli as tomllib  # type: ignore[no-redef]
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a TOML file: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Lists as tuples, NumPy's numbers as Python's."""
+    if isinstance(value, list):
+        return tuple(map(_plain, value))
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return value
+
+
+_KINDS = {
+    "int": "a whole number", "float": "a number", "string": "text", "bool": "true or false", "path": "a path",
+    "tuple": "a list", "dataclass": "a section with options of its own",
+}
+
+
+def _explain(cls: Any, error: ValidationError) -> str:
+    """The first fault of a report in one line."""
+    fault = error.errors(include_url=False)[0]
+    kind, value, limits = fault["type"], fault["input"], fault.get("ctx", {})
+    owner, path = _follow(cls, fault["loc"])
+    if kind == "unexpected_keyword_argument":
+        prefix = f"{path}." if path else ""
+        known = [prefix + field.name for field in dataclasses.fields(owner)]
+        return str(unknown_name("option", f"{prefix}{fault['loc'][-1]}", known))
+    if kind == "value_error":                                                   # of a check of ours
+        return f"{path}: {limits['error']}" if path else str(limits["error"])
+    if kind == "literal_error":
+        return str(unknown_name(path, str(value), _words(get_type_hints(owner)[path.rpartition(".")[2].split("[")[0]])))
+    if kind == "missing":
+        return f"{path} is missing"
+    for limit, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
+        if limit in limits:
+            return f"{path}={value!r} must be {words} {limits[limit]:g}"
+    expected = next((words for name, words in _KINDS.items() if kind.startswith(name)), None)
+    return f"{path}={value!r} must be {expected}" if expected else f"{path}={value!r}: {fault['msg']}"
+
+
+def _follow(cls: Any, location: tuple[int | str, ...]) -> tuple[Any, str]:
+    """The dataclass that a path of pydantic's ends in, and the path of its field: "data.image_size", "betas[1]"."""
+    owner, path = cls, ""
+    for step in location:
+        hints = get_type_hints(owner)
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif step in hints:                                                     # others name members of a union
+            path += f".{step}" if path else step
+            owner = hints[step] if dataclasses.is_dataclass(hints[step]) else owner
+    return owner, path
+
+
+def _words(hint: Any) -> list[str]:
+    """The words that a Literal takes, alone or in a union or tuple."""
+    return [word for part in get_args(hint) for word in ([part] if isinstance(part, str) else _words(part))]

@@ -1,0 +1,314 @@
+"""What a run leaves on disk: its folder, written whole and read again. Networks to sample from: lamamba.runs.model.
+
+    RUN/config.json                     the run's configuration, the network's, and what a sampler must know
+    RUN/metrics.jsonl                   one line per logged step
+    RUN/scores.jsonl                    quick scores, where they are asked for
+    RUN/bad_images.tsv                  files that could not be read, once there are any, and why
+    RUN/events.jsonl                    starts, saves, faults and stops, with their time
+    RUN/samples/step_00000500.png       sample grids
+    RUN/checkpoints/step_00000500/      see lamamba.training.checkpoint; manifest.json has every file's hash
+
+A checkpoint is written beside its place, flushed, and renamed into it: a folder of that name is whole or damaged by
+something else, which the manifest shows. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+
+from lamamba._version import __version__
+from lamamba.config import UNetConfig
+from lamamba.data.codec import CodecFacts
+from lamamba.options.training import RUN_VERSION, TrainConfig
+from lamamba.runs.metadata import ModelMetadata
+from lamamba.utils.distributed import MainProcessError, ProcessGroup
+from lamamba.utils.files import differences, flush, read_json, sha256, write_atomically, write_json
+
+logger = logging.getLogger("lamamba.training")
+
+MANIFEST = "manifest.json"
+def _hash_of_hashes(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_together(folder: Path, processes: ProcessGroup) -> dict[str, str]:
+    """Hashes of all files below a folder, each made by one of the processes.
+
+    Raises:
+        OSError: on all of them, when one cannot read a file.
+    """
+    processes.wait()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    mine, failure = {}, None
+    try:
+        mine = {path.relative_to(folder).as_posix(): sha256(path) for path in files[processes.index :: processes.count]}
+    except OSError as error:
+        failure = str(error)
+    hashes: dict[str, str] = {}
+    for part, other_failure in processes.gather((mine, failure)):
+        if other_failure:
+            raise OSError(other_failure)
+        hashes |= part
+    return dict(sorted(hashes.items()))
+
+
+def _move_aside(place: Path) -> None:
+    """Rename a damaged checkpoint, for people to look at, so that nobody takes it for one."""
+    if place.exists():
+        aside = place.with_name(f"damaged_{place.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(place, aside)
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong; of what went wrong on a process, where several were at work."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (inner, _) = next(iter(error.failures.items()))
+        return f"process {rank}: {_cause(inner)}"
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+class RunFolder:
+    """A run's place on disk."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self.metrics = self.path / "metrics.jsonl"
+        self.scores = self.path / "scores.jsonl"
+        self.bad_images = self.path / "bad_images.tsv"
+        self.events = self.path / "events.jsonl"
+        self.config = self.path / "config.json"
+
+    def prepare(self) -> None:
+        """Make the folder, ready to be locked.
+
+        Raises:
+            FileExistsError: when it holds something that is not a run.
+        """
+        if not self.config.exists() and self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
+            raise FileExistsError(f"{self.path} exists, is not empty and holds no run; give another folder with --out")
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def create(
+        self, config: TrainConfig, architecture: UNetConfig, facts: ModelMetadata, fingerprint: str | None = None,
+        left_out: Sequence[str] = (),
+    ) -> None:
+        """Write what the run is into its folder, or check that the folder belongs to the very same run.
+
+        A run that never came to a checkpoint is no run yet: its mistakes may be mended in place.
+
+        Args:
+            config: of the run.
+            architecture: of its network.
+            facts: what a sampler must know.
+            fingerprint: of the data.
+            left_out: the data's files that no index counts, which a restart must leave out again.
+
+        Raises:
+            ValueError: when the folder holds a run with another configuration; every difference is named.
+        """
+        values = {
+            "version": RUN_VERSION, "lamamba": __version__, "train": config.to_dict(),
+            "architecture": architecture.to_dict(), "sampling": dataclasses.asdict(facts),
+            "data": {"fingerprint": fingerprint, "left_out": list(left_out)},
+        }
+        values = json.loads(json.dumps(values))
+        if self.config.exists() and self.names():
+            self._check_same(read_json(self.config, RUN_VERSION), values)
+        else:
+            for of_another_try in (self.scores, self.bad_images):
+                of_another_try.unlink(missing_ok=True)
+        self.samples.mkdir(exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        write_atomically(self.config, json.dumps(values, indent=2) + "\n")
+
+    def _check_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        old = {**old, "train": TrainConfig.from_dict(old["train"]).to_dict()}   # options that it did not know yet
+        old["sampling"] = json.loads(json.dumps(dataclasses.asdict(CodecFacts()))) | old["sampling"]
+        may_change = {
+            "version", "lamamba", "data", "sampling.version", "sampling.autoencoder", "train.data.kind",
+            "train.data.manifest", "train.data.max_bad_images", "train.data.autoencoder", "train.steps",
+            "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.device",
+            "train.sampling", "train.processes", "train.faults", "train.watch.trackers", "train.watch.project",
+            "train.watch.held_out_every", "train.score",
+        }
+        found = [
+            f"{name}: {before!r} there, {after!r} here"
+            for name, before, after in differences(old, new)
+            if not any(name == free or name.startswith(free + ".") for free in may_change)
+        ]
+        if found:
+            raise ValueError(
+                f"{self.path} holds a run with another configuration ({'; '.join(found)}); "
+                "repeat its options to resume it, or give another folder with --out"
+            )
+        old_data, new_data = old.get("data"), new["data"]                       # older runs did not write it down
+        if old_data is not None and old_data["fingerprint"] != new_data["fingerprint"]:
+            raise ValueError(
+                f"{self.path} began with other data than {new['train']['data']['source']} holds now (fingerprint "
+                f"{str(old_data['fingerprint'])[:12]} there, {str(new_data['fingerprint'])[:12]} here): files, classes "
+                "or latents were added, removed or made anew. Bring the former ones back to resume, or give another "
+                "folder with --out"
+            )
+
+    def left_out(self) -> tuple[str, ...] | None:
+        """Files of the data that the run has left out since it began; None where it has no checkpoint or does not say.
+
+        Raises:
+            ValueError: when config.json is damaged.
+        """
+        if not self.config.exists() or not self.names():
+            return None
+        data = read_json(self.config, RUN_VERSION).get("data") or {}
+        return tuple(data["left_out"]) if "left_out" in data else None
+
+    def names(self) -> list[str]:
+        """Checkpoints by name, oldest first, whole or not."""
+        if not self.checkpoints.is_dir():
+            return []
+        return sorted(path.name for path in self.checkpoints.iterdir() if path.name.startswith("step_"))
+
+    def note(self, what: str, **facts: Any) -> None:
+        """Add a line to events.jsonl: what happened to the run, and when. A full disk is logged, not raised."""
+        line = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": what, **facts}
+        try:
+            with self.events.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self.events, error)
+
+    def save(
+        self, step: int, fill: Callable[[Path], None], processes: ProcessGroup, *, keep: int, keep_every: int = 0
+    ) -> Path:
+        """Make the checkpoint of a step: filled under another name, hashed, flushed, renamed; then drop the oldest.
+
+        A whole one of that step stays as it is: what comes after it is the same again, to the bit.
+
+        Args:
+            step: optimizer steps done.
+            fill: writes the checkpoint's files into the folder it is given, all processes together.
+            processes: all of them must call this.
+            keep: newest checkpoints that stay.
+            keep_every: checkpoints at multiples of so many steps stay, too.
+
+        Raises:
+            OSError: when the disk is full or not writable; older checkpoints are untouched and nothing is left behind.
+            MainProcessError: on the other processes.
+        """
+        place = self.checkpoints / f"step_{step:08d}"
+        temporary = self.checkpoints / f".tmp_{place.name}"
+
+        def begin() -> bool:
+            if place.exists():
+                try:
+                    check_manifest(place)
+                    return False                                                # replacing a whole one would risk it
+                except ValueError:
+                    pass
+            for left_behind in self.checkpoints.glob(".*_step_*"):              # by a kill during a save
+                shutil.rmtree(left_behind)
+            temporary.mkdir(parents=True)
+            return True
+
+        def finish() -> None:
+            values = {"version": RUN_VERSION, "files": hashes, "files_sha256": _hash_of_hashes(hashes)}
+            write_json(temporary / MANIFEST, values)
+            folders = {(temporary / name).parent for name in hashes} | {temporary}
+            for path in [*(temporary / name for name in hashes), temporary / MANIFEST, *folders]:
+                flush(path)
+            _move_aside(place)                                                  # a damaged one of this step
+            os.replace(temporary, place)
+            flush(self.checkpoints)
+            for name in self.names()[:-keep]:
+                if not keep_every or int(name.removeprefix("step_")) % keep_every:
+                    dropped = self.checkpoints / f".old_{name}"                 # never half a checkpoint of that name
+                    os.replace(self.checkpoints / name, dropped)
+                    shutil.rmtree(dropped)
+
+        try:
+            if not processes.broadcast(processes.together(begin)):
+                return place
+            fill(temporary)
+            hashes = _hash_together(temporary, processes)
+            processes.together(finish)
+        except MainProcessError:
+            raise
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            newest = self.names()[-1] if self.names() else "none"
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {self.checkpoints}: {_cause(error)}; the "
+                f"newest whole one stays ({newest}). Make room or mend the disk"
+            ) from error
+        return place
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint, checked file by file; None where there is none.
+
+        Raises:
+            ValueError: naming the damaged file, when the newest checkpoint is not whole.
+        """
+        names = self.names()
+        if not names:
+            return None
+        place = self.checkpoints / names[-1]
+        check_manifest(place)
+        return place
+
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint that is whole, to resume from; damaged ones are named in the log and moved aside.
+
+        Raises:
+            ValueError: when there are checkpoints and none is whole: starting afresh would bury the run.
+        """
+        faults = []
+        for name in reversed(self.names()):
+            place = self.checkpoints / name
+            try:
+                check_manifest(place)
+            except ValueError as error:
+                faults.append(str(error))
+                continue
+            for fault in faults:
+                logger.warning("%s. Going on from %s", fault, name)
+                self.note("damaged", fault=fault, used=name)
+            for newer in self.names():
+                if newer > name:
+                    _move_aside(self.checkpoints / newer)
+            return place
+        if faults:
+            raise ValueError(f"no checkpoint of {self.path} is whole: {'; '.join(faults)}")
+        return None
+
+
+def check_manifest(place: Path) -> None:
+    """Compare every file of a checkpoint with its hash.
+
+    Raises:
+        ValueError: naming the first file that is missing or changed.
+    """
+    manifest = read_json(place / MANIFEST, RUN_VERSION)
+    if manifest.get("files_sha256") != _hash_of_hashes(manifest.get("files", {})):
+        raise ValueError(f"{place} is damaged: {MANIFEST} was changed; remove the folder to go on from an older one")
+    for name, digest in manifest["files"].items():
+        if not (place / name).is_file():
+            raise ValueError(f"{place} is damaged: {name} is missing; remove the folder to go on from an older one")
+        if sha256(place / name) != digest:
+            raise ValueError(
+                f"{place} is damaged: {name} is not what was written (truncated or changed); "
+                "remove the folder to go on from an older one"
+            )

@@ -1,0 +1,48 @@
+"""What a sampler must know of a model besides its weights: saved with them as sampling.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lamamba.config import Objective
+from lamamba.data.codec import CodecFacts
+from lamamba.utils.files import read_json, write_json
+
+SAMPLING_VERSION = 2
+"""Of sampling.json. 1: of an autoencoder, the scale alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelMetadata(CodecFacts):
+    """What a sampler must know of a trained network besides its weights; saved with them as sampling.json."""
+
+    objective: Objective
+    """What the network predicts, and so which samplers fit."""
+    image_size: int
+    """Side of the images in pixels."""
+    label_names: tuple[str, ...] = ()
+    """One name per class."""
+    version: int = SAMPLING_VERSION
+
+    def save(self, path: Path) -> None:
+        write_json(path, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> ModelMetadata:
+        """Read sampling.json.
+
+        Raises:
+            ValueError: when it is damaged or of a newer format.
+        """
+        values = read_json(path, SAMPLING_VERSION)
+        known = {f.name for f in dataclasses.fields(cls)}
+        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        if unknown := values.keys() - known:
+            raise ValueError(f"{path} has unknown entries: {', '.join(sorted(unknown))}")
+        try:
+            return cls(**plain)
+        except TypeError as error:
+            raise ValueError(f"{path} is incomplete: {error}") from error

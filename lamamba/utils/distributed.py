@@ -1,0 +1,149 @@
+"""Devices and processes: which device this process uses, and how processes that work together agree.
+
+One process or many, started by `torchrun`, `accelerate launch` or by hand; the code above reads the same.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
+
+
+class MainProcessError(RuntimeError):
+    """The main process has refused or failed, and says so itself; the others stop without repeating it."""
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" as a GPU where there is one, otherwise the CPU; any other name as it is.
+
+    Raises:
+        ValueError: for a device that PyTorch does not know or that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def local_device(name: str) -> torch.device:
+    """Like `pick_device`, and under a launcher the GPU of this process among those of its machine."""
+    device = pick_device(name)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return device
+
+
+def launched_processes() -> int:
+    """How many processes a launcher has started, this one among them; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that speaks, before anything else is known."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def end_processes() -> None:
+    """Leave the group, if there is one; the process trains no more."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def part(items: range, index: int, count: int) -> range:
+    """The index-th of count neighbouring parts whose sizes differ by one at most."""
+    size, more = divmod(len(items), count)
+    start = index * size + min(index, more)
+    return items[start : start + size + (index < more)]
+
+
+class ProcessGroup:
+    """This process among those that work together, in torch.distributed's default group where there are several."""
+
+    def __init__(self, rank: int, world_size: int, device: torch.device):
+        self.index, self.count, self.device = rank, world_size, device
+        self.is_main = rank == 0
+
+    def together(self, work: Callable[[], T]) -> T | None:
+        """Let the main process work while the others wait for it; None for the others.
+
+        Raises:
+            MainProcessError: on the others, when the main process raises.
+        """
+        result, failure, message = None, None, None
+        if self.is_main:
+            try:
+                result = work()
+            except (Exception, SystemExit) as error:
+                failure, message = error, f"{type(error).__name__}: {error}"
+        if self.count > 1:
+            message = self.broadcast(message)
+        if failure is not None:
+            raise failure
+        if message is not None:
+            raise MainProcessError(f"the main process stopped: {message}")
+        return result
+
+    def broadcast(self, value: T) -> T:
+        """The main process's value, everywhere."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in their order, everywhere."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, *values: float) -> tuple[float, ...]:
+        """Sums over all processes, in float64."""
+        if self.count == 1:
+            return values
+        box = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(box)
+        return tuple(box.tolist())
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a split tensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A split tensor put together (all processes must ask); any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held so far: on the GPU what tensors took, on the CPU all of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

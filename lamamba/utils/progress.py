@@ -1,0 +1,129 @@
+"""Progress of long work: one protocol from every function to whoever looks.
+
+Work reports `Progress` values to a function. `reporting` makes that function of what a caller asks for: "auto" (bars on
+a terminal or in a notebook, a log line now and then elsewhere), a function of the caller's own, or None.
+
+    with reporting(progress) as report:
+        for k, image in enumerate(images):
+            ...
+            report(Progress("checking", k + 1, len(images)))
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+logger = logging.getLogger("lamamba")
+
+LOG_SECONDS = 30
+"""Between log lines where nobody watches a bar."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a piece of work is."""
+
+    task: str
+    """What is being done, in a word or two: "sampling"."""
+    done: int
+    total: int
+    unit: str = "images"
+    """What is counted."""
+    resumed: int = 0
+    """How many of `done` were there before this call; they do not count for the speed."""
+    note: str = ""
+    """More, in a few words: "loss 0.123", "waiting for other processes"."""
+
+
+Report = Callable[[Progress], None]
+ProgressOption = Report | Literal["auto"] | None
+"""What functions with long work take as `progress`."""
+
+
+def is_watched() -> bool:
+    """Whether somebody sees a bar: on a terminal, or in a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell" or bool(sys.stderr and sys.stderr.isatty())
+
+
+@contextmanager
+def reporting(progress: ProgressOption = "auto") -> Iterator[Report]:
+    """A function to report to, for as long as the work goes on.
+
+    Args:
+        progress: "auto", a function of `Progress` values, or None to report to nobody.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if progress is None:
+        yield lambda state: None
+    elif callable(progress):
+        yield progress
+    elif progress != "auto":
+        raise ValueError(f"progress={progress!r} must be \"auto\", a function of Progress values, or None")
+    elif is_watched():
+        with _Bars() as bars:
+            yield bars
+    else:
+        yield _LogLines()
+
+
+class _Bars:
+    """A tqdm bar, a new one for each task."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task = ""
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, state: Progress) -> None:
+        if self._bar is None or state.task != self._task:
+            self.__exit__()
+            self._task, self._bar = state.task, self._open(state)
+        self._bar.set_postfix_str(state.note, refresh=False)
+        self._bar.update(state.done - self._bar.n)
+
+    @staticmethod
+    def _open(state: Progress) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                     # a notebook without ipywidgets
+            from tqdm.auto import tqdm
+
+        return tqdm(
+            desc=state.task, total=state.total, initial=state.resumed, unit=f" {state.unit}", dynamic_ncols=True,
+            leave=False,
+        )
+
+
+class _LogLines:
+    """A log line every half minute."""
+
+    def __init__(self) -> None:
+        self._task, self._began, self._logged = "", 0.0, 0.0
+
+    def __call__(self, state: Progress) -> None:
+        now = time.perf_counter()
+        if state.task != self._task:
+            self._task, self._began, self._logged = state.task, now, now
+        if now - self._logged < LOG_SECONDS:
+            return
+        self._logged = now
+        rate = (state.done - state.resumed) / (now - self._began)
+        left = f"{(state.total - state.done) / rate:.0f} s left" if rate > 0 else "no end in sight"
+        logger.info(
+            "%s %d/%d  %.3g %s/s  %s  %s", state.task, state.done, state.total, rate, state.unit, left, state.note
+        )

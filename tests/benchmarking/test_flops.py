@@ -1,0 +1,35 @@
+"""The counted operations are the ones that the paper prints, and what a loop over the formulas gives."""
+
+from __future__ import annotations
+
+import pytest
+
+from lamamba.benchmarking.flops import count
+from lamamba.config import UNetConfig
+from tests.networks import random_inputs, random_network, small_config
+
+
+@pytest.mark.parametrize(("image_size", "printed"), [(256, "45.55"), (512, "181.56"), (1024, "725.59")])
+def test_matrix_products_and_convolutions_of_xl(image_size, printed):
+    assert f"{count(UNetConfig.preset('xl', image_size=image_size)).matrix / 1e9:.2f}" == printed
+
+
+@pytest.mark.parametrize(("image_size", "printed"), [(256, "50.47"), (512, "201.21"), (1024, "804.19")])
+def test_the_papers_total_with_sixteen_states(image_size, printed):
+    config = UNetConfig.preset("xl", image_size=image_size, state_size=16)
+    assert f"{count(config).paper_total / 1e9:.2f}" == printed
+
+
+def test_removed_branches_are_not_counted():
+    full, without = (count(small_config(removed_blocks=names)) for names in ((), ("encoder.0.0.scan", "decoder.3.1")))
+    assert without.parameters < full.parameters
+    assert without.matrix < full.matrix
+    assert without.scan < full.scan
+
+
+def test_activation_memory_is_what_a_real_pass_keeps():
+    from lamamba.benchmarking.flops import _saved_bytes
+
+    config = small_config(width=64, num_heads=4, grid=16)
+    real = _saved_bytes(random_network(config).train(), *random_inputs(config, batch=1))
+    assert count(config).activation_bytes == pytest.approx(real, rel=0.15)

@@ -1,0 +1,92 @@
+"""The peer is DiT as published: its parameters, its multiply-adds, and diffusers' own output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+from lamamba.benchmarking.peers import PEERS, DiT, DiTSize, build_peer, find_peer, peer_activation_bytes
+from lamamba.benchmarking.throughput import Case, multiply_adds
+
+CPU = torch.device("cpu")
+SMALL = DiTSize(width=48, depth=3, num_heads=2)
+
+
+def parameters(model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "millions"), [("dit-s-2", 33), ("dit-b-2", 130), ("dit-l-2", 458), ("dit-xl-2", 675)])
+def test_parameters_are_the_papers(name, millions):
+    with torch.device("meta"):
+        model = DiT(PEERS[name], 32)
+    assert round(parameters(model) / 1e6) == millions
+    assert Case(name, 256, 1, "float32", "cpu", "forward").parameters == parameters(model)
+
+
+@pytest.mark.parametrize(("image_size", "published"), [(256, 118.64), (512, 524.60), (1024, 2910.30)])
+def test_multiply_adds_of_xl(image_size, published):
+    """Every product by hand; the published numbers were counted by another tool and are 0.04 % larger at most."""
+    width, depth, tokens = 1152, 28, (image_size // 16) ** 2
+    block = tokens * 12 * width**2 + 2 * tokens**2 * width + 6 * width**2
+    ends = tokens * (16 + 32) * width + (256 + width) * width + 2 * width**2
+    assert multiply_adds("dit-xl-2", image_size) == depth * block + ends
+    assert multiply_adds("dit-xl-2", image_size) / 1e9 == pytest.approx(published, rel=4e-4)
+
+
+def test_output_is_that_of_an_embedder_in_every_block():
+    torch.manual_seed(0)
+    own = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=8, num_layers=3, sample_size=8
+    ).eval()
+    embedder = own.transformer_blocks[0].norm1.emb.state_dict()
+    for block in own.transformer_blocks:
+        block.norm1.emb.load_state_dict(embedder)
+    shared = DiT(SMALL, 8).train()                                              # no label is dropped, train() or not
+    shared.transformer.load_state_dict(own.state_dict(), strict=False)
+    shared.embedding.load_state_dict(embedder)
+    x, timestep, labels = torch.randn(4, 4, 8, 8), torch.rand(4) * 1000, torch.tensor([0, 7, 999, 1000])
+    expected = own(x, timestep, labels).sample
+    assert torch.equal(shared(x, timestep, labels), expected)
+    assert parameters(shared) < parameters(own)
+
+
+def test_training_begins_with_blocks_that_change_nothing_and_an_output_of_zero():
+    torch.manual_seed(0)
+    model = DiT(SMALL, 16, in_channels=1, out_channels=1, patch_size=4, num_classes=10)
+    model.initialise()
+    x, timestep, labels = torch.randn(2, 1, 16, 16), torch.tensor([10.0, 900.0]), torch.tensor([3, 10])
+    output = model(x, timestep, labels)
+    assert output.shape == x.shape
+    assert not output.any()
+    hidden, c = torch.randn(2, 16, SMALL.width), torch.randn(2, SMALL.width)
+    for block in model.transformer.transformer_blocks:
+        assert torch.equal(block(hidden, timestep=c), hidden)
+        attention = block.attn1.to_q.weight
+        assert attention.abs().max() <= (6 / (2 * SMALL.width)) ** 0.5           # Glorot's uniform
+        assert attention.std() > 0.1
+    assert float(model.embedding.class_embedder.embedding_table.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_peer_says_something(dtype):
+    model = build_peer("dit-s-2", 32, CPU, dtype)
+    with torch.no_grad():
+        output = model(torch.randn(2, 4, 4, 4, dtype=dtype), torch.tensor([10.0, 900.0]), torch.tensor([1, 1000]))
+    assert (output.shape, output.dtype) == ((2, 8, 4, 4), dtype)
+    assert output.float().std() > 0.1
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_activations_are_estimated_within_a_quarter():
+    from lamamba.benchmarking.flops import _saved_bytes
+
+    model = build_peer("dit-s-2", 64, CPU, torch.float32)
+    real = _saved_bytes(model, torch.randn(4, 4, 8, 8), torch.rand(4), torch.zeros(4, dtype=torch.int64)) / 4
+    assert peer_activation_bytes("dit-s-2", 64) == pytest.approx(real, rel=0.25)
+
+
+def test_an_unknown_peer_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'dit-xl-2'"):
+        find_peer("dit-xl2")

@@ -1,0 +1,74 @@
+"""Exported graphs give the network's own numbers, for batches of any size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lamamba.exporting.onnx import example_inputs, export_onnx, export_program
+from lamamba.ops import selective_scan, use_backend
+from lamamba.ops.scan_paths import NUM_PATHS
+from lamamba.ops.selective_scan import doubling
+from tests.networks import random_network, relative_error, small_config
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+BLOCKS = [f"{part}.{i}" for part, count in (
+    ("encoder.1", 1), ("encoder.2", 1), ("encoder.3", 1), ("bottleneck", 1), ("decoder.0", 2), ("decoder.1", 2),
+    ("decoder.2", 2), ("decoder.3", 3)) for i in range(count)]
+LEFT_OUT = (*(block for block in BLOCKS if block != "encoder.2.0"), "encoder.2.0.scan", "encoder.2.0.mlp",
+            "encoder.0.1.scan", "encoder.0.1.mlp")                              # exporters take seconds for each block
+SMALL = dict(
+    width=8, depths=(2, 1, 1, 1), grid=(4, 8), in_channels=1, window_size=4,
+    removed_blocks=LEFT_OUT,
+)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_torch_export(device, tmp_path):
+    """With our kernels in the graph, saved and loaded again."""
+    model = random_network(small_config(objective="noise", **SMALL)).to(device)
+    torch.export.save(export_program(model), tmp_path / "unet.pt2")
+    program = torch.export.load(tmp_path / "unet.pt2").module()
+    for batch in (1, 2, 5):
+        inputs = example_inputs(model, batch, seed=batch)
+        with torch.no_grad():
+            expected = model(*inputs)
+            assert relative_error(program(*inputs), expected) < 1e-5
+
+
+def test_torch_export_of_the_plain_formulas():
+    model = random_network(small_config(objective="flow", num_classes=0, **SMALL))
+    with use_backend("torch"):
+        program = export_program(model)
+    ours = {str(node.target) for node in program.graph.nodes if "lamamba" in str(node.target)}
+    assert ours == {"lamamba.selective_scan.default"}
+    inputs = example_inputs(model, 3)
+    assert len(inputs) == 2
+    with torch.no_grad():
+        assert relative_error(program.module()(*inputs), model(*inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 16, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_doubling_scan_is_the_scan(length, dtype):
+    b, g, c, n, r = 2, NUM_PATHS, 6, 3, 2
+    torch.manual_seed(length)
+    paths = torch.stack([torch.randperm(length) for _ in range(g)])
+    x, dt, B, C = (torch.randn(b, length, *rest, dtype=dtype) for rest in ((c,), (g, r), (g, n), (g, n)))
+    inputs = (x, dt, B, C, torch.randn(g, c, r), torch.randn(g, c), -torch.rand(g, c, n) * 5, torch.randn(g, c), paths)
+    expected = selective_scan(*inputs, backend="reference")
+    result = doubling.forward(*inputs)
+    assert result.dtype == dtype
+    assert relative_error(result.float(), expected.float()) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_onnx(tmp_path):
+    pytest.importorskip("onnxscript")
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    model = random_network(small_config(objective="noise", **SMALL))
+    assert export_onnx(model, tmp_path / "unet.onnx") < 1e-5
+    graph = onnx.load(tmp_path / "unet.onnx").graph
+    assert [given.name for given in graph.input] == ["x", "timestep", "class_labels"]
+    assert [made.name for made in graph.output] == ["output"]
+    domains = {node.domain for node in graph.node}
+    assert domains <= {"", "ai.onnx"}                                           # standard operations alone

@@ -1,0 +1,96 @@
+"""A run's configuration: recipes, overrides, checks, and reading what was written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from lamamba.cli.train import PlannedData
+from lamamba.options.training import ModelOptions, OptimizerOptions, TrainConfig, load_recipe, recipe_names
+from lamamba.training.loop import describe
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_valid_and_survives_json(name):
+    recipe = load_recipe(name)
+    assert TrainConfig.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert recipe.warnings() == []
+    architecture, facts = describe(recipe, PlannedData(dataclasses.replace(recipe.data, expected_images=1)))
+    size = recipe.data.image_size
+    assert (facts.image_size, architecture.input_size[0]) == (size, size // (8 if facts.codec == "latents" else 1))
+
+
+def test_a_file_of_ones_own(tmp_path):
+    (tmp_path / "mine.toml").write_text('steps = 7\n[optimizer]\nlearning_rate = 1\nbetas = [0.5, 0.6]\n')
+    recipe = load_recipe(str(tmp_path / "mine.toml"))
+    assert (recipe.steps, recipe.optimizer.learning_rate, recipe.optimizer.betas) == (7, 1.0, (0.5, 0.6))
+    assert recipe.optimizer.max_grad_norm == math.inf
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("step = 7", "did you mean 'steps'"),
+    ("[optimizer]\nlearningrate = 1", "did you mean 'optimizer.learning_rate'"),
+    ("steps = 'many'", "steps='many' must be a int"),
+    ("model = 3", "must be a section"),
+    ("steps = = 3", "is not a TOML file"),
+    ("steps = 0", "steps=0 must be at least 1"),
+    ("ema_decay = 1.0", r"ema_decays=1.0 must lie in \[0, 1\)"),
+    ("ema_decays = [0.9, 0.9]", "one number or several different ones"),
+    ("[optimizer]\nschedule = 'cosin'", "optimizer.schedule 'cosin' is unknown; did you mean 'cosine'"),
+    ("[watch]\ntrackers = ['tensorbord']", "did you mean 'tensorboard'"),
+    ("keep_every = 700\ncheckpoint_every = 500", "must be a multiple of checkpoint_every=500"),
+    ("[loss]\nweighting = 'min-snr'\n[model]\nobjective = 'flow'", "is for noise and v"),
+    ("[start]\nmode = 'everything'", "give it as start.source"),
+    ("[processes]\ncompile = true\nsharding = 'full'", "leave one of them out"),
+])
+def test_a_file_that_does_not_fit(tmp_path, text, said):
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        load_recipe(str(tmp_path / "mine.toml"))
+
+
+def test_unknown_recipes():
+    with pytest.raises(ValueError, match="did you mean 'digits'"):
+        load_recipe("digts")
+    with pytest.raises(FileNotFoundError, match=r"nowhere/x\.toml does not exist"):
+        load_recipe("nowhere/x.toml")
+
+
+def test_a_model_that_does_not_fit_its_images():
+    with pytest.raises(ValueError, match=r"30 x 30 \(data.image_size, or.*such as 32"):
+        ModelOptions().build(channels=1, num_classes=10, input_size=30)
+    with pytest.raises(ValueError, match="did you mean 'xl'"):
+        ModelOptions(preset="x").build(channels=1, num_classes=10, input_size=32)
+
+
+def test_an_ema_that_outlasts_the_run_is_warned_of():
+    (warning,) = TrainConfig(steps=1300, ema_decays=(0.9999, 0.99)).warnings()
+    assert "88%" in warning
+    assert "--ema-decays 0.9962" in warning
+
+
+def test_the_learning_rate_warms_up_and_cools_down():
+    config = TrainConfig(steps=100, optimizer=OptimizerOptions(learning_rate=1.0, warmup_steps=10, cooldown_share=0.2))
+    rates = [config.learning_rate_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:80] == [1.0] * 71
+    assert all(a > b > 0 for a, b in zip(rates[80:], rates[81:], strict=False))
+    assert dataclasses.replace(config, optimizer=OptimizerOptions()).learning_rate_at(99) == 1e-4
+
+
+def test_a_cosine_falls_from_the_warm_up_to_zero():
+    options = OptimizerOptions(learning_rate=1.0, warmup_steps=10, schedule="cosine")
+    rates = [TrainConfig(steps=110, optimizer=options).learning_rate_at(step) for step in range(111)]
+    assert rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.5)
+    assert rates[110] == pytest.approx(0)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_the_first_version_s_single_average_is_still_read():
+    old = TrainConfig().to_dict()
+    del old["ema_decays"], old["processes"], old["loss"]
+    assert TrainConfig.from_dict({**old, "ema_decay": 0.99}) == TrainConfig(ema_decays=(0.99,))
