@@ -80,7 +80,7 @@ class BuildKernels(build_ext):
             raise error
         self.warn(
             f"could not build {what} ({error}). lamamba works without, more slowly, in PyTorch; "
-            f"with a C++17 compiler (GCC 10, Clang 12, Visual Studio 2022 or newer) install it again to get them."
+            f"with a C++17 compiler (GCC 10, Clang 12, Visual Session 2022 or newer) install it again to get them."
         )
 
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from lamamba.cli.bench import device_name
-from lamamba.data.codec import CodecFacts
+from lamamba.data.codec import CodecConfig
 from lamamba.data.latents import MOMENTS, Index, LatentSet, Plan, Shard, shard_name
 from lamamba.data.sets import read_ahead
 from lamamba.training.draws import Draws, draw, image_indices
@@ -34,7 +34,7 @@ def write_latents(folder: Path, images: int, shard_size: int = 1024) -> None:
     """Shards of random moments, and their index."""
     plan = Plan(
         source="random numbers", source_fingerprint="", images=images, image_size=256, crop="centre", views=2, parts=2,
-        shape=SHAPE, storage="float16", facts=CodecFacts(codec="latents", scale=0.18215), compute="float32",
+        shape=SHAPE, storage="float16", facts=CodecConfig(codec="latents", scale=0.18215), compute="float32",
         batch_size=1, threads=1, shard_size=shard_size, label_names=tuple(map(str, range(1000))),
     )
     folder.mkdir(parents=True)

@@ -60,7 +60,7 @@ def main() -> None:
     print("| file | back end | outputs | gradients | guidance |\n|---|---|---|---|---|")
     for name in FILES:
         for backend in OP.backends:
-            if reason := backend.refusal("cpu", torch.float32, 1):
+            if reason := backend.unsupported_reason("cpu", torch.float32, 1):
                 print(f"({backend.name}: {reason})", file=sys.stderr)
                 continue
             with use_backend(backend.name):

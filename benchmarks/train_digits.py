@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lamamba.data.digits import Digits
 from lamamba.options.training import load_recipe
-from lamamba.training.loop import Moment, train
+from lamamba.training.loop import StepState, train
 
 WINDOW = 100
 """Steps whose losses are averaged: single ones are noisy."""
@@ -48,7 +48,7 @@ def losses_of_a_run(device: str, dtype: str, steps: int | None, seconds: float) 
     losses: list[float] = []
     began = time.perf_counter()
 
-    def watch(moment: Moment) -> None:
+    def watch(moment: StepState) -> None:
         losses.append(moment.loss)
         if time.perf_counter() - began > seconds:
             raise Enough

@@ -3,8 +3,10 @@
     import lamamba
     config = lamamba.UNetConfig.preset("xl", image_size=256)
     model = lamamba.LaMambaUNet(config)                     # model(x, timestep, class_labels)
+    print(lamamba.info(lamamba.InfoOptions(model="xl", image_size=512)))
 
-Names are imported when they are first used, so that `import lamamba` costs nothing.
+Every verb of the command line is a function here: options in, a result out. Names are imported when they are first
+used, so that `import lamamba` costs nothing.
 """
 
 from __future__ import annotations
@@ -15,23 +17,35 @@ from typing import TYPE_CHECKING, Any
 from lamamba._version import __version__
 
 if TYPE_CHECKING:
+    from lamamba.api.info import info
     from lamamba.config import UNetConfig
     from lamamba.models.official import load_official, to_official
     from lamamba.models.unet import LaMambaUNet
+    from lamamba.options.info import InfoOptions
     from lamamba.pipeline import LaMambaPipeline
 
-_HOMES = {
-    "UNetConfig": "lamamba.config",
-    "LaMambaUNet": "lamamba.models.unet",
-    "LaMambaPipeline": "lamamba.pipeline",
-    "load_official": "lamamba.models.official",
-    "to_official": "lamamba.models.official",
+_MODULES = {
+    "InfoOptions": "options.info",
+    "LaMambaPipeline": "pipeline",
+    "LaMambaUNet": "models.unet",
+    "UNetConfig": "config",
+    "info": "api.info",
+    "load_official": "models.official",
+    "to_official": "models.official",
 }
 
-__all__ = ["LaMambaPipeline", "LaMambaUNet", "UNetConfig", "__version__", "load_official", "to_official"]
+__all__ = [
+    "InfoOptions", "LaMambaPipeline", "LaMambaUNet", "UNetConfig", "__version__", "info", "load_official",
+    "to_official",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'lamamba' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'lamamba' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"lamamba.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lamamba.config import unknown_name
 from lamamba.data.autoencoder import pixels_per_latent
-from lamamba.data.codec import CodecFacts, to_grey_levels
+from lamamba.data.codec import CodecConfig, to_grey_levels
 from lamamba.data.labels import as_names, find_label
 from lamamba.diffusion.denoise import (
     SAMPLERS,
@@ -170,15 +170,15 @@ class LaMambaPipeline(DiffusionPipeline):
         return self._names
 
     @property
-    def codec_facts(self) -> CodecFacts:
+    def codec_facts(self) -> CodecConfig:
         """How the network's images are made of the vae's latents."""
         if self.vae is None:
-            return CodecFacts()
+            return CodecConfig()
         if self.config.codec is None:
-            return CodecFacts.of_config(self.vae.config)
+            return CodecConfig.of_config(self.vae.config)
         values = dict(self.config.codec)
         plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list | tuple) else v for key, v in values.items()}
-        return CodecFacts(codec="latents", **plain)
+        return CodecConfig(codec="latents", **plain)
 
     @property
     def pixels_per_input(self) -> int:

@@ -21,7 +21,7 @@ def backend(request, monkeypatch):
             native.load()
         except RuntimeError as error:
             pytest.skip(str(error))
-    if reason := OP.get(name).refusal("cpu", torch.float32, 1):
+    if reason := OP.get(name).unsupported_reason("cpu", torch.float32, 1):
         pytest.skip(reason)
     yield name
     monkeypatch.undo()

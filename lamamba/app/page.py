@@ -1,4 +1,4 @@
-"""The page: gradio's parts around a Studio."""
+"""The page: gradio's parts around a Session."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from lamamba.app.studio import MAX_GUIDANCE, MAX_SEED, Frame, Request, Studio
+from lamamba.app.session import MAX_GUIDANCE, MAX_SEED, Frame, Request, Session
 from lamamba.diffusion.denoise import SAMPLERS
 from lamamba.sampling.settings import png_text
 
@@ -67,7 +67,7 @@ class Drawn:
     images: np.ndarray
 
 
-def build_page(studio: Studio, compose: Compose) -> Any:
+def build_page(studio: Session, compose: Compose) -> Any:
     """The page: controls on the left, the drawing on the right.
 
     Args:
@@ -175,7 +175,7 @@ def build_page(studio: Studio, compose: Compose) -> Any:
 
 
 def serve(
-    studio: Studio, compose: Compose, *, host: str, port: int | None, share: bool = False, browser: bool = False,
+    studio: Session, compose: Compose, *, host: str, port: int | None, share: bool = False, browser: bool = False,
     in_background: bool = False,
 ) -> Any:
     """Show the page until somebody presses Ctrl-C; or come back at once with the page, whose close() ends it.
@@ -212,7 +212,7 @@ def _class_chooser(names: list[str]) -> Any:
     )
 
 
-def _heading(studio: Studio) -> str:
+def _heading(studio: Session) -> str:
     height, width = studio.size
     classes = f"{len(studio.class_names)} classes" if studio.class_names else "no classes"
     return (

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from lamamba.app.studio import Studio
+    from lamamba.app.session import Session
 
 DESCRIPTION = """Open a page on which to choose classes and settings, watch the denoising, and keep the pictures.
 
@@ -79,7 +79,7 @@ def _check_free(host: str, port: int) -> None:
                 raise OSError(f"port {port} is taken: give another with --port, or leave it out") from error
 
 
-def open_studio(place: Path | None, autoencoder: str | None, device_name: str) -> Studio:
+def open_studio(place: Path | None, autoencoder: str | None, device_name: str) -> Session:
     """The network at a place (None: the one that comes with the package), ready to draw.
 
     Raises:
@@ -87,7 +87,7 @@ def open_studio(place: Path | None, autoencoder: str | None, device_name: str) -
     """
     import torch
 
-    from lamamba.app.studio import Studio
+    from lamamba.app.session import Session
     from lamamba.pretrained import DESCRIPTION as SHIPPED
     from lamamba.runs.model import move, open_model
     from lamamba.utils.distributed import pick_device
@@ -96,4 +96,4 @@ def open_studio(place: Path | None, autoencoder: str | None, device_name: str) -
     model = open_model(place, autoencoder, device)
     name = f"{SHIPPED.capitalize()}, the model that comes with the package" if place is None else str(place)
     network = move(model.network, device, torch.float32)
-    return Studio(network, model.facts, name=name, source=model.name, decoder=model.decoder)
+    return Session(network, model.facts, name=name, source=model.name, decoder=model.decoder)

@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
 
     import numpy as np
 
-    from lamamba.cli.observers import StepBar
+    from lamamba.cli.callbacks import StepBar
     from lamamba.cli.train import run_training
     from lamamba.data.digits import Digits
     from lamamba.metrics.digits import score_digits

@@ -88,10 +88,10 @@ def _cpu_kernels() -> dict[str, Any]:
         return {"instruction_set": None, "threads": native.num_threads(), "note": str(error)}
 
 
-def _refusal(backend: Any, device: str, dtype: Any, state_size: int = 1) -> str | None:
+def _unsupported_reason(backend: Any, device: str, dtype: Any, state_size: int = 1) -> str | None:
     """Why a back end cannot run, be it a reason of its own or a setting that cannot be obeyed."""
     try:
-        return backend.refusal(device.split(":")[0], dtype, state_size)
+        return backend.unsupported_reason(device.split(":")[0], dtype, state_size)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         return str(error)
 
@@ -101,7 +101,7 @@ def _choice(op: Any, device: str, dtype: str) -> dict[str, Any]:
     import torch
 
     precision = getattr(torch, dtype)
-    refusals = {backend.name: _refusal(backend, device, precision) for backend in op.backends}
+    refusals = {backend.name: _unsupported_reason(backend, device, precision) for backend in op.backends}
     found: dict[str, Any] = {"op": op.name, "device": device, "dtype": dtype, "refusals": refusals}
     try:
         found["backend"] = op.choose(torch.empty(0, device=device, dtype=precision), 1)
@@ -160,7 +160,7 @@ def check_backend(op: Any, backend: Any, device: str) -> dict[str, Any] | None:
 
     from lamamba.ops.selective_scan import reference
 
-    if _refusal(backend, device, torch.float32, state_size=2):
+    if _unsupported_reason(backend, device, torch.float32, state_size=2):
         return None
     began = time.perf_counter()
     inputs, grad_y = _small_inputs()

@@ -94,7 +94,7 @@ def _write(chosen: ExportArguments, model: LaMambaUNet, facts: ModelMetadata, fo
     import torch
 
     from lamamba.data.autoencoder import Autoencoder
-    from lamamba.data.codec import CodecFacts
+    from lamamba.data.codec import CodecConfig
     from lamamba.diffusion.denoise import make_scheduler, samplers_for
     from lamamba.pipeline import LaMambaPipeline
 
@@ -113,7 +113,7 @@ def _write(chosen: ExportArguments, model: LaMambaUNet, facts: ModelMetadata, fo
             print(f"note: trained on latents of {facts.autoencoder}, exported with another autoencoder: {autoencoder}")
         vae = autoencoder.network
         vae.register_to_config(_name_or_path="")                                # a place on this disk
-        as_configured = CodecFacts.of_config(autoencoder.config)
+        as_configured = CodecConfig.of_config(autoencoder.config)
         keys = ("scale", "shift", "latents_mean", "latents_std")
         if any(getattr(facts, key) != getattr(as_configured, key) for key in keys):
             codec = {key: getattr(facts, key) for key in keys}
@@ -160,7 +160,7 @@ def _sample_grid(chosen: ExportArguments, pipe: Any, guidance: float, path: Path
     import numpy as np
     import torch
 
-    from lamamba.cli.observers import StepBar
+    from lamamba.cli.callbacks import StepBar
     from lamamba.data.labels import short_names
     from lamamba.utils.distributed import pick_device
     from lamamba.viz.grids import grid_picture, save_picture

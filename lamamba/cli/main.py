@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 
@@ -51,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     75 is a training that a signal has stopped after a checkpoint: the same command resumes it.
     """
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    _show_notes()
     try:
         if verb in ("-h", "--help", "help"):
             print(HELP)
@@ -75,6 +77,23 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}: {message or type(error).__name__}", file=sys.stderr)
         return 2
     return 0
+
+
+class _Notes(logging.Handler):
+    """Shows what the library logs: notes on standard output, warnings on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        is_warning = record.levelno >= logging.WARNING
+        stream = sys.stderr if is_warning else sys.stdout
+        print(("warning: " if is_warning else "") + record.getMessage(), file=stream, flush=True)
+
+
+def _show_notes() -> None:
+    """Let the logger "lamamba" speak here; main may be called many times in a process."""
+    logger = logging.getLogger("lamamba")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
+        logger.addHandler(_Notes())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lamamba.models.unet import LaMambaUNet
     from lamamba.runs.model import OpenModel
-    from lamamba.sampling.settings import PictureFacts, Settings
+    from lamamba.sampling.settings import ImageMetadata, Settings
     from lamamba.sampling.table import Asked
 
 DESCRIPTION = """Sample images from a trained network.
@@ -135,7 +135,7 @@ def _check(chosen: SampleArguments) -> None:
         raise ValueError(f"--out {chosen.out}: pictures are .png, films .gif or .mp4, many images go into a folder")
 
 
-def _like(chosen: SampleArguments, facts: PictureFacts) -> SampleArguments:
+def _like(chosen: SampleArguments, facts: ImageMetadata) -> SampleArguments:
     """What was not asked for on the command line, as the picture says."""
     from lamamba.runs.model import SHIPPED
 
@@ -160,7 +160,7 @@ def _like(chosen: SampleArguments, facts: PictureFacts) -> SampleArguments:
 
 
 def prepare(
-    chosen: SampleArguments, facts: PictureFacts | None, device: torch.device, speaks: bool
+    chosen: SampleArguments, facts: ImageMetadata | None, device: torch.device, speaks: bool
 ) -> tuple[OpenModel, LaMambaUNet | None, Settings]:
     """The model, a weaker one to guide by, and all settings, from what was asked for.
 
@@ -212,7 +212,7 @@ def prepare(
     return model, weaker, settings
 
 
-def _place_of(chosen: SampleArguments, facts: PictureFacts | None) -> Path | None:
+def _place_of(chosen: SampleArguments, facts: ImageMetadata | None) -> Path | None:
     """The folder of the model; None for the shipped one, which may have had another place when it made the picture.
 
     Raises:
@@ -244,14 +244,14 @@ def to_device(
     return None if weaker is None else move(weaker, device, dtype)
 
 
-def _sample_picture(chosen: SampleArguments, facts: PictureFacts | None) -> None:
+def _sample_picture(chosen: SampleArguments, facts: ImageMetadata | None) -> None:
     import numpy as np
 
-    from lamamba.cli.observers import StepBar
+    from lamamba.cli.callbacks import StepBar
     from lamamba.data.codec import PixelCodec
     from lamamba.diffusion.denoise import make_scheduler
     from lamamba.sampling import generate
-    from lamamba.sampling.settings import PictureFacts, png_text
+    from lamamba.sampling.settings import ImageMetadata, png_text
     from lamamba.utils.distributed import pick_device
     from lamamba.utils.files import check_target
     from lamamba.viz.films import FILM_SUFFIXES, check_film, chosen_frames, save_film
@@ -289,7 +289,7 @@ def _sample_picture(chosen: SampleArguments, facts: PictureFacts | None) -> None
         save_film([grid_picture(table, columns, asked.row_names) for table in tables], out, chosen.fps)
         print(f"{out}: a film of {len(tables)} pictures")
         return
-    made = PictureFacts(
+    made = ImageMetadata(
         settings=settings, seeds=asked.seeds, labels=asked.labels, columns=asked.columns, row_names=asked.row_names,
         batch_size=batch_size,
     )
@@ -299,7 +299,7 @@ def _sample_picture(chosen: SampleArguments, facts: PictureFacts | None) -> None
           f"guidance {settings.guidance.scale:g}")
 
 
-def _asked(chosen: SampleArguments, facts: PictureFacts | None, model: OpenModel) -> Asked:
+def _asked(chosen: SampleArguments, facts: ImageMetadata | None, model: OpenModel) -> Asked:
     """Which images: as the picture to be repeated shows, where nothing else is said."""
     from lamamba.sampling.table import DEFAULT_COLUMNS, as_before, path_between, table
 
@@ -314,15 +314,15 @@ def _asked(chosen: SampleArguments, facts: PictureFacts | None, model: OpenModel
     return table(model, classes, num, seed)
 
 
-def _before(facts: PictureFacts) -> dict[str, Any]:
+def _before(facts: ImageMetadata) -> dict[str, Any]:
     """A picture's classes, seed and columns, where it is a table of them.
 
     Raises:
         ValueError: when it shows a path between seeds or classes.
     """
-    from lamamba.sampling.settings import Between
+    from lamamba.sampling.settings import Interpolated
 
-    if any(isinstance(place, Between) for place in (*facts.seeds, *(facts.labels or ()))):
+    if any(isinstance(place, Interpolated) for place in (*facts.seeds, *(facts.labels or ()))):
         raise ValueError("that picture shows a path: give --interpolate again with other seeds, classes or numbers")
     rows = facts.labels[:: facts.columns or 1] if facts.labels else ()
     return {

@@ -27,13 +27,13 @@ from lamamba.utils.distributed import is_main_process, local_device
 
 if TYPE_CHECKING:
     from lamamba.runs.model import OpenModel
-    from lamamba.sampling.settings import PictureFacts
+    from lamamba.sampling.settings import ImageMetadata
 
 DEFAULT_BATCH = 64
 PHASES = {"sampling": "sampling", "verifying": "verifying", "packing": f"writing {NPZ}"}
 
 
-def sample_many_images(chosen: SampleArguments, facts: PictureFacts | None) -> None:
+def sample_many_images(chosen: SampleArguments, facts: ImageMetadata | None) -> None:
     """Fill a folder as asked, and say so."""
     if chosen.num is None:
         raise ValueError("say how many images the folder shall hold: --num 50000")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lamamba.data.images import ImageSet
     from lamamba.data.sets import TrainingSet
     from lamamba.runs.metadata import ModelMetadata
-    from lamamba.training.loop import Observer
+    from lamamba.training.loop import Callback
 
 DESCRIPTION = f"""Train a network: lamamba train RECIPE [options].
 
@@ -156,14 +156,14 @@ class PlannedData:
     """Data that is not there: how much of it there will be, and of what shape."""
 
     def __init__(self, data: DataOptions):
-        from lamamba.data.codec import CodecFacts
+        from lamamba.data.codec import CodecConfig
 
         is_latent = data.kind == "latents" or data.autoencoder is not None
         self.name = f"{data.source} (not read; as the recipe says)"
         self.image_size = data.image_size
         self.input_size = data.image_size // LATENT_SCALE if is_latent else data.image_size
         self.channels = LATENT_CHANNELS if is_latent else data.channels
-        self.facts, self.draws_latents = CodecFacts(codec="latents" if is_latent else "pixels"), is_latent
+        self.facts, self.draws_latents = CodecConfig(codec="latents" if is_latent else "pixels"), is_latent
         self.label_names = tuple(str(label) for label in range(data.expected_classes or 0))
         self.fingerprint = ""
         self._count = data.expected_images or 0
@@ -198,7 +198,7 @@ def open_decoder(facts: ModelMetadata, device: torch.device) -> LatentDecoder | 
 
 
 def run_training(
-    config: TrainConfig, images: ImageSet | TrainingSet, out: Path, observers: Sequence[Observer] = ()
+    config: TrainConfig, images: ImageSet | TrainingSet, out: Path, callbacks: Sequence[Callback] = ()
 ) -> Any:
     """Train with a live line and sample grids; returns the final state.
 
@@ -208,7 +208,7 @@ def run_training(
     from lamamba.utils.distributed import MainProcessError, is_main_process
 
     try:
-        return _train_and_tell(config, images, out, observers)
+        return _train_and_tell(config, images, out, callbacks)
     except Interrupted as stop:
         if is_main_process():
             print(stop, file=sys.stderr)
@@ -218,9 +218,9 @@ def run_training(
 
 
 def _train_and_tell(
-    config: TrainConfig, images: ImageSet | TrainingSet, out: Path, observers: Sequence[Observer]
+    config: TrainConfig, images: ImageSet | TrainingSet, out: Path, callbacks: Sequence[Callback]
 ) -> Any:
-    from lamamba.cli.observers import ProgressLine, SampleGrid
+    from lamamba.cli.callbacks import ProgressLine, SampleGrid
     from lamamba.runs.folder import RunFolder
     from lamamba.training.loop import describe, train
     from lamamba.utils.distributed import is_main_process, local_device
@@ -235,10 +235,10 @@ def _train_and_tell(
         from lamamba.evaluation.quick_score import QuickScore
 
         score = QuickScore(config.score, sampling, folder.scores, facts.image_size, decoder, device, judges=is_main)
-        observers = [score, *observers]
+        callbacks = [score, *callbacks]
     if not is_main:                                                             # the main process draws
         grid = SampleGrid(sampling, folder.samples, facts.label_names)
-        return train(config, images, out, [grid, *observers])
+        return train(config, images, out, [grid, *callbacks])
     resumed = int(folder.names()[-1].removeprefix("step_")) if folder.names() else 0
     print(f"{out}: {len(images):,} images of {images.name}, {len(facts.label_names) or 'no'} classes, "
           f"{_parameters(architecture):.2f} M parameters", flush=True)
@@ -248,7 +248,7 @@ def _train_and_tell(
         print(f"warning: {warning}", flush=True)
     grid = SampleGrid(sampling, folder.samples, facts.label_names, decoder)
     with ProgressLine(config.steps, resumed) as line:
-        return train(config, images, out, [line, grid, *observers])
+        return train(config, images, out, [line, grid, *callbacks])
 
 
 def _parameters(architecture: Any) -> float:

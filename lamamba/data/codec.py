@@ -31,7 +31,7 @@ def to_pixels(images: np.ndarray, mirror: np.ndarray | None = None) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodecFacts:
+class CodecConfig:
     """What x0 is made of: all that is needed to make pictures of it again."""
 
     codec: str = "pixels"
@@ -51,13 +51,13 @@ class CodecFacts:
     """Of its weights and configuration."""
 
     @classmethod
-    def of(cls, autoencoder: Autoencoder) -> CodecFacts:
+    def of(cls, autoencoder: Autoencoder) -> CodecConfig:
         """As the autoencoder's configuration says."""
         facts = cls.of_config(autoencoder.config)
         return dataclasses.replace(facts, autoencoder=autoencoder.name, autoencoder_sha256=autoencoder.sha256)
 
     @classmethod
-    def of_config(cls, values: Mapping[str, Any]) -> CodecFacts:
+    def of_config(cls, values: Mapping[str, Any]) -> CodecConfig:
         """As an autoencoder's configuration says, a file's or a loaded one's, whoever it is."""
         return cls(
             codec="latents", scale=float(values.get("scaling_factor") or 1.0),
@@ -93,7 +93,7 @@ class Decoder(Protocol):
 class PixelCodec:
     """Pixels themselves, scaled to [-1, 1]: one pixel of the image is one pixel of the network's input."""
 
-    facts = CodecFacts()
+    facts = CodecConfig()
 
     def encode(self, images: np.ndarray, mirror: np.ndarray | None = None) -> Tensor:
         """uint8 images (b, c, h, w), some mirrored left to right (b,) bool, to float32 x0 in [-1, 1]."""
@@ -117,11 +117,11 @@ class LatentDecoder:
     """
 
     def __init__(
-        self, autoencoder: str | Path | Autoencoder, facts: CodecFacts | None = None,
+        self, autoencoder: str | Path | Autoencoder, facts: CodecConfig | None = None,
         device: torch.device | str = "cpu",
     ):
         self.autoencoder = autoencoder if isinstance(autoencoder, Autoencoder) else Autoencoder(autoencoder, device)
-        self.facts = facts or CodecFacts.of(self.autoencoder)
+        self.facts = facts or CodecConfig.of(self.autoencoder)
 
     def decode(self, x0: Tensor) -> np.ndarray:
         # one at a time: the decoder's activations are far larger than the network's

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lamamba.data.autoencoder import Autoencoder
-from lamamba.data.codec import CodecFacts, to_pixels
+from lamamba.data.codec import CodecConfig, to_pixels
 from lamamba.data.images import BadImage, Images, explain_bad
 from lamamba.data.latents import (
     INDEX,
@@ -83,7 +83,7 @@ def make_plan(
     return Plan(
         source=source.name, source_fingerprint=fingerprint(source, left_out), images=images, image_size=image_size,
         crop="centre", views=2 if mirror else 1, parts=2 if autoencoder.has_posterior else 1,
-        shape=autoencoder.latent_shape(image_size), storage=storage, facts=CodecFacts.of(autoencoder),
+        shape=autoencoder.latent_shape(image_size), storage=storage, facts=CodecConfig.of(autoencoder),
         compute=str(autoencoder.dtype).removeprefix("torch."), batch_size=batch_size,
         threads=threads if autoencoder.device.type == "cpu" else 0, shard_size=shard_size,
         label_names=source.label_names, left_out=tuple(left_out),

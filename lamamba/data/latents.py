@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lamamba.data.autoencoder import Autoencoder
-from lamamba.data.codec import CodecFacts
+from lamamba.data.codec import CodecConfig
 from lamamba.data.sets import SampleDraws
 from lamamba.utils.files import differences_in_words, read_json, sha256, write_atomically
 
@@ -67,7 +67,7 @@ class Plan:
     """(c, h, w) of one latent."""
     storage: str
     """float16 or float32."""
-    facts: CodecFacts
+    facts: CodecConfig
     """Autoencoder and scaling."""
     compute: str
     """In which type the autoencoder worked."""
@@ -98,7 +98,7 @@ class Plan:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Plan:
         """Undo `to_dict`."""
-        return cls(**_with_tuples(values) | {"facts": CodecFacts(**_with_tuples(values["facts"]))})
+        return cls(**_with_tuples(values) | {"facts": CodecConfig(**_with_tuples(values["facts"]))})
 
     def differences(self, other: Plan) -> list[str]:
         """Where another plan differs, one phrase for each entry."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lamamba.data.autoencoder import Autoencoder
-from lamamba.data.codec import CodecFacts, PixelCodec, to_pixels
+from lamamba.data.codec import CodecConfig, PixelCodec, to_pixels
 from lamamba.data.images import ImageSet
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class TrainingSet(Protocol):
     """Side of x0: that of the images, or of their latents."""
     label_names: tuple[str, ...]
     """One name per class, in the order of the labels; empty where there are no classes."""
-    facts: CodecFacts
+    facts: CodecConfig
     """What x0 is made of, for whoever must make pictures of it."""
     draws_latents: bool
     """Whether `read` wants draws.latent."""
@@ -145,7 +145,7 @@ class EncodedSet:
         """Files that no index counts."""
         self.name, self.label_names, self.image_size = images.name, images.label_names, images.image_size
         self.channels, self.input_size, _ = autoencoder.latent_shape(images.image_size)
-        self.facts = CodecFacts.of(autoencoder)
+        self.facts = CodecConfig.of(autoencoder)
         self.draws_latents = autoencoder.has_posterior
 
     def __len__(self) -> int:

@@ -17,7 +17,7 @@ from lamamba.metrics.frechet import frechet_distance
 from lamamba.metrics.statistics import Statistics
 from lamamba.options.training import SamplingOptions, ScoreOptions
 from lamamba.sampling import generate
-from lamamba.training.loop import Moment
+from lamamba.training.loop import StepState
 
 BATCH_SIZE = 64
 
@@ -64,7 +64,7 @@ class QuickScore:
         reference.check(features.facts, (image_size, image_size, 3))
         return reference.features
 
-    def __call__(self, moment: Moment) -> None:
+    def __call__(self, moment: StepState) -> None:
         options, sampling = self._options, self._sampling
         if moment.step % options.every and moment.step != moment.steps:
             return

@@ -13,7 +13,7 @@ import numpy as np
 
 from lamamba._version import __version__
 from lamamba.evaluation.images import Images, NpzImages, npz_array, npz_entries
-from lamamba.metrics.features import NetworkFacts
+from lamamba.metrics.features import FeatureNetworkInfo
 from lamamba.metrics.statistics import check_features
 
 VERSION = 1
@@ -40,10 +40,10 @@ class Reference:
     """Images behind the statistics, where that is known."""
     image_shape: tuple[int, ...] | None
     """Height, width, channels, where known."""
-    network: NetworkFacts | None
+    network: FeatureNetworkInfo | None
     """What made the features; None: a file that does not say (ADM's, pytorch-fid's)."""
 
-    def check(self, network: NetworkFacts, image_shape: tuple[int, ...]) -> None:
+    def check(self, network: FeatureNetworkInfo, image_shape: tuple[int, ...]) -> None:
         """Refuse samples that this reference does not fit.
 
         Raises:
@@ -117,7 +117,7 @@ def load_statistics(path: str | Path) -> Reference:
         name=str(facts.get("name") or path), fingerprint=str(facts.get("fingerprint") or _hash(features)),
         features=features, spatial=spatial, rows=rows, count=facts.get("count"),
         image_shape=tuple(shape) if shape else None,
-        network=NetworkFacts(**facts["network"]) if facts.get("network") else None,
+        network=FeatureNetworkInfo(**facts["network"]) if facts.get("network") else None,
     )
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lamamba.data.digits import SIDE, Digits
 from lamamba.metrics.digits import HELD_OUT
-from lamamba.metrics.features import NetworkFacts, Outputs, hash_weights
+from lamamba.metrics.features import FeatureNetworkInfo, Outputs, hash_weights
 
 WEIGHTS = Path(__file__).parent / "digits.safetensors"
 NUM_FEATURES = 64
@@ -54,7 +54,7 @@ class DigitFeatures:
         self._model = DigitClassifier()
         self._model.load_state_dict(load_file(weights or WEIGHTS))
         self._model.eval().requires_grad_(False)
-        self.facts = NetworkFacts("digits", hash_weights(self._model), "8 x 8, means over squares", 1)
+        self.facts = FeatureNetworkInfo("digits", hash_weights(self._model), "8 x 8, means over squares", 1)
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Outputs:

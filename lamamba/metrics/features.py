@@ -26,7 +26,7 @@ Outputs = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class NetworkFacts:
+class FeatureNetworkInfo:
     """All that must agree for two results to be comparable."""
 
     name: str
@@ -39,7 +39,7 @@ class NetworkFacts:
 
 
 class FeatureNetwork(Protocol):
-    facts: NetworkFacts
+    facts: FeatureNetworkInfo
     distance_name: str
     """What its Fréchet distance is called."""
     knows_classes: bool
@@ -68,7 +68,7 @@ class InceptionFeatures:
     def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu"):
         model, digest = load_inception(weights)
         self._model, self._device = model.to(device), device
-        self.facts = NetworkFacts("inception-2015-12-05", digest, "299 x 299, bilinear as TensorFlow 1", 3)
+        self.facts = FeatureNetworkInfo("inception-2015-12-05", digest, "299 x 299, bilinear as TensorFlow 1", 3)
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Outputs:
@@ -100,7 +100,7 @@ class DinoFeatures:
         self._model, self._device = model.eval().requires_grad_(False).to(device), device
         name = f"dinov2-{model.config.hidden_size}-{model.config.num_hidden_layers}"
         resize = f"{self.SIDE} x {self.SIDE}, bicubic with antialiasing"
-        self.facts = NetworkFacts(name, hash_weights(model), resize, 3)
+        self.facts = FeatureNetworkInfo(name, hash_weights(model), resize, 3)
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Outputs:
@@ -155,7 +155,7 @@ class CallableFeatures:
         resize: str = "its own", knows_classes: bool = False,
     ):
         self._function, self.knows_classes = function, knows_classes
-        self.facts = NetworkFacts(name, sha256, resize, channels)
+        self.facts = FeatureNetworkInfo(name, sha256, resize, channels)
         self.distance_name = f"FD-{name}"
 
     def __call__(self, images: np.ndarray) -> Outputs:

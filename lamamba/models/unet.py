@@ -189,7 +189,7 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
 
         Args:
             timestep: (b,), or a single number for all labels.
-            class_labels: (b,) int64 in 0 .. num_classes; None for an unconditional network. Between classes: (b,
+            class_labels: (b,) int64 in 0 .. num_classes; None for an unconditional network. Interpolated classes: (b,
                 num_classes + 1), how much of each label's embedding.
 
         Raises:

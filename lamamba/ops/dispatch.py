@@ -33,8 +33,8 @@ _forced: list[str] = []
 class Backend:
     """One implementation of an op, as a module that may not be importable here.
 
-    The module has `forward`, `backward` and `refusal(device_type, dtype, state_size)`, which returns why it cannot take
-    such inputs, or None. Only a missing module (ModuleNotFoundError) lets the automatic choice pass a back end over.
+    The module has `forward`, `backward` and `unsupported_reason(device_type, dtype, state_size)`: why it takes no such
+    inputs, or None. Only a missing module (ModuleNotFoundError) lets the automatic choice pass a back end over.
     """
 
     name: str
@@ -51,10 +51,10 @@ class Backend:
             raise ModuleNotFoundError(missing)
         return module
 
-    def refusal(self, device_type: str, dtype: torch.dtype, state_size: int) -> str | None:
+    def unsupported_reason(self, device_type: str, dtype: torch.dtype, state_size: int) -> str | None:
         """Why this back end cannot run such inputs here; None when it can."""
         module, missing = _import_once(self.module)
-        return missing or module.refusal(device_type, dtype, state_size)
+        return missing or module.unsupported_reason(device_type, dtype, state_size)
 
 
 @cache
@@ -105,12 +105,12 @@ class Op:
 def _choose(op: Op, device_type: str, dtype: torch.dtype, state_size: int, requested: str | None, source: str) -> str:
     if requested is not None and requested != "auto":
         backend = op.get(requested)
-        if device_type != "meta" and (reason := backend.refusal(device_type, dtype, state_size)):
+        if device_type != "meta" and (reason := backend.unsupported_reason(device_type, dtype, state_size)):
             raise RuntimeError(f"{op.name}: back end {requested!r} ({source}) cannot run here: {reason}")
         return backend.name
     passed_over: list[str] = []
     for backend in op.backends:
-        reason = backend.refusal(device_type, dtype, state_size)
+        reason = backend.unsupported_reason(device_type, dtype, state_size)
         if reason is None:
             _log_once(op.name, backend.name, device_type, tuple(passed_over))
             return backend.name
@@ -121,7 +121,7 @@ def _choose(op: Op, device_type: str, dtype: torch.dtype, state_size: int, reque
 @cache
 def _log_once(op: str, backend: str, device_type: str, passed_over: tuple[str, ...]) -> None:
     reason = "; ".join(passed_over) or "the fastest one"
-    logger.info("%s on %s uses back end %r (%s)", op, device_type, backend, reason)
+    logger.debug("%s on %s uses back end %r (%s)", op, device_type, backend, reason)
 
 
 @contextmanager

@@ -36,29 +36,39 @@ FilePath = Annotated[Path, Strict(False)]
 OrInfinity = BeforeValidator(lambda value: math.inf if value == "inf" else value)
 """Of numbers that JSON files hold as "inf"."""
 
-__all__ = ["FilePath", "Ge", "Gt", "Le", "Lt", "OrInfinity", "comma_separated", "from_dict", "options", "read_toml"]
 
-
-def comma_separated(item: type) -> tuple[Any, ...]:
-    """Annotations of a tuple[item, ...] that the command line reads from one word: 256,512.
-
-        sizes: Annotated[tuple[int, ...], *comma_separated(int)] = (256,)
-    """
+def _split(item: type) -> BeforeValidator:
+    """A validator that takes "1,2" and 1 for tuples."""
     def split(value: Any) -> Any:
         if isinstance(value, str):
-            words = [word.strip() for word in value.split(",")]
             try:
-                return tuple(item(word) for word in words)
+                return tuple(item(word.strip()) for word in value.split(","))
             except ValueError:
-                kind = {int: "whole numbers", float: "numbers"}.get(item, item.__name__)
+                kind = {int: "whole numbers", float: "numbers"}[item]
                 raise ValueError(f"{value!r} is not a list of {kind} with commas, as in 1,2") from None
         return (value,) if isinstance(value, int | float) else value
 
-    command_line = PrimitiveConstructorSpec[Any](
-        nargs=1, metavar=",".join([item.__name__.upper()] * 2) + ",..", instance_from_str=lambda words: split(words[0]),
+    return BeforeValidator(split)
+
+
+def _word(item: type) -> PrimitiveConstructorSpec[Any]:
+    """On the command line: one word with commas."""
+    name = {int: "INT", float: "FLOAT", str: "NAME"}[item]
+    return PrimitiveConstructorSpec(
+        nargs=1, metavar=f"{name},{name},..", instance_from_str=lambda words: _split(item).func(words[0]),  # type: ignore
         is_instance=lambda value: isinstance(value, tuple), str_from_instance=lambda value: [",".join(map(str, value))],
     )
-    return BeforeValidator(split), Strict(False), command_line
+
+
+PositiveInts = Annotated[tuple[Annotated[int, Ge(1)], ...], _split(int), Strict(False), _word(int)]
+Numbers = Annotated[tuple[float, ...], _split(float), Strict(False), _word(float)]
+Words = Annotated[tuple[str, ...], _split(str), Strict(False), _word(str)]
+"""Several values; the command line reads them from one word with commas: 256,512."""
+
+__all__ = [
+    "FilePath", "Ge", "Gt", "Le", "Lt", "Numbers", "OrInfinity", "PositiveInts", "Words", "from_dict", "options",
+    "read_toml",
+]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

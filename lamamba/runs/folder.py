@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lamamba._version import __version__
 from lamamba.config import UNetConfig
-from lamamba.data.codec import CodecFacts
+from lamamba.data.codec import CodecConfig
 from lamamba.options.training import RUN_VERSION, TrainConfig
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.utils.distributed import MainProcessError, ProcessGroup
@@ -138,7 +138,7 @@ class RunFolder:
 
     def _check_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         old = {**old, "train": TrainConfig.from_dict(old["train"]).to_dict()}   # options that it did not know yet
-        old["sampling"] = json.loads(json.dumps(dataclasses.asdict(CodecFacts()))) | old["sampling"]
+        old["sampling"] = json.loads(json.dumps(dataclasses.asdict(CodecConfig()))) | old["sampling"]
         may_change = {
             "version", "lamamba", "data", "sampling.version", "sampling.autoencoder", "train.data.kind",
             "train.data.manifest", "train.data.max_bad_images", "train.data.autoencoder", "train.steps",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lamamba.config import Objective
-from lamamba.data.codec import CodecFacts
+from lamamba.data.codec import CodecConfig
 from lamamba.utils.files import read_json, write_json
 
 SAMPLING_VERSION = 2
@@ -16,7 +16,7 @@ SAMPLING_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelMetadata(CodecFacts):
+class ModelMetadata(CodecConfig):
     """What a sampler must know of a trained network besides its weights; saved with them as sampling.json."""
 
     objective: Objective

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lamamba.data.autoencoder import pixels_per_latent
-from lamamba.data.codec import CodecFacts, LatentDecoder
+from lamamba.data.codec import CodecConfig, LatentDecoder
 from lamamba.data.labels import as_names, short_names
 from lamamba.inference.compiling import compile_network
 from lamamba.inference.packing import pack_weights
@@ -126,13 +126,13 @@ def _find_in_pipeline(path: Path) -> tuple[LaMambaUNet, ModelMetadata]:
         )
     model = load_network(path / "unet")
     config = model.architecture
-    facts, pixels = CodecFacts(), 1
+    facts, pixels = CodecConfig(), 1
     if (index.get("vae") or [None])[0] is not None:
         values = read_json(path / "vae" / "config.json")
-        pixels, facts = pixels_per_latent(values), CodecFacts.of_config(values)
+        pixels, facts = pixels_per_latent(values), CodecConfig.of_config(values)
         if codec := index.get("codec"):
             plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in codec.items()}
-            facts = CodecFacts(codec="latents", **plain)
+            facts = CodecConfig(codec="latents", **plain)
         facts = dataclasses.replace(facts, autoencoder=str(path / "vae"))
     return model, ModelMetadata(
         **dataclasses.asdict(facts), objective=config.objective, image_size=config.input_size[0] * pixels,

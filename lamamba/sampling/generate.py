@@ -15,7 +15,7 @@ from lamamba.diffusion.denoise import SAMPLERS, Step, denoise, make_scheduler, s
 from lamamba.diffusion.guidance import Guidance, check_weaker, guided
 from lamamba.inference.conditioning import ConditionedNetwork
 from lamamba.models.unet import LaMambaUNet
-from lamamba.sampling.settings import MAX_SEED, Between
+from lamamba.sampling.settings import MAX_SEED, Interpolated
 
 Watch = Callable[[range, int, Tensor], None]
 """Told in every step: places of a batch's images, steps done, and x0 (b, c, h, w) as the network sees it by then."""
@@ -23,8 +23,8 @@ Watch = Callable[[range, int, Tensor], None]
 
 def generate(
     model: LaMambaUNet,
-    labels: Sequence[int | Between] | None,
-    seeds: Sequence[int | Between],
+    labels: Sequence[int | Interpolated] | None,
+    seeds: Sequence[int | Interpolated],
     *,
     sampler: str | None = None,
     num_steps: int | None = None,
@@ -102,58 +102,60 @@ def generate(
     return np.concatenate(images)
 
 
-def noise_of(seed: int | Between, shape: Sequence[int]) -> Tensor:
+def noise_of(seed: int | Interpolated, shape: Sequence[int]) -> Tensor:
     """The noise that an image starts from: (c, h, w), standard normal.
 
     Between two seeds it moves on the arc from one noise to the other, whose lengths are nearly the same.
     """
-    if not isinstance(seed, Between):
+    if not isinstance(seed, Interpolated):
         return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
     first, second = noise_of(seed.first, shape), noise_of(seed.second, shape)
     return slerp(first[None], second[None], seed.weight)[0]
 
 
-def _generator_after(seed: int | Between, shape: Sequence[int]) -> torch.Generator:
+def _generator_after(seed: int | Interpolated, shape: Sequence[int]) -> torch.Generator:
     """The image's own generator, after it has drawn the noise that the image starts from."""
-    generator = torch.Generator().manual_seed(seed.first if isinstance(seed, Between) else seed)
+    generator = torch.Generator().manual_seed(seed.first if isinstance(seed, Interpolated) else seed)
     torch.randn(tuple(shape), generator=generator)
     return generator
 
 
-def _as_numbers(labels: Sequence[int | Between] | None, num_classes: int) -> tuple[list[int] | None, Tensor | None]:
+def _as_numbers(
+    labels: Sequence[int | Interpolated] | None, num_classes: int
+) -> tuple[list[int] | None, Tensor | None]:
     """Labels as numbers; those between two as num_classes + 1 and on, with weights (m, num_classes + 1) of those."""
     if labels is None:
         return None, None
-    mixed = list(dict.fromkeys(label for label in labels if isinstance(label, Between)))
+    mixed = list(dict.fromkeys(label for label in labels if isinstance(label, Interpolated)))
     if not mixed:
-        return [int(label) for label in labels if not isinstance(label, Between)], None
+        return [int(label) for label in labels if not isinstance(label, Interpolated)], None
     weights = torch.zeros(len(mixed), num_classes + 1)
     for row, label in enumerate(mixed):
         weights[row, label.first] += 1 - label.weight
         weights[row, label.second] += label.weight
     numbers = {label: num_classes + 1 + row for row, label in enumerate(mixed)}
-    return [numbers[label] if isinstance(label, Between) else int(label) for label in labels], weights
+    return [numbers[label] if isinstance(label, Interpolated) else int(label) for label in labels], weights
 
 
 def _check(
-    model: LaMambaUNet, labels: Sequence[int | Between] | None, seeds: Sequence[int | Between], sampler: str,
+    model: LaMambaUNet, labels: Sequence[int | Interpolated] | None, seeds: Sequence[int | Interpolated], sampler: str,
     weaker: LaMambaUNet | None,
 ) -> None:
     config = model.architecture
     if not seeds:
         raise ValueError("no seeds were given; one image is made per seed")
     for seed in seeds:
-        for end in (seed.first, seed.second) if isinstance(seed, Between) else (seed,):
+        for end in (seed.first, seed.second) if isinstance(seed, Interpolated) else (seed,):
             if not 0 <= end <= MAX_SEED:
                 raise ValueError(f"seed {end} is out of range; seeds are 0 .. {MAX_SEED}")
     if labels is not None:
         if len(labels) != len(seeds):
             raise ValueError(f"{len(labels)} labels came with {len(seeds)} seeds; give one label per seed")
         for label in labels:
-            for end in (label.first, label.second) if isinstance(label, Between) else (label,):
+            for end in (label.first, label.second) if isinstance(label, Interpolated) else (label,):
                 if config.num_classes and not 0 <= end < config.num_classes:
                     raise ValueError(f"label {end} is out of range; this model knows 0 .. {config.num_classes - 1}")
-    between = any(isinstance(seed, Between) and seed.first != seed.second for seed in seeds)
+    between = any(isinstance(seed, Interpolated) and seed.first != seed.second for seed in seeds)
     if between and sampler in SAMPLERS and SAMPLERS[sampler].is_stochastic:
         quiet = [name for name in samplers_for(config.objective) if not SAMPLERS[name].is_stochastic]
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from lamamba.config import unknown_name
 from lamamba.sampling.labels import LabelRule, label_of
-from lamamba.sampling.settings import MAX_SEED, PictureFacts, Settings
+from lamamba.sampling.settings import MAX_SEED, ImageMetadata, Settings
 from lamamba.utils.files import differences_in_words, read_json
 from lamamba.utils.shards import PLAN
 
@@ -81,10 +81,10 @@ class Plan:
         """An image's PNG."""
         return f"{k:0{max(6, len(str(self.num - 1)))}d}.png"
 
-    def facts_of(self, k: int) -> PictureFacts:
+    def facts_of(self, k: int) -> ImageMetadata:
         """What the PNG of an image says of it."""
         label = self.label_of(k)
-        return PictureFacts(
+        return ImageMetadata(
             settings=self.settings, seeds=(self.seed_of(k),), labels=None if label is None else (label,),
             batch_size=self.batch_size,
         )

@@ -22,7 +22,7 @@ MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
-class Between:
+class Interpolated:
     """A place between two seeds or two classes: weight 0 is the first, 1 the second."""
 
     first: int
@@ -87,12 +87,12 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureFacts:
+class ImageMetadata:
     """What is in one PNG: settings, and the seed and label of each image on it."""
 
     settings: Settings
-    seeds: tuple[int | Between, ...]
-    labels: tuple[int | Between, ...] | None
+    seeds: tuple[int | Interpolated, ...]
+    labels: tuple[int | Interpolated, ...] | None
     """None for an unconditional model."""
     columns: int = 0
     """Of the table; 0 where the PNG is a single image as the model made it."""
@@ -109,7 +109,7 @@ class PictureFacts:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PictureFacts:
+    def from_dict(cls, values: dict[str, Any]) -> ImageMetadata:
         """Undo `to_dict`.
 
         Raises:
@@ -132,22 +132,22 @@ class PictureFacts:
         return facts
 
 
-def _plain(places: Sequence[int | Between]) -> list[int | list[float]]:
-    return [[p.first, p.second, p.weight] if isinstance(p, Between) else int(p) for p in places]
+def _plain(places: Sequence[int | Interpolated]) -> list[int | list[float]]:
+    return [[p.first, p.second, p.weight] if isinstance(p, Interpolated) else int(p) for p in places]
 
 
-def _rich(places: Sequence[int | Sequence[float]]) -> tuple[int | Between, ...]:
-    return tuple(p if isinstance(p, int) else Between(int(p[0]), int(p[1]), float(p[2])) for p in places)
+def _rich(places: Sequence[int | Sequence[float]]) -> tuple[int | Interpolated, ...]:
+    return tuple(p if isinstance(p, int) else Interpolated(int(p[0]), int(p[1]), float(p[2])) for p in places)
 
 
-def png_text(facts: PictureFacts) -> PngImagePlugin.PngInfo:
+def png_text(facts: ImageMetadata) -> PngImagePlugin.PngInfo:
     """What Pillow writes into a PNG with `save(..., pnginfo=...)`."""
     text = PngImagePlugin.PngInfo()
     text.add_text(PNG_KEY, json.dumps(facts.to_dict(), separators=(",", ":")))
     return text
 
 
-def read_png_facts(path: str | Path) -> PictureFacts:
+def read_png_facts(path: str | Path) -> ImageMetadata:
     """The settings in a PNG.
 
     Raises:
@@ -168,6 +168,6 @@ def read_png_facts(path: str | Path) -> PictureFacts:
             "saved it again"
         )
     try:
-        return PictureFacts.from_dict(json.loads(text))
+        return ImageMetadata.from_dict(json.loads(text))
     except ValueError as error:
         raise ValueError(f"the settings in {path} cannot be read: {error}") from error

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lamamba.data.labels import find_label
 from lamamba.runs.model import OpenModel
-from lamamba.sampling.settings import Between, PictureFacts
+from lamamba.sampling.settings import ImageMetadata, Interpolated
 
 DEFAULT_COLUMNS, DEFAULT_CLASSES, PATH_ROWS = 8, 10, 4
 
@@ -15,8 +15,8 @@ DEFAULT_COLUMNS, DEFAULT_CLASSES, PATH_ROWS = 8, 10, 4
 class Asked:
     """Images in the order of a table's cells."""
 
-    seeds: tuple[int | Between, ...]
-    labels: tuple[int | Between, ...] | None
+    seeds: tuple[int | Interpolated, ...]
+    labels: tuple[int | Interpolated, ...] | None
     columns: int
     row_names: tuple[str, ...]
 
@@ -64,7 +64,7 @@ def path_between(model: OpenModel, text: str, classes: str | None, num: int, see
         first, second = map(int, ends)
         start = table(model, classes, 1, 0)                                     # its labels: a row for each class
         rows = start.labels or (None,)
-        seeds = tuple(Between(first, second, weight) for _ in rows for weight in weights)
+        seeds = tuple(Interpolated(first, second, weight) for _ in rows for weight in weights)
         labels = None if start.labels is None else tuple(label for label in start.labels for _ in weights)
         return Asked(seeds, labels, num, start.row_names)
     if not model.num_classes:
@@ -74,11 +74,11 @@ def path_between(model: OpenModel, text: str, classes: str | None, num: int, see
     a, b = (find_label(end, model.facts.label_names, model.num_classes) for end in ends)
     starts = range(seed, seed + PATH_ROWS)
     return Asked(
-        tuple(start for start in starts for _ in weights), tuple(Between(a, b, w) for _ in starts for w in weights),
-        num, tuple(f"seed {start}" for start in starts),
+        tuple(start for start in starts for _ in weights),
+        tuple(Interpolated(a, b, w) for _ in starts for w in weights), num, tuple(f"seed {start}" for start in starts),
     )
 
 
-def as_before(facts: PictureFacts) -> Asked:
+def as_before(facts: ImageMetadata) -> Asked:
     """What a picture shows."""
     return Asked(facts.seeds, facts.labels, facts.columns, facts.row_names)

@@ -1,4 +1,4 @@
-"""The training loop. It knows neither samplers nor scores: observers are told of every step and look for themselves."""
+"""The training loop. It knows neither samplers nor scores: callbacks are told of every step and look for themselves."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ NAMED_FILES = 8
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What observers are told after every optimizer step, on every process."""
+class StepState:
+    """What callbacks are told after every optimizer step, on every process."""
 
     step: int
     """Optimizer steps done."""
@@ -78,7 +78,7 @@ class Moment:
     """The averaged network in one piece, on the main process only. All processes must ask, or none."""
 
 
-Observer = Callable[[Moment], None]
+Callback = Callable[[StepState], None]
 
 
 def describe(config: TrainConfig, data: ImageSet | TrainingSet) -> tuple[UNetConfig, ModelMetadata]:
@@ -105,7 +105,7 @@ def describe(config: TrainConfig, data: ImageSet | TrainingSet) -> tuple[UNetCon
 
 
 def train(
-    config: TrainConfig, data: ImageSet | TrainingSet, folder: str | Path, observers: Sequence[Observer] = ()
+    config: TrainConfig, data: ImageSet | TrainingSet, folder: str | Path, callbacks: Sequence[Callback] = ()
 ) -> TrainState:
     """Train a network from its first step, or on from the folder's newest whole checkpoint, to the last.
 
@@ -131,7 +131,7 @@ def train(
         with precision_policy(config.precision), listening() as request:
             left_out = getattr(samples, "left_out", ())                         # latents and digits know of none
             processes.together(lambda: run.create(config, architecture, facts, samples.fingerprint, left_out))
-            return _Training(config, samples, architecture, facts, run, processes).run(observers, request)
+            return _Training(config, samples, architecture, facts, run, processes).run(callbacks, request)
     finally:
         lock.release()
 
@@ -168,7 +168,7 @@ class _Training:
         )
         self.state = TrainState(model, averages, optimizer)
 
-    def run(self, observers: Sequence[Observer], request: StopRequest) -> TrainState:
+    def run(self, callbacks: Sequence[Callback], request: StopRequest) -> TrainState:
         """Resume, then step by step: forward, backward, agree with the others, update, tell, save."""
         config, state, processes, folder = self._config, self.state, self._processes, self._folder
         if not self._restore():
@@ -199,15 +199,15 @@ class _Training:
                             "grad_norm": norm, "learning_rate": self._rate,
                             "peak_memory_bytes": peak_memory(processes.device), **held_out,
                         })
-                    moment = Moment(
+                    moment = StepState(
                         state.step, config.steps, value, norm, self._rate, clock.rate, clock.seconds,
                         peak_memory(processes.device), state.ema, lambda: whole_network(state.ema, processes),
                     )
                     with clock.aside():
                         if state.step % config.checkpoint_every == 0 or is_last:
                             saved = self._save(must=is_last)
-                        for observer in observers:
-                            observer(moment)
+                        for callback in callbacks:
+                            callback(moment)
                 if is_asked and not is_last:
                     saved = saved or self._save(must=True)
                     name = next((name for name in processes.gather(request.name) if name), "a signal")

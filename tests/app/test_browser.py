@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from lamamba.app.studio import THREAD_NAME
+from lamamba.app.session import THREAD_NAME
 from lamamba.sampling.settings import read_png_facts
 from tests.app.test_page import server  # noqa: F401 (a fixture)
 

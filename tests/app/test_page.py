@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lamamba.app.studio import Studio
+from lamamba.app.session import Session
 from lamamba.cli.app import open_studio
 from lamamba.cli.main import main
 from lamamba.runs.metadata import ModelMetadata
@@ -125,7 +125,7 @@ def test_models_of_other_kinds_have_a_page_too(tmp_path):
     for num_classes, first in ((0, []), (1000, [["17", "999"]])):
         network = random_network(small_config(**sizes, num_classes=num_classes))
         facts = ModelMetadata(objective="v", image_size=8)
-        page = serve(Studio(network, facts, name="toy", source="toy"), compose, host="127.0.0.1", port=None,
+        page = serve(Session(network, facts, name="toy", source="toy"), compose, host="127.0.0.1", port=None,
                      in_background=True)
         client = Client(page.local_url, verbose=False, download_files=str(tmp_path))
         picture, *_ = client.predict(*first, 2, 5, "ddim", 3, 1.0, 8, 16, "smooth", api_name="/draw")

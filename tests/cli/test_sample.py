@@ -16,7 +16,7 @@ from PIL import Image, ImageSequence
 
 from lamamba.cli.main import main
 from lamamba.runs.metadata import ModelMetadata
-from lamamba.sampling.settings import Between, read_png_facts
+from lamamba.sampling.settings import Interpolated, read_png_facts
 from lamamba.viz.films import chosen_frames, save_film
 from tests.networks import random_network, small_config
 
@@ -107,9 +107,9 @@ def test_paths_between_seeds_and_classes(sample):
                   "--out", "a.png")[0] == 0
     facts = read_png_facts("a.png")
     assert facts.labels == (0, 0, 0, 0, 1, 1, 1, 1)
-    assert facts.seeds[:4] == tuple(Between(3, 7, k / 3) for k in range(4))
+    assert facts.seeds[:4] == tuple(Interpolated(3, 7, k / 3) for k in range(4))
     assert sample("flow", "--interpolate", "classes:ant:2", "--num", 3, "--steps", 2, "--out", "b.png")[0] == 0
-    assert read_png_facts("b.png").labels[:3] == tuple(Between(0, 2, w) for w in (0.0, 0.5, 1.0))
+    assert read_png_facts("b.png").labels[:3] == tuple(Interpolated(0, 2, w) for w in (0.0, 0.5, 1.0))
     assert read_png_facts("b.png").row_names == ("seed 0", "seed 1", "seed 2", "seed 3")
     assert sample("--like", "b.png", "--out", "c.png")[0] == 0
     assert Path("c.png").read_bytes() == Path("b.png").read_bytes()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lamamba.data.autoencoder import Autoencoder
-from lamamba.data.codec import CodecFacts, LatentDecoder, PixelCodec
+from lamamba.data.codec import CodecConfig, LatentDecoder, PixelCodec
 from tests.autoencoders import MAKERS, make_kl, make_tiny
 
 
@@ -57,7 +57,7 @@ def test_latents_are_decoded_as_their_autoencoder_wants_them(saved, kind):
 
 def test_scaling_by_channel_and_back(tmp_path):
     make_kl(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[1.0, 2.0, 4.0, 8.0]).save_pretrained(tmp_path)
-    facts = CodecFacts.of(Autoencoder(tmp_path))
+    facts = CodecConfig.of(Autoencoder(tmp_path))
     latents = torch.randn(2, 4, 3, 3)
     x0 = facts.to_x0(latents)
     torch.testing.assert_close(x0[:, 2], (latents[:, 2] - 3) / 4 * 0.5)

@@ -19,7 +19,7 @@ from lamamba.cli.main import main
 from lamamba.cli.train import open_decoder
 from lamamba.data import encode as encoding
 from lamamba.data.autoencoder import Autoencoder
-from lamamba.data.codec import CodecFacts, PixelCodec
+from lamamba.data.codec import CodecConfig, PixelCodec
 from lamamba.data.encode import encode, make_plan
 from lamamba.data.images import Images
 from lamamba.data.latents import Index, LatentSet, Plan, check_latents
@@ -72,7 +72,7 @@ def test_what_is_in_the_shards(place, encoded):
     assert index.shards[1].labels == (0, 0, 1, 1)
     assert index.plan.label_names == ("ant", "bee")
     network = Autoencoder(place / "kl")
-    assert index.plan.facts == CodecFacts(
+    assert index.plan.facts == CodecConfig(
         codec="latents", scale=0.5, shift=0.25, autoencoder=str(place / "kl"), autoencoder_sha256=network.sha256
     )
     pictures, _ = Images(FolderSource(place / "images"), 16).read(range(11))
@@ -110,7 +110,7 @@ def test_autoencoders_without_a_posterior_store_latents_alone(place, tmp_path, k
     pictures, _ = Images(FolderSource(place / "images"), 16).read([3])
     network = Autoencoder(place / kind)
     expected, _ = network.moments(PixelCodec().encode(pictures))
-    torch.testing.assert_close(x0, expected * CodecFacts.of(network).scale, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(x0, expected * CodecConfig.of(network).scale, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="made without mirror images"):
         LatentSet(tmp_path / "out", mirror=True)
 
@@ -144,7 +144,7 @@ def test_an_autoencoder_that_has_moved_is_found_where_training_says(place, encod
     with pytest.raises(OSError, match="--data.autoencoder, or train without them"):
         open_decoder(dataclasses.replace(facts, autoencoder=str(tmp_path / "gone")), torch.device("cpu"))
     assert open_decoder(facts, torch.device("meta")).autoencoder.device.type == "meta"
-    assert open_decoder(CodecFacts(), torch.device("cpu")) is None              # pixels
+    assert open_decoder(CodecConfig(), torch.device("cpu")) is None              # pixels
 
 
 @pytest.mark.parametrize("kind", ["kl", "tiny", "dc"])

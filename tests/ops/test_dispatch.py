@@ -40,7 +40,7 @@ def test_unknown_back_ends_are_answered_with_the_nearest():
 
 def test_the_automatic_choice_passes_over_what_is_not_installed_and_says_so_once(caplog):
     op = Op("an_op", (Backend("fast", "no_such_package_anywhere"), *OP.backends))
-    with caplog.at_level(logging.INFO, logger="lamamba.ops"):
+    with caplog.at_level(logging.DEBUG, logger="lamamba.ops"):
         names = {op.choose(torch.zeros(1, 1, 1), 1) for _ in range(3)}
     assert len(names) == 1
     assert len(caplog.records) == 1
@@ -84,7 +84,7 @@ def test_the_operator_runs_on_the_meta_device_and_counts_its_operations():
 
 @pytest.mark.parametrize("name", ["cpu", "torch", "reference"])
 def test_compiles_into_one_graph_and_obeys_the_choice_in_force(name):
-    if reason := OP.get(name).refusal("cpu", torch.float32, 1):
+    if reason := OP.get(name).unsupported_reason("cpu", torch.float32, 1):
         pytest.skip(reason)
     inputs = make_inputs()
     graphs = []

@@ -178,6 +178,6 @@ def test_is_the_named_back_end_of_the_op():
 
 @interpreted
 def test_refuses_what_it_cannot_run():
-    assert triton_kernels.refusal("cpu", torch.float32, 16) is None
-    assert "at most 16" in triton_kernels.refusal("cpu", torch.float32, 17)
-    assert "not float64" in triton_kernels.refusal("cpu", torch.float64, 1)
+    assert triton_kernels.unsupported_reason("cpu", torch.float32, 16) is None
+    assert "at most 16" in triton_kernels.unsupported_reason("cpu", torch.float32, 17)
+    assert "not float64" in triton_kernels.unsupported_reason("cpu", torch.float64, 1)

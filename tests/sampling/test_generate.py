@@ -10,7 +10,7 @@ from lamamba.data.codec import to_grey_levels
 from lamamba.diffusion.guidance import Guidance
 from lamamba.sampling import generate
 from lamamba.sampling.generate import noise_of
-from lamamba.sampling.settings import Between
+from lamamba.sampling.settings import Interpolated
 from tests.networks import random_network, small_config
 
 
@@ -55,7 +55,7 @@ def test_unconditional_models_take_no_labels():
     (dict(labels=None), "class-conditional: give labels"),
     (dict(seeds=[]), "no seeds were given"),
     (dict(seeds=[0, 2**63]), "seed 9223372036854775808 is out of range; seeds are 0 .. 9223372036854775807"),
-    (dict(seeds=[Between(-1, 2, 0.5), 0]), "seed -1 is out of range"),
+    (dict(seeds=[Interpolated(-1, 2, 0.5), 0]), "seed -1 is out of range"),
     (dict(batch_size=0), "batch_size=0"),
     (dict(sampler="ddpm"), "use flow-euler or flow-heun"),
 ])
@@ -88,14 +88,14 @@ def test_batches_of_1_3_and_8_and_any_order_give_the_same_images():
 def test_between_two_seeds_lie_normal_noises():
     shape = (4, 32, 32)
     first, second = noise_of(3, shape), noise_of(7, shape)
-    assert torch.equal(noise_of(Between(3, 7, 0.0), shape), first)
-    assert torch.equal(noise_of(Between(3, 7, 1.0), shape), second)
-    assert torch.equal(noise_of(Between(3, 3, 0.4), shape), first)
-    middle = noise_of(Between(3, 7, 0.5), shape)
+    assert torch.equal(noise_of(Interpolated(3, 7, 0.0), shape), first)
+    assert torch.equal(noise_of(Interpolated(3, 7, 1.0), shape), second)
+    assert torch.equal(noise_of(Interpolated(3, 3, 0.4), shape), first)
+    middle = noise_of(Interpolated(3, 7, 0.5), shape)
     torch.testing.assert_close(middle, (first + second) / (2 + 2 * torch.cosine_similarity(
         first.flatten(), second.flatten(), dim=0)).sqrt(), atol=0.02, rtol=0.02)
     for weight in (0.1, 0.3, 0.5):
-        noise = noise_of(Between(3, 7, weight), shape)
+        noise = noise_of(Interpolated(3, 7, weight), shape)
         assert abs(float(noise.std()) - 1) < 0.03                               # a straight line would have 0.71
         to_first, to_second = (torch.nn.functional.cosine_similarity(noise.flatten(), end.flatten(), dim=0)
                                for end in (first, second))
@@ -107,7 +107,7 @@ def test_between_two_seeds_lie_normal_noises():
 def test_between_two_classes_lie_their_embeddings():
     model = random_network(small_config(in_channels=1, objective="flow", width=8))
     settings = dict(num_steps=3, guidance=2.0)
-    labels = [Between(0, 2, w) for w in (0.0, 0.25, 1.0)]
+    labels = [Interpolated(0, 2, w) for w in (0.0, 0.25, 1.0)]
     walk = generate(model, [*labels, 1], [4, 4, 4, 4], **settings).astype(int)
     ends = generate(model, [0, 2, 1], [4, 4, 4], **settings).astype(int)
     assert np.abs(walk[[0, 2, 3]] - ends).max() <= 1
@@ -149,7 +149,7 @@ def test_guided_by_a_weaker_network():
 def test_no_path_between_seeds_where_noise_is_drawn_on_the_way():
     model = random_network(small_config(in_channels=1, objective="noise", width=8))
     with pytest.raises(ValueError, match="no path between two seeds; use ddim"):
-        generate(model, [0], [Between(1, 2, 0.5)], sampler="ddpm", num_steps=2)
+        generate(model, [0], [Interpolated(1, 2, 0.5)], sampler="ddpm", num_steps=2)
 
 
 def test_a_watcher_sees_every_step_of_every_batch():

@@ -11,15 +11,15 @@ from PIL import Image, PngImagePlugin
 from lamamba import LaMambaUNet
 from lamamba.diffusion.guidance import Guidance
 from lamamba.runs.model import fingerprint
-from lamamba.sampling.settings import Between, PictureFacts, Settings, png_text, read_png_facts
+from lamamba.sampling.settings import ImageMetadata, Interpolated, Settings, png_text, read_png_facts
 from tests.networks import random_network, small_config
 
 SETTINGS = Settings(
     model="runs/digits", model_sha256="abc", sampler="ddim", steps=12, height=16, width=24,
     guidance=Guidance(3.0, "first-three", (0.1, 0.8), 0.5), autoguidance="runs/early", autoguidance_sha256="def",
 )
-FACTS = PictureFacts(
-    settings=SETTINGS, seeds=(3, Between(3, 7, 0.25)), labels=(Between(0, 2, 1 / 3), 1), columns=2,
+FACTS = ImageMetadata(
+    settings=SETTINGS, seeds=(3, Interpolated(3, 7, 0.25)), labels=(Interpolated(0, 2, 1 / 3), 1), columns=2,
     row_names=("größer",), batch_size=5,
 )
 

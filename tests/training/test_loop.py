@@ -70,7 +70,7 @@ def test_learns_a_few_images(tmp_path, objective):
 
 
 def test_pictures_and_scores_do_not_count_against_the_speed(tmp_path, monkeypatch):
-    """By a clock that stands still but for 2 s in each batch's reading and 100 s in an observer."""
+    """By a clock that stands still but for 2 s in each batch's reading and 100 s in an callback."""
     now = [0.0]
     monkeypatch.setattr("lamamba.training.loop.time", SimpleNamespace(perf_counter=lambda: now[0]))
     digits, rates = FewDigits(8), []

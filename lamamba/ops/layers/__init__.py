@@ -142,7 +142,7 @@ def _have_kernels() -> bool:
 
 @torch.compiler.assume_constant_result
 def _have_triton(device_type: str) -> bool:
-    return gpu.refusal(device_type) is None
+    return gpu.unsupported_reason(device_type) is None
 
 
 # Not torch.library.custom_op, which checks more: twice the cost of a call, and a network makes a hundred of them.

@@ -26,7 +26,7 @@ _MODULES = {
 
 
 @cache
-def refusal(device_type: str) -> str | None:
+def unsupported_reason(device_type: str) -> str | None:
     """Why the kernels cannot run on such a device here; None when they can."""
     try:
         triton = importlib.import_module("triton")

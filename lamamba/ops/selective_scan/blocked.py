@@ -21,7 +21,7 @@ from torch import Tensor
 from lamamba.ops.selective_scan.reference import read, to_grid
 
 
-def refusal(device_type: str, dtype: torch.dtype, state_size: int) -> str | None:
+def unsupported_reason(device_type: str, dtype: torch.dtype, state_size: int) -> str | None:
     return None
 
 

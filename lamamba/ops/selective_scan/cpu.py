@@ -30,7 +30,7 @@ class _Scan(ctypes.Structure):
     )
 
 
-def refusal(device_type: str, dtype: torch.dtype, state_size: int) -> str | None:
+def unsupported_reason(device_type: str, dtype: torch.dtype, state_size: int) -> str | None:
     if device_type != "cpu":
         return f"it runs on CPUs and the tensors are on {device_type}"
     if dtype not in _DTYPES:
@@ -69,7 +69,7 @@ class _Call:
 
     def run(self, name: str, *, backward: bool) -> None:
         library = native.load()
-        assert library is not None                                              # refusal() saw to it
+        assert library is not None                                              # unsupported_reason() saw to it
         library.lamamba_selective_scan_workspace.restype = c_int64
         scan = ctypes.byref(self.scan)
         workspace = torch.empty(library.lamamba_selective_scan_workspace(scan, backward))

@@ -12,7 +12,7 @@ from torch import Tensor
 from lamamba.ops.scan_paths import inverse_paths
 
 
-def refusal(device_type: str, dtype: torch.dtype, state_size: int) -> str | None:
+def unsupported_reason(device_type: str, dtype: torch.dtype, state_size: int) -> str | None:
     return None
 
 

@@ -49,7 +49,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-def refusal(device_type: str, dtype: torch.dtype, state_size: int) -> str | None:
+def unsupported_reason(device_type: str, dtype: torch.dtype, state_size: int) -> str | None:
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if state_size > MAX_STATE_SIZE:

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from lamamba.app.studio import MAX_IMAGES, Request, Studio
+from lamamba.app.session import MAX_IMAGES, Request, Session
 from lamamba.config import UNetConfig
 from lamamba.models.unet import LaMambaUNet
 from lamamba.pretrained import shipped_model
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import find_network
 from lamamba.sampling import generate
-from lamamba.sampling.settings import PictureFacts
+from lamamba.sampling.settings import ImageMetadata
 
 ASKED = Request(classes=("3", "7"), num=2, seed=11, sampler="flow-euler", steps=6, guidance=1.75)
 
@@ -24,7 +24,7 @@ ASKED = Request(classes=("3", "7"), num=2, seed=11, sampler="flow-euler", steps=
 @pytest.fixture(scope="module")
 def studio():
     model, facts = find_network(shipped_model())
-    return Studio(model, facts, name="digits", source=str(shipped_model()))
+    return Session(model, facts, name="digits", source=str(shipped_model()))
 
 
 def expected(studio, labels, seeds, **settings):
@@ -51,7 +51,7 @@ def test_the_way_there_is_shown(studio):
 
 def test_facts_repeat_the_drawing(studio):
     *_, last = studio.draw(ASKED)
-    facts = PictureFacts.from_dict(studio.facts_of(ASKED).to_dict())
+    facts = ImageMetadata.from_dict(studio.facts_of(ASKED).to_dict())
     model, _ = find_network(facts.settings.model)
     again = generate(
         model, list(facts.labels), list(facts.seeds), sampler=facts.settings.sampler, num_steps=facts.settings.steps,
@@ -129,7 +129,7 @@ def test_a_model_without_classes():
         "s", width=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1, window_size=4, objective="v", in_channels=3,
         num_classes=0, grid=8,
     )
-    studio = Studio(
+    studio = Session(
         LaMambaUNet(config).eval(), ModelMetadata(objective="v", image_size=8), name="photos", source="runs/photos"
     )
     *_, last = studio.draw(Request(num=3, steps=4))

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lamamba.data.codec import Decoder
 from lamamba.options.training import SamplingOptions
 from lamamba.sampling import generate
-from lamamba.training.loop import Moment
+from lamamba.training.loop import StepState
 from lamamba.viz.grids import grid_picture, save_picture
 
 MAX_GRID_CLASSES = 10
@@ -48,7 +48,7 @@ class ProgressLine:
         if self._live:
             self._bar.stop()
 
-    def __call__(self, moment: Moment) -> None:
+    def __call__(self, moment: StepState) -> None:
         self._smooth = moment.loss if self._smooth is None else 0.95 * self._smooth + 0.05 * moment.loss
         norm, rate = f"{moment.grad_norm:.3g}", f"{moment.images_per_second:.0f} images/s"
         memory = f"{moment.peak_memory / 2**30:.1f} GiB"
@@ -73,7 +73,7 @@ class SampleGrid:
         self._options, self._folder, self._decoder = options, folder, decoder
         self._names = label_names[:MAX_GRID_CLASSES]
 
-    def __call__(self, moment: Moment) -> None:
+    def __call__(self, moment: StepState) -> None:
         options = self._options
         if not options.every or (moment.step % options.every and moment.step != moment.steps):
             return

@@ -20,7 +20,7 @@ from lamamba.models.unet import LaMambaUNet
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import fingerprint
 from lamamba.sampling import generate
-from lamamba.sampling.settings import PictureFacts, Settings
+from lamamba.sampling.settings import ImageMetadata, Settings
 
 MAX_IMAGES = 100
 """In one request: a page is for looking; many images are for lamamba sample."""
@@ -68,7 +68,7 @@ class Frame:
     """Since the drawing began."""
 
 
-class Studio:
+class Session:
     """One network and its facts, drawing for one caller at a time."""
 
     def __init__(
@@ -164,7 +164,7 @@ class Studio:
             is_watched.clear()
             worker.join()
 
-    def facts_of(self, request: Request) -> PictureFacts:
+    def facts_of(self, request: Request) -> ImageMetadata:
         """All that repeats the drawing, for the PNG's metadata."""
         height, width = self.size_of(request)
         sampler = request.sampler or self.samplers[0]
@@ -178,7 +178,7 @@ class Studio:
             dtype=str(self.model.dtype).removeprefix("torch."),
         )
         labels = self._labels(request)
-        return PictureFacts(
+        return ImageMetadata(
             settings=settings, seeds=tuple(range(request.seed, request.seed + count)),
             labels=None if labels is None else tuple(labels), columns=self.columns_of(request),
             row_names=self.row_names_of(request), batch_size=self._batch_size(request),

@@ -1,0 +1,64 @@
+"""lamamba.info: parameters, multiply-adds and memory of a network, without allocating it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lamamba.benchmarking.flops import Cost, count
+from lamamba.config import PRESETS, UNetConfig, unknown_name
+from lamamba.options.info import InfoOptions
+from lamamba.utils.files import read_json
+
+
+@dataclass(frozen=True)
+class InfoResult:
+    """What a network is and costs, for one image and one forward pass."""
+
+    config: UNetConfig
+    cost: Cost
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"config": self.config.to_dict(), **asdict(self.cost), "paper_total": self.cost.paper_total}
+
+    def __str__(self) -> str:
+        config, cost = self.config, self.cost
+        (height, width), (rows, columns) = config.input_size, config.token_grid
+        return f"""\
+LaMamba-Diff, width {config.width}, state size {config.state_size}, {config.num_classes} classes
+input                       {config.in_channels} x {height} x {width}, {rows} x {columns} tokens
+parameters                  {cost.parameters / 1e6:.2f} M
+
+for one image and one forward pass:
+  matrix products and convolutions   {cost.matrix / 1e9:.2f} G multiply-adds
+  scan                               {cost.scan / 1e9:.2f} G operations
+  layer norm                         {cost.layer_norm / 1e9:.2f} G operations
+  total, the paper's way             {cost.paper_total / 1e9:.2f} G
+  activations kept for training      {cost.activation_bytes / 2**20:.0f} MiB (float32)"""
+
+
+def info(options: InfoOptions) -> InfoResult:
+    """Count a network on PyTorch's meta device: nothing is allocated.
+
+    Raises:
+        ValueError: for an unknown preset or folder, sizes that do not fit, or a damaged config.json.
+    """
+    config = _find_config(options)
+    return InfoResult(config, count(config))
+
+
+def _find_config(options: InfoOptions) -> UNetConfig:
+    given = {name: getattr(options, name) for name in ("image_size", "state_size", "num_classes")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.model in PRESETS:
+        return UNetConfig.preset(options.model, **given)
+    path = Path(options.model)
+    if not path.exists():
+        raise unknown_name("preset or folder", options.model, PRESETS)
+    if given:
+        raise ValueError(f"{options.model} is a saved model and has its own sizes; leave {', '.join(given)} out")
+    values = read_json(path / "config.json")
+    values = values.get("architecture", values)
+    return UNetConfig.from_dict({key: value for key, value in values.items() if not key.startswith("_")})

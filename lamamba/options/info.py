@@ -1,0 +1,23 @@
+"""Options of `lamamba.info`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import tyro
+
+from lamamba.options.base import Ge, options
+
+
+@options
+class InfoOptions:
+    """Which network to count."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A preset (s, b, l, xl), or a run, checkpoint or model folder."""
+    image_size: Annotated[int | None, Ge(1)] = None
+    """Side of the image in pixels (256), 8 times the latent's; only for presets."""
+    state_size: Annotated[int | None, Ge(1)] = None
+    """State size N of the scan (1); only for presets."""
+    num_classes: Annotated[int | None, Ge(0)] = None
+    """Class labels (1000); 0: unconditional. Only for presets."""
