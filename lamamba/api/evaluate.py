@@ -331,7 +331,7 @@ def evaluate(chosen: EvaluateArguments) -> None:
         print(f"{entries[0]['protocol']['images']:,} images against {reference.name if reference else ''}; "
               f"figures and protocol: {chosen.out}")
         if len(entries) > 1:
-            from lamamba.viz.grids import evaluation_curves
+            from lamamba.viz.curves import evaluation_curves
 
             picture = chosen.out.with_suffix(".png")
             evaluation_curves(entries, network.distance_name, picture)

@@ -105,7 +105,7 @@ def main(arguments: list[str]) -> None:
         what = "training step" if chosen.mode == "train" else "forward pass"
         write_atomically(chosen.markdown, f"# LaMamba beside DiT: {what}, {chosen.dtype}\n\n{lines}\n\n{text}\n")
     if chosen.plot:
-        from lamamba.viz.grids import cost_curves
+        from lamamba.viz.curves import cost_curves
 
         cost_curves(rows, _curves(groups), chosen.plot)
     for path in (chosen.json, chosen.markdown, chosen.plot):

@@ -48,7 +48,8 @@ def main(arguments: list[str]) -> None:
     from lamamba.data.digits import Digits
     from lamamba.metrics.digits import score_digits
     from lamamba.sampling import generate
-    from lamamba.viz.grids import grid_picture, loss_curve, save_picture
+    from lamamba.viz.curves import read_metrics, run_curves
+    from lamamba.viz.grids import grid_picture, save_picture
 
     began = time.perf_counter()
     digits, out = Digits(config.data.image_size), chosen.out
@@ -72,7 +73,7 @@ def main(arguments: list[str]) -> None:
     real_first = np.concatenate([np.flatnonzero(digits.labels == d)[:SHOWN_PER_DIGIT] for d in range(10)])
     real = digits.images.transpose(0, 2, 3, 1)
     save_picture(grid_picture(real[real_first], SHOWN_PER_DIGIT, names), out / "real.png")
-    loss_curve(out / "run" / "metrics.jsonl", out / "loss.png")
+    run_curves({RECIPE: read_metrics(out / "run" / "metrics.jsonl")}, out / "loss.png")
 
     score = score_digits(samples, asked, real, digits.labels)
     training, sampling_time, overall = trained - began, sampled - trained, time.perf_counter() - began

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     if not 0 <= chosen.smooth <= 1:
         raise ValueError(f"--smooth {chosen.smooth} must lie in [0, 1]")
 
-    from lamamba.viz.grids import read_metrics, run_curves
+    from lamamba.viz.curves import read_metrics, run_curves
 
     metrics, scores = {}, {}
     for run in chosen.runs:

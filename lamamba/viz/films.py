@@ -1,9 +1,10 @@
-"""Pictures one after another: GIF through Pillow, MP4 through imageio and ffmpeg."""
+"""Sequences of pictures as films: GIF through Pillow, MP4 through imageio and ffmpeg."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,9 +14,9 @@ from lamamba.viz.grids import BACKGROUND
 
 FILM_SUFFIXES = (".gif", ".mp4")
 MAX_FRAMES = 100
-"""More steps than that, and a film shows some of them, evenly spaced, the last among them."""
+"""A film of more steps shows some of them, evenly spaced, the last included."""
 HOLD_SECONDS = 1.5
-"""For which the last picture of a film stays."""
+"""Duration of the last picture."""
 
 
 def chosen_frames(steps: int, most: int = MAX_FRAMES) -> list[int]:
@@ -24,7 +25,7 @@ def chosen_frames(steps: int, most: int = MAX_FRAMES) -> list[int]:
 
 
 def check_film(path: Path) -> None:
-    """Refuse before any work what could not be written in the end.
+    """Refuse a film that could not be written in the end, before any work.
 
     Raises:
         RuntimeError: when what MP4 needs is not installed.
@@ -34,7 +35,7 @@ def check_film(path: Path) -> None:
 
 
 def save_film(frames: Sequence[Image.Image], path: Path, frames_per_second: float) -> None:
-    """Write a film; the last picture stays for a while. Nothing half written is left by a failure.
+    """Write a film whose last picture stays for HOLD_SECONDS. A failure leaves no partial file.
 
     Raises:
         RuntimeError: when what MP4 needs is not installed.
@@ -52,14 +53,14 @@ def save_film(frames: Sequence[Image.Image], path: Path, frames_per_second: floa
 
 
 def _save_gif(frames: Sequence[Image.Image], path: Path, frames_per_second: float) -> None:
-    # one palette for all, from the last: else colours flicker
+    # one palette for all frames, of the last one: with one each, colours flicker
     palette = frames[-1].convert("RGB").quantize(256, dither=Image.Dither.NONE)
     grey = all(_is_grey(frame) for frame in (frames[0], frames[-1]))
     drawn = [
         frame.convert("L") if grey else frame.convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE)
         for frame in frames
     ]
-    each = max(20, round(1000 / frames_per_second))                             # players take less for a mistake
+    each = max(20, round(1000 / frames_per_second))                             # players slow shorter ones down
     durations = [each] * (len(drawn) - 1) + [each + round(1000 * HOLD_SECONDS)]
     drawn[0].save(path, format="GIF", save_all=True, append_images=drawn[1:], duration=durations, loop=0)
 
@@ -70,20 +71,20 @@ def _is_grey(picture: Image.Image) -> bool:
 
 
 def _save_mp4(frames: Sequence[Image.Image], path: Path, frames_per_second: float) -> None:
-    imageio = _imageio()
-    hold = round(HOLD_SECONDS * frames_per_second)
-    with imageio.get_writer(path, fps=frames_per_second, codec="libx264", quality=8, macro_block_size=2) as writer:
-        for frame in [*frames, *[frames[-1]] * hold]:
+    settings = {"fps": frames_per_second, "codec": "libx264", "quality": 8, "macro_block_size": 2}
+    with _imageio().get_writer(path, **settings) as writer:
+        for frame in [*frames, *[frames[-1]] * round(HOLD_SECONDS * frames_per_second)]:
             writer.append_data(_even(np.asarray(frame.convert("RGB"))))
 
 
 def _even(pixels: np.ndarray) -> np.ndarray:
-    """Sides that the format takes."""
+    """Padded to even sides, which H.264 needs."""
     height, width = pixels.shape[:2]
     return np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), constant_values=BACKGROUND)
 
 
-def _imageio():
+def _imageio() -> Any:
+    """imageio with an ffmpeg: the extra "film"."""
     try:
         import imageio.v2 as imageio
         import imageio_ffmpeg

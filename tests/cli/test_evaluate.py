@@ -30,7 +30,7 @@ from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import load_network
 from lamamba.sampling import generate
 from lamamba.utils.files import sha256, write_json
-from lamamba.viz.grids import evaluation_curves
+from lamamba.viz.curves import evaluation_curves
 from tests.networks import random_network, small_config
 
 SAMPLE = ["--reference", "digits", "--features", "digits", "--num-images", 40, "--steps", 2, "--device", "cpu"]

@@ -1,0 +1,278 @@
+"""Curves of trainings, evaluations and benchmarks as PNG files.
+
+Figures are made without pyplot: nothing here changes the backend or the open figures of a notebook.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.ticker
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+
+from lamamba.config import LATENT_SCALE
+from lamamba.utils.files import settle, temporary_name
+
+OUR_COLOR, PEER_COLOR = "#1f6fb4", "#b4641f"
+
+
+def _colors() -> list[str]:
+    return matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
+
+
+class _PlainLogFormatter(LogFormatter):
+    """Labels where LogFormatter has them, as plain numbers: 0.1 instead of 10^-1."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def _set_log(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(_PlainLogFormatter())
+    axes.yaxis.set_minor_formatter(_PlainLogFormatter(minor_thresholds=(1, 0.4)))
+
+
+def _tidy(panels: Sequence[Axes]) -> None:
+    """A light grid, and no frame above and on the right."""
+    for axes in panels:
+        axes.grid(alpha=0.3, which="both" if axes.get_yscale() == "log" else "major")
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a PNG atomically: a failure leaves no partial file."""
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        figure.savefig(temporary, dpi=120, format="png")
+        settle(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a truncated one, as a killed or running process leaves it, is skipped.
+
+    Raises:
+        ValueError: when there is no complete line.
+    """
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    if not lines:
+        raise ValueError(f"{path} has no lines yet; let the run make some steps")
+    return lines
+
+
+def _running_mean(values: Sequence[float], span: int) -> np.ndarray:
+    """Mean of each value and the span - 1 before it (fewer at the beginning)."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - span)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def run_curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, smooth: float = 0.02,
+    scores: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> None:
+    """Draw loss, gradient norm, images per second and quick scores of one or several runs over the optimizer steps.
+
+    Args:
+        runs: lines of each run's metrics.jsonl, by the run's name (see `read_metrics`).
+        path: a PNG.
+        smooth: span of the running mean as a share of the run; 0 draws the logged values alone.
+        scores: lines of each run's scores.jsonl, where there is one, by the run's name.
+    """
+    scores = scores or {}
+    heights = (2.2, 1, 1, 1) if scores else (2.2, 1, 1)
+    figure = Figure(figsize=(8, 2 * sum(heights)))
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    colors = _colors()
+    for number, (name, lines) in enumerate(runs.items()):
+        color = colors[number % len(colors)]
+        _draw_run(panels, name, lines, color, smooth, is_alone=len(runs) == 1)
+        if name in scores:
+            latest = {line["step"]: line["score"] for line in scores[name]}     # a step done again replaces the first
+            panels[3].plot(*zip(*sorted(latest.items()), strict=True), "o-", color=color, markersize=4)
+    panels[0].set(ylabel="loss", title=next(iter(runs)) if len(runs) == 1 else None)
+    panels[1].set(ylabel="gradient norm")
+    _set_log(panels[1])
+    panels[2].set(ylabel="images / s", ylim=(0, None))
+    if scores:
+        names = {f"{line['name']}, {line['images']} images" for lines in scores.values() for line in lines}
+        panels[3].set(ylabel=names.pop() if len(names) == 1 else "score")
+        _set_log(panels[3])
+    panels[-1].set(xlabel="optimizer step")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    losses = sorted(float(line["loss"]) for lines in runs.values() for line in lines)
+    if losses[-1] > 3 * losses[int(0.95 * len(losses))]:                        # the first steps would flatten the rest
+        _set_log(panels[0])
+    _tidy(panels)
+    if len(runs) > 1 or len(panels[0].get_legend_handles_labels()[0]) > 1:
+        panels[0].legend(frameon=False, fontsize="small")
+    figure.align_ylabels(panels)
+    _save(figure, path)
+
+
+def _draw_run(
+    panels: Sequence[Axes], name: str, lines: Sequence[Mapping[str, Any]], color: str, smooth: float, is_alone: bool
+) -> None:
+    """One run's loss, gradient norm and images per second; held-out losses as dots."""
+    steps = [line["step"] for line in lines]
+    span = max(1, round(smooth * len(lines)))
+    logged, mean, held_out = ("as logged", "running mean", "held-out images") if is_alone else (
+        None, name, f"{name}, held out")
+    for axes, key in zip(panels, ("loss", "grad_norm", "images_per_second"), strict=False):
+        values = [float(line[key]) for line in lines]
+        if span > 1:
+            axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8, label=logged)
+        label = mean if span > 1 or not is_alone else logged
+        axes.plot(steps, _running_mean(values, span), color=color, linewidth=1.6, label=label)
+    points = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
+    if points:
+        panels[0].plot(
+            *zip(*points, strict=True), "o", color=color, markersize=4, markeredgecolor="white", label=held_out
+        )
+
+
+def cost_curves(
+    rows: Sequence[Mapping[str, Any]], multiply_adds: Mapping[str, Sequence[tuple[int, int]]], path: Path
+) -> None:
+    """Draw time and multiply-adds of an image against its tokens, as `lamamba bench` measured them; log-log.
+
+    The tokens are LaMamba's, one for each latent pixel; a transformer with patch 2 has a quarter as many.
+
+    Args:
+        rows: of a benchmark's result.
+        multiply_adds: of each model, (side of the image in pixels, multiply-adds).
+        path: a PNG.
+    """
+    def tokens(image_size: int) -> float:
+        return (image_size / LATENT_SCALE) ** 2
+
+    figure = Figure(figsize=(10, 4.6))
+    left, right = figure.subplots(1, 2)
+    for model, points in multiply_adds.items():
+        color, style = (PEER_COLOR, "s--") if model.startswith("dit") else (OUR_COLOR, "o-")
+        mine = sorted((row["image_size"], row["ms"] / row["batch"]) for row in rows if row["model"] == model)
+        left.plot([tokens(size) for size, _ in mine], [ms for _, ms in mine], style, color=color, label=model)
+        right.plot([tokens(size) for size, _ in points], [n / 1e9 for _, n in points], style, color=color, label=model)
+    left.set(title=f"time of an image ({rows[0]['mode']}, {rows[0]['dtype']}, {rows[0]['device']})", ylabel="ms")
+    right.set(title="multiply-adds of an image", ylabel="G multiply-adds")
+    timed = sorted({row["image_size"] for row in rows})
+    drawn = sorted({size for points in multiply_adds.values() for size, _ in points})
+    for axes, sizes in ((left, timed), (right, drawn)):
+        axes.set(xscale="log", yscale="log", xlabel="tokens (image side)")
+        axes.set_xticks([tokens(size) for size in sizes], [f"{tokens(size):,.0f}\n{size} px" for size in sizes])
+        axes.minorticks_off()
+        _power_lines(axes, [tokens(size) for size in sizes])
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def _power_lines(axes: Axes, tokens: Sequence[float]) -> None:
+    """Thin lines that grow as the tokens (below the lowest last point) and as their square (above the highest)."""
+    if len(tokens) < 2:
+        return
+    heights, limits = [float(np.asarray(line.get_ydata())[-1]) for line in axes.lines], axes.get_ylim()
+    for power, last, name in ((1, min(heights) / 1.6, "linear"), (2, max(heights) * 1.6, "quadratic")):
+        first = last * (tokens[0] / tokens[-1]) ** power
+        axes.plot([tokens[0], tokens[-1]], [first, last], ":", color="grey", linewidth=1)
+        axes.annotate(
+            name, (tokens[-1], last), (0, -20 if power == 1 else 4), textcoords="offset points", color="grey",
+            ha="right",
+        )
+    axes.set_ylim(limits[0] / 2, limits[1] * 2)
+
+
+def evaluation_curves(entries: list[dict[str, Any]], distance: str, path: Path) -> None:
+    """Draw what `lamamba evaluate` found: the distance over training, or over guidance and against recall.
+
+    The best one is ringed and named. Bars are standard deviations over seed ranges.
+
+    Args:
+        entries: of a result; all of one guidance scale, or all of one checkpoint.
+        distance: what the Fréchet distance is called.
+        path: a PNG.
+    """
+    is_sweep = len({entry["guidance"] for entry in entries}) > 1
+    has_recall = all("recall" in entry["figures"] for entry in entries)
+    where = "guidance" if is_sweep else "step"
+    figure = Figure(figsize=(11 if has_recall else 6.5, 4.6))
+    panels = figure.subplots(1, 2 if has_recall else 1, squeeze=False)
+    left, right = panels[0][0], panels[0][-1]
+    best = min(entries, key=lambda entry: entry["figures"]["frechet"])
+    averages = list(dict.fromkeys(str(entry["ema"]) for entry in entries))
+    colors = _colors()
+    for number, average in enumerate(averages):
+        color = colors[number % len(colors)]
+        mine = sorted((e for e in entries if str(e["ema"]) == average), key=lambda e: e[where] or 0)
+        places = [entry[where] or 0 for entry in mine]
+        line = {"color": color, "marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.6}
+        name = "trained weights" if average == "none" else f"EMA {average}"
+        left.errorbar(places, *_with_spread(mine, "frechet"), **line, label=name)
+        if has_recall and is_sweep:
+            recalls, recall_spreads = _with_spread(mine, "recall")
+            right.errorbar(recalls, *_with_spread(mine, "frechet"), xerr=recall_spreads, **line)
+            for place, entry in zip(places, mine, strict=True):                 # outside of the curve's bend
+                spot = (entry["figures"]["recall"], entry["figures"]["frechet"])
+                offset, side = ((0, -20), "center") if entry is best else (
+                    ((-8, -11), "right") if place > best["guidance"] else ((8, -11), "left"))
+                right.annotate(f"{place:g}", spot, offset, textcoords="offset points", ha=side)
+        elif has_recall:                                                        # bars would hide each other
+            right.errorbar(places, _with_spread(mine, "precision")[0], **line)
+            right.errorbar(places, _with_spread(mine, "recall")[0], **{**line, "marker": "s"}, linestyle="--")
+
+    lowest, highest = best["figures"]["frechet"], max(entry["figures"]["frechet"] for entry in entries)
+    spots = [(left, best[where] or 0)] + ([(right, best["figures"]["recall"])] if has_recall and is_sweep else [])
+    for axes, place in spots:
+        axes.plot([place], [lowest], "o", markersize=12, markerfacecolor="none", markeredgecolor="black")
+        axes.set_ylabel(distance + (", lower is better" if axes is left else ""))
+        if lowest > 0 and highest > 20 * lowest:                                # the beginning would hide the end
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
+        else:
+            axes.set_ylim(0, 1.15 * max(e["figures"]["frechet"] + e["spread"].get("frechet", 0) for e in entries))
+    at = f"guidance {best['guidance']:g}" if is_sweep else f"step {best['step'] or 0:,}"
+    at += f", EMA {best['ema']}" if len(averages) > 1 and best["ema"] != "none" else ""
+    left.set(xlabel="guidance scale" if is_sweep else "optimizer step", title=f"ringed: {lowest:.4g} at {at}")
+    if len(averages) > 1:
+        left.legend(frameon=False, fontsize="small")
+    if has_recall and is_sweep:
+        right.set(xlabel="recall", title="numbers: guidance scale")
+        right.margins(x=0.12)
+    elif has_recall:
+        right.set(xlabel="optimizer step", ylabel="share", title="quality (precision) and variety (recall)")
+        right.set_ylim(0, min(1.05, max(1.2 * right.get_ylim()[1], 0.1)))
+        for style, name in (("o-", "precision"), ("s--", "recall")):            # colours are those on the left
+            right.plot([], [], style, color="grey", markersize=4, label=name)
+        right.legend(frameon=False, fontsize="small", loc="upper left")
+    for axes in panels[0]:
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 5, 10], integer=not is_sweep))
+        axes.xaxis.set_major_formatter("{x:g}" if is_sweep else "{x:,.0f}")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _with_spread(entries: list[dict[str, Any]], key: str) -> tuple[list[float], list[float] | None]:
+    """A figure of each entry, and its standard deviations; None where nothing was repeated."""
+    spreads = [entry["spread"].get(key, 0.0) for entry in entries]
+    return [entry["figures"][key] for entry in entries], spreads if any(spreads) else None

@@ -1,0 +1,58 @@
+"""Curves of runs, drawn without touching a notebook's matplotlib; damaged files are named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from lamamba.viz.curves import read_metrics, run_curves
+
+
+def lines(steps, **more):
+    return [
+        {"step": step, "loss": 1 / step**0.5, "grad_norm": 2.0, "images_per_second": 100.0, **more}
+        for step in range(1, steps + 1)
+    ]
+
+
+def test_drawing_leaves_pyplot_and_its_backend_alone(tmp_path):
+    code = """\
+import sys
+from pathlib import Path
+from lamamba.viz.curves import run_curves
+run_curves({"a": [{"step": 1, "loss": 1.0, "grad_norm": 1.0, "images_per_second": 1.0}]}, Path(sys.argv[1]))
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")], check=True)
+    assert matplotlib.image.imread(tmp_path / "a.png").std() > 0
+
+
+def test_one_run_needs_no_more_than_its_lines(tmp_path):
+    run_curves({"a": lines(100)}, tmp_path / "deep" / "one.png")
+    run_curves({"a": lines(100)}, tmp_path / "scored.png", scores={"a": [
+        {"step": step, "name": "FD", "images": 20, "score": 1 / step} for step in (50, 100)
+    ]})
+    plain, scored = (matplotlib.image.imread(path) for path in (tmp_path / "deep" / "one.png", tmp_path / "scored.png"))
+    assert scored.shape[0] > plain.shape[0]                                     # a panel more
+
+
+def test_the_running_mean_spans_a_share_of_the_run(tmp_path):
+    noisy = [{**line, "loss": line["loss"] + (line["step"] % 2)} for line in lines(100)]
+    for smooth in (0.0, 0.5):
+        run_curves({"a": noisy}, tmp_path / f"{smooth}.png", smooth)
+    rough, smoothed = (matplotlib.image.imread(tmp_path / f"{smooth}.png") for smooth in (0.0, 0.5))
+    assert np.abs(rough - smoothed).max() > 0.5
+
+
+def test_a_truncated_line_is_skipped_and_a_file_without_lines_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines(3)) + '{"step": 4, "lo')
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
+    path.write_text("")
+    with pytest.raises(ValueError, match="has no lines yet"):
+        read_metrics(path)
