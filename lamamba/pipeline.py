@@ -34,7 +34,7 @@ from lamamba.diffusion.denoise import (
     set_steps,
     slerp,
 )
-from lamamba.diffusion.guidance import Guidance, GuidedChannels, Network, check_weaker, guided
+from lamamba.diffusion.guidance import Guidance, GuidedChannels, Network, check_guiding_model, guided
 from lamamba.inference.conditioning import ConditionedNetwork
 from lamamba.models.unet import LaMambaUNet
 
@@ -251,7 +251,7 @@ class LaMambaPipeline(DiffusionPipeline):
             guidance_channels: "all" (the paper's code) or "first-three" (DiT's).
             guidance_interval: guide only where timestep / 1000 lies between these; 1 is noise.
             guidance_rescale: 0 .. 1, how much of the conditional prediction's deviation each image gets back.
-            guidance_model: a weaker network to push away from, smaller or from earlier in the training, instead of
+            guidance_model: a guiding model: smaller, or from earlier in the training, instead of
                 "no class" (autoguidance).
             height, width: of the images in pixels; by default as the network was trained.
             generator: a list, one per image, makes each image depend on its own alone; one alone serves the batch.
@@ -289,7 +289,7 @@ class LaMambaPipeline(DiffusionPipeline):
             guidance_scale = DEFAULT_GUIDANCE if labels or guidance_model is not None else 1.0
         guidance = Guidance(guidance_scale, guidance_channels, guidance_interval, guidance_rescale)
         if guidance_model is not None:
-            check_weaker(self.unet.architecture, guidance_model.architecture)
+            check_guiding_model(self.unet.architecture, guidance_model.architecture)
         size = self.unet.architecture.fit_input(height, width, self.pixels_per_input)
 
         device = self._execution_device
@@ -321,7 +321,7 @@ class LaMambaPipeline(DiffusionPipeline):
             present = None if labels is None else [*labels, *null]
             callers = [_caller(network, timesteps[first:].tolist(), present, device) for network in networks]
             chosen = None if labels is None else torch.tensor(labels, device=device)
-            predict = guided(callers[0], chosen, guidance, config["num_classes"], weaker=(*callers, None)[1])
+            predict = guided(callers[0], chosen, guidance, config["num_classes"], guiding_model=(*callers, None)[1])
             with self.progress_bar(total=self._num_timesteps) as bar:
 
                 def on_step(step: Step) -> Tensor | None:

@@ -140,13 +140,13 @@ def test_guidance_reaches_the_network():
     torch.testing.assert_close(
         run(pipe, guidance_scale=3.0, guidance_model=pipe.unet), plain, atol=1e-4, rtol=0)
     assert not torch.allclose(run(pipe, guidance_scale=3.0, guidance_model=other.unet), guided, atol=1e-3)
-    with pytest.raises(ValueError, match="weaker model has objective='flow', the model has 'noise'"):
+    with pytest.raises(ValueError, match="guiding model has objective='flow', the model has 'noise'"):
         run(pipe, guidance_model=make_pipeline().unet)
-    free, weaker = (make_pipeline("ddim", objective="noise", num_classes=0, network_seed=seed) for seed in (0, 9))
+    free, guiding = (make_pipeline("ddim", objective="noise", num_classes=0, network_seed=seed) for seed in (0, 9))
     torch.testing.assert_close(
-        run(free, label=None, guidance_model=weaker.unet),
-        run(free, label=None, guidance_model=weaker.unet, guidance_scale=2.0))
-    assert not torch.allclose(run(free, label=None, guidance_model=weaker.unet), run(free, label=None), atol=1e-3)
+        run(free, label=None, guidance_model=guiding.unet),
+        run(free, label=None, guidance_model=guiding.unet, guidance_scale=2.0))
+    assert not torch.allclose(run(free, label=None, guidance_model=guiding.unet), run(free, label=None), atol=1e-3)
     latents = make_pipeline("dpm++", make_kl())
     every, some = (
         run(latents, output_type="latent", guidance_scale=3.0, guidance_channels=channels, num_inference_steps=1)

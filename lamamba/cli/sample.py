@@ -72,7 +72,7 @@ class SampleArguments:
     guidance_rescale: float | None = None
     """0 (off) to 1: how much of the contrast that guidance adds is taken back."""
     autoguidance: Path | None = None
-    """A weaker model (smaller, or an earlier checkpoint) to guide by, instead of the model without labels."""
+    """A guiding model (smaller, or an earlier checkpoint) in place of the model without labels (autoguidance)."""
     height: int | None = None
     """Of an image in pixels; by default as in training."""
     width: int | None = None
@@ -162,7 +162,7 @@ def _like(chosen: SampleArguments, facts: ImageMetadata) -> SampleArguments:
 def prepare(
     chosen: SampleArguments, facts: ImageMetadata | None, device: torch.device, speaks: bool
 ) -> tuple[OpenModel, LaMambaUNet | None, Settings]:
-    """The model, a weaker one to guide by, and all settings, from what was asked for.
+    """The model, a guiding model, and all settings, from what was asked for.
 
     Raises:
         ValueError: when they do not fit together, or the model is not the one that made the picture to be repeated.
@@ -185,8 +185,8 @@ def prepare(
     objective = model.network.architecture.objective
     sampler = chosen.sampler or samplers_for(objective)[0]
     make_scheduler(sampler, objective, chosen.steps)                            # refused before any work
-    weaker = None if chosen.autoguidance is None else open_network(chosen.autoguidance)[0]
-    scale = (2.0 if model.num_classes or weaker else 1.0) if chosen.guidance is None else chosen.guidance
+    guiding_model = None if chosen.autoguidance is None else open_network(chosen.autoguidance)[0]
+    scale = (2.0 if model.num_classes or guiding_model else 1.0) if chosen.guidance is None else chosen.guidance
     guidance = Guidance(
         scale, chosen.guidance_channels or "all", chosen.guidance_interval or (0.0, 1.0), chosen.guidance_rescale or 0.0
     )
@@ -197,8 +197,8 @@ def prepare(
     settings = Settings(
         model=model.name, model_sha256=model.sha256, sampler=sampler,
         steps=chosen.steps or SAMPLERS[sampler].default_steps, height=height, width=width, guidance=guidance,
-        autoguidance=None if weaker is None else str(chosen.autoguidance),
-        autoguidance_sha256=None if weaker is None else fingerprint(weaker),
+        autoguidance=None if guiding_model is None else str(chosen.autoguidance),
+        autoguidance_sha256=None if guiding_model is None else fingerprint(guiding_model),
         autoencoder=model.decoder.autoencoder.name if model.decoder else None,
         autoencoder_sha256=model.decoder.autoencoder.sha256 if model.decoder else None,
         dtype=chosen.dtype or "float32", compiled=chosen.compile,
@@ -209,7 +209,7 @@ def prepare(
             getattr(settings, f"{part}_sha256") != getattr(facts.settings, f"{part}_sha256")
         ):
             raise ValueError(f"{name} is not what made {chosen.like}: it has changed. Restore it, or name another")
-    return model, weaker, settings
+    return model, guiding_model, settings
 
 
 def _place_of(chosen: SampleArguments, facts: ImageMetadata | None) -> Path | None:
@@ -232,16 +232,16 @@ def _place_of(chosen: SampleArguments, facts: ImageMetadata | None) -> Path | No
 
 
 def to_device(
-    model: OpenModel, weaker: LaMambaUNet | None, settings: Settings, device: torch.device, batch: int
+    model: OpenModel, guiding_model: LaMambaUNet | None, settings: Settings, device: torch.device, batch: int
 ) -> LaMambaUNet | None:
-    """Both networks where they work, fast for batches of so many images; the weaker one again."""
+    """Both networks where they work, fast for batches of so many images; the guiding model again."""
     import torch
 
     from lamamba.runs.model import move
 
     dtype = getattr(torch, settings.dtype)
     model.prepare(device, dtype, settings.compiled, batch)
-    return None if weaker is None else move(weaker, device, dtype)
+    return None if guiding_model is None else move(guiding_model, device, dtype)
 
 
 def _sample_picture(chosen: SampleArguments, facts: ImageMetadata | None) -> None:
@@ -263,10 +263,10 @@ def _sample_picture(chosen: SampleArguments, facts: ImageMetadata | None) -> Non
     if is_film:
         check_film(out)
     device = pick_device(chosen.device)
-    model, weaker, settings = prepare(chosen, facts, device, True)
+    model, guiding_model, settings = prepare(chosen, facts, device, True)
     asked = _asked(chosen, facts, model)
     count, batch_size = len(asked.seeds), chosen.batch_size or 64
-    weaker = to_device(model, weaker, settings, device, min(count, batch_size))
+    guiding_model = to_device(model, guiding_model, settings, device, min(count, batch_size))
     decoder = model.decoder or PixelCodec()
     walks = is_film and chosen.interpolate is None                              # else the path itself is the film
     evaluations = len(make_scheduler(settings.sampler, model.network.architecture.objective, settings.steps).timesteps)
@@ -279,8 +279,9 @@ def _sample_picture(chosen: SampleArguments, facts: ImageMetadata | None) -> Non
     with StepBar("sampling") as bar:
         images = generate(
             model.network, asked.labels, asked.seeds, sampler=settings.sampler, num_steps=settings.steps,
-            guidance=settings.guidance, weaker=weaker, input_size=model.fit(settings.height, settings.width)[0],
-            batch_size=batch_size, decoder=decoder, on_step=bar, watch=watch if walks else None,
+            guidance=settings.guidance, guiding_model=guiding_model,
+            input_size=model.fit(settings.height, settings.width)[0], batch_size=batch_size, decoder=decoder,
+            on_step=bar, watch=watch if walks else None,
         )
     if is_film:
         tables = [np.concatenate(parts) for parts in frames.values()] if walks else list(

@@ -43,7 +43,7 @@ def sample_many_images(chosen: SampleArguments, facts: ImageMetadata | None) -> 
     before = find_plan(folder)                                                  # its batch and threads, if not told
     threads = 0 if device.type != "cpu" else chosen.threads or (before and before.threads) or torch.get_num_threads()
     torch.set_num_threads(threads or torch.get_num_threads())
-    model, weaker, settings = prepare(chosen, facts, device, speaks)
+    model, guiding_model, settings = prepare(chosen, facts, device, speaks)
     rule, classes = _labels(chosen, model)
     channels = 3 if model.decoder else model.network.architecture.in_channels
     plan = Plan(
@@ -53,13 +53,13 @@ def sample_many_images(chosen: SampleArguments, facts: ImageMetadata | None) -> 
     )
     if speaks:
         _announce(plan, folder)
-    weaker = to_device(model, weaker, settings, device, plan.batch_size)
+    guiding_model = to_device(model, guiding_model, settings, device, plan.batch_size)
     decoder, input_size = model.decoder or PixelCodec(), model.fit(settings.height, settings.width)[0]
 
     def make_images(places: range, tell: Callable[[float], None]) -> np.ndarray:
         return generate(
             model.network, plan.labels_of(places), [plan.seed_of(k) for k in places], sampler=settings.sampler,
-            num_steps=settings.steps, guidance=settings.guidance, weaker=weaker, input_size=input_size,
+            num_steps=settings.steps, guidance=settings.guidance, guiding_model=guiding_model, input_size=input_size,
             batch_size=plan.batch_size, decoder=decoder, on_step=lambda done, total: tell(done / total),
         )
 

@@ -29,14 +29,14 @@ def drop_labels(labels: Tensor, uniform: Tensor, probability: float, null_label:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How far, where and when the prediction is pushed away from a weaker one.
+    """How far, where and when the prediction is pushed away from a guiding one.
 
     Raises:
         ValueError: for numbers out of range.
     """
 
     scale: float = 1.0
-    """weaker + scale (prediction - weaker); 1 is none and costs one evaluation instead of two."""
+    """guiding + scale (prediction - guiding); 1 is none and costs one evaluation instead of two."""
     channels: GuidedChannels = "all"
     """"all" channels of the prediction (the paper's code) or the "first-three" (DiT's)."""
     interval: tuple[float, float] = (0.0, 1.0)
@@ -63,10 +63,10 @@ class Guidance:
         low, high = self.interval
         return self.interval == (0, 1) or low <= float(t[0]) / NUM_TIMESTEPS <= high
 
-    def apply(self, output: Tensor, weaker: Tensor, channels: int) -> Tensor:
-        """Push the prediction, the first `channels` of output (b, >= channels, h, w); its variance stays its own."""
-        prediction, rest = output[:, :channels], output[:, channels:]
-        pushed = weaker[:, :channels] + self.scale * (prediction - weaker[:, :channels])
+    def apply(self, output: Tensor, guiding: Tensor, channels: int) -> Tensor:
+        """Guide the prediction, the first `channels` of output (b, >= channels, h, w); its variance stays its own."""
+        prediction, rest, guiding = output[:, :channels], output[:, channels:], guiding[:, :channels]
+        pushed = guiding + self.scale * (prediction - guiding)
         if self.channels == "first-three":
             pushed = torch.cat([pushed[:, :FIRST_CHANNELS], prediction[:, FIRST_CHANNELS:]], dim=1)
         if self.rescale:
@@ -76,23 +76,24 @@ class Guidance:
         return torch.cat([pushed, rest], dim=1)
 
 
-def check_weaker(config: UNetConfig, weaker: UNetConfig) -> None:
+def check_guiding_model(config: UNetConfig, guiding_model: UNetConfig) -> None:
     """Refuse a network to guide by that was made for something else.
 
     Raises:
         ValueError: when objective, channels or classes differ.
     """
     for name in ("objective", "in_channels", "num_classes"):
-        if getattr(config, name) != getattr(weaker, name):
+        own, guiding = getattr(config, name), getattr(guiding_model, name)
+        if own != guiding:
             raise ValueError(
-                f"the weaker model has {name}={getattr(weaker, name)!r}, the model has {getattr(config, name)!r}: "
+                f"the guiding model has {name}={guiding!r}, the model has {own!r}: "
                 "guide by a smaller or an earlier model of the same data"
             )
 
 
 def guided(
     model: Network, labels: Tensor | None, guidance: Guidance | float, num_classes: int, *,
-    weaker: Network | None = None,
+    guiding_model: Network | None = None,
 ) -> Predict:
     """A function of (x, t) that predicts with the labels, exaggerated as `guidance` says (a number: its scale).
 
@@ -104,11 +105,11 @@ def guided(
         model: predicts with labels (b,) in 0 .. num_classes.
         labels: (b,) int64; None for an unconditional model.
         num_classes: 0 for an unconditional model; elsewhere also the label that means "no class".
-        weaker: a second network to push away from instead, with the same labels: smaller, or from earlier in the
-            training (autoguidance, Karras et al., 2024). It may have no variance channels.
+        guiding_model: a second network in place of the unconditional pass, with the same labels: smaller, or from
+            earlier in the training (autoguidance, Karras et al., 2024). It may have no variance channels.
 
     Raises:
-        ValueError: when an unconditional model is to be guided without a weaker one, or labels are missing.
+        ValueError: when an unconditional model is to be guided without a guiding model, or labels are missing.
     """
     if not isinstance(guidance, Guidance):
         guidance = Guidance(float(guidance))
@@ -116,9 +117,9 @@ def guided(
     if num_classes == 0:
         if labels is not None:
             raise ValueError("the model is unconditional (num_classes=0): it takes no labels")
-        if settings.scale != 1 and weaker is None:
+        if settings.scale != 1 and guiding_model is None:
             raise ValueError(
-                f"guidance {settings.scale:g} needs a class-conditional model, or a weaker one to guide by; this one "
+                f"guidance {settings.scale:g} needs a class-conditional model, or a guiding model; this one "
                 "is unconditional: use 1"
             )
     elif labels is None:
@@ -127,8 +128,8 @@ def guided(
     def predict(x: Tensor, t: Tensor) -> Tensor:
         if not settings.is_on_at(t):
             return model(x, t, labels)
-        if weaker is not None:
-            return settings.apply(model(x, t, labels), weaker(x, t, labels), x.shape[1])
+        if guiding_model is not None:
+            return settings.apply(model(x, t, labels), guiding_model(x, t, labels), x.shape[1])
         assert labels is not None
         both = torch.cat([labels, torch.full_like(labels, num_classes)])
         cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lamamba.config import Grid
 from lamamba.data.codec import Decoder, PixelCodec
 from lamamba.diffusion.denoise import SAMPLERS, Step, denoise, make_scheduler, samplers_for, slerp
-from lamamba.diffusion.guidance import Guidance, check_weaker, guided
+from lamamba.diffusion.guidance import Guidance, check_guiding_model, guided
 from lamamba.inference.conditioning import ConditionedNetwork
 from lamamba.models.unet import LaMambaUNet
 from lamamba.sampling.settings import MAX_SEED, Interpolated
@@ -29,7 +29,7 @@ def generate(
     sampler: str | None = None,
     num_steps: int | None = None,
     guidance: Guidance | float = 1.0,
-    weaker: LaMambaUNet | None = None,
+    guiding_model: LaMambaUNet | None = None,
     input_size: Grid | None = None,
     batch_size: int = 64,
     decoder: Decoder | None = None,
@@ -45,7 +45,7 @@ def generate(
         sampler: a name from lamamba.diffusion.denoise.SAMPLERS; by default the objective's first.
         num_steps: sampling steps; by default the sampler's.
         guidance: how far to guide, or its scale alone; 1 is none, and costs half.
-        weaker: a second network to guide by, instead of the first one without labels (autoguidance).
+        guiding_model: a second network to guide by, instead of the first one without labels (autoguidance).
         input_size: height and width of the network's input; by default what it was made for.
         batch_size: images at a time; changes nothing but speed and memory.
         decoder: makes pictures of the network's clean output; by default its pixels are the picture's.
@@ -56,13 +56,13 @@ def generate(
         uint8 images, (len(seeds), h, w, c).
 
     Raises:
-        ValueError: when labels, seeds, sampler, size, guidance or the weaker network do not fit the network.
+        ValueError: when labels, seeds, sampler, size, guidance or the guiding model do not fit the network.
     """
     config = model.architecture
     sampler = sampler or samplers_for(config.objective)[0]
     if not isinstance(guidance, Guidance):
         guidance = Guidance(float(guidance))
-    _check(model, labels, seeds, sampler, weaker)
+    _check(model, labels, seeds, sampler, guiding_model)
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
 
@@ -70,7 +70,7 @@ def generate(
     shape = (config.in_channels, *input_size)
     decoder, images = decoder or PixelCodec(), []
     batches = [range(start, min(start + batch_size, len(seeds))) for start in range(0, len(seeds), batch_size)]
-    networks = [model] if weaker is None else [model, weaker]
+    networks = [model] if guiding_model is None else [model, guiding_model]
     with _resized(networks, input_size):
         for number, batch in enumerate(batches):
             chosen_seeds = [seeds[k] for k in batch]
@@ -86,7 +86,7 @@ def generate(
                     watch(batch, step.done, step.x0)
 
             chosen = None if labels is None else [labels[k] for k in batch]
-            null = [config.num_classes] if guidance.scale != 1 and weaker is None else []
+            null = [config.num_classes] if guidance.scale != 1 and guiding_model is None else []
             numbers, mixtures = _as_numbers(chosen, config.num_classes)
             present = None if numbers is None else [*numbers, *null]
             first, *others = [
@@ -95,7 +95,7 @@ def generate(
             ]
             predict = guided(
                 first, None if numbers is None else torch.tensor(numbers, device=model.device), guidance,
-                config.num_classes, weaker=others[0] if others else None,
+                config.num_classes, guiding_model=others[0] if others else None,
             )
             x0 = denoise(predict, scheduler, noise, generators=generators, on_step=report)
             images.append(decoder.decode(x0))
@@ -139,7 +139,7 @@ def _as_numbers(
 
 def _check(
     model: LaMambaUNet, labels: Sequence[int | Interpolated] | None, seeds: Sequence[int | Interpolated], sampler: str,
-    weaker: LaMambaUNet | None,
+    guiding_model: LaMambaUNet | None,
 ) -> None:
     config = model.architecture
     if not seeds:
@@ -162,8 +162,8 @@ def _check(
             f"sampler {sampler!r} draws noise on the way, so there is no path between two seeds; use "
             f"{' or '.join(quiet)}"
         )
-    if weaker is not None:
-        check_weaker(config, weaker.architecture)
+    if guiding_model is not None:
+        check_guiding_model(config, guiding_model.architecture)
 
 
 @contextmanager

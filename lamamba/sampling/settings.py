@@ -45,7 +45,7 @@ class Settings:
     width: int
     guidance: Guidance = field(default_factory=Guidance)
     autoguidance: str | None = None
-    """A weaker model to guide by, as it was named."""
+    """The guiding model, as it was named."""
     autoguidance_sha256: str | None = None
     autoencoder: str | None = None
     """Of models of latents, as it was named."""

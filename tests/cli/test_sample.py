@@ -213,7 +213,7 @@ def test_balanced_labels_of_an_unconditional_model_and_of_chosen_classes(sample)
     (["flow", "--interpolate", "seeds:3"], "write seeds:3:7 or classes:3:8"),
     (["flow", "--interpolate", "classes:3:ant"], "label 3 is out of range"),
     (["noise", "--interpolate", "seeds:3:4", "--sampler", "ddpm"], "no path between two seeds; use ddim"),
-    (["flow", "--autoguidance", "noise"], "weaker model has objective='noise'"),
+    (["flow", "--autoguidance", "noise"], "guiding model has objective='noise'"),
     (["flow", "--guidance-interval", "0.5", "0.1"], "guidance interval"),
     (["flow", "--seed", "99999999999999999999"], "seed 99999999999999999999 is out of range"),
     (["flow", "--batch-size", "0"], "--batch-size 0 must be at least 1"),

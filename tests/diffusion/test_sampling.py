@@ -265,17 +265,17 @@ def test_rescaled_guidance_has_the_conditional_predictions_deviation():
 
 
 @pytest.mark.parametrize("num_classes", [5, 0])
-def test_autoguidance_pushes_away_from_the_weaker_model_with_the_same_labels(num_classes):
-    model, weaker = Table(0), Table(1, channels=4)
+def test_autoguidance_extrapolates_from_the_guiding_model_with_the_same_labels(num_classes):
+    model, guiding_model = Table(0), Table(1, channels=4)
     labels = LABELS if num_classes else None
-    output = guided(model, labels, Guidance(2.0), num_classes, weaker=weaker)(X, at(500))
+    output = guided(model, labels, Guidance(2.0), num_classes, guiding_model=guiding_model)(X, at(500))
     rows = LABELS if num_classes else torch.tensor([0, 0])
-    strong, weak = model.answers[rows], weaker.answers[rows]
+    strong, weak = model.answers[rows], guiding_model.answers[rows]
     torch.testing.assert_close(output[:, :4], 2 * strong[:, :4] - weak)
     assert torch.equal(output[:, 4:], strong[:, 4:])
-    assert (model.images, weaker.images) == (2, 2)
-    guided(model, labels, Guidance(1.0), num_classes, weaker=weaker)(X, at(500))
-    assert (model.images, weaker.images) == (4, 2)
+    assert (model.images, guiding_model.images) == (2, 2)
+    guided(model, labels, Guidance(1.0), num_classes, guiding_model=guiding_model)(X, at(500))
+    assert (model.images, guiding_model.images) == (4, 2)
 
 
 @pytest.mark.parametrize(("settings", "said"), [

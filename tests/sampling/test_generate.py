@@ -135,15 +135,17 @@ def test_other_sizes_and_back():
         model.architecture.fit_input(None, 3, 1)
 
 
-def test_guided_by_a_weaker_network():
+def test_guided_by_a_guiding_model():
     model = random_network(small_config(in_channels=1, objective="flow", width=8))
-    weaker = random_network(small_config(in_channels=1, objective="flow", width=8, depths=(1, 1, 1, 1)), seed=1)
+    guiding_model = random_network(small_config(in_channels=1, objective="flow", width=8, depths=(1, 1, 1, 1)), seed=1)
     plain = generate(model, [0, 1], [1, 2], num_steps=2)
-    np.testing.assert_array_equal(generate(model, [0, 1], [1, 2], num_steps=2, weaker=weaker), plain)
-    assert not np.array_equal(generate(model, [0, 1], [1, 2], num_steps=2, guidance=2.0, weaker=weaker), plain)
+    unguided = generate(model, [0, 1], [1, 2], num_steps=2, guiding_model=guiding_model)
+    np.testing.assert_array_equal(unguided, plain)
+    output = generate(model, [0, 1], [1, 2], num_steps=2, guidance=2.0, guiding_model=guiding_model)
+    assert not np.array_equal(output, plain)
     stranger = random_network(small_config(in_channels=1, objective="noise", width=8))
-    with pytest.raises(ValueError, match="weaker model has objective='noise'"):
-        generate(model, [0], [1], num_steps=2, guidance=2.0, weaker=stranger)
+    with pytest.raises(ValueError, match="guiding model has objective='noise'"):
+        generate(model, [0], [1], num_steps=2, guidance=2.0, guiding_model=stranger)
 
 
 def test_no_path_between_seeds_where_noise_is_drawn_on_the_way():
