@@ -1,1 +1,1 @@
-"""The network: every learned parameter of the project lives in this room."""
+"""The LaMamba-Diff network and its layers, as nn.Modules."""

@@ -1,4 +1,4 @@
-"""Attention among the tokens of a small window: the local, exact half of a LaMamba block."""
+"""Window attention: the local token mixing of a LaMamba block (Swin, arXiv 2103.14030)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ from lamamba.ops.layers import window_attention
 class WindowAttention(nn.Module):
     """Multi-head attention in non-overlapping windows with a learned relative position bias (Swin, Eq. 4).
 
-    A shifted layer rolls the grid by half a window first, on each axis that has more than one window. Where the window
-    does not divide the grid, the grid is padded and no real token sees the padding. (b, h, w, c) -> (b, h, w, c).
+        Attention(Q, K, V) = softmax(Q K^T / sqrt(d) + bias) V                  within each window, for each head
+
+    (b, h, w, width) -> (b, h, w, width). A shifted layer first rolls the grid by half a window along each axis that has
+    more than one window. Where the window does not divide the grid, the grid is padded and the padding masked out.
+
+    Args:
+        width: channels c of the tokens.
+        num_heads: heads of c / num_heads channels.
+        window: (height, width) of a window in tokens.
+        shifted: whether to roll the grid and mask across regions (every second block of a stage).
     """
 
     def __init__(self, width: int, num_heads: int, window: Grid, shifted: bool):
@@ -23,32 +31,32 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.bias_table = nn.Parameter(torch.empty((2 * window[0] - 1) * (2 * window[1] - 1), num_heads))
         self.out_proj = nn.Linear(width, width)
-        self._kept: tuple[Grid, Tensor, Tensor] | None = None
+        self._cached_bias: tuple[Grid, Tensor, Tensor] | None = None
 
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.bias_table, std=0.02)
 
     def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
         shift, mask = (geometry.shift, geometry.shifted_mask) if self.shifted else ((0, 0), geometry.mask)
-        qkv = self.qkv(x)                                                       # in grid order: a token is a token
+        qkv = self.qkv(x)                                                       # (b, h, w, 3 c)
         y = window_attention(qkv, self._bias(geometry), mask, self.num_heads, geometry.window, shift)
         return self.out_proj(y)
 
     def _bias(self, geometry: Geometry) -> Tensor:
-        """The table's row of every pair of a window's tokens: (heads, tokens, tokens).
+        """Relative position bias of every (query, key) pair of a window: (heads, tokens, tokens).
 
-        On a CPU without gradients it is kept and made again when the table has changed. The numbers themselves are
-        compared, which costs a twentieth of making it: an edit through `.data` leaves no other trace.
+        Cached on a CPU without gradients, and gathered again when the table has changed. The values are compared, at a
+        twentieth of the gather's cost, because an edit through `.data` leaves no other trace.
         """
         table, window = self.bias_table, geometry.window
-        keeps = table.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if keeps and self._kept is not None:
-            kept_window, kept_table, bias = self._kept
-            if kept_window == window and kept_table.dtype == table.dtype and torch.equal(kept_table, table):
+        cacheable = table.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if cacheable and self._cached_bias is not None:
+            cached_window, cached_table, bias = self._cached_bias
+            if cached_window == window and cached_table.dtype == table.dtype and torch.equal(cached_table, table):
                 return bias
         tokens = window[0] * window[1]
         bias = table[geometry.relative_positions].view(tokens, tokens, self.num_heads).permute(2, 0, 1)
-        if keeps:
+        if cacheable:
             bias = bias.to(torch.promote_types(table.dtype, torch.float32)).contiguous()
-            self._kept = window, table.detach().clone(), bias
+            self._cached_bias = window, table.detach().clone(), bias
         return bias

@@ -1,4 +1,4 @@
-"""The LaMamba block: scan, then windows, then MLP, each told by the condition how loudly to speak."""
+"""The LaMamba block: selective scan, window attention and MLP, each with adaLN-Zero modulation and gate."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lamamba.ops.layers import few_rows_linear, gated_sum, modulated_norm
 
 
 class ModulatedNorm(nn.LayerNorm):
-    """LayerNorm(x) (1 + scale) + shift, with (b, c) shift and scale for (b, h, w, c) tokens."""
+    """Adaptive LayerNorm: LayerNorm(x) (1 + scale) + shift, for tokens (b, h, w, c), shift and scale (b, c)."""
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
         return modulated_norm(x, self.weight, self.bias, shift, scale, self.eps)
 
 
 class ConditionLinear(nn.Linear):
-    """A Linear for one row per image: reading its weights is the work."""
+    """Linear for the condition, (b, in) -> (b, out): one row per image, so its cost is reading the weights."""
 
     def forward(self, c: Tensor) -> Tensor:
         return few_rows_linear(c, self.weight, self.bias)
 
 
 class MLP(nn.Module):
-    """Linear, GELU (exact), Linear on every token by itself."""
+    """Token-wise Linear, GELU (exact), Linear: (b, h, w, width) -> (b, h, w, width)."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -43,8 +43,15 @@ class LaMambaBlock(nn.Module):
 
         x = x + gate * branch(modulate(LayerNorm(x), shift, scale))     for scan, attention, mlp
 
-    The condition gives nine vectors, three for each branch; all start at zero, so that a new block passes x through.
-    A branch named in the config's removed_blocks is absent, and so are its three vectors.
+    shift, scale and gate of the three branches are 9 vectors per image, Linear(SiLU(Linear(c))). Their weights start at
+    zero, so that a new block is the identity. A branch in the config's removed_blocks has no parameters at all.
+
+    Args:
+        config: sizes of the network.
+        name: of the block, as removed_blocks names it ("encoder.0.1").
+        stage: 0 .. 3, the resolution it works at.
+        shifted: whether its windows are shifted.
+        projects_condition: whether c is first projected to the stage's width (else it has that width already).
     """
 
     def __init__(self, config: UNetConfig, name: str, stage: int, *, shifted: bool, projects_condition: bool):
@@ -65,11 +72,18 @@ class LaMambaBlock(nn.Module):
         nn.init.zeros_(self.modulation.weight)
 
     def modulate(self, c: Tensor) -> Tensor:
-        """What the condition (b, condition width) tells this block: (b, 3 branches width)."""
+        """shift, scale and gate of every branch from the condition: (b, condition_width) -> (b, 3 branches width)."""
         return self.modulation(F.silu(self.condition(c)))
 
     def forward(self, x: Tensor, c: Tensor | None, geometry: Geometry, modulation: Tensor | None = None) -> Tensor:
-        """x (b, h, w, width); the condition c, unless `modulate` has made of it all that is needed already."""
+        """Compute the block's output, (b, h, w, width).
+
+        Args:
+            x: (b, h, w, width) tokens.
+            c: (b, condition_width); not read where modulation is given.
+            geometry: of the stage's grid.
+            modulation: `modulate(c)` where it was computed ahead.
+        """
         if modulation is None:
             assert c is not None
             modulation = self.modulate(c)

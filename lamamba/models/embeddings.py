@@ -1,4 +1,4 @@
-"""Where a token is, which time it is, which class is asked for: the network's three embeddings."""
+"""Patch, position and timestep embeddings."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ TIMESTEP_FEATURES = 256
 MAX_PERIOD = 10000
 
 
-def _frequencies(places: Tensor, count: int) -> Tensor:
-    """MAX_PERIOD^(-i / count) for i = 0 .. count - 1, with the precision and on the device of `places`."""
-    return torch.exp(-math.log(MAX_PERIOD) * torch.arange(count, dtype=places.dtype, device=places.device) / count)
+def _frequencies(like: Tensor, count: int) -> Tensor:
+    """MAX_PERIOD^(-i / count) for i = 0 .. count - 1, in the dtype and on the device of `like`."""
+    return torch.exp(-math.log(MAX_PERIOD) * torch.arange(count, dtype=like.dtype, device=like.device) / count)
 
 
 def position_table(grid: Grid, width: int) -> Tensor:
-    """Sines and cosines of the column in the first half of the channels, of the row in the second: (h, w, width).
+    """2-D sinusoidal position embedding, (h, w, width): initial values of the learned table.
 
-    Each half is [all sines, all cosines] with frequencies 10000^(-i / (width / 4)). Starting point of a learned table.
+    The first half of the channels encodes the column, the second the row; each half is [all sines, all cosines] with
+    frequencies 10000^(-i / (width / 4)).
     """
-    def encode(places: Tensor) -> Tensor:
-        angles = places[:, None] * _frequencies(places, width // 4)
+    def encode(indices: Tensor) -> Tensor:
+        angles = indices[:, None] * _frequencies(indices, width // 4)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)                  # (side, width / 2)
 
     height, columns = grid
@@ -34,7 +35,7 @@ def position_table(grid: Grid, width: int) -> Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """p x p input pixels to one token: convolution with stride p, LayerNorm. (b, c, H, W) -> (b, H/p, W/p, width)."""
+    """p x p convolution with stride p, then LayerNorm: (b, c, H, W) -> (b, H/p, W/p, width)."""
 
     def __init__(self, in_channels: int, width: int, patch_size: int):
         super().__init__()
@@ -51,7 +52,7 @@ class PatchEmbedding(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """256 cosines and sines of the timestep, then Linear, SiLU, Linear. (b,) -> (b, width)."""
+    """256 sinusoidal features of the timestep (cosines first), then Linear, SiLU, Linear: (b,) -> (b, width)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -63,7 +64,7 @@ class TimestepEmbedding(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
 
     def forward(self, timestep: Tensor) -> Tensor:
-        timestep = timestep.float()                                             # float32 in a bfloat16 model, too
+        timestep = timestep.float()                                             # also in a bfloat16 model
         angles = timestep[:, None] * _frequencies(timestep, TIMESTEP_FEATURES // 2)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_in.weight.dtype)
         return self.linear_out(nn.functional.silu(self.linear_in(features)))

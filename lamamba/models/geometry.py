@@ -1,4 +1,4 @@
-"""What a stage must know of its grid: reading orders, windows, and who may look at whom. Made once, no parameters."""
+"""Index tables of a stage's token grid: scan paths, relative positions and attention masks. No parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lamamba.ops import scan_paths
 
 
 def relative_positions(window: Grid) -> Tensor:
-    """Row of the bias table for every (query, key) pair of a window: (tokens, tokens), as in Swin."""
+    """Row of the bias table for every (query, key) pair of a window: (tokens, tokens) int64, as in Swin."""
     rows, columns = torch.meshgrid(torch.arange(window[0]), torch.arange(window[1]), indexing="ij")
     rows, columns = rows.flatten(), columns.flatten()
     down = rows[:, None] - rows[None] + window[0] - 1
@@ -19,32 +19,32 @@ def relative_positions(window: Grid) -> Tensor:
 
 
 def padded_grid(grid: Grid, window: Grid) -> Grid:
-    """The grid, enlarged at the bottom and right until the window divides it."""
+    """The grid padded at the bottom and right to a multiple of the window."""
     return grid[0] + -grid[0] % window[0], grid[1] + -grid[1] % window[1]
 
 
 def window_shift(grid: Grid, window: Grid) -> Grid:
-    """How far shifted blocks roll each axis: half a window, or nothing where one window covers the axis."""
+    """Shift of the shifted blocks in tokens, (rows, columns): half a window, or 0 where one window covers the axis."""
     down, right = (side // 2 if length > side else 0 for length, side in zip(grid, window, strict=True))
     return down, right
 
 
-def same_region(grid: Grid, window: Grid, shift: Grid) -> Tensor | None:
-    """Which pairs of a window may see each other after padding and rolling: (windows, tokens, tokens) bool, or None.
+def attention_mask(grid: Grid, window: Grid, shift: Grid) -> Tensor | None:
+    """Attention mask of the padded and rolled grid: (windows, tokens, tokens) bool, True where a pair attends.
 
-    A rolled window joins tokens that are not neighbours; Swin cuts each axis into three slices, and only tokens of the
-    same slices see each other. Padding is one more region, so that no real token sees it. None when all pairs may.
+    A rolled window joins tokens that are not neighbours on the grid. Swin cuts each axis into three slices, and only
+    tokens of the same slices attend to each other; padding is a region of its own. None where every pair attends.
     """
     padded = padded_grid(grid, window)
     if shift == (0, 0) and padded == grid:
         return None
 
     def slices(length: int, padded_length: int, side: int, by: int) -> Tensor:
-        place = torch.arange(padded_length)
+        index = torch.arange(padded_length)
         region = torch.zeros(padded_length, dtype=torch.int64)
         if by:
-            region = (place >= padded_length - side).long() + (place >= padded_length - by).long()
-        is_padding = torch.roll(place >= length, -by)
+            region = (index >= padded_length - side).long() + (index >= padded_length - by).long()
+        is_padding = torch.roll(index >= length, -by)
         return torch.where(is_padding, 3, region)
 
     row = slices(grid[0], padded[0], window[0], shift[0])
@@ -57,7 +57,11 @@ def same_region(grid: Grid, window: Grid, shift: Grid) -> Tensor | None:
 
 
 class Geometry(nn.Module):
-    """One stage's grid as tables on the network's device (buffers that are not saved)."""
+    """Tables of one stage's grid, as buffers that are not saved.
+
+    paths (4, l) int64 scan orders; relative_positions (tokens^2,) int64; mask and shifted_mask, of blocks without and
+    with a shift, as `attention_mask` returns them.
+    """
 
     paths: Tensor
     relative_positions: Tensor
@@ -70,5 +74,5 @@ class Geometry(nn.Module):
         self.shift = window_shift(grid, window)
         self.register_buffer("paths", scan_paths(*grid, scan).clone(), persistent=False)
         self.register_buffer("relative_positions", relative_positions(window).flatten(), persistent=False)
-        self.register_buffer("mask", same_region(grid, window, (0, 0)), persistent=False)
-        self.register_buffer("shifted_mask", same_region(grid, window, self.shift), persistent=False)
+        self.register_buffer("mask", attention_mask(grid, window, (0, 0)), persistent=False)
+        self.register_buffer("shifted_mask", attention_mask(grid, window, self.shift), persistent=False)

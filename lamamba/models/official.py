@@ -1,8 +1,8 @@
-"""Reads and writes the parameter names of the official LaMamba-Diff code.
+"""Weights, configuration and optimizer state of official LaMamba-Diff checkpoints, under our parameter names.
 
-An official training checkpoint is a pickle of {"model", "ema", "opt", "args", "config"}. It is opened without running
-anything from it: tensors and plain values, an argparse.Namespace and a yacs CfgNode (read as an ordered dict) are
-allowed, all else is refused by torch.load(weights_only=True).
+An official training checkpoint is a pickle of {"model", "ema", "opt", "args", "config"}. It is read by
+torch.load(weights_only=True), which executes nothing: tensors, plain values, an argparse.Namespace and a yacs CfgNode
+(as an ordered dict) are allowed, everything else is an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lamamba.config import NUM_STAGES, STAGE_SCALES, UNetConfig
-from lamamba.models.geometry import relative_positions, same_region
+from lamamba.models.geometry import attention_mask, relative_positions
 from lamamba.models.unet import LaMambaUNet
 
 _RENAMES = [
@@ -80,27 +80,27 @@ def _official_shape(name: str, shape: torch.Size) -> tuple[int, ...]:
 
 
 def _official_buffers(config: UNetConfig) -> dict[str, Tensor]:
-    """The tables that the official code saves beside its parameters: relative positions and shift masks."""
+    """Buffers in the official state dict: relative position indices and attention masks."""
     buffers = {}
-    homes = [(f"layers.{s}", s, config.depths[s]) for s in range(NUM_STAGES)]
-    homes += [("mid_layer", NUM_STAGES - 1, config.bottleneck_depth)]
-    homes += [(f"layers_up.{s}", NUM_STAGES - 1 - s, config.decoder_depths[s]) for s in range(NUM_STAGES)]
-    for home, stage, depth in homes:
+    stages = [(f"layers.{s}", s, config.depths[s]) for s in range(NUM_STAGES)]
+    stages += [("mid_layer", NUM_STAGES - 1, config.bottleneck_depth)]
+    stages += [(f"layers_up.{s}", NUM_STAGES - 1 - s, config.decoder_depths[s]) for s in range(NUM_STAGES)]
+    for name, stage, depth in stages:
         scale = STAGE_SCALES[stage]
         grid = (config.token_grid[0] // scale, config.token_grid[1] // scale)
         window = config.stage_window(stage)
         for i in range(depth):
-            prefix = f"{home}.blocks.{i}"
+            prefix = f"{name}.blocks.{i}"
             buffers[f"{prefix}.attn.relative_position_index"] = relative_positions(window)
             if i % 2 == 1 and grid[0] > window[0]:
-                same = same_region(grid, window, (window[0] // 2, window[1] // 2))
-                assert same is not None
-                buffers[f"{prefix}.attn_mask"] = torch.where(same, 0.0, -100.0)
+                mask = attention_mask(grid, window, (window[0] // 2, window[1] // 2))
+                assert mask is not None
+                buffers[f"{prefix}.attn_mask"] = torch.where(mask, 0.0, -100.0)
     return buffers
 
 
 def to_official(model: LaMambaUNet) -> dict[str, Tensor]:
-    """A model's weights under the official names, with the buffers its strict loader expects.
+    """State dict of a model under the official names, with the buffers that the official strict loading expects.
 
     Raises:
         ValueError: for what the official code cannot express: flow, removed blocks, a grid that is not square.
@@ -108,8 +108,9 @@ def to_official(model: LaMambaUNet) -> dict[str, Tensor]:
     config = model.architecture
     if config.objective != "noise" or config.removed_blocks or config.token_grid[0] != config.token_grid[1]:
         raise ValueError(
-            f"the official code knows neither objective={config.objective!r} other than noise, nor removed_blocks="
-            f"{config.removed_blocks}, nor a grid of {config.token_grid} that is not square; keep our own format"
+            f"the official format holds objective='noise', no removed_blocks and a square grid; this model has "
+            f"objective={config.objective!r}, removed_blocks={config.removed_blocks} and grid={config.token_grid}: "
+            "keep our own format"
         )
     state = {
         official_name(name): tensor.detach().reshape(_official_shape(name, tensor.shape)).clone()
@@ -119,7 +120,7 @@ def to_official(model: LaMambaUNet) -> dict[str, Tensor]:
 
 
 def derive_config(state: Mapping[str, Tensor], scan: Literal["continuous", "cross"] = "continuous") -> UNetConfig:
-    """The configuration that official weights imply by their names and shapes; the scan kind leaves no trace in them.
+    """Derive the configuration from the names and shapes of official weights; the scan kind is not among them.
 
     Raises:
         ValueError: when the tensors are not those of a LaMamba-Diff network.
@@ -158,11 +159,11 @@ def derive_config(state: Mapping[str, Tensor], scan: Literal["continuous", "cros
 
 
 def read_official(path: str | Path) -> dict[str, Any]:
-    """Open an official checkpoint or bare state dict (.pt) without executing anything from it.
+    """Read an official checkpoint or bare state dict (.pt) without executing anything from it.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is truncated, not a checkpoint, or asks to run code.
+        ValueError: when it is truncated, not a checkpoint, or holds objects other than those above.
     """
     path = Path(path)
     if not path.is_file():
@@ -209,7 +210,7 @@ def load_official(
     *,
     weights: Literal["ema", "model"] | None = None,
 ) -> LaMambaUNet:
-    """Build our network from an official checkpoint, in evaluation mode.
+    """Load an official checkpoint as a LaMambaUNet in evaluation mode.
 
     Args:
         source: a .pt file, its content, or a bare state dict with the official names.
@@ -242,38 +243,38 @@ def load_official(
 def official_optimizer(
     content: Mapping[str, Any], model: LaMambaUNet
 ) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
-    """AdamW's memory from an official training checkpoint, under our parameters' names.
+    """AdamW's state from an official training checkpoint, under our parameter names.
 
-    The file numbers parameters in the order of its weights, tables aside.
+    The file numbers parameters in the order of its weights, buffers not counted.
 
     Returns:
-        "exp_avg/NAME", "exp_avg_sq/NAME" and "step/NAME" tensors; the optimizer steps done (the official script's own
-        count is of micro-batches); and the settings of its parameter group.
+        "exp_avg/NAME", "exp_avg_sq/NAME" and "step/NAME" tensors; the number of optimizer steps (the official script
+        itself counts micro-batches); and the settings of the parameter group.
 
     Raises:
-        ValueError: when there is no such memory, or it does not fit the weights.
+        ValueError: when there is no such state, or it does not fit the weights.
     """
     ours = {official_name(name): (name, parameter) for name, parameter in model.named_parameters()}
     order = [key for key in _weights(content, "model") if key in ours]
     try:
-        memory, (group,) = content["opt"]["state"], content["opt"]["param_groups"]
+        states, (group,) = content["opt"]["state"], content["opt"]["param_groups"]
         numbers = group["params"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError("the checkpoint's optimizer is not an AdamW over one group of parameters") from error
-    if len(numbers) != len(order) or set(memory) != set(numbers):
+    if len(numbers) != len(order) or set(states) != set(numbers):
         raise ValueError(
-            f"the checkpoint's optimizer remembers {len(memory)} of {len(numbers)} parameters, the network has "
+            f"the checkpoint's optimizer has states of {len(states)} of {len(numbers)} parameters, the network has "
             f"{len(order)}: they do not belong together"
         )
     tensors: dict[str, Tensor] = {}
     for number, key in zip(numbers, order, strict=True):
         name, parameter = ours[key]
         for kind in ("exp_avg", "exp_avg_sq"):
-            value = memory[number][kind]
+            value = states[number][kind]
             if tuple(value.shape) != _official_shape(name, parameter.shape):
                 raise ValueError(f"{kind} of {key} has shape {tuple(value.shape)}, which is not its parameter's")
             tensors[f"{kind}/{name}"] = value.reshape(parameter.shape).clone()
-        tensors[f"step/{name}"] = torch.as_tensor(memory[number]["step"], dtype=torch.float32)
+        tensors[f"step/{name}"] = torch.as_tensor(states[number]["step"], dtype=torch.float32)
     steps = {int(value) for name, value in tensors.items() if name.startswith("step/")}
     if len(steps) != 1:
         raise ValueError(f"the checkpoint's parameters have made different numbers of steps: {sorted(steps)}")

@@ -1,4 +1,4 @@
-"""Halving and doubling the grid between stages."""
+"""Patch merging and patch expanding: the resolution changes between stages."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 
 class PatchMerging(nn.Module):
-    """Four neighbours become one token: (b, h, w, c_in) -> (b, h/2, w/2, c_out).
+    """Patch merging (Swin): concatenate 2 x 2 tokens, LayerNorm, Linear. (b, h, w, c_in) -> (b, h/2, w/2, c_out).
 
-    Neighbours are concatenated down the first column, then down the second: (0,0), (1,0), (0,1), (1,1).
+    The (row, column) order of the concatenation is (0, 0), (1, 0), (0, 1), (1, 1).
     """
 
     def __init__(self, c_in: int, c_out: int):
@@ -23,7 +23,7 @@ class PatchMerging(nn.Module):
 
 
 class PatchExpanding(nn.Module):
-    """One token becomes factor x factor tokens: (b, h, w, c_in) -> (b, factor h, factor w, c_out).
+    """Patch expanding: Linear, unfold each token to f x f, LayerNorm. (b, h, w, c_in) -> (b, f h, f w, c_out).
 
     Channels unfold in the order (row, column, channel), channel fastest: not torch.nn.PixelShuffle's order.
     """

@@ -1,4 +1,4 @@
-"""The visual state-space layer: every token hears from every other, at a cost linear in their number."""
+"""SS2D: the global token mixing of a LaMamba block, by selective scans at a cost linear in the number of tokens."""
 
 from __future__ import annotations
 
@@ -17,9 +17,19 @@ DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 
 class SS2D(nn.Module):
-    """Project, mix 3 x 3 neighbours, scan the grid along four paths, gate, project back (VMamba's SS2D; paper, Fig. 3).
+    """2-D selective scan along four paths (VMamba, arXiv 2401.10166; paper, Fig. 3). (b, h, w, width) -> same.
 
-    Letters as in lamamba.ops.selective_scan. (b, h, w, width) -> (b, h, w, width).
+        x, z = split(Linear(x))
+        y = selective_scan(SiLU(conv3x3(x)))            summed over the four paths
+        out = Linear(LayerNorm(y) SiLU(z))
+
+    Args:
+        width: channels of the tokens.
+        scan_width: channels c of the scan.
+        state_size: N, states per channel and path.
+        dt_rank: R, rank of the time step projection.
+
+    Letters as in lamamba.ops.selective_scan.
     """
 
     def __init__(self, width: int, scan_width: int, state_size: int, dt_rank: int):
@@ -38,7 +48,7 @@ class SS2D(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A memory that decays at rates 1..n (S4D-real), with steps spread evenly in log from 0.001 to 0.1 (Mamba)."""
+        """A = -(1 .. n) (S4D-real); softplus(b_dt) log-uniform in [0.001, 0.1] (Mamba)."""
         nn.init.uniform_(self.W_x, -(self.W_x.shape[2] ** -0.5), self.W_x.shape[2] ** -0.5)
         nn.init.uniform_(self.W_dt, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         step = torch.empty_like(self.b_dt).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp_().clamp_(min=DT_FLOOR)
@@ -51,7 +61,7 @@ class SS2D(nn.Module):
         b, h, w, _ = x.shape
         x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (b, h, w, c) each
         x = local_mixing(x, self.conv.weight).reshape(b, h * w, -1)
-        # a projection of single tokens commutes with the reading order: one product for all four directions
+        # a token-wise projection commutes with the permutation: one product in grid order for all four directions
         projected = F.linear(x, self.W_x.flatten(0, 1)).view(b, h * w, NUM_PATHS, -1)
         dt, B, C = projected.split([self.dt_rank, self.state_size, self.state_size], dim=-1)
         A = -torch.exp(self.A_log.float())

@@ -1,9 +1,8 @@
-"""The LaMamba-Diff U-Net, in the order of its data (paper, Section 3 and Fig. 2)."""
+"""The LaMamba-Diff U-Net (paper, Section 3 and Fig. 2)."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,13 @@ from lamamba.models.resample import PatchExpanding, PatchMerging
 
 
 class Stage(nn.Module):
-    """Blocks on one grid. Every second block shifts its windows; a removed block leaves its number unused."""
+    """The blocks of one resolution; every second one shifts its windows.
+
+    Blocks are numbered as in the full network: the numbers of removed blocks are unused.
+    """
 
     gradient_checkpointing = False
-    """Set by diffusers' enable_gradient_checkpointing: keep a block's input, compute the rest again when needed."""
+    """Whether blocks are recomputed in the backward pass; set by diffusers' enable_gradient_checkpointing."""
     _gradient_checkpointing_func: Callable[..., Tensor]
 
     def __init__(self, config: UNetConfig, name: str, stage: int, depth: int, *, is_decoder: bool = False):
@@ -36,17 +38,20 @@ class Stage(nn.Module):
             if config.branches(f"{name}.{i}")
         })
 
-    def forward(self, x: Tensor, c: Tensor | None, geometry: Geometry, ready: Iterator[Tensor | None]) -> Tensor:
-        for block in self.blocks.values():
+    def forward(
+        self, x: Tensor, c: Tensor | None, geometry: Geometry, modulations: Sequence[Tensor | None]
+    ) -> Tensor:
+        """Apply the blocks in turn; modulations holds each one's, None where it computes it from c."""
+        for block, modulation in zip(self.blocks.values(), modulations, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, c, geometry, next(ready))
+                x = self._gradient_checkpointing_func(block, x, c, geometry, modulation)
             else:
-                x = block(x, c, geometry, next(ready))
+                x = block(x, c, geometry, modulation)
         return x
 
 
 class Head(nn.Module):
-    """Tokens back to pixels: unfold each token, modulate once more, one Linear. (b, h, w, c) -> (b, hp, wp, out)."""
+    """Patch expanding, adaptive LayerNorm, Linear: (b, h, w, c) -> (b, h p, w p, out_channels)."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -62,7 +67,7 @@ class Head(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def modulate(self, c: Tensor) -> Tensor:
-        """What the condition tells the head: (b, 2 width)."""
+        """shift and scale from the condition: (b, condition_width) -> (b, 2 width)."""
         return self.modulation(F.silu(self.condition(c)))
 
     def forward(self, x: Tensor, c: Tensor | None, modulation: Tensor | None = None) -> Tensor:
@@ -74,7 +79,7 @@ class Head(nn.Module):
 
 
 class LaMambaUNet(ModelMixin, ConfigMixin):
-    """LaMamba-Diff: a U-Net whose blocks join a four-way selective scan with window attention (arXiv 2408.02615).
+    """LaMamba-Diff: a diffusion U-Net of selective scans and window attention (arXiv 2408.02615).
 
         model = LaMambaUNet(UNetConfig.preset("xl", image_size=256))
         output = model(x, timestep, class_labels)       # (b, 4, 32, 32), (b,), (b,) -> (b, 8, 32, 32)
@@ -87,7 +92,7 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
     _no_split_modules = [                                                       # noqa: RUF012 (diffusers' own form)
         "LaMambaBlock", "Head", "PatchEmbedding", "PatchMerging", "PatchExpanding", "TimestepEmbedding",
     ]
-    """What reads weights of its parts without calling them, so that hooks must bring all of them at once."""
+    """Modules that read weights of their submodules without calling these: offloading hooks move them as a whole."""
     _supports_gradient_checkpointing = True
 
     def __init__(self, config: UNetConfig):
@@ -118,7 +123,7 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw fresh weights as in the official code, but with the last Linear at zero, as DiT has it."""
+        """Initialise the weights as the official code does, but the last Linear with zeros, as DiT does."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -127,7 +132,7 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         nn.init.normal_(self.label_embedding.weight, std=0.02)
         self.position_embedding.copy_(position_table(self.architecture.token_grid, self.architecture.width))
         for module in self.modules():
-            kind = type(module)                                                 # what PyTorch's layers do is done
+            kind = type(module)                                                 # PyTorch's own layers keep their init
             if module is not self and kind.__module__.startswith("lamamba.") and "reset_parameters" in vars(kind):
                 module.reset_parameters()
             if isinstance(module, LaMambaBlock):
@@ -135,9 +140,12 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         self.head.zero_outputs()
 
     def set_grid(self, grid: int | Grid | None) -> None:
-        """Run on another grid than the network was made for (None: go back to its own).
+        """Set the token grid that the network runs on; None restores the configuration's.
 
-        The position embedding is interpolated (bicubic); the attention windows stay as they were trained.
+        The position embedding is interpolated (bicubic); the attention windows keep their trained sizes.
+
+        Args:
+            grid: (height, width) in tokens; one number means a square.
 
         Raises:
             ValueError: when a side is not a multiple of 4 tokens.
@@ -146,12 +154,12 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         run_grid = config.token_grid if grid is None else as_grid(grid)
         check_grid(run_grid, patch_size=config.patch_size)
         self._build_geometries(run_grid)
-        if self.device.type != "meta":                                          # weights may come when they are needed
+        if self.device.type != "meta":                                          # offloaded weights are on meta
             self.geometries.to(self.device)
 
     @property
     def run_grid(self) -> Grid:
-        """The grid it runs on now, (height, width) in tokens; see `set_grid`."""
+        """The grid that the network runs on, (height, width) in tokens; see `set_grid`."""
         return self._run_grid
 
     def _build_geometries(self, run_grid: Grid) -> None:
@@ -164,33 +172,36 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
             self.geometries.append(Geometry(stage_grid, window, config.scan))
 
     def _positions(self) -> Tensor:
+        """The position embedding of the grid that the network runs on: (h, w, width)."""
         if self._run_grid == self.architecture.token_grid:
             return self.position_embedding
         table = self.position_embedding.permute(2, 0, 1)[None].float()
         resized = F.interpolate(table, self._run_grid, mode="bicubic", align_corners=False)
         return resized[0].permute(1, 2, 0).to(self.position_embedding.dtype)
 
-    def _modulated(self) -> Iterator[LaMambaBlock | Head]:
-        """All that the condition speaks to, in the order of the data."""
-        for stage in (*self.encoder, self.bottleneck, *self.decoder):
-            yield from stage.blocks.values()
-        yield self.head
+    def _stages(self) -> list[Stage]:
+        return [*self.encoder, self.bottleneck, *self.decoder]
+
+    def _modulated(self) -> list[LaMambaBlock | Head]:
+        """The modules that the condition modulates, in the order in which `forward` runs them."""
+        blocks: list[Any] = [block for stage in self._stages() for block in stage.blocks.values()]
+        return [*blocks, self.head]
 
     @property
     def condition_outputs(self) -> int:
-        """Numbers that `condition` makes of one time and label."""
-        return sum(part.modulation.out_features for part in self._modulated())
+        """Width of the conditioning vector that `condition` returns."""
+        return sum(module.modulation.out_features for module in self._modulated())
 
     def condition(self, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
-        """All that the network makes of times and labels alone, for `forward` to start from: (b, condition_outputs).
+        """Compute the modulation of all blocks and the head from timestep and label: (b, condition_outputs).
 
-        Making it reads a third of the parameters and does not depend on x: a sampler needs it once for each time and
-        label of a whole run, whatever the number of images (lamamba.inference.conditioning).
+        It reads a third of the parameters and does not depend on x: a sampler needs it once for each timestep and label
+        of a run, whatever the number of images (lamamba.inference.conditioning).
 
         Args:
             timestep: (b,), or a single number for all labels.
-            class_labels: (b,) int64 in 0 .. num_classes; None for an unconditional network. Interpolated classes: (b,
-                num_classes + 1), how much of each label's embedding.
+            class_labels: (b,) int64 in 0 .. num_classes; None for an unconditional network. Interpolated classes:
+                (b, num_classes + 1), the weight of each label's embedding.
 
         Raises:
             ValueError: when class_labels do not fit the configuration.
@@ -199,7 +210,7 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         rows = class_labels.shape[0] if class_labels is not None else timestep.numel()
         self._check_labels(class_labels, rows)
         c = self._embed(timestep.expand(rows), class_labels)
-        return torch.cat([part.modulate(c) for part in self._modulated()], dim=-1)
+        return torch.cat([module.modulate(c) for module in self._modulated()], dim=-1)
 
     def _embed(self, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
         rows = torch.zeros_like(timestep, dtype=torch.int64) if class_labels is None else class_labels
@@ -213,14 +224,14 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         self, x: Tensor, timestep: Tensor | float | None, class_labels: Tensor | None = None, *,
         conditioning: Tensor | None = None,
     ) -> Tensor:
-        """Predict noise and variance, or a velocity, from a noisy input.
+        """Predict noise and variance, v, or the flow's velocity from a noisy input.
 
         Args:
             x: (b, in_channels, h, w) noisy latents or pixels.
             timestep: (b,) or a single number, 0 (clean) to 1000 (noise); fractions are fine.
             class_labels: (b,) int64 in 0 .. num_classes, where num_classes means "no class";
                 None for an unconditional network.
-            conditioning: (b, condition_outputs) from `condition`; then timestep and class_labels are not read.
+            conditioning: (b, condition_outputs) from `condition`, in place of timestep and class_labels.
 
         Returns:
             (b, out_channels, h, w): for objective "noise" the noise, then the variance's interpolation; for "flow" the
@@ -230,42 +241,52 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
             ValueError: when x, timestep, class_labels or conditioning do not fit the configuration.
         """
         self._check_input(x)
-        c, ready = self._condition(x, timestep, class_labels, conditioning)
+        c, modulations, head_modulation = self._condition(x, timestep, class_labels, conditioning)
         at = dict(zip((1, 2, 4), self.geometries, strict=True))
         x = self.patch_embedding(x) + self._positions()                                             # (b, h, w, width)
 
         skips = []
         for s, stage in enumerate(self.encoder):
-            x = stage(x, c, at[STAGE_SCALES[s]], ready)
+            x = stage(x, c, at[STAGE_SCALES[s]], modulations[s])
             skips.append(x)
             if s < 2:
                 x = self.merges[s](x)                                           # (b, h / 2, w / 2, 2 c)
         if "bottleneck" not in self.architecture.removed_blocks:
-            x = x + self.bottleneck(x, c, at[4], ready)
+            x = x + self.bottleneck(x, c, at[4], modulations[NUM_STAGES])
         for s, stage in enumerate(self.decoder):
             if s >= 2:
                 x = self.expands[s - 2](x)                                      # (b, 2 h, 2 w, c / 2)
-            x = stage(x + skips.pop(), c, at[STAGE_SCALES[NUM_STAGES - 1 - s]], ready)
-        return self.head(x, c, next(ready)).permute(0, 3, 1, 2)                             # (b, out_channels, h, w)
+            x = stage(x + skips.pop(), c, at[STAGE_SCALES[NUM_STAGES - 1 - s]], modulations[NUM_STAGES + 1 + s])
+        return self.head(x, c, head_modulation).permute(0, 3, 1, 2)                         # (b, out_channels, h, w)
 
     def _condition(
         self, x: Tensor, timestep: Tensor | float | None, class_labels: Tensor | None, conditioning: Tensor | None
-    ) -> tuple[Tensor | None, Iterator[Tensor | None]]:
-        """c (b, 4 width), and for every part what `condition` has made of it already: nothing, or all, and no c."""
+    ) -> tuple[Tensor | None, list[list[Tensor | None]], Tensor | None]:
+        """The condition c, the modulations of each stage's blocks, and the head's.
+
+        c is (b, condition_width) and all modulations None, or, with conditioning, c is None and these are its pieces.
+        """
+        sizes = [module.modulation.out_features for module in self._modulated()]
+        pieces: list[Tensor | None] = [None] * len(sizes)
+        c = None
         if conditioning is not None:
-            sizes = [part.modulation.out_features for part in self._modulated()]
             fits = (x.shape[0], sum(sizes))
             if tuple(conditioning.shape) != fits:
                 raise ValueError(
                     f"conditioning has shape {tuple(conditioning.shape)}, x needs {fits}, "
                     "a row for each image, as condition() gives them"
                 )
-            return None, iter(conditioning.split(sizes, dim=-1))
-        if timestep is None:
+            pieces = list(conditioning.split(sizes, dim=-1))
+        elif timestep is None:
             raise ValueError("timestep is None: give the time of each image, or conditioning made by condition()")
-        self._check_labels(class_labels, x.shape[0])
-        c = self._embed(torch.as_tensor(timestep, device=x.device).expand(x.shape[0]), class_labels)
-        return c, itertools.repeat(None)
+        else:
+            self._check_labels(class_labels, x.shape[0])
+            c = self._embed(torch.as_tensor(timestep, device=x.device).expand(x.shape[0]), class_labels)
+        modulations, first = [], 0
+        for stage in self._stages():
+            modulations.append(pieces[first : first + len(stage.blocks)])
+            first += len(stage.blocks)
+        return c, modulations, pieces[-1]
 
     def _check_input(self, x: Tensor) -> None:
         config, p = self.architecture, self.architecture.patch_size
@@ -305,7 +326,7 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any):
-        """Rebuild a network (with fresh weights) from a saved configuration. Strict: unknown keys are errors.
+        """Build a network with fresh weights from a saved configuration. Strict: unknown keys are errors.
 
         Raises:
             ValueError: for an unknown key or a configuration that does not fit together.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lamamba.inference import conditioning, cuda_graph
 from lamamba.inference.conditioning import ConditionedNetwork
-from lamamba.models import conditioning, cuda_graph
 from tests.networks import random_inputs, random_network, relative_error, small_config
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

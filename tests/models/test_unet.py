@@ -237,15 +237,15 @@ class TestKeptBias:
     def check_is_fresh(self, attention, dtype=torch.float32):
         with torch.no_grad():
             kept = self.answer(attention, dtype)
-            attention._kept = None
+            attention._cached_bias = None
             torch.testing.assert_close(kept, self.answer(attention, dtype), rtol=0, atol=0, equal_nan=True)
 
     @torch.no_grad()
     def test_is_made_once(self, attention):
         self.answer(attention)
-        bias = attention._kept[-1]
+        bias = attention._cached_bias[-1]
         self.answer(attention)
-        assert attention._kept[-1] is bias
+        assert attention._cached_bias[-1] is bias
 
     @pytest.mark.parametrize("change", [
         lambda a: a.bias_table.mul_(2),
