@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 
 from lamamba.cli.bench import device_name
 from lamamba.data.codec import CodecConfig
-from lamamba.data.latents import MOMENTS, Index, LatentSet, Plan, Shard, shard_name
+from lamamba.data.latents import INDEX, MOMENTS, Index, LatentSet, Plan, Shard, shard_name
 from lamamba.data.sets import read_ahead
 from lamamba.training.draws import Draws, draw, image_indices
-from lamamba.utils.files import sha256
+from lamamba.utils.files import sha256, write_json
 
 SHAPE = (4, 32, 32)
 
@@ -34,7 +34,7 @@ def write_latents(folder: Path, images: int, shard_size: int = 1024) -> None:
     """Shards of random moments, and their index."""
     plan = Plan(
         source="random numbers", source_fingerprint="", images=images, image_size=256, crop="centre", views=2, parts=2,
-        shape=SHAPE, storage="float16", facts=CodecConfig(codec="latents", scale=0.18215), compute="float32",
+        shape=SHAPE, storage="float16", codec=CodecConfig(codec="latents", scale=0.18215), compute="float32",
         batch_size=1, threads=1, shard_size=shard_size, label_names=tuple(map(str, range(1000))),
     )
     folder.mkdir(parents=True)
@@ -47,9 +47,9 @@ def write_latents(folder: Path, images: int, shard_size: int = 1024) -> None:
         labels = tuple(index % 1000 for index in plan.shard_range(number))
         shards.append(Shard(
             file=path.name, bytes=path.stat().st_size, sha256=sha256(path), labels=labels,
-            files=tuple(map(str, labels)), left_out={},
+            files=tuple(map(str, labels)), excluded={},
         ))
-    Index(plan, tuple(shards)).save(folder)
+    write_json(folder / INDEX, Index(plan, tuple(shards)).to_dict())
 
 
 def rate(work: Callable[[], int], repeats: int) -> float:

@@ -17,26 +17,31 @@ from typing import TYPE_CHECKING, Any
 from lamamba._version import __version__
 
 if TYPE_CHECKING:
+    from lamamba.api.encode import EncodeResult, encode
     from lamamba.api.info import info
     from lamamba.config import UNetConfig
     from lamamba.models.official import load_official, to_official
     from lamamba.models.unet import LaMambaUNet
+    from lamamba.options.encode import EncodeOptions
     from lamamba.options.info import InfoOptions
     from lamamba.pipeline import LaMambaPipeline
 
 _MODULES = {
+    "EncodeOptions": "options.encode",
+    "EncodeResult": "api.encode",
     "InfoOptions": "options.info",
     "LaMambaPipeline": "pipeline",
     "LaMambaUNet": "models.unet",
     "UNetConfig": "config",
+    "encode": "api.encode",
     "info": "api.info",
     "load_official": "models.official",
     "to_official": "models.official",
 }
 
 __all__ = [
-    "InfoOptions", "LaMambaPipeline", "LaMambaUNet", "UNetConfig", "__version__", "info", "load_official",
-    "to_official",
+    "EncodeOptions", "EncodeResult", "InfoOptions", "LaMambaPipeline", "LaMambaUNet", "UNetConfig", "__version__",
+    "encode", "info", "load_official", "to_official",
 ]
 
 

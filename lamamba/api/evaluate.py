@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -31,6 +30,7 @@ from lamamba.metrics.statistics import Statistics
 from lamamba.utils.bars import WorkBar
 from lamamba.utils.distributed import end_processes, is_main_process, launched_processes, local_device
 from lamamba.utils.files import check_target
+from lamamba.utils.progress import Progress, Report, reporting
 
 if TYPE_CHECKING:
     from lamamba.options.evaluation import EvaluateArguments, StatsArguments
@@ -62,15 +62,25 @@ class Group:
 
 
 class Watch:
-    """Shows the sampling steps of the batch in work beside the images that are done."""
+    """Reports the sampling steps of the batch in work beside the images that are done."""
 
     def __init__(self) -> None:
-        self.bar: WorkBar | None = None
-        self.done = 0
+        self._report: Report | None = None
+        self._last: Progress | None = None
+
+    def through(self, report: Report) -> Report:
+        """A report that this one repeats with each sampling step."""
+        self._report, self._last = report, None
+
+        def keep(progress: Progress) -> None:
+            self._last = progress
+            report(progress)
+
+        return keep
 
     def __call__(self, step: int, steps: int) -> None:
-        if self.bar is not None:
-            self.bar(self.done, f"step {step}/{steps}")
+        if self._report is not None and self._last is not None:
+            self._report(dataclasses.replace(self._last, note=f"step {step}/{steps}"))
 
 
 def collect(
@@ -78,27 +88,11 @@ def collect(
     watch: Watch | None = None,
 ) -> Features:
     """Features of all images, made by all processes; the main one's part is shown."""
-    shards = range(0, len(images), chosen.shard_size)
-    mine = sum(min(chosen.shard_size, len(images) - start) for start in shards[group.rank :: group.count])
-    text += f" (1 of {group.count} processes)" if group.count > 1 else ""
-    known, watch = 0, watch or Watch()
-    with WorkBar(text, mine) if group.is_main else contextlib.nullcontext() as bar:
-        watch.bar, watch.done = bar, 0
-
-        def tell(done: int, found: int) -> None:
-            nonlocal known
-            watch.done = done
-            if bar is not None:
-                if found != known:
-                    bar.skip(found)
-                    known = found
-                bar(done)
-
+    with reporting("auto" if group.is_main else None) as report:
         features = extract(
             images, network, folder, shard_size=chosen.shard_size, batch_size=chosen.batch_size, rank=group.rank,
-            num_processes=group.count, on_progress=tell,
+            report=watch.through(report) if watch else report, task=text,
         )
-    watch.bar = None
     group.wait()
     return features
 

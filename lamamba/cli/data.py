@@ -117,16 +117,16 @@ def _summary(manifest: Manifest, place: Path) -> str:
 
 def _check_latents(folder: Path) -> None:
     from lamamba.data.latents import Index, check_latents
-    from lamamba.utils.bars import WorkBar
+    from lamamba.utils.progress import reporting
 
     shards = len(Index.load(folder).shards)
-    with WorkBar("verifying", shards, "shards") as bar:
-        plan = check_latents(folder, lambda done, total: bar(done)).plan
+    with reporting() as report:
+        plan = check_latents(folder, report).plan
     kind = "means and deviations" if plan.parts == 2 else "latents"
     print(f"""{folder}: {shards} shards, all as they were written
 images        {plan.images:,} of {plan.source}, {len(plan.label_names) or 'no'} classes
 image size    {plan.image_size} x {plan.image_size}
 latents       {plan.shape[0]} x {plan.shape[1]} x {plan.shape[2]}, {kind}, {plan.storage}, \
 {'with' if plan.views == 2 else 'without'} mirror images
-autoencoder   {plan.facts.autoencoder} ({str(plan.facts.autoencoder_sha256)[:12]}), scale {plan.facts.scale:g}, shift \
-{plan.facts.shift:g}""")
+autoencoder   {plan.codec.autoencoder} ({str(plan.codec.autoencoder_sha256)[:12]}), scale {plan.codec.scale:g}, shift \
+{plan.codec.shift:g}""")

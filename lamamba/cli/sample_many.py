@@ -18,19 +18,18 @@ from lamamba._version import __version__
 from lamamba.cli.sample import SampleArguments, prepare, to_device
 from lamamba.data.codec import PixelCodec
 from lamamba.sampling import generate
-from lamamba.sampling.folder import Progress, sample_many
+from lamamba.sampling.folder import sample_many
 from lamamba.sampling.labels import LabelRule
 from lamamba.sampling.plan import NPZ, Plan, find_plan
 from lamamba.sampling.table import parse_classes
-from lamamba.utils.bars import WorkBar
 from lamamba.utils.distributed import is_main_process, local_device
+from lamamba.utils.progress import reporting
 
 if TYPE_CHECKING:
     from lamamba.runs.model import OpenModel
     from lamamba.sampling.settings import ImageMetadata
 
 DEFAULT_BATCH = 64
-PHASES = {"sampling": "sampling", "verifying": "verifying", "packing": f"writing {NPZ}"}
 
 
 def sample_many_images(chosen: SampleArguments, facts: ImageMetadata | None) -> None:
@@ -63,10 +62,9 @@ def sample_many_images(chosen: SampleArguments, facts: ImageMetadata | None) -> 
             batch_size=plan.batch_size, decoder=decoder, on_step=lambda done, total: tell(done / total),
         )
 
-    with WorkBar("sampling", plan.num) as bar:
+    with reporting("auto" if speaks else None) as report:
         manifest = sample_many(
-            plan, folder, make_images, rank=int(os.environ.get("RANK", "0")), machine=_machine(device),
-            on_progress=_Teller(bar, plan.num) if speaks else None,
+            plan, folder, make_images, rank=int(os.environ.get("RANK", "0")), machine=_machine(device), report=report,
         )
     if speaks:
         what = {"png": "PNG files", "npz": NPZ, "both": f"PNG files and {NPZ}"}[plan.files]
@@ -116,19 +114,3 @@ def _machine(device: torch.device) -> dict[str, str]:
         "device": name, "lamamba": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
         "numpy": np.__version__, "pillow": PIL.__version__, "python": platform.python_version(),
     }
-
-
-class _Teller:
-    """Progress on a bar; what was there before counts as done, and not for the speed."""
-
-    def __init__(self, bar: WorkBar, total: int):
-        self._bar, self._total, self._phase = bar, total, ""
-
-    def __call__(self, progress: Progress) -> None:
-        phase = "sampling" if progress.phase == "waiting" else progress.phase
-        if phase != self._phase:
-            self._bar.begin(PHASES[phase], self._total, "images")
-            if phase == "sampling":
-                self._bar.skip(progress.images)
-            self._phase = phase
-        self._bar(progress.images, "waiting for other processes" if progress.phase == "waiting" else "")

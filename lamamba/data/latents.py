@@ -6,7 +6,7 @@
                                         image (or the image alone), parts are mean and standard deviation of the
                                         autoencoder's posterior (or the latents alone, where it has none)
 
-Mean and deviation of one view lie side by side: one visit of a sample is one short read.
+Mean and deviation of one view lie side by side: reading a sample is one short read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ from torch import Tensor
 from lamamba.data.autoencoder import Autoencoder
 from lamamba.data.codec import CodecConfig
 from lamamba.data.sets import SampleDraws
-from lamamba.utils.files import differences_in_words, read_json, sha256, write_atomically
+from lamamba.utils.files import read_json, sha256
+from lamamba.utils.progress import Progress, Report
+from lamamba.utils.shards import ShardPlan
 
 LATENTS_VERSION = 1
 INDEX = "index.json"
 UNFINISHED = ".encoding"
-"""Folder that holds the plan and what is done, until all shards are there."""
+"""Folder of unfinished work in it (lamamba/utils/shards.py)."""
 MOMENTS = "moments"
 STORAGE = {"float16": torch.float16, "float32": torch.float32}
 
@@ -43,20 +45,29 @@ def is_latents(folder: str | Path) -> bool:
     return (Path(folder) / INDEX).is_file() or (Path(folder) / UNFINISHED).is_dir()
 
 
+_JSON_NAMES = {"codec": "facts", "excluded": "left_out"}
+"""Of fields that the files call otherwise."""
+_FIELDS = {name: field for field, name in _JSON_NAMES.items()}
+
+
+def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(key, key): value for key, value in values.items()}
+
+
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """All that decides what the shards hold. Two processes with the same plan write the same bytes."""
+class Plan(ShardPlan):
+    """All that decides what the shards hold: equal plans give the same bytes."""
 
     source: str
     """The images, as they were named."""
     source_fingerprint: str
-    """Of their names, classes and order, and of those left out."""
+    """Of their names, classes and order, and of the excluded files."""
     images: int
-    """Without those that were known to be bad."""
+    """Without the files that were known to be bad."""
     image_size: int
     crop: str
     views: int
@@ -67,49 +78,44 @@ class Plan:
     """(c, h, w) of one latent."""
     storage: str
     """float16 or float32."""
-    facts: CodecConfig
-    """Autoencoder and scaling."""
+    codec: CodecConfig
+    """Autoencoder and scaling; "facts" in JSON."""
     compute: str
-    """In which type the autoencoder worked."""
+    """Data type in which the autoencoder worked."""
     batch_size: int
-    """Images it saw at once: another number would round otherwise."""
+    """Images per batch of the autoencoder: another number would round otherwise."""
     threads: int
     """Of a process on a CPU: another number would round otherwise, too; 0 on GPUs."""
     shard_size: int
     """Images of a shard, but for the last."""
     label_names: tuple[str, ...]
-    left_out: tuple[str, ...] | None = None
-    """The source's files that were known to be bad when this began; None in folders that do not say."""
+    excluded: tuple[str, ...] | None = None
+    """Files known to be bad when encoding began; None in older folders. "left_out" in JSON."""
 
     @property
-    def num_shards(self) -> int:
-        return -(-self.images // self.shard_size)
-
-    def shard_range(self, number: int) -> range:
-        """The images of a shard."""
-        return range(number * self.shard_size, min((number + 1) * self.shard_size, self.images))
+    def sizes(self) -> tuple[int, int]:
+        return self.images, self.shard_size
 
     def to_dict(self) -> dict[str, Any]:
-        values = json.loads(json.dumps(dataclasses.asdict(self)))
-        if self.left_out is None:
-            del values["left_out"]                                              # older folders stay what they are
+        values = _renamed(json.loads(json.dumps(dataclasses.asdict(self))), _JSON_NAMES)
+        if self.excluded is None:
+            del values["left_out"]                                              # older folders keep their fingerprint
         return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Plan:
-        """Undo `to_dict`."""
-        return cls(**_with_tuples(values) | {"facts": CodecConfig(**_with_tuples(values["facts"]))})
+        try:
+            return cls(**_with_tuples(_renamed(values, _FIELDS)) | {"codec": CodecConfig(**_with_tuples(values["facts"]))})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the plan is damaged or of another version: {error}") from error
 
-    def differences(self, other: Plan) -> list[str]:
-        """Where another plan differs, one phrase for each entry."""
-        old, new = self.to_dict(), other.to_dict()
-        for plan in (old, new):
-            facts = plan.pop("facts")
-            for known_otherwise in ("source", "label_names", "left_out"):       # the fingerprint counts
-                plan.pop(known_otherwise, None)
-            facts.pop("autoencoder")                                            # its hash counts, not its name
-            plan |= facts
-        return differences_in_words(old, new)
+    def compared(self) -> dict[str, Any]:
+        values = self.to_dict()
+        codec = values.pop("facts")
+        for counted_otherwise in ("source", "label_names", "left_out"):         # by the source's fingerprint
+            values.pop(counted_otherwise, None)
+        codec.pop("autoencoder")                                                # its hash counts, not its name
+        return values | codec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +127,17 @@ class Shard:
     sha256: str
     labels: tuple[int, ...]
     files: tuple[str, ...]
-    left_out: dict[str, str]
-    """Images that could not be decoded when the shard was made, and why."""
+    excluded: dict[str, str]
+    """Images that could not be decoded when the shard was made, and why; "left_out" in JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return _renamed(vars(self), _JSON_NAMES)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Shard:
-        """From plain values of JSON."""
-        return cls(**_with_tuples(values))
+        """Undo `to_dict`."""
+        return cls(**_with_tuples(_renamed(values, _FIELDS)))
 
 
 def shard_name(number: int) -> str:
@@ -141,11 +151,10 @@ class Index:
     plan: Plan
     shards: tuple[Shard, ...]
 
-    def save(self, folder: Path) -> None:
-        values = {
-            "version": LATENTS_VERSION, "plan": self.plan.to_dict(), "shards": [vars(shard) for shard in self.shards],
-        }
-        write_atomically(folder / INDEX, json.dumps(values) + "\n")
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        shards = [shard.to_dict() for shard in self.shards]
+        return {"version": LATENTS_VERSION, "plan": self.plan.to_dict(), "shards": shards}
 
     @classmethod
     def load(cls, folder: Path) -> Index:
@@ -179,10 +188,10 @@ _MEND = "Run the same lamamba encode command again: it makes this shard anew and
 
 
 def check_size(folder: Path, shard: Shard) -> None:
-    """Cheap: a shard is there and as long as it was.
+    """Check that a shard has its size.
 
     Raises:
-        ValueError: naming it when not.
+        ValueError: naming the file when it is missing or has not.
     """
     path = folder / shard.file
     size = path.stat().st_size if path.is_file() else None
@@ -192,10 +201,10 @@ def check_size(folder: Path, shard: Shard) -> None:
 
 
 def check_shard(folder: Path, plan: Plan, shard: Shard) -> None:
-    """Thorough: size, hash and shape of a shard are what was written.
+    """Check size, hash and shape of a shard.
 
     Raises:
-        ValueError: naming it when not.
+        ValueError: naming the file when one differs.
     """
     check_size(folder, shard)
     path = folder / shard.file
@@ -211,12 +220,12 @@ def check_shard(folder: Path, plan: Plan, shard: Shard) -> None:
         raise ValueError(f"{path} holds moments of shape {shape} where {INDEX} says {expected}")
 
 
-def check_latents(folder: str | Path, on_shard: Callable[[int, int], None] | None = None) -> Index:
+def check_latents(folder: str | Path, report: Report | None = None) -> Index:
     """Read every shard and compare it with its hash.
 
     Args:
         folder: made by lamamba encode.
-        on_shard: told (shards done, shards in all).
+        report: called with the progress of "verifying", in shards.
 
     Raises:
         FileNotFoundError, ValueError: naming what is missing or damaged.
@@ -225,22 +234,22 @@ def check_latents(folder: str | Path, on_shard: Callable[[int, int], None] | Non
     index = Index.load(folder)
     for done, shard in enumerate(index.shards, 1):
         check_shard(folder, index.plan, shard)
-        if on_shard:
-            on_shard(done, len(index.shards))
+        if report:
+            report(Progress("verifying", done, len(index.shards), "shards"))
     return index
 
 
 class LatentSet:
-    """Latents of lamamba encode, read by memory map: each visit draws anew from the posterior of the image.
+    """Latents of lamamba encode, read by memory map: each read draws anew from the posterior of the image.
 
         x0 = (mean + std * noise - shift) * scale
 
     Args:
         folder: made by lamamba encode.
         mirror: read the mirror image's latents where the draws say so.
-        image_size: what training expects; another cache is refused.
-        autoencoder: what training expects, by name or loaded; a cache made with another is refused. Pictures are made
-            with this one from here on, wherever the one that encoded has gone.
+        image_size: what training expects; a folder made for another is refused.
+        autoencoder: what training expects, by name or loaded; a folder made with another is refused. Samples are
+            decoded with this one, wherever the one that encoded has gone.
 
     Raises:
         FileNotFoundError: when the folder holds no latents.
@@ -260,9 +269,9 @@ class LatentSet:
         self._check_fits(plan, image_size, autoencoder)
         for shard in index.shards:
             check_size(self._folder, shard)
-        self.plan, self.name, self.facts = plan, str(folder), plan.facts
+        self.plan, self.name, self.facts = plan, str(folder), plan.codec
         if autoencoder is not None:
-            self.facts = dataclasses.replace(plan.facts, autoencoder=autoencoder.name)
+            self.facts = dataclasses.replace(plan.codec, autoencoder=autoencoder.name)
         self.label_names, self.image_size = plan.label_names, plan.image_size
         self.channels, self.input_size = plan.shape[0], plan.shape[1]
         self.draws_latents = plan.parts == 2
@@ -278,10 +287,10 @@ class LatentSet:
                 f"{self._folder} holds latents of images of {plan.image_size} x {plan.image_size} pixels, this "
                 f"training wants {image_size} x {image_size}; set data.image_size={plan.image_size}, or encode anew"
             )
-        if autoencoder is not None and autoencoder.sha256 != plan.facts.autoencoder_sha256:
+        if autoencoder is not None and autoencoder.sha256 != plan.codec.autoencoder_sha256:
             raise ValueError(
-                f"{self._folder} was made with the autoencoder {plan.facts.autoencoder} "
-                f"({str(plan.facts.autoencoder_sha256)[:12]}), this training wants {autoencoder.name} "
+                f"{self._folder} was made with the autoencoder {plan.codec.autoencoder} "
+                f"({str(plan.codec.autoencoder_sha256)[:12]}), this training wants {autoencoder.name} "
                 f"({autoencoder.sha256[:12]}): weights or configurations differ. Name the first one, or encode anew"
             )
         if self._mirror and plan.views == 1:
@@ -293,7 +302,7 @@ class LatentSet:
         return len(self._labels)
 
     def _map(self, number: int) -> np.ndarray:
-        """A shard's moments (n, views, parts, c, h, w), of which only what is read comes into memory."""
+        """Memory map of a shard's moments (n, views, parts, c, h, w)."""
         if number not in self._maps:
             path = self._folder / self._shards[number]
             try:
@@ -305,14 +314,14 @@ class LatentSet:
         return self._maps[number]
 
     def moments(self, indices: Sequence[int] | np.ndarray, mirror: np.ndarray | None = None) -> Tensor:
-        """Of some images or (where mirror, (b,) bool, says so) their mirror images: (b, parts, c, h, w) as stored."""
+        """Moments of images or, where mirror (b,) bool is true, of their mirror images: (b, parts, c, h, w) as stored."""
         chosen = np.asarray(indices, dtype=np.int64)
         numbers = np.searchsorted(self._starts, chosen, side="right") - 1
         rows, plan = chosen - self._starts[numbers], self.plan
         views = np.zeros(len(chosen), dtype=np.int64) if mirror is None else mirror.astype(np.int64)
         out = np.empty((len(chosen), plan.parts, *plan.shape), dtype=plan.storage)
-        for place, (number, row, view) in enumerate(zip(numbers.tolist(), rows.tolist(), views.tolist(), strict=True)):
-            out[place] = self._map(number)[row, view]
+        for k, (number, row, view) in enumerate(zip(numbers.tolist(), rows.tolist(), views.tolist(), strict=True)):
+            out[k] = self._map(number)[row, view]
         return torch.from_numpy(out)
 
     def read(self, indices: Sequence[int], draws: SampleDraws) -> tuple[Tensor, Tensor]:
@@ -325,7 +334,7 @@ class LatentSet:
         return self.facts.to_x0(latents), torch.from_numpy(self._labels[np.asarray(indices)])
 
     def files(self, indices: Sequence[int]) -> list[str]:
-        """The images behind latents, by name; read from the index when somebody asks."""
+        """File names of images; the index is read for them at each call."""
         shards = Index.load(self._folder).shards
         numbers = np.searchsorted(self._starts, np.asarray(indices), side="right") - 1
         return [shards[n].files[index - self._starts[n]] for n, index in zip(numbers, indices, strict=True)]

@@ -1,77 +1,87 @@
-"""Features of many images, shard by shard on disk: a kill loses the shard in work, and any number of processes share.
+"""Features of many images, shard by shard on disk, by one process or by many (lamamba/utils/shards.py).
 
-    FOLDER/PLAN/plan.json                   which images, which network, how many in a shard; PLAN is its hash
-    FOLDER/PLAN/shard_00003.safetensors     features, and what else the network makes, of its images in order
+    FOLDER/PLAN/plan.json                   which images, which network, images per shard; PLAN is its hash
+    FOLDER/PLAN/shard_00003.safetensors     features, and the network's other outputs, of its images in order
+    FOLDER/PLAN/shards.json                 size and hash of each shard, when all are there
 
-A shard is written beside its place and renamed. Another plan has a folder of its own.
+Another plan has a folder of its own.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from lamamba.evaluation.images import Images, digest
 from lamamba.metrics.features import FeatureNetwork
 from lamamba.metrics.statistics import Statistics, check_features
+from lamamba.utils.files import read_json, write_atomically
+from lamamba.utils.progress import Report
+from lamamba.utils.shards import PLAN, Note, ShardedJob, ShardPlan
 
 ASKED = "asked"
-"""The classes that images should show, beside their features."""
+"""In a shard: the requested classes of the images."""
+FEATURES_VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Plan(ShardPlan):
+    values: dict[str, Any]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.values["count"], self.values["shard"]
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(self.values))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> _Plan:
+        return cls(values)
 
 
 class Features:
     """The features of a set of images, on disk; made by `extract`."""
 
-    def __init__(self, folder: Path, count: int, shard_size: int):
-        self.folder, self.count = folder, count
-        self._parts = [range(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
+    def __init__(self, folder: Path, plan: ShardPlan):
+        self.folder, self.count = folder, plan.sizes[0]
+        self._ranges = [plan.shard_range(number) for number in range(plan.num_shards)]
 
     def __len__(self) -> int:
         return self.count
 
     @property
     def num_shards(self) -> int:
-        return len(self._parts)
-
-    def places(self, shard: int) -> range:
-        """Which images a shard holds."""
-        return self._parts[shard]
+        return len(self._ranges)
 
     def path(self, shard: int) -> Path:
-        return self.folder / f"shard_{shard:05d}.safetensors"
-
-    def has(self, shard: int) -> bool:
-        """Whether a shard is there and whole."""
-        try:
-            with safe_open(self.path(shard), framework="numpy") as file:
-                return file.get_slice("features").get_shape()[0] == len(self._parts[shard])
-        except (OSError, SafetensorError):
-            return False
+        return self.folder / _file_name(shard)
 
     def names(self) -> list[str]:
-        """What the network has made."""
+        """Names of the network's outputs."""
         with safe_open(self.path(0), framework="numpy") as file:
             return sorted(file.keys())
 
     def read(self, shard: int, name: str) -> np.ndarray:
+        """One output (n, ...) of a shard's images."""
         with safe_open(self.path(shard), framework="numpy") as file:
             return file.get_tensor(name)
 
     def whole(self, name: str = "features", limit: int | None = None) -> np.ndarray:
-        """All of them in order, (count, d); or as many as `limit`, spread evenly."""
+        """All rows in order, (count, d); or as many as `limit`, spread evenly."""
         chosen = np.arange(self.count)
         if limit is not None and limit < self.count:
             chosen = np.arange(limit) * self.count // limit
         rows = []
-        for shard, places in enumerate(self._parts):
-            mine = chosen[(chosen >= places.start) & (chosen < places.stop)] - places.start
+        for shard, indices in enumerate(self._ranges):
+            mine = chosen[(chosen >= indices.start) & (chosen < indices.stop)] - indices.start
             rows.append(self.read(shard, name)[mine])
         return np.concatenate(rows)
 
@@ -86,66 +96,77 @@ class Features:
 
 def extract(
     images: Images, network: FeatureNetwork, folder: str | Path, *, shard_size: int = 1000, batch_size: int = 64,
-    rank: int = 0, num_processes: int = 1, on_progress: Callable[[int, int], None] | None = None,
+    rank: int = 0, report: Report | None = None, task: str = "features",
 ) -> Features:
-    """Compute the features that are not on disk yet; this process's part of them.
-
-    All processes call this with the same folder, and wait for each other before they read.
+    """Compute the features that are not on disk yet, together with any other processes that do the same.
 
     Args:
-        images: what to look at.
-        network: what looks at them.
+        images: images to read.
+        network: computes the features.
         folder: for the shards.
         shard_size: images in a shard: what a kill may lose.
-        batch_size: images that the network sees at once.
-        rank, num_processes: process r of n makes shards r, r + n, ..
-        on_progress: told images done by this process, and how many of those were found on disk.
+        batch_size: images per batch of the network.
+        rank: of this process among those that start together, so that they begin at different shards.
+        report: called with the progress.
+        task: its name in the progress.
+
+    Returns:
+        The features, when all are there and verified by their hashes.
 
     Raises:
         ValueError: when an image cannot be read, or a feature is NaN or infinite.
+        OSError: when the disk is full or broken; finished shards stay.
     """
     if min(shard_size, batch_size) < 1:
         raise ValueError(f"shard_size={shard_size} and batch_size={batch_size} must be at least 1")
-    plan = {"images": dict(images.facts), "count": len(images), "network": asdict(network.facts), "shard": shard_size,
-            "shape": list(images.shape)}
-    place = Path(folder) / digest(plan)[:16]
+    plan = _Plan({
+        "images": dict(images.facts), "count": len(images), "network": asdict(network.facts), "shard": shard_size,
+        "shape": list(images.shape),
+    })
+    place = Path(folder) / digest(plan.values)[:16]
     place.mkdir(parents=True, exist_ok=True)
-    (place / f".plan.{rank}").write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-    os.replace(place / f".plan.{rank}", place / "plan.json")
-    features, done, found = Features(place, len(images), shard_size), 0, 0
-    for shard in range(rank, features.num_shards, num_processes):
-        places = features.places(shard)
-        if features.has(shard):
-            found += len(places)
-            done += len(places)
-        else:
-            for done_here in _make_shard(images, network, features, shard, batch_size):
-                if on_progress:
-                    on_progress(done + done_here, found)
-            done += len(places)
-        if on_progress:
-            on_progress(done, found)
-    return features
+    write_atomically(place / PLAN, json.dumps(plan.values, indent=2) + "\n")
+    _ExtractionJob(place, plan, images, network, batch_size, task, rank=rank, report=report).run()
+    return Features(place, plan)
 
 
-def _make_shard(
-    images: Images, network: FeatureNetwork, features: Features, shard: int, batch_size: int
-) -> Iterator[int]:
-    """Write one shard; yields how many of its images are done."""
-    places, pieces = features.places(shard), []
-    for start in range(places.start, places.stop, batch_size):
-        batch = range(start, min(start + batch_size, places.stop))
-        outputs = network(images.read(batch))
-        for name, values in outputs.items():
-            check_features(values.reshape(len(values), -1), f"{name} of images {batch.start} .. {batch.stop - 1}")
-        pieces.append(outputs)
-        yield batch.stop - places.start
-    tensors = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-    asked = images.asked(places)
-    if asked is not None:
-        tensors[ASKED] = asked.astype(np.int64)
-    temporary = features.path(shard).with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, temporary)
-    with temporary.open("r+b") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, features.path(shard))
+def _file_name(shard: int) -> str:
+    return f"shard_{shard:05d}.safetensors"
+
+
+class _ExtractionJob(ShardedJob[_Plan]):
+    version, unfinished, result = FEATURES_VERSION, ".unfinished", "shards.json"
+    what, own = "features", ("",)
+
+    def __init__(
+        self, folder: Path, plan: _Plan, images: Images, network: FeatureNetwork, batch_size: int, task: str, *,
+        rank: int, report: Report | None,
+    ):
+        super().__init__(folder, plan, rank=rank, report=report)
+        self._images, self._network, self._batch_size, self.task = images, network, batch_size, task
+
+    def make_shard(self, number: int, advance: Callable[[float], None]) -> tuple[dict[str, bytes], Note]:
+        indices, outputs = self.plan.shard_range(number), []
+        for start in range(indices.start, indices.stop, self._batch_size):
+            batch = range(start, min(start + self._batch_size, indices.stop))
+            outputs.append(self._network(self._images.read(batch)))
+            for name, values in outputs[-1].items():
+                check_features(values.reshape(len(values), -1), f"{name} of images {batch.start} .. {batch.stop - 1}")
+            advance(batch.stop - indices.start)
+        tensors = {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
+        classes = self._images.asked(indices)
+        if classes is not None:
+            tensors[ASKED] = classes.astype(np.int64)
+        return {_file_name(number): save(tensors)}, {}
+
+    def finish(self, notes: list[Note]) -> str:
+        values = {"version": FEATURES_VERSION, "plan": self.plan.to_dict(), "shards": notes}
+        return json.dumps(values, indent=2) + "\n"
+
+    def read_result(self) -> tuple[_Plan, Mapping[int, Note], Mapping[str, list[Any]]]:
+        values = read_json(self.folder / self.result, FEATURES_VERSION)
+        try:
+            notes = {k: self.make_note(dict(note["files"]), {}) for k, note in enumerate(values["shards"])}
+        except (KeyError, TypeError, ValueError):                               # damaged: all are made again
+            notes = {}
+        return self.plan, notes, {}                                             # the folder's name is the plan's hash

@@ -1,4 +1,4 @@
-"""The field's file of samples, written piece by piece: what np.savez(path, arr_0=images, arr_1=labels) would write."""
+"""The field's npz of samples, np.savez(path, arr_0=images, arr_1=labels), written shard by shard."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def write_npz(path: Path, shape: tuple[int, int, int], images: Iterable[np.ndarr
               count: int) -> None:
     """Write uint8 images (count, h, w, 3) as arr_0 and, where there are labels, int64 (count,) as arr_1.
 
-    Only one piece is in memory at a time, and the file has its name only when it is whole.
+    Only one shard is in memory at a time, and the file is renamed to its name when it is complete.
 
     Args:
         path: the file.
         shape: of one image, (h, w, 3).
-        images: pieces (n, h, w, 3), or (n, h, w, 1) for grey images, whose channel is repeated.
+        images: shards (n, h, w, 3), or (n, h, w, 1) for grey images, whose channel is repeated.
         labels: one per image; None for an unconditional model.
         count: images in all.
 
     Raises:
-        ValueError: when the pieces do not add up to count images of the shape.
+        ValueError: when the shards do not add up to count images of the shape.
     """
     temporary = temporary_name(path)
     try:
@@ -36,12 +36,12 @@ def write_npz(path: Path, shape: tuple[int, int, int], images: Iterable[np.ndarr
             with archive.open(zipfile.ZipInfo("arr_0.npy", FIXED_DATE), "w", force_zip64=True) as member:
                 _header(member, (count, *shape), np.dtype(np.uint8))
                 written = 0
-                for piece in images:
-                    full = np.ascontiguousarray(np.broadcast_to(piece, (len(piece), *shape)))
+                for shard in images:
+                    full = np.ascontiguousarray(np.broadcast_to(shard, (len(shard), *shape)))
                     if full.dtype != np.uint8:
                         raise ValueError(f"images are {full.dtype}, the file holds uint8")
                     member.write(full.data)
-                    written += len(piece)
+                    written += len(shard)
             if written != count:
                 raise ValueError(f"{written} images came for {path.name}, which is to hold {count}")
             if labels is not None:

@@ -1,4 +1,4 @@
-"""Which images a folder shall hold: a value that decides every one of them, and the folder's own description."""
+"""The plan of a folder of images: all that decides every one of them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any, Literal, get_args
 from lamamba.config import unknown_name
 from lamamba.sampling.labels import LabelRule, label_of
 from lamamba.sampling.settings import MAX_SEED, ImageMetadata, Settings
-from lamamba.utils.files import differences_in_words, read_json
-from lamamba.utils.shards import PLAN
+from lamamba.utils.files import read_json
+from lamamba.utils.shards import PLAN, ShardPlan
 
 SAMPLES_VERSION = 1
 MANIFEST = "manifest.json"
 SHARDS = "shards.json"
 NPZ = "samples.npz"
 UNFINISHED = ".sampling"
-"""Folder that holds the plan and what is done, until all images are there."""
+"""Folder of unfinished work in it (lamamba/utils/shards.py)."""
 
 FileKind = Literal["png", "npz", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """All that decides the images. Two processes with the same plan on the same kind of machine write the same bytes.
+class Plan(ShardPlan):
+    """All that decides the images: equal plans on the same kind of machine give the same bytes.
 
     Raises:
         ValueError: when numbers do not fit.
@@ -33,20 +33,20 @@ class Plan:
 
     settings: Settings
     num: int
-    """Images."""
+    """Number of images."""
     seed: int
-    """Of image 0; image k has seed + k."""
+    """Seed of image 0; image k has seed + k."""
     rule: LabelRule
     """See lamamba/sampling/labels.py."""
     classes: tuple[int, ...] = ()
-    """To choose from."""
+    """Classes that the rule chooses from."""
     files: FileKind = "png"
     batch_size: int = 64
-    """Images that the network sees at once, and in a shard. Another number rounds otherwise: one grey level."""
+    """Images per batch of the network and per shard. Another number rounds otherwise: one grey level."""
     threads: int = 0
-    """On a CPU, cores for each process; 0 on others. It may round otherwise, too."""
+    """On a CPU, cores of each process (another number may round otherwise, too); 0 on other devices."""
     channels: int = 3
-    """Of the pictures."""
+    """Of the images: 1 or 3."""
 
     def __post_init__(self) -> None:
         if self.files not in get_args(FileKind):
@@ -60,12 +60,8 @@ class Plan:
             raise ValueError("a rule for labels needs classes to choose from, and classes need a rule")
 
     @property
-    def num_shards(self) -> int:
-        return -(-self.num // self.batch_size)
-
-    def shard_range(self, number: int) -> range:
-        """The images of a shard."""
-        return range(number * self.batch_size, min((number + 1) * self.batch_size, self.num))
+    def sizes(self) -> tuple[int, int]:
+        return self.num, self.batch_size
 
     def seed_of(self, k: int) -> int:
         return self.seed + k
@@ -81,8 +77,8 @@ class Plan:
         """An image's PNG."""
         return f"{k:0{max(6, len(str(self.num - 1)))}d}.png"
 
-    def facts_of(self, k: int) -> ImageMetadata:
-        """What the PNG of an image says of it."""
+    def metadata_of(self, k: int) -> ImageMetadata:
+        """The settings that an image's PNG carries."""
         label = self.label_of(k)
         return ImageMetadata(
             settings=self.settings, seeds=(self.seed_of(k),), labels=None if label is None else (label,),
@@ -91,12 +87,12 @@ class Plan:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one image."""
+        """(h, w, c) of one image."""
         return self.settings.height, self.settings.width, self.channels
 
     @property
     def npz_bytes(self) -> int:
-        """About the size of all images in one file."""
+        """Size of all images in one npz file, but for headers and labels."""
         return self.num * self.settings.height * self.settings.width * 3
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,11 +113,7 @@ class Plan:
         except (KeyError, TypeError) as error:
             raise ValueError(f"the plan is damaged or of another version: {error}") from error
 
-    def differences(self, other: Plan) -> list[str]:
-        """Where two plans would give different images or files, one phrase per entry."""
-        return differences_in_words(self._what_counts(), other._what_counts())
-
-    def _what_counts(self) -> dict[str, Any]:
+    def compared(self) -> dict[str, Any]:
         values = self.to_dict()
         del values["settings"]
         return {**self.settings.what_counts(), **values}

@@ -127,7 +127,7 @@ def train(
     run, lock = RunFolder(folder), FolderLock(Path(folder))
     processes.together(run.prepare)
     try:
-        processes.together(lock.take)
+        processes.together(lock.acquire)
         with precision_policy(config.precision), listening() as request:
             left_out = getattr(samples, "left_out", ())                         # latents and digits know of none
             processes.together(lambda: run.create(config, architecture, facts, samples.fingerprint, left_out))

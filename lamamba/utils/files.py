@@ -1,4 +1,4 @@
-"""Habits with files: JSON that names itself when it is broken, files that are never half written."""
+"""Files: JSON whose errors name the file, and writing that leaves the old content or the new, never a part."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read_json(path: Path, newest_version: int | None = None) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """A JSON object into a file, for people to read, too."""
+    """Write a JSON object with indentation."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -45,11 +45,11 @@ def temporary_name(path: Path) -> Path:
 
 
 def check_target(path: Path) -> None:
-    """Find out before long work whether its result can be written; makes the folder.
+    """Check before long work that its result can be written; makes the folder.
 
     Raises:
-        ValueError: when there is a folder in the file's place.
-        OSError: when the place takes no files.
+        ValueError: when the path is a folder.
+        OSError: when no file can be written there.
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file in it")
@@ -64,14 +64,14 @@ def check_target(path: Path) -> None:
 
 
 def settle(temporary: Path, path: Path) -> None:
-    """Give a whole file its name: flushed to disk first, so that a file of that name is never half of it."""
+    """Rename a complete temporary file, flushed to disk first, so that a file of that name is never a part of it."""
     flush(temporary)
     os.replace(temporary, path)
     flush(path.parent)
 
 
 def flush(path: Path) -> None:
-    """Have a file or a folder's list of names on the disk before going on."""
+    """fsync of a file or a folder."""
     if os.name == "nt" and path.is_dir():                                       # Windows flushes files only
         return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -82,7 +82,7 @@ def flush(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that it is always the old one or the new one."""
+    """Replace a small text file: at any time it has the old content or the new."""
     temporary = temporary_name(path)
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -91,8 +91,29 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_all(contents: Mapping[Path, bytes]) -> dict[Path, list[int | str]]:
+    """Write several files: all under temporary names, flushed to disk, then renamed.
+
+    Returns:
+        Size and SHA-256 of each.
+    """
+    temporaries = {path: temporary_name(path) for path in contents}
+    try:
+        for path, temporary in temporaries.items():
+            temporary.write_bytes(contents[path])
+            flush(temporary)
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+    for folder in {path.parent for path in contents}:
+        flush(folder)
+    return {path: [len(content), hashlib.sha256(content).hexdigest()] for path, content in contents.items()}
+
+
 def sha256(path: Path) -> str:
-    """Of a file's content."""
+    """SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,182 +1,381 @@
-"""Work that any number of processes share through a folder, without speaking to each other.
+"""Work in shards that any number of processes share through a folder, without communicating otherwise.
 
-The work is cut into numbered pieces. A process claims a piece with a lock that the system drops when the process dies,
-however it dies, makes it, and notes that it is whole. So a killed process leaves nothing that looks finished, another
-takes over its piece, and starting again goes on.
+A process locks a shard (lamamba/utils/locks.py), writes its files atomically, and then a note with their sizes and
+hashes. So a killed process leaves nothing that looks finished, another takes over its shard, and starting again goes
+on. When all shards have notes, one process verifies every hash, writes the result and removes the folder of unfinished
+work; a shard that is damaged by then is made again.
+
+    FOLDER/...                           the results
+    FOLDER/.unfinished/plan.json         what is being made
+    FOLDER/.unfinished/shard_00003.json  note of a finished shard
+    FOLDER/.unfinished/shard_00004.lock  locked while a process makes the shard
 """
 
 from __future__ import annotations
 
+import errno
 import json
-import os
-import sys
+import logging
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-from lamamba.utils.files import read_json, write_atomically
+from lamamba.utils.files import differences_in_words, read_json, sha256, write_all, write_atomically
+from lamamba.utils.locks import FileLock, LocksUnsupported
+from lamamba.utils.progress import Progress, Report
+
+logger = logging.getLogger("lamamba.shards")
 
 PLAN = "plan.json"
 """In the hidden folder of unfinished work."""
 POLL_SECONDS = 0.5
-"""Between looks at what other processes are still making."""
+"""Between checks of what other processes are making."""
+MAX_ROUNDS = 3
+"""Times that damaged shards are made again before the disk is called broken."""
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+Note = dict[str, Any]
+"""What is kept of a finished shard."""
 
 
-class Claims:
-    """Locks in a folder, one for each piece of work.
+class ShardPlan(ABC):
+    """All that decides the content of the shards: processes with equal plans write the same bytes."""
 
-    Args:
-        folder: holds the lock files while the work goes on.
-        is_over: whether all is done; the last process then removes the folder.
-    """
+    @property
+    @abstractmethod
+    def sizes(self) -> tuple[int, int]:
+        """Images in all, and in a shard (but for the last)."""
 
-    def __init__(self, folder: Path, is_over: Callable[[], bool]):
-        self._folder, self._is_over = folder, is_over
-
-    @contextmanager
-    def claim(self, name: str, *, waits: bool = False) -> Iterator[bool]:
-        """Hold a piece of work; whether nobody else does. The system lets go of it when this process dies."""
-        try:
-            handle = os.open(self._folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:                                               # all is done, and tidied up by another
-            yield self._is_over() and waits
-            return
-        try:
-            while not (mine := _lock(handle)) and waits:
-                time.sleep(POLL_SECONDS)
-            yield mine
-        finally:
-            os.close(handle)                                                    # closing unlocks
-
-    def make_all(
-        self, numbers: Iterable[int], name: Callable[[int], str], is_made: Callable[[int], bool],
-        make: Callable[[int], None], on_wait: Callable[[], None],
-    ) -> None:
-        """Take piece after piece that nobody has made or is making; then wait for the others, in case one dies.
-
-        Args:
-            numbers: all pieces, in the order in which this process tries them.
-            name: a piece's lock, without its suffix.
-            is_made: looks on the disk.
-            make: makes a piece and notes that it is whole.
-            on_wait: called before every pause.
-        """
-        numbers = list(numbers)
-        while not self._is_over():
-            busy = 0
-            for number in numbers:
-                if is_made(number):
-                    continue
-                with self.claim(name(number)) as mine:
-                    if not mine:
-                        busy += 1
-                    elif not is_made(number):                                   # made since we looked
-                        make(number)
-            if not busy:
-                return
-            on_wait()
-            time.sleep(POLL_SECONDS)
-
-
-class Plan(Protocol):
-    """What the work is to make."""
-
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """As JSON keeps it."""
+        """Plain values for JSON."""
 
-    def differences(self, other: Any) -> list[str]:
-        """Where another plan would make something else, one phrase for each entry."""
-
-
-AnyPlan = TypeVar("AnyPlan", bound=Plan)
-
-
-class PlannedFolder(Generic[AnyPlan]):
-    """A folder that any number of processes fill by one plan.
-
-    Args:
-        folder: for the results.
-        unfinished: name of the hidden folder in it that holds plan, notes and locks until all is done.
-        plan: this process's.
-        read: a plan from its dictionary.
-        version: of the format.
-        what: the results in a word, for messages.
-        own: how names of results begin that may lie there before the work does; all others are refused.
-        is_over: whether all is done.
-    """
-
-    def __init__(
-        self, folder: Path, unfinished: str, plan: AnyPlan, read: Callable[[dict[str, Any]], AnyPlan], *,
-        version: int, what: str, own: str | None = None, is_over: Callable[[], bool],
-    ):
-        self.folder, self.work, self.plan = folder, folder / unfinished, plan
-        self._read, self._version, self._what, self._own, self._is_over = read, version, what, own, is_over
-        self.claims = Claims(self.work, is_over)
-
-    def begin(self) -> None:
-        """Make the folder, or join those who work in it.
+    @classmethod
+    @abstractmethod
+    def from_dict(cls, values: dict[str, Any]) -> Any:
+        """Undo `to_dict`.
 
         Raises:
-            FileExistsError: when it holds something else.
-            ValueError: when it holds results of another plan.
+            ValueError: for entries that are missing or unknown.
         """
-        if not self.work.is_dir() and self.folder.is_dir():
-            names = sorted(path.name for path in self.folder.iterdir())
-            foreign = [name for name in names if self._own is None or not name.startswith(self._own)]
-            if foreign and not self.work.is_dir():                              # another may be making it just now
-                raise FileExistsError(
-                    f"{self.folder} exists and holds something else ({', '.join(foreign[:3])}); give another folder "
-                    "with --out"
-                )
-        self.work.mkdir(parents=True, exist_ok=True)
-        with self.claims.claim("plan", waits=True):
-            if self._is_over():                                                 # others have just finished
-                return
-            path = self.work / PLAN
-            if path.is_file():
-                self.check_same(self._read(read_json(path, self._version).get("plan", {})))
-            else:
-                self.write_plan()
 
-    def write_plan(self) -> None:
-        values = {"version": self._version, "plan": self.plan.to_dict()}
+    def compared(self) -> dict[str, Any]:
+        """The entries that decide the content."""
+        return self.to_dict()
+
+    def differences(self, other: ShardPlan) -> list[str]:
+        """Where another plan gives other content, one phrase for each entry."""
+        return differences_in_words(self.compared(), other.compared())
+
+    @property
+    def num_shards(self) -> int:
+        total, size = self.sizes
+        return -(-total // size)
+
+    def shard_range(self, number: int) -> range:
+        """The images of a shard."""
+        total, size = self.sizes
+        return range(number * size, min((number + 1) * size, total))
+
+
+P = TypeVar("P", bound=ShardPlan)
+
+
+class ShardedJob(ABC, Generic[P]):
+    """One process's part in filling a folder by a plan; a subclass says how a shard and the result are made.
+
+    Args:
+        folder: for the results; new, or with what an earlier call or another process has made by an equal plan.
+        plan: what to make.
+        rank: of this process among those that start together, so that they begin at different shards.
+        report: called with the progress.
+    """
+
+    version: int
+    """Of the format of plan and notes."""
+    unfinished: str
+    """Name of the hidden folder that holds plan, notes and locks until all is done."""
+    result: str
+    """Name of the file that is written last: where it is, all is done."""
+    task: str
+    """For the progress."""
+    what: str
+    """The results in a word, for messages."""
+    own: tuple[str, ...] = ()
+    """How names of results begin that may be in the folder before the work; others are refused."""
+    digits = 5
+    """Of a shard's number in file names."""
+
+    def __init__(self, folder: Path, plan: P, *, rank: int = 0, report: Report | None = None):
+        self.folder, self.work, self.plan = folder, folder / self.unfinished, plan
+        self.notes: dict[int, Note] = {}
+        """Of the shards that are known to be finished."""
+        start = rank % plan.num_shards
+        self._order = [*range(start, plan.num_shards), *range(start)]
+        self._send = report or (lambda progress: None)
+        self._resumed = 0
+
+    # what a subclass supplies
+
+    @abstractmethod
+    def make_shard(self, number: int, advance: Callable[[float], None]) -> tuple[Mapping[str, bytes], Note]:
+        """The files of a shard by name, and further entries of its note; calls advance(images done) on the way."""
+
+    @abstractmethod
+    def finish(self, notes: list[Note]) -> str:
+        """Write what is made of all shards; returns the content of the result file."""
+
+    @abstractmethod
+    def read_result(self) -> tuple[P, Mapping[int, Note], Mapping[str, list[Any]]]:
+        """Of a finished folder: its plan, the shards' notes by number (none where their record is damaged), and the
+        files made of all shards as {name: [size, SHA-256]}."""
+
+    def make_note(self, files: dict[str, list[Any]], more: Note) -> Note:
+        """The note of a shard whose files are {name: [size, SHA-256]}."""
+        return {"version": self.version, "files": files, **more}
+
+    def files_of(self, note: Note) -> Mapping[str, list[Any]]:
+        """Undo `make_note`."""
+        return note["files"]
+
+    def path(self, name: str) -> Path:
+        """Where a file of a shard is; in `work`, if it is not to be kept."""
+        return self.folder / name
+
+    # the job
+
+    def run(self) -> None:
+        """Make what is missing, together with other processes that do the same; return when all is there and verified.
+
+        Raises:
+            FileExistsError: when the folder holds something else.
+            ValueError: when it holds results of another plan, with the differences.
+            OSError: when the disk is full or broken; finished shards stay.
+        """
+        with self._naming_full_disks():
+            if not self._is_intact():
+                self._begin()
+                for _ in range(MAX_ROUNDS):
+                    self._make_missing()
+                    if self._finish():
+                        break
+                else:
+                    raise OSError(
+                        f"shards of {self.folder} were damaged {MAX_ROUNDS} times as soon as they were written"
+                    )
+            self._clean_up()
+
+    def is_finished(self) -> bool:
+        return (self.folder / self.result).is_file()
+
+    def report(self, task: str = "", done: float | None = None, note: str = "") -> None:
+        """Report a number of images; by default those of the finished shards, whoever made them."""
+        done = self._num_finished if done is None else done
+        resumed = 0 if task else self._resumed
+        self._send(Progress(task or self.task, int(done), self.plan.sizes[0], resumed=resumed, note=note))
+
+    @property
+    def _num_finished(self) -> int:
+        (total, size), last = self.plan.sizes, self.plan.num_shards - 1
+        return len(self.notes) * size - ((last + 1) * size - total if last in self.notes else 0)
+
+    def _is_intact(self) -> bool:
+        """Whether all is there, by the same plan and undamaged. Otherwise the folder is unfinished again."""
+        if not self.is_finished():
+            return False
+        plan, notes, files = self.read_result()
+        self._check_same(plan)
+        faults, intact = [self._fault(files)] if files else [], {}
+        for number, note in notes.items():
+            if fault := self._fault(self._kept_files(note)):
+                faults.append(fault)
+            else:
+                intact[number] = note
+            self.report("verifying", done=self.plan.shard_range(number).stop)
+        found = [fault for fault in faults if fault]
+        if len(notes) < self.plan.num_shards:
+            found.append(f"the record of the shards of {self.folder} is damaged")
+        if not found:
+            return self.is_finished()                                           # or others have found damage meanwhile
+        missing = self.plan.num_shards - len(intact)
+        logger.warning("%s: made anew, %d of %d shards", "; ".join(found[:3]), missing, self.plan.num_shards)
+        with self._locked("finish"):
+            if self.is_finished():
+                self._write_plan()
+                for number, note in intact.items():
+                    self._write_note(number, note)
+                (self.folder / self.result).unlink()
+        return False
+
+    def _kept_files(self, note: Note) -> Mapping[str, list[Any]]:
+        """Those that are not removed with the folder of unfinished work."""
+        return {name: entry for name, entry in self.files_of(note).items() if self.path(name).parent != self.work}
+
+    def _begin(self) -> None:
+        """Make the folder of unfinished work, or join the processes that work in it."""
+        names = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        foreign = [name for name in names if not name.startswith(self.own)]
+        if foreign and not self.work.is_dir() and not self.is_finished():       # others may be making them just now
+            raise FileExistsError(
+                f"{self.folder} exists and holds something else ({', '.join(foreign[:3])}); give another folder with "
+                "--out"
+            )
+        with self._locked("plan"):
+            path = self.work / PLAN
+            if self.is_finished():
+                return
+            if path.is_file():
+                self._check_same(type(self.plan).from_dict(read_json(path, self.version).get("plan", {})))
+            else:
+                self._write_plan()
+        for number in self._order:
+            self._look(number)
+        self._resumed = self._num_finished
+
+    def _write_plan(self) -> None:
+        values = {"version": self.version, "plan": self.plan.to_dict()}
         write_atomically(self.work / PLAN, json.dumps(values) + "\n")
 
-    def check_same(self, old: AnyPlan) -> None:
-        """Refuse results of another plan.
-
-        Raises:
-            ValueError: with the differences.
-        """
+    def _check_same(self, old: P) -> None:
         if found := old.differences(self.plan):
             raise ValueError(
-                f"{self.folder} holds {self._what} made otherwise ({'; '.join(found)}); repeat the options to go on "
+                f"{self.folder} holds {self.what} made otherwise ({'; '.join(found)}); repeat the options to go on "
                 "with them, or give another folder with --out"
             )
 
+    def _make_missing(self) -> None:
+        """Make shard after shard that nobody has made or is making; then wait for the others, in case one dies."""
+        self.report()
+        while not self.is_finished():
+            busy = 0
+            for number in self._order:
+                if self._look(number):
+                    continue
+                with self._try_lock(self._name(number)) as is_mine:
+                    if not is_mine:
+                        busy += 1
+                    elif not self._look(number):                                # made since the first look
+                        self._make(number)
+            if not busy:
+                return
+            self.report(note="waiting for other processes")
+            time.sleep(POLL_SECONDS)
 
-if sys.platform == "win32":
-    import msvcrt
+    def _make(self, number: int) -> None:
+        contents, more = self.make_shard(number, lambda done: self.report(done=self._num_finished + done))
+        written = write_all({self.path(name): content for name, content in contents.items()})
+        files = {name: written[self.path(name)] for name in contents}
+        self.notes[number] = note = self.make_note(files, more)
+        self._write_note(number, note)
+        self.report()
 
-    def _lock(handle: int) -> bool:
+    def _look(self, number: int) -> bool:
+        """Whether a shard has a note, and files of the sizes that it says."""
+        if number not in self.notes and (note := self._read_note(number)) is not None:
+            self.notes[number] = note
+        return number in self.notes
+
+    def _read_note(self, number: int) -> Note | None:
         try:
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-else:
-    import errno
-    import fcntl
+            note = read_json(self._note_path(number), self.version)
+            files = self.files_of(note).items()
+            return note if all(self.path(name).stat().st_size == size for name, (size, _) in files) else None
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+            return None
 
-    def _lock(handle: int) -> bool:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
+    def _write_note(self, number: int, note: Note) -> None:
+        write_atomically(self._note_path(number), json.dumps(note) + "\n")
+
+    def _note_path(self, number: int) -> Path:
+        return self.work / f"{self._name(number)}.json"
+
+    def _name(self, number: int) -> str:
+        return f"shard_{number:0{self.digits}d}"
+
+    def _finish(self) -> bool:
+        """Verify all shards and write the result: one process does it, the others wait for it.
+
+        Returns:
+            False when a shard is damaged or missing, and is to be made again.
+        """
+        if self.is_finished():
+            return True
+        with self._locked("finish"):
+            if self.is_finished():
+                return True
+            self.notes.clear()
+            for number in range(self.plan.num_shards):
+                if (note := self._read_note(number)) is None:                   # others have found it damaged
+                    continue
+                if fault := self._fault(self.files_of(note)):
+                    logger.warning("%s: the shard is made anew", fault)
+                    self._note_path(number).unlink(missing_ok=True)
+                    continue
+                self.notes[number] = note
+                self.report("verifying", done=self.plan.shard_range(number).stop)
+            if len(self.notes) < self.plan.num_shards:
                 return False
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):   # a disk without locks: at worst a piece
-                return True                                                     # is made twice, with the same bytes
-            raise
+            content = self.finish([self.notes[number] for number in range(self.plan.num_shards)])
+            for path in self.folder.glob(".*.tmp"):                             # of killed processes
+                path.unlink(missing_ok=True)
+            write_atomically(self.folder / self.result, content)
         return True
+
+    def _clean_up(self) -> None:
+        """Remove the folder of unfinished work; a process that was killed at the very end has left it."""
+        if self.work.is_dir():
+            with self._locked("finish"):
+                if self.is_finished():
+                    shutil.rmtree(self.work, ignore_errors=True)
+
+    def _fault(self, files: Mapping[str, list[Any]]) -> str | None:
+        """The first file that is missing or not as it was written, by its content."""
+        for name, entry in files.items():
+            path = self.path(name)
+            if not path.is_file():
+                return f"{path} is missing"
+            if [path.stat().st_size, sha256(path)] != entry:
+                return f"{path} is not what was written"
+        return None
+
+    @contextmanager
+    def _try_lock(self, name: str) -> Iterator[bool]:
+        """Lock a shard, unless another process has it."""
+        lock = FileLock(self.work / f"{name}.lock")
+        try:
+            is_mine = lock.acquire()
+        except LocksUnsupported:
+            is_mine = True                                                      # at worst made twice, the same bytes
+        except FileNotFoundError:                                               # all is done, and cleaned up by others
+            is_mine = False
+        try:
+            yield is_mine
+        finally:
+            lock.release()
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Lock, when the others are done; makes the folder of unfinished work."""
+        while True:
+            self.work.mkdir(parents=True, exist_ok=True)
+            with self._try_lock(name) as is_mine:
+                if is_mine:
+                    yield
+                    return
+            time.sleep(POLL_SECONDS)
+
+    @contextmanager
+    def _naming_full_disks(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise OSError(
+                f"{self.folder} takes no more ({error.strerror}): {self._num_finished:,} of {self.plan.sizes[0]:,} "
+                "images are finished and stay; make room and run the same command again"
+            ) from error
