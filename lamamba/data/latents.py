@@ -105,7 +105,8 @@ class Plan(ShardPlan):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Plan:
         try:
-            return cls(**_with_tuples(_renamed(values, _FIELDS)) | {"codec": CodecConfig(**_with_tuples(values["facts"]))})
+            codec = CodecConfig(**_with_tuples(values["facts"]))
+            return cls(**_with_tuples(_renamed(values, _FIELDS)) | {"codec": codec})
         except (KeyError, TypeError) as error:
             raise ValueError(f"the plan is damaged or of another version: {error}") from error
 
@@ -314,7 +315,7 @@ class LatentSet:
         return self._maps[number]
 
     def moments(self, indices: Sequence[int] | np.ndarray, mirror: np.ndarray | None = None) -> Tensor:
-        """Moments of images or, where mirror (b,) bool is true, of their mirror images: (b, parts, c, h, w) as stored."""
+        """Moments (b, parts, c, h, w) as stored, of images or, where mirror (b,) bool is true, their mirror images."""
         chosen = np.asarray(indices, dtype=np.int64)
         numbers = np.searchsorted(self._starts, chosen, side="right") - 1
         rows, plan = chosen - self._starts[numbers], self.plan

@@ -1,4 +1,4 @@
-"""Latents on disk: what is in them, who may write them, how training reads them, and what damage does."""
+"""Latents on disk: what is in them, how processes share the work, how training reads them, what damage does."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def place(tmp_path_factory):
 
 def run_encode(place, out, autoencoder="kl", **changes):
     source, network = FolderSource(place / "images"), Autoencoder(place / autoencoder)
-    max_bad, left_out = changes.pop("max_bad_images", 0), changes.pop("left_out", ())
-    options = dict(batch_size=2, shard_size=4, image_size=16, left_out=left_out)
+    max_bad, excluded = changes.pop("max_bad_images", 0), changes.pop("excluded", ())
+    options = dict(batch_size=2, shard_size=4, image_size=16, excluded=excluded)
     plan = make_plan(source, network, **{**options, **changes})
-    return encode(source, network, out, plan, left_out=left_out, max_bad_images=max_bad)
+    return encode(source, network, out, plan, excluded=excluded, max_bad_images=max_bad)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_what_is_in_the_shards(place, encoded):
     assert index.shards[1].labels == (0, 0, 1, 1)
     assert index.plan.label_names == ("ant", "bee")
     network = Autoencoder(place / "kl")
-    assert index.plan.facts == CodecConfig(
+    assert index.plan.codec == CodecConfig(
         codec="latents", scale=0.5, shift=0.25, autoencoder=str(place / "kl"), autoencoder_sha256=network.sha256
     )
     pictures, _ = Images(FolderSource(place / "images"), 16).read(range(11))
@@ -86,7 +86,7 @@ def test_what_is_in_the_shards(place, encoded):
         torch.testing.assert_close(stored[:, 1].float(), std, rtol=2**-11, atol=1e-6)
 
 
-def test_every_visit_draws_anew_and_each_draw_is_repeatable(place, encoded):
+def test_every_read_draws_anew_and_each_draw_is_repeatable(place, encoded):
     data = LatentSet(encoded, mirror=True, image_size=16, autoencoder=str(place / "kl"))
     assert (len(data), data.channels, data.input_size, data.label_names) == (11, 4, 8, ("ant", "bee"))
     draws = draw(0, [5, 700], SHAPE, latent=True)
@@ -166,7 +166,7 @@ def test_float32_is_exact_and_float16_nearly(place, encoded, tmp_path):
 def test_the_same_bytes_again_and_nothing_is_done_twice(place, encoded, tmp_path, monkeypatch):
     run_encode(place, tmp_path / "again")
     assert hashes(tmp_path / "again") == hashes(encoded)
-    monkeypatch.setattr(encoding._Job, "_make", lambda self, number: pytest.fail("encoded again"))
+    monkeypatch.setattr(encoding._EncodingJob, "make_shard", lambda self, number, advance: pytest.fail("encoded again"))
     run_encode(place, tmp_path / "again")
 
 
@@ -202,7 +202,7 @@ def test_a_damaged_shard_is_named_and_made_anew(place, encoded, tmp_path, damage
     assert hashes(folder) == hashes(encoded)
 
 
-def test_bad_images_are_left_out_or_stop_the_encoding(place, tmp_path):
+def test_bad_images_are_excluded_or_stop_the_encoding(place, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(place / "images", copy / "images")
     (copy / "images" / "ant" / "001.png").write_bytes(b"")
@@ -212,11 +212,11 @@ def test_bad_images_are_left_out_or_stop_the_encoding(place, tmp_path):
         run_encode(copy, tmp_path / "none")
     index = run_encode(copy, tmp_path / "some", max_bad_images=2)
     assert [len(shard.labels) for shard in index.shards] == [3, 4, 2]
-    assert index.shards[0].left_out == {"ant/001.png": "empty: 0 bytes"}
+    assert index.shards[0].excluded == {"ant/001.png": "empty: 0 bytes"}
     data = LatentSet(tmp_path / "some")
     whole = LatentSet(place / "encoded")
     assert torch.equal(data.moments([1, 8]), whole.moments([2, 9]))
-    assert run_encode(copy, tmp_path / "known", left_out=("ant/001.png", "bee/004.png")).plan.images == 9
+    assert run_encode(copy, tmp_path / "known", excluded=("ant/001.png", "bee/004.png")).plan.images == 9
 
 
 def test_an_encoding_that_met_bad_files_goes_on_after_the_check_it_asks_for(place, tmp_path, capsys, monkeypatch):
@@ -240,7 +240,7 @@ def test_an_encoding_that_met_bad_files_goes_on_after_the_check_it_asks_for(plac
         status, said = call(*command)                                           # the second finds all done
         assert (status, words in said) == (0, True), said
     assert shard.stat().st_mtime_ns == before
-    assert Index.load(tmp_path / "out").shards[2].left_out.keys() == {"bee/004.png"}
+    assert Index.load(tmp_path / "out").shards[2].excluded.keys() == {"bee/004.png"}
     (tmp_path / "images" / "ant" / "000.png").unlink()
     assert "holds latents made otherwise" in call(*command)[1]                  # other images are still refused
 
@@ -346,7 +346,7 @@ def test_two_of_three_processes_finish_when_one_is_killed(many, tmp_path):
     assert hashes(out) == hashes(many / "alone")
 
 
-def test_an_encoding_killed_in_the_middle_goes_on_with_whole_shards(many, tmp_path):
+def test_an_encoding_killed_in_the_middle_goes_on_with_finished_shards(many, tmp_path):
     out = tmp_path / "killed"
     process = start(many, out)
     kill_in_the_middle(process, out, shards=3)
@@ -357,8 +357,8 @@ def test_an_encoding_killed_in_the_middle_goes_on_with_whole_shards(many, tmp_pa
     finished = [path for path in out.glob("shard_*") if (out / ".encoding" / f"{path.stem}.json").is_file()]
     times = {path: path.stat().st_mtime_ns for path in finished}
     (out / ".shard_00020.safetensors.elsewhere.1.tmp").write_bytes(b"half a shard")
-    unclaimed = (out / ".encoding" / "shard_00021.json")
-    unclaimed.write_text('{"version": 1, "fi')                                  # half a note is no note
+    unfinished = (out / ".encoding" / "shard_00021.json")
+    unfinished.write_text('{"version": 1, "fi')                                  # half a note is no note
     run_encode(many, out, shard_size=8)
     assert {path: path.stat().st_mtime_ns for path in finished} == times
     assert hashes(out) == hashes(many / "alone")

@@ -81,13 +81,30 @@ def test_shards_are_made_once_and_damaged_ones_again(tmp_path):
     np.testing.assert_allclose(features.statistics().covariance(), np.cov(expected.T))
     features.path(1).write_bytes(features.path(1).read_bytes()[:-5])
     seen.clear()
-    counts = []
-    again = extract(images, network, tmp_path, shard_size=20, batch_size=8, on_progress=lambda *c: counts.append(c))
+    told = []
+    again = extract(images, network, tmp_path, shard_size=20, batch_size=8, report=told.append)
     assert seen == [8, 8, 4]
-    assert counts[0] == (20, 20)
+    counts = [(p.done, p.resumed) for p in told if p.task == "features"]
+    assert counts[0] == (30, 30)
     assert counts[-1] == (50, 30)
     np.testing.assert_array_equal(again.whole(), expected)
     assert extract(images, CallableFeatures(function, "other", channels=1), tmp_path).folder != features.folder
+
+
+def test_kept_features_are_verified_by_their_hashes(tmp_path, caplog):
+    network = CallableFeatures(lambda images: images.reshape(len(images), -1)[:, :9], "nine", channels=1)
+    features = extract(DigitImages(limit=50), network, tmp_path, shard_size=20)
+    expected, content = features.whole(), bytearray(features.path(2).read_bytes())
+    for k in range(40):
+        content[-k - 1] ^= 0x40
+    features.path(2).write_bytes(content)
+    assert not np.array_equal(features.whole(), expected)
+    again = extract(DigitImages(limit=50), network, tmp_path, shard_size=20)
+    np.testing.assert_array_equal(again.whole(), expected)
+    assert "shard_00002.safetensors is not what was written: made anew, 1 of 3 shards" in caplog.text
+    (features.folder / "shards.json").unlink()                                  # as before there were hashes
+    features.path(2).write_bytes(content)
+    np.testing.assert_array_equal(extract(DigitImages(limit=50), network, tmp_path, shard_size=20).whole(), expected)
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):

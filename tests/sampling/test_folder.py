@@ -1,4 +1,4 @@
-"""Many images on disk: what is in the folder, who may make it, what kills, damage and full disks do."""
+"""Many images on disk: what is in the folder, what kills, damage and full disks do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from PIL import Image
 from lamamba.sampling.folder import sample_many
 from lamamba.sampling.plan import Plan, find_plan
 from lamamba.sampling.settings import Settings, read_png_facts
-from lamamba.utils import shards as claims
+from lamamba.utils import shards
 
 SETTINGS = Settings(model="runs/x", model_sha256="abc", sampler="ddim", steps=5, height=6, width=4)
 needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked and killed here")
@@ -62,7 +62,7 @@ def hashes(folder):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(claims, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(shards, "POLL_SECONDS", 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,9 @@ def test_a_finished_folder_is_verified_and_nothing_is_made(alone):
 
     seen = []
     before = {path: path.stat().st_mtime_ns for path in alone.iterdir()}
-    sample_many(make_plan(), alone, never, on_progress=seen.append)
-    assert {p.phase for p in seen} == {"verifying"}
+    sample_many(make_plan(), alone, never, report=seen.append)
+    assert {p.task for p in seen} == {"verifying"}
+    assert (seen[-1].done, seen[-1].total, seen[-1].unit) == (22, 22, "images")
     assert {path: path.stat().st_mtime_ns for path in alone.iterdir()} == before
 
 
@@ -203,7 +204,7 @@ def test_a_full_disk_is_named_loses_nothing_and_is_no_end(tmp_path, alone):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))            # PNGs fit, samples.npz does not
-        with pytest.raises(OSError, match=r"takes no more .*: 22 of 22 images are whole and stay; make room and run"):
+        with pytest.raises(OSError, match=r"takes no more .*: 22 of 22 images are finished and stay; make room and"):
             run(make_plan(), out, machine={"device": "test"})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
