@@ -1,7 +1,4 @@
-"""What a network is: one frozen value that can be printed, compared, saved with the weights and rebuilt from them.
-
-This floor imports neither torch nor diffusers, so that a configuration can be read and checked anywhere at once.
-"""
+"""UNetConfig: the architecture of a network as a frozen value, saved with its weights. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ CONFIG_VERSION = 1
 """Raised when a saved configuration can no longer be read by older code; old versions stay readable."""
 
 BRANCHES = ("scan", "attention", "mlp")
-"""The three residual branches of a LaMamba block, in the order they run."""
+"""The three residual branches of a LaMamba block, in order."""
 
 NUM_STAGES = 4
 STAGE_WIDTHS = (1, 2, 4, 4)
@@ -32,7 +29,7 @@ LATENT_SCALE = 8
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for a name nobody knows: what came, the nearest known one, and all of them."""
+    """Return a ValueError for an unknown name, with the nearest known one and all of them."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -40,7 +37,11 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
 
 
 def as_grid(value: Any, name: str = "grid") -> Grid:
-    """An int n as (n, n), a pair as it is; anything else is refused by name."""
+    """Return an int n as (n, n) and a pair as it is.
+
+    Raises:
+        ValueError: for anything else.
+    """
     if isinstance(value, int) and not isinstance(value, bool):
         value = (value, value)
     if not isinstance(value, list | tuple) or len(value) != 2 or not all(type(side) is int for side in value):
@@ -49,7 +50,7 @@ def as_grid(value: Any, name: str = "grid") -> Grid:
 
 
 def check_grid(grid: Grid, name: str = "grid", patch_size: int | None = None) -> None:
-    """Refuse a token grid that two halvings do not divide.
+    """Check that a token grid can be halved twice.
 
     Raises:
         ValueError: with the side that does not fit and the nearest sizes that do.
@@ -67,7 +68,7 @@ def check_grid(grid: Grid, name: str = "grid", patch_size: int | None = None) ->
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """The architecture of a LaMamba-Diff U-Net (paper, Section 3; sizes as in its Table 1).
+    """Architecture of a LaMamba-Diff U-Net (paper, Section 3; sizes as in its Table 1).
 
     Raises:
         ValueError: when the sizes do not fit together; the message says which and what fits.
@@ -84,13 +85,13 @@ class UNetConfig:
     window_size: int = 8
     """Side of an attention window in tokens; on a smaller grid the window is the grid."""
     state_size: int = 1
-    """Memory of the scan in numbers per channel (N): 1 in the released code, 16 in the paper's tables."""
+    """States of the scan per channel (N): 1 in the released code, 16 in the paper's tables."""
     ssm_ratio: float = 2.0
-    """Channels inside the scan branch per channel of its stage."""
+    """Channels of the scan per channel of its stage."""
     mlp_ratio: float = 4.0
     """Hidden channels of the MLP branch per channel of its stage."""
     patch_size: int = 1
-    """Side in input pixels of one token."""
+    """Side of a token in input pixels."""
     in_channels: int = 4
     """Channels of the noisy input: 4 for latents, 3 for RGB pixels."""
     out_channels: int | None = None
@@ -100,12 +101,11 @@ class UNetConfig:
     grid: int | tuple[int, int] = 32
     """Tokens along (height, width) that the network is made for; one number means a square."""
     scan: Literal["continuous", "cross"] = "continuous"
-    """Reading order of the grid: snakes (the paper) or plain rows and columns (its ablation)."""
+    """Scan paths: "continuous" snakes (the paper) or "cross", plain rows and columns (its ablation)."""
     objective: Objective = "noise"
-    """What the output means: noise and variance (DDPM, the paper), v (a mix of noise and image), or the velocity of a
-    straight flow."""
+    """What the network predicts: noise and variance (DDPM, the paper), v, or the velocity of a rectified flow."""
     removed_blocks: tuple[str, ...] = ()
-    """Blocks or branches left out: "encoder.0.1", "decoder.3.0.attention", "bottleneck" (with its residual)."""
+    """Removed blocks or branches: "encoder.0.1", "decoder.3.0.attention", "bottleneck" (with its residual)."""
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -157,14 +157,14 @@ class UNetConfig:
             raise ValueError(f"removed_blocks={self.removed_blocks} names an entry twice")
 
     def removable_names(self) -> list[str]:
-        """Every name that removed_blocks may hold: the blocks, their branches, and the whole bottleneck."""
+        """Names that removed_blocks may hold: the blocks, their branches, and the whole bottleneck."""
         blocks = [f"encoder.{s}.{i}" for s in range(NUM_STAGES) for i in range(self.depths[s])]
         blocks += [f"bottleneck.{i}" for i in range(self.bottleneck_depth)]
         blocks += [f"decoder.{s}.{i}" for s in range(NUM_STAGES) for i in range(self.decoder_depths[s])]
         return ["bottleneck", *blocks, *(f"{block}.{branch}" for block in blocks for branch in BRANCHES)]
 
     def branches(self, block: str) -> tuple[str, ...]:
-        """The branches that a block still has, in the order they run; none when the block is removed."""
+        """Branches of a block that are not removed, in order; none when the block is removed."""
         if block in self.removed_blocks or (block.startswith("bottleneck.") and "bottleneck" in self.removed_blocks):
             return ()
         return tuple(branch for branch in BRANCHES if f"{block}.{branch}" not in self.removed_blocks)
@@ -180,19 +180,20 @@ class UNetConfig:
         return self.token_grid[0] * self.patch_size, self.token_grid[1] * self.patch_size
 
     def fit_input(self, height: int | None, width: int | None, factor: int = 1) -> Grid:
-        """Height and width of the network's input for a picture of height x width pixels (None: as it was made for).
+        """Return height and width of the network's input for images of height x width pixels.
 
         Args:
-            height, width: of the picture, in pixels.
-            factor: pixels of the picture along one side of an input pixel (of a latent; 1 without an autoencoder).
+            height, width: of the image, in pixels; by default the configuration's.
+            factor: image pixels along the side of an input pixel: 8 for latents of Stable Diffusion's autoencoders, 1
+                without an autoencoder.
 
         Raises:
-            ValueError: when a side does not fit, naming the nearest that do.
+            ValueError: when a side does not fit, with the nearest that do.
         """
-        multiple = 4 * self.patch_size * factor                                 # two halvings, and whole pairs after
+        multiple = 4 * self.patch_size * factor                                 # the grid is halved twice
         sides = []
-        for name, asked, own in (("height", height, self.input_size[0]), ("width", width, self.input_size[1])):
-            side = own * factor if asked is None else asked
+        for name, requested, default in (("height", height, self.input_size[0]), ("width", width, self.input_size[1])):
+            side = default * factor if requested is None else requested
             if side < multiple or side % multiple:
                 below, above = side // multiple * multiple, (side // multiple + 1) * multiple
                 nearest = f"{below} or {above}" if below > 0 else f"{max(above, multiple)}"
@@ -238,11 +239,11 @@ class UNetConfig:
 
     @classmethod
     def preset(cls, name: str, *, image_size: int | tuple[int, int] = 256, **overrides: Any) -> UNetConfig:
-        """A published size ("s", "b", "l", "xl") for an image size in pixels, with any field overridden.
+        """Return a preset ("s", "b", "l", "xl") for an image size in pixels, with any field overridden.
 
             UNetConfig.preset("xl", image_size=512, state_size=16)
 
-        The image is taken to be encoded 8 times smaller, as in the paper; give `grid` to say otherwise.
+        The grid is that of latents 8 times smaller than the image, as in the paper; give `grid` for another.
 
         Raises:
             ValueError: for an unknown preset or field (the nearest is named), or an image size that does not fit.
@@ -268,22 +269,22 @@ class UNetConfig:
         return cls(**{**PRESETS[name], **overrides})
 
     def replace(self, **changes: Any) -> UNetConfig:
-        """A copy with some fields changed; out_channels follows the objective unless it is given."""
+        """Return a copy with some fields changed; out_channels follows the objective unless it is given."""
         if {"objective", "in_channels"} & changes.keys():
             changes.setdefault("out_channels", None)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with the format's version; `from_dict` reads it back to an equal config."""
+        """Convert to plain values for JSON, with the format's version; `from_dict` is the inverse."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         return {"config_version": CONFIG_VERSION, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
-        """Rebuild a config that `to_dict` wrote. Strict: an unknown key is an error, not a warning.
+        """Make a config from the values of `to_dict`. Strict: an unknown key is an error, not a warning.
 
         Raises:
-            ValueError: for an unknown key (the nearest is named) or a config of a newer format.
+            ValueError: for an unknown key (with the nearest known) or a config of a newer format.
         """
         values = dict(values)
         version = values.pop("config_version", CONFIG_VERSION)
@@ -305,4 +306,4 @@ PRESETS: dict[str, dict[str, Any]] = {
     "l": {"width": 256, "num_heads": 16},
     "xl": {"width": 320, "num_heads": 16},
 }
-"""XL is the paper's; S, B and L are widths of ours that lie beside DiT-S/2, B/2 and L/2 (33, 130 and 458 M)."""
+"""XL is the paper's; S, B and L are our widths, near DiT-S/2, B/2 and L/2 in size (33, 130 and 458 M)."""

@@ -1,1 +1,1 @@
-"""Noise levels, losses, guidance and the sampling loop: this room knows t and eps, and no network."""
+"""Noise schedules, losses, guidance and sampling, for any network."""

@@ -1,4 +1,4 @@
-"""The one sampling loop: from noise to a clean image, by any of diffusers' schedulers that fits the objective."""
+"""Sampling: the reverse process from noise to a clean image, with diffusers' schedulers."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _BETAS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Sampler:
-    """A diffusers scheduler under its short name, with the settings that agree with the official samplers."""
+    """A diffusers scheduler with the settings under which it equals the official or published sampler."""
 
     objectives: tuple[Objective, ...]
     make: Callable[[Objective], Any]
     default_steps: int
     what: str
-    """In a few words, for lists of samplers."""
+    """Its kind and order, for lists of samplers."""
     min_steps: int = 1
     max_steps: int = NUM_TIMESTEPS
     is_stochastic: bool = False
-    """Whether it draws noise on the way, of each image's own generator."""
+    """Whether its steps draw noise, from each image's own generator."""
 
 
 def _noise_levels(objective: Objective) -> dict[str, Any]:
@@ -53,7 +53,7 @@ _FLOW: dict[str, Any] = {
     "num_train_timesteps": NUM_TIMESTEPS, "use_flow_sigmas": True, "prediction_type": "flow_prediction"
 }
 _NOISE_AND_V: tuple[Objective, ...] = ("noise", "v")
-# solvers that drop a last timestep would meet one time twice, and divide by the difference
+# with 1000 steps a multistep solver would have two equal times and divide by their difference
 _MULTISTEP_MOST = NUM_TIMESTEPS - 1
 
 SAMPLERS: dict[str, Sampler] = {
@@ -90,26 +90,31 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def samplers_for(objective: Objective) -> list[str]:
-    """Names of the samplers that fit an objective, the default first."""
+    """Return the names of the samplers for an objective, the default first."""
     return [name for name, sampler in SAMPLERS.items() if objective in sampler.objectives]
 
 
 def respaced_steps(num_steps: int) -> list[int]:
-    """The official sampler's timesteps, last to first: num_steps of 0 .. 999, evenly spaced with both ends."""
+    """Return the official respaced timesteps, descending: num_steps of 0 .. 999, evenly spaced with both ends."""
     stride = (NUM_TIMESTEPS - 1) / (num_steps - 1)
     # summed, not multiplied: the official list is rounded from a running sum
-    place, steps = 0.0, []
+    position, steps = 0.0, []
     for _ in range(num_steps):
-        steps.append(round(place))
-        place += stride
+        steps.append(round(position))
+        position += stride
     return steps[::-1]
 
 
 def make_scheduler(name: str, objective: Objective, num_steps: int | None = None) -> Any:
-    """A diffusers scheduler with its timesteps set, ready for `denoise`.
+    """Make a diffusers scheduler with its timesteps set.
+
+    Args:
+        name: from SAMPLERS.
+        objective: of the model.
+        num_steps: sampling steps; by default the sampler's.
 
     Raises:
-        ValueError: for an unknown name, one that does not fit the objective, or a number of steps it cannot take.
+        ValueError: for an unknown name, one that does not fit the objective, or a number of steps out of range.
     """
     if name not in SAMPLERS:
         raise unknown_name("sampler", name, SAMPLERS)
@@ -130,28 +135,28 @@ def make_scheduler(name: str, objective: Objective, num_steps: int | None = None
 
 
 def set_steps(scheduler: Any, num_steps: int) -> None:
-    """Set a scheduler's timesteps, on the CPU, where `denoise` wants them; DDPM's as the official sampler has them.
+    """Set a scheduler's timesteps, on the CPU as `denoise` needs them; DDPM's as in the official sampler.
 
     Raises:
-        ValueError: for a number of steps that no scheduler takes.
+        ValueError: for a number of steps out of range.
     """
     config = scheduler.config
     if not isinstance(num_steps, int) or not 1 <= num_steps <= NUM_TIMESTEPS:
-        raise ValueError(f"{num_steps!r} steps were asked for; whole numbers from 1 to {NUM_TIMESTEPS} are possible")
+        raise ValueError(f"num_steps={num_steps!r} must be a whole number from 1 to {NUM_TIMESTEPS}")
     if "FlowMatch" in type(scheduler).__name__:
-        # N equal steps from 1 to 0; diffusers' last one would begin at 1/1000, after N - 1 that are longer
+        # N equal steps from 1 to 0; by default diffusers' last step begins at 1/1000, after N - 1 longer ones
         scheduler.sigma_min = 1 / num_steps
     if isinstance(scheduler, DDPMScheduler) and config.timestep_spacing == "linspace" and num_steps > 1:
         scheduler.set_timesteps(timesteps=respaced_steps(num_steps))
     else:
         scheduler.set_timesteps(num_steps)
     if config.get("use_flow_sigmas"):
-        # diffusers rounds these times down to whole numbers, the network takes them as they are
+        # diffusers rounds these times down to whole numbers; the network was trained with fractions
         scheduler.timesteps = scheduler.sigmas[:-1] * NUM_TIMESTEPS
 
 
 def default_steps(scheduler: Any, objective: Objective) -> int:
-    """The number of steps that a scheduler's kind usually takes."""
+    """Return the default number of steps of the sampler in SAMPLERS that a scheduler equals in kind; else 50."""
     kind, algorithm = type(scheduler), scheduler.config.get("algorithm_type")
     for name in samplers_for(objective):
         known = SAMPLERS[name].make(objective)
@@ -161,16 +166,16 @@ def default_steps(scheduler: Any, objective: Objective) -> int:
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether a diffusers scheduler walks the straight line from noise to image."""
+    """Whether a diffusers scheduler integrates a rectified flow."""
     return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def check_scheduler(scheduler: Any, objective: Objective) -> None:
-    """Refuse a diffusers scheduler that does not fit a model.
+    """Check that a diffusers scheduler fits a model.
 
     Raises:
-        ValueError: saying what does not fit (what it expects of the model, its noise levels, noise that is drawn for
-            the whole batch at once), and what does.
+        ValueError: when its prediction type or noise levels differ from the model's, or when it draws noise for the
+            whole batch at once; with what fits.
     """
     name, config = type(scheduler).__name__, scheduler.config
     fitting = f"use {' or '.join(samplers_for(objective))}, or a diffusers scheduler like theirs"
@@ -194,63 +199,71 @@ def check_scheduler(scheduler: Any, objective: Objective) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """Where the walk is after one step."""
+    """State of the sampling after one step."""
 
     done: int
-    """Steps done, from 1."""
+    """Number of steps done, from 1."""
     total: int
     timestep: Tensor
-    """The time the step started from, a single number."""
+    """The timestep that the step started from, a scalar."""
     x: Tensor
-    """(b, c, h, w), as noisy as the next step wants it, in the scheduler's own scale."""
+    """(b, c, h, w), at the noise level of the next step, in the scheduler's own scale."""
     x0: Tensor
-    """(b, c, h, w), the clean image as the network saw it in this step."""
+    """(b, c, h, w), the clean image that the network predicted in this step."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the images beforehand: everything but a part to be repainted."""
+    """The known images and the mask of inpainting."""
 
     x0: Tensor
     """(b, c, h, w) or (1, c, h, w) clean."""
     repaint: Tensor
-    """(b or 1, 1, h, w), 1 where the image is to be made anew, 0 where x0 is to stay, or anything between."""
+    """(b or 1, 1, h, w) in 0 .. 1: 1 where the image is sampled, 0 where it stays x0."""
 
 
-def noised(scheduler: Any, x0: Tensor, noise: Tensor, place: int) -> Tensor:
-    """x0 as noisy as the scheduler wants it before step number `place`, the one that comes next: (b, c, h, w).
+def noised(scheduler: Any, x0: Tensor, noise: Tensor, index: int) -> Tensor:
+    """Add noise to x0 at the level that the scheduler has before step `index`: (b, c, h, w).
 
-    After the last step it is x0 itself.
+    After the last step, index = len(scheduler.timesteps), it is x0 itself.
     """
-    if place >= len(scheduler.timesteps):
+    if index >= len(scheduler.timesteps):
         return x0
-    t = scheduler.timesteps[place : place + 1]
+    t = scheduler.timesteps[index : index + 1]
     if hasattr(scheduler, "scale_noise"):
         return scheduler.scale_noise(x0, t, noise)
     return scheduler.add_noise(x0, noise, t)
 
 
 def first_step(scheduler: Any, strength: float) -> int:
-    """The step to begin with when images are changed by `strength` in (0, 1]: 1 is all steps, little keeps much.
+    """Return the index of the first step of image-to-image sampling.
+
+    Args:
+        scheduler: with its timesteps set.
+        strength: in (0, 1], the share of the steps that are done; 1 keeps nothing of the image.
 
     Raises:
         ValueError: when strength is out of range.
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength} must lie in (0, 1]: the share of the steps, 1 keeps nothing")
-    per_step = getattr(scheduler, "order", 1)                                   # Heun's solver has its steps in pairs
+    per_step = getattr(scheduler, "order", 1)                                   # Heun's timesteps come in pairs
     steps = (len(scheduler.timesteps) + per_step - 1) // per_step
     return (steps - max(1, round(strength * steps))) * per_step
 
 
 def estimate_x0(scheduler: Any, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """The clean image that the network's output implies: (b, c, h, w).
+    """Convert the network's output to the clean image that it implies: (b, c, h, w).
+
+        x0 = (x - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)                    noise
+        x0 = sqrt(alpha_bar) x - sqrt(1 - alpha_bar) v                          v
+        x0 = x - t/1000 velocity                                                flow
 
     Args:
-        scheduler: says what the output means.
+        scheduler: its prediction type says what the output means.
         output: (b, c, h, w), without variance.
-        x: (b, c, h, w), as the network read it: of variance alpha_bar x0 + 1 - alpha_bar, or on the straight line.
-        t: a single number in 0 .. 1000.
+        x: (b, c, h, w), the network's input.
+        t: a scalar in 0 .. 1000.
     """
     time = float(t)
     if is_flow(scheduler):
@@ -258,7 +271,7 @@ def estimate_x0(scheduler: Any, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
     below = min(int(time), NUM_TIMESTEPS - 2)
     levels = scheduler.alphas_cumprod[below : below + 2].double()
     low, high = ((1 - levels) / levels).sqrt().tolist()
-    sigma = low + (time - below) * (high - low)                                 # between whole times, as diffusers
+    sigma = low + (time - below) * (high - low)                                 # interpolated linearly, as in diffusers
     alpha = (1 + sigma**2) ** -0.5
     if scheduler.config.prediction_type == "v_prediction":
         return alpha * x - sigma * alpha * output
@@ -266,13 +279,13 @@ def estimate_x0(scheduler: Any, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Between two noises (b, c, h, w) along the sphere, image by image: a at 0, b at 1 (Shoemake, 1985).
+    """Spherical linear interpolation of noises (b, c, h, w), image by image: a at share 0, b at 1 (Shoemake, 1985).
 
-    Unlike a straight line, it keeps normal noise normal.
+    Unlike linear interpolation, it keeps the norm, so that normal noise stays normal.
     """
     direction_a, direction_b = (F.normalize(noise.double().flatten(1)) for noise in (a, b))
     angle = (direction_a * direction_b).sum(1).clamp(-1, 1).arccos().view(-1, *[1] * (a.dim() - 1))
-    straight = angle.sin() < 1e-6                                               # the same direction, or opposite ones
+    straight = angle.sin() < 1e-6                                               # parallel: linear instead
     weight_a, weight_b = (1 - share) * angle, share * angle
     safe = torch.where(straight, torch.ones_like(angle), angle.sin())
     arc = (weight_a.sin() * a.double() + weight_b.sin() * b.double()) / safe
@@ -292,25 +305,25 @@ def denoise(
     on_step: Callable[[Step], Tensor | None] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Tensor:
-    """Walk the scheduler's timesteps from noise to a clean image.
+    """Sample clean images: run the scheduler's reverse process from noise to x0.
 
     Args:
-        predict: (x, t (b,)) -> output, from `guided`; t lies where the scheduler has its timesteps: on the CPU.
+        predict: (x, t (b,)) -> output, from `guided`; t is on the CPU, like the scheduler's timesteps.
         scheduler: from `make_scheduler`, or another of diffusers' with its timesteps set.
         noise: (b, c, h, w) standard normal.
-        generators: for schedulers that draw noise on the way: one per image, so that image k depends on its own alone;
-            or one for the whole batch.
-        first: the step to begin with, 0 .. len(scheduler.timesteps); with it goes start.
-        start: (b, c, h, w) clean images to begin from, made as noisy as that step wants them; without it, pure noise.
-        known: parts of the images that are to stay; in every step they are put back, as noisy as the rest.
-        on_step: told after every step; a tensor that it returns takes the place of x.
-        interrupted: asked before every step; True ends the walk where it is.
+        generators: of the noise that stochastic steps draw: one per image, so that image k depends on its own alone; or
+            one for the whole batch.
+        first: index of the first step, 0 .. len(scheduler.timesteps); other than 0 needs start.
+        start: (b, c, h, w) clean images of image-to-image sampling, noised to the level of the first step.
+        known: known images and mask of inpainting; after every step the known part is replaced by its noised x0.
+        on_step: called after every step; a tensor that it returns replaces x.
+        interrupted: called before every step; sampling stops where it returns True.
 
     Returns:
         x0, (b, c, h, w).
 
     Raises:
-        ValueError: when first is out of range, or lies behind the start without images to begin from.
+        ValueError: when first is out of range, or is not 0 and start is missing.
     """
     timesteps = scheduler.timesteps
     if not 0 <= first <= len(timesteps) or (first and start is None):

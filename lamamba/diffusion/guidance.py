@@ -1,4 +1,4 @@
-"""Guidance: dropping labels in training, exaggerating them in sampling (Ho & Salimans, 2022)."""
+"""Classifier-free guidance (Ho & Salimans, 2022) and autoguidance (Karras et al., 2024), and label dropout."""
 
 from __future__ import annotations
 
@@ -19,31 +19,42 @@ Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 GuidedChannels = Literal["all", "first-three"]
 FIRST_CHANNELS = 3
-"""What the released DiT code guides: three channels, even of the four that latents have."""
+"""Channels that the released DiT code guides: three, although latents have four."""
 
 
 def drop_labels(labels: Tensor, uniform: Tensor, probability: float, null_label: int) -> Tensor:
-    """Replace a label by "no class" where its own uniform number lies below the probability: (b,) int64."""
+    """Label dropout: replace each label by null_label where its uniform number is below probability: (b,) int64.
+
+    Args:
+        labels: (b,) int64.
+        uniform: (b,) in [0, 1), drawn for each label.
+        probability: of a dropped label.
+        null_label: the "no class" label, num_classes.
+    """
     return torch.where(uniform.to(labels.device) < probability, null_label, labels)
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How far, where and when the prediction is pushed away from a guiding one.
+    """Settings of guidance: scale, channels, interval of timesteps, rescaling.
+
+        guided = guiding + scale (prediction - guiding)
+
+    guiding is the unconditional prediction, or another model's (autoguidance).
 
     Raises:
         ValueError: for numbers out of range.
     """
 
     scale: float = 1.0
-    """guiding + scale (prediction - guiding); 1 is none and costs one evaluation instead of two."""
+    """1 is no guidance and costs one evaluation instead of two."""
     channels: GuidedChannels = "all"
-    """"all" channels of the prediction (the paper's code) or the "first-three" (DiT's)."""
+    """Guided channels: "all" of the prediction (the paper's code) or the "first-three" (DiT's)."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Guide only where timestep / 1000 lies between these, both included; 0 is clean, 1 is noise (Kynkaanniemi et al.,
-    2024). Elsewhere one evaluation is enough."""
+    2024). Other steps cost one evaluation."""
     rescale: float = 0.0
-    """0 .. 1: how much of the prediction's own deviation is given back to each image (Lin et al., 2024, Eq. 15-16)."""
+    """0 .. 1: how far each image's standard deviation is rescaled to the prediction's (Lin et al., 2024, Eq. 15-16)."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.scale, int | float) or not abs(self.scale) < float("inf"):
@@ -57,27 +68,33 @@ class Guidance:
             raise ValueError(f"guidance rescale {self.rescale} must lie in 0 (off) .. 1")
 
     def is_on_at(self, t: Tensor) -> bool:
-        """Whether the images' common timestep (b,) is guided at all."""
+        """Whether guidance applies at the images' common timestep (b,)."""
         if self.scale == 1:
             return False
         low, high = self.interval
         return self.interval == (0, 1) or low <= float(t[0]) / NUM_TIMESTEPS <= high
 
     def apply(self, output: Tensor, guiding: Tensor, channels: int) -> Tensor:
-        """Guide the prediction, the first `channels` of output (b, >= channels, h, w); its variance stays its own."""
+        """Guide the prediction: (b, >= channels, h, w), like output.
+
+        Args:
+            output: (b, >= channels, h, w); channels after the first `channels`, the variance, are returned as they are.
+            guiding: (b, >= channels, h, w), the unconditional or the guiding model's output.
+            channels: of the prediction.
+        """
         prediction, rest, guiding = output[:, :channels], output[:, channels:], guiding[:, :channels]
-        pushed = guiding + self.scale * (prediction - guiding)
+        result = guiding + self.scale * (prediction - guiding)
         if self.channels == "first-three":
-            pushed = torch.cat([pushed[:, :FIRST_CHANNELS], prediction[:, FIRST_CHANNELS:]], dim=1)
+            result = torch.cat([result[:, :FIRST_CHANNELS], prediction[:, FIRST_CHANNELS:]], dim=1)
         if self.rescale:
-            every = (1, 2, 3)
-            own = prediction.std(every, keepdim=True) / pushed.std(every, keepdim=True)
-            pushed = pushed * (self.rescale * own + 1 - self.rescale)
-        return torch.cat([pushed, rest], dim=1)
+            dims = (1, 2, 3)
+            ratio = prediction.std(dims, keepdim=True) / result.std(dims, keepdim=True)
+            result = result * (self.rescale * ratio + 1 - self.rescale)
+        return torch.cat([result, rest], dim=1)
 
 
 def check_guiding_model(config: UNetConfig, guiding_model: UNetConfig) -> None:
-    """Refuse a network to guide by that was made for something else.
+    """Check that a guiding model fits a model.
 
     Raises:
         ValueError: when objective, channels or classes differ.
@@ -95,16 +112,17 @@ def guided(
     model: Network, labels: Tensor | None, guidance: Guidance | float, num_classes: int, *,
     guiding_model: Network | None = None,
 ) -> Predict:
-    """A function of (x, t) that predicts with the labels, exaggerated as `guidance` says (a number: its scale).
+    """Return the guided prediction as a function of (x, t).
 
         uncond + scale (cond - uncond)      on the prediction's channels
 
-    The variance channels, if the output has any, stay the conditional pass's own.
+    Variance channels are the conditional pass's. With guidance, both passes run as one batch of 2 b.
 
     Args:
-        model: predicts with labels (b,) in 0 .. num_classes.
+        model: a network with labels (b,) in 0 .. num_classes.
         labels: (b,) int64; None for an unconditional model.
-        num_classes: 0 for an unconditional model; elsewhere also the label that means "no class".
+        guidance: the settings, or the scale alone.
+        num_classes: 0 for an unconditional model; otherwise also the "no class" label.
         guiding_model: a second network in place of the unconditional pass, with the same labels: smaller, or from
             earlier in the training (autoguidance, Karras et al., 2024). It may have no variance channels.
 

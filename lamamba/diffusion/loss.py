@@ -1,4 +1,7 @@
-"""What training makes small. A loss takes the network's answer, never the network."""
+"""Training losses of the three objectives, as functions of the network's output.
+
+    x0 clean, eps standard normal noise, xt noisy, t timestep, each loss (b,)
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from lamamba.diffusion.schedule import FlowSchedule, NoiseSchedule, Schedule
 PIXEL_BIN = 1 / 255
 """Half a grey level of an image scaled to [-1, 1]."""
 OPEN_TAIL = 0.999
-"""Values beyond this belong to the outermost grey levels, whose bins have no far edge."""
+"""Values beyond this belong to the outermost grey levels, whose bins are open to infinity."""
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -20,12 +23,13 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def _gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N(mean1, variance1) || N(mean2, variance2)), elementwise."""
     difference = (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
     return 0.5 * (log_variance2 - log_variance1 + torch.exp(log_variance1 - log_variance2) + difference - 1)
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation that the official loss uses (Page, 1977)."""
+    """The tanh approximation of the normal distribution function that the official loss uses (Page, 1977)."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
@@ -39,14 +43,18 @@ def _discretised_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor) 
 
 
 def noise_loss(output: Tensor, eps: Tensor) -> Tensor:
-    """Mean squared error of the predicted noise, the first channels of the output: (b,)."""
+    """Mean squared error of the predicted noise, the first c channels of the output: (b,)  (DDPM, Eq. 14)."""
     return _mean((output[:, : eps.shape[1]] - eps) ** 2)
 
 
 def variational_bound(output: Tensor, x0: Tensor, xt: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """One term of the bound on the likelihood per image, in bits per dimension: (b,)  (Improved DDPM, Eq. 4-7).
+    """One term of the variational bound per image, in bits per dimension: (b,)  (Improved DDPM, Eq. 4-7).
 
-    It trains the variance only: no gradient flows through the mean.
+    KL(q(x_{t-1} | xt, x0) || p(x_{t-1} | xt)) for t > 0, and -log p(x0 | x1) of a discretised Gaussian for t = 0. It
+    trains the variance only: the mean's gradient is stopped.
+
+    Args:
+        output: (b, 2c, h, w), noise then variance; x0, xt: (b, c, h, w); t: (b,) int64 in 0 .. 999.
     """
     eps, variance = output.float().chunk(2, dim=1)
     log_variance = schedule.model_log_variance(variance, t)
@@ -59,7 +67,7 @@ def variational_bound(output: Tensor, x0: Tensor, xt: Tensor, t: Tensor, schedul
 
 
 def min_snr_weight(t: Tensor, schedule: NoiseSchedule, gamma: float) -> Tensor:
-    """min(snr, gamma) / snr for noise, min(snr, gamma) / (snr + 1) for v: (b,)  (Hang et al., 2023, Section 3.4).
+    """Min-SNR weight: min(snr, gamma) / snr for noise, / (snr + 1) for v: (b,)  (Hang et al., 2023, Section 3.4).
 
     Both weigh the error of the implied x0 by min(snr, gamma).
     """
@@ -75,7 +83,7 @@ def hybrid_loss(
 
     Args:
         output: (b, 2c, h, w), noise then variance; x0, xt, eps: (b, c, h, w); t: (b,) int64 in 0 .. 999.
-        weight: (b,), of the noise error only: the bound has its own weights.
+        weight: (b,), of the noise error only; the bound is not weighted.
     """
     return weight * noise_loss(output, eps) + variational_bound(output, x0, xt, t, schedule)
 
@@ -94,7 +102,13 @@ def training_loss(
     output: Tensor, x0: Tensor, xt: Tensor, t: Tensor, eps: Tensor, schedule: Schedule,
     min_snr_gamma: float | None = None,
 ) -> Tensor:
-    """The loss of the schedule's objective: (b,). min_snr_gamma turns the weight of little noise down (noise and v)."""
+    """Compute the loss of the schedule's objective: (b,).
+
+    Args:
+        output: (b, out_channels, h, w); x0, xt, eps: (b, c, h, w); t: (b,).
+        schedule: of the objective.
+        min_snr_gamma: of the Min-SNR weight, for noise and v; None for uniform weights.
+    """
     if isinstance(schedule, FlowSchedule):
         return flow_loss(output, x0, eps)
     weight = 1.0 if min_snr_gamma is None else min_snr_weight(t, schedule, min_snr_gamma)

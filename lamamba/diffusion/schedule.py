@@ -1,4 +1,4 @@
-"""How much noise at which time, on the training side.
+"""Forward processes: noise schedules and the distribution of training timesteps.
 
     x0 clean, eps standard normal noise, xt noisy, t in 0 .. 1000 (clean .. noise)
 """
@@ -19,8 +19,8 @@ def _per_image(values: Tensor, x: Tensor) -> Tensor:
 
 
 def logit_normal(uniform: Tensor, mean: float = 0.0, deviation: float = 1.0) -> Tensor:
-    """Numbers in (0, 1) whose logits are normal, from uniform ones: (b,) float64 (Stable Diffusion 3, Eq. 19)."""
-    # float64, and away from 0 and 1, whose normal quantiles are infinite
+    """Logit-normal samples in (0, 1) from uniform ones: (b,) float64  (Stable Diffusion 3, Eq. 19)."""
+    # clamped: the normal quantiles of 0 and 1 are infinite
     normal = torch.special.ndtri(uniform.double().clamp(1e-9, 1 - 1e-9))
     return torch.sigmoid(mean + deviation * normal)
 
@@ -30,7 +30,7 @@ class NoiseSchedule:
 
     Args:
         objective: "noise" or "v"; the noise levels are the same.
-        times: None for evenly drawn steps, or (mean, deviation) of logit-normal ones.
+        times: None for uniform timesteps, or (mean, deviation) of logit-normal ones.
     """
 
     def __init__(self, objective: Objective = "noise", times: tuple[float, float] | None = None) -> None:
@@ -44,38 +44,38 @@ class NoiseSchedule:
         self.betas = as_tensor(betas)
         self.alphas_cumprod = as_tensor(alphas_cumprod)
         self.log_betas = as_tensor(np.log(betas))
-        # the first step's posterior has no variance; the second one's stands in for it
+        # the posterior of the first step has variance 0: replaced by the second one's, as in the official code
         self.posterior_log_variance = as_tensor(np.log(np.append(posterior_variance[1], posterior_variance[1:])))
         self.posterior_x0_weight = as_tensor(betas * np.sqrt(previous) / (1 - alphas_cumprod))
         self.posterior_xt_weight = as_tensor((1 - previous) * np.sqrt(alphas) / (1 - alphas_cumprod))
 
     def at(self, values: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """The entry of a table for each image's t (b,), shaped to multiply x."""
+        """Gather a table's entries at t (b,), broadcastable with x: (b, 1, 1, 1)."""
         return _per_image(values[t.cpu()], x)
 
     def timestep(self, uniform: Tensor) -> Tensor:
-        """Steps 0 .. 999 from uniform numbers in [0, 1): (b,) int64."""
+        """Draw timesteps 0 .. 999 from uniform numbers in [0, 1): (b,) int64."""
         if self.times is not None:
             uniform = logit_normal(uniform, *self.times)
         return (uniform * NUM_TIMESTEPS).long().clamp(max=NUM_TIMESTEPS - 1)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps  (DDPM, Eq. 4)."""
+        """Sample q(xt | x0): xt = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps  (DDPM, Eq. 4)."""
         alpha_bar = self.alphas_cumprod
         return self.at(alpha_bar.sqrt(), t, x0) * x0 + self.at((1 - alpha_bar).sqrt(), t, x0) * eps
 
     def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0  (Salimans & Ho, 2022, Section 4)."""
+        """Velocity v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0  (Salimans & Ho, 2022, Section 4)."""
         alpha_bar = self.alphas_cumprod
         return self.at(alpha_bar.sqrt(), t, x0) * eps - self.at((1 - alpha_bar).sqrt(), t, x0) * x0
 
     def signal_to_noise(self, t: Tensor) -> Tensor:
-        """alpha_bar_t / (1 - alpha_bar_t): (b,) float32 on t's device."""
+        """Signal-to-noise ratio alpha_bar_t / (1 - alpha_bar_t): (b,) float32 on t's device."""
         alpha_bar = self.alphas_cumprod[t.cpu()]
         return (alpha_bar / (1 - alpha_bar)).float().to(t.device)
 
     def predict_x0(self, xt: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """The clean image that this noise would imply; undoes `add_noise`."""
+        """Clean image that a noise prediction implies, the inverse of `add_noise`: (b, c, h, w)."""
         alpha_bar = self.alphas_cumprod
         return self.at((1 / alpha_bar).sqrt(), t, xt) * xt - self.at((1 / alpha_bar - 1).sqrt(), t, xt) * eps
 
@@ -84,7 +84,7 @@ class NoiseSchedule:
         return self.at(self.posterior_x0_weight, t, xt) * x0 + self.at(self.posterior_xt_weight, t, xt) * xt
 
     def model_log_variance(self, variance: Tensor, t: Tensor) -> Tensor:
-        """The learned range: variance in [-1, 1] runs in log from the posterior's to beta (Improved DDPM, Eq. 15)."""
+        """Log-variance of the learned range: -1 is the posterior's, 1 is beta's  (Improved DDPM, Eq. 15)."""
         share = (variance + 1) / 2
         return share * self.at(self.log_betas, t, variance) + (1 - share) * self.at(
             self.posterior_log_variance, t, variance
@@ -92,10 +92,10 @@ class NoiseSchedule:
 
 
 class FlowSchedule:
-    """The straight line from image to noise (rectified flow); t / 1000 is the share of noise.
+    """Rectified flow (Liu et al., 2022): the straight path from image to noise; t / 1000 is the share of noise.
 
     Args:
-        times: (mean, deviation) of logit-normal times, or None for evenly drawn ones.
+        times: (mean, deviation) of logit-normal times, or None for uniform ones.
     """
 
     objective: Objective = "flow"
@@ -104,7 +104,7 @@ class FlowSchedule:
         self.times = times
 
     def timestep(self, uniform: Tensor) -> Tensor:
-        """Times from uniform numbers in (0, 1): (b,) float in 0 .. 1000."""
+        """Draw times in 0 .. 1000 from uniform numbers in (0, 1): (b,) float32."""
         if self.times is not None:
             uniform = logit_normal(uniform, *self.times)
         return (uniform * NUM_TIMESTEPS).float()
@@ -121,7 +121,13 @@ Schedule = NoiseSchedule | FlowSchedule
 def make_schedule(
     objective: Objective, timesteps: str | None = None, logit_mean: float = 0.0, logit_deviation: float = 1.0
 ) -> Schedule:
-    """The training-side schedule of an objective; times are drawn "uniform", "logit-normal", or as suits it (None)."""
+    """Make the training schedule of an objective.
+
+    Args:
+        objective: "noise", "v" or "flow".
+        timesteps: distribution, "uniform" or "logit-normal"; by default logit-normal for flow, uniform for the others.
+        logit_mean, logit_deviation: of the logit-normal distribution.
+    """
     if timesteps is None:
         timesteps = "logit-normal" if objective == "flow" else "uniform"
     times = (logit_mean, logit_deviation) if timesteps == "logit-normal" else None
