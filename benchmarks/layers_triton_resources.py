@@ -1,4 +1,4 @@
-"""What the Triton layers need of a GPU, read from their machine code; no GPU is used.
+"""Registers, shared memory and spills of the Triton layers, from their machine code; no GPU is needed.
 
     python benchmarks/layers_triton_resources.py [--quick] [--json]
 
@@ -69,7 +69,7 @@ def _all_variants(widths: tuple[int, ...]):
         yield f"local mixing, {dtype}", "triton_mixing", "_convolve", {**tile, "BACKWARD": False}, warps, dtype
         yield (f"local mixing, backward: x, {dtype}", "triton_mixing", "_convolve", {**tile, "BACKWARD": True}, warps,
                dtype)
-        yield f"local mixing, backward: s, weights, {dtype}", "triton_mixing", "_through_silu", tile, warps, dtype
+        yield f"local mixing, backward: s, weights, {dtype}", "triton_mixing", "_convolve_backward", tile, warps, dtype
     block = {"BLOCK": triton_norms.SUM_BLOCK}
     yield "modulated norm, vectors", "triton_norms", "_vector_gradients", block, 1, "bf16"
 

@@ -1,4 +1,4 @@
-"""What the Triton scan needs of a GPU, read from its machine code; no GPU is used.
+"""Registers, shared memory, spills and instructions of the Triton scan, from its machine code; no GPU is needed.
 
     python benchmarks/scan_triton_resources.py [--quick] [--json]
 
@@ -31,7 +31,7 @@ STAGES = ((640, 20), (1280, 40), (2560, 80))
 """Channels and ranks of LaMamba-XL's scans."""
 STATE_SIZES = (1, 16)
 FLOAT32 = frozenset((
-    "b_dt", "A", "state", "starts", "states", "ends", "spans", "reaching", "grad_B", "grad_C", "grad_b_dt", "grad_A",
+    "b_dt", "A", "state", "starts", "states", "ends", "spans", "adjoint", "grad_B", "grad_C", "grad_b_dt", "grad_A",
     "skip", "sums",
 ))
 SIZES = frozenset(("b", "l", "c", "g", "segments", "tiles_per_segment", "tokens", "tokens_per_program"))
@@ -48,16 +48,17 @@ def variants(quick: bool):
                 back = {**common, "BLOCK": kernels.BACKWARD_BLOCK, "TILE": kernels.TILE}
                 back["EXACT"] = dtype == "fp32"
                 label = f"{dtype} c={channels} r={rank} n={n}"
-                yield f"walk y, {label}", kernels._walk, {**long, "WRITES": "y", "segments": 1}, {}, dtype
-                yield f"walk states, {label}", kernels._walk, {**long, "WRITES": "states", "segments": 1}, {}, dtype
-                yield f"walk back, {label}", kernels._walk_back, {**back, "segments": 1}, {"num_stages": 1}, dtype
+                yield f"scan y, {label}", kernels._scan, {**long, "WRITES": "y", "segments": 1}, {}, dtype
+                yield f"scan states, {label}", kernels._scan, {**long, "WRITES": "states", "segments": 1}, {}, dtype
+                back["segments"] = 1
+                yield f"scan backward, {label}", kernels._scan_backward, back, {"num_stages": 1}, dtype
                 if rank == 20 and dtype == "bf16":
-                    yield f"segments: walk y, {label}", kernels._walk, {**long, "WRITES": "y"}, {}, dtype
-                    yield f"segments: ends, {label}", kernels._walk, {**long, "WRITES": "ends"}, {}, dtype
+                    yield f"segments: scan y, {label}", kernels._scan, {**long, "WRITES": "y"}, {}, dtype
+                    yield f"segments: ends, {label}", kernels._scan, {**long, "WRITES": "ends"}, {}, dtype
                     ends_back = {**long, "WRITES": "ends", "ADJOINT": True}
-                    yield f"segments: ends of walking back, {label}", kernels._walk, ends_back, {}, dtype
-                    carry = {"N": n, "BLOCK": kernels.FORWARD_BLOCK, "ADJOINT": False, "g": 4}
-                    yield f"segments: carry, {label}", kernels._carry, carry, {}, dtype
+                    yield f"segments: ends, adjoint, {label}", kernels._scan, ends_back, {}, dtype
+                    across = {"N": n, "BLOCK": kernels.FORWARD_BLOCK, "ADJOINT": False, "g": 4}
+                    yield f"segments: scan of segments, {label}", kernels._scan_segments, across, {}, dtype
         merge = {"TOKENS": kernels.MERGE_TOKENS, "BLOCK": kernels.MERGE_BLOCK}
         yield f"merge, {dtype}", kernels._merge, {**merge, "g": 4}, {"num_warps": 4}, dtype
         yield f"products, {dtype}", kernels._products, merge, {"num_warps": 4}, dtype

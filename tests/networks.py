@@ -1,4 +1,4 @@
-"""Values made with the official code, and small networks."""
+"""Parity files of the official code, and small random networks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lamamba.ops import native
 
 PARITY = Path(__file__).parent / "parity"
 BACKENDS = [*(f"cpu/{name}" for name in native.INSTRUCTION_SETS), "torch", "reference"]
-"""Of the scan, on CPUs; the compiled one comes once for each of its instruction sets."""
+"""Of the scan, on CPUs; the compiled one once for each of its instruction sets."""
 FILES = ("cond_state1", "cond_state16_rgb", "patch2", "uncond_cross_scan")
 
 
 @dataclass
 class ParityCase:
-    """One file: the official weights, an input, and what the official code made of it."""
+    """A parity file: the official weights, an input, and the official outputs and gradients."""
 
     tensors: dict[str, Tensor]
     weights: dict[str, Tensor]
@@ -36,9 +36,9 @@ class ParityCase:
 def load_case(name: str) -> ParityCase:
     with safe_open(PARITY / f"{name}.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        facts = json.loads(file.metadata()["config"])
+        metadata = json.loads(file.metadata()["config"])
     weights = {key.removeprefix("weights."): tensor for key, tensor in tensors.items() if key.startswith("weights.")}
-    scan = "continuous" if facts.get("continuous", True) else "cross"
+    scan = "continuous" if metadata.get("continuous", True) else "cross"
     return ParityCase(tensors, weights, derive_config(weights, scan))
 
 
@@ -54,7 +54,7 @@ def small_config(**changes) -> UNetConfig:
 
 
 def random_network(config: UNetConfig, seed: int = 0) -> LaMambaUNet:
-    """A network in which nothing is zero, so that every part shows in the output."""
+    """A network without zero parameters, so that every one has an effect on the output."""
     torch.manual_seed(seed)
     model = LaMambaUNet(config).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A configuration is checked when it is made, says what fits, and survives being written down."""
+"""UNetConfig is validated when made, raises with what fits, and round-trips through JSON."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_config_is_a_frozen_value():
         UNetConfig(320)
 
 
-def test_comes_back_from_json_unchanged():
+def test_round_trips_through_json():
     config = UNetConfig.preset("s", grid=(8, 12), removed_blocks=("encoder.0.1", "bottleneck"), objective="flow")
     assert UNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -66,12 +66,12 @@ def test_output_channels_follow_the_objective():
     ({"removed_blocks": ("encoder.0.7",)}, "encoder.0.7"),
     ({"removed_blocks": ("encoder.0.1.scam",)}, "did you mean 'encoder.0.1.scan'"),
 ])
-def test_what_does_not_fit_is_refused_with_what_does(fields, said):
+def test_values_that_do_not_fit_raise_with_those_that_do(fields, said):
     with pytest.raises(ValueError, match=said):
         UNetConfig(**fields)
 
 
-def test_unknown_names_are_answered_with_the_nearest():
+def test_unknown_names_raise_with_the_nearest():
     with pytest.raises(ValueError, match=r"preset 'xll' is unknown; did you mean 'xl'\? \(known: s, b, l, xl\)"):
         UNetConfig.preset("xll")
     with pytest.raises(ValueError, match="did you mean 'state_size'"):

@@ -1,7 +1,7 @@
-// What a network does between its matrix products, for CPUs, without gradients: one pass over the tokens each. The
-// formulas, the letters and the shapes are those of lamamba/ops/layers/__init__.py.
+// Fused layers between the matrix products, for CPUs, without gradients: one pass over the tokens each. Formulas and
+// notation as in lamamba/ops/layers/__init__.py.
 //
-// Inputs are float32 or bfloat16, channels innermost; everything is computed in float32 and rounded once, at the end.
+// Inputs are float32 or bfloat16, channels innermost; all arithmetic is float32, rounded once at the end.
 
 #include <algorithm>
 #include <cmath>
@@ -60,14 +60,14 @@ struct FewRows {
 
 namespace {
 
-// function(T{}) for the type of the numbers: float, or uint16_t for bfloat16.
+// Calls function(T{}) with the type of the numbers: float, or uint16_t for bfloat16.
 template <class Function>
 void with_type(int64_t is_bfloat16, const Function& function) {
     if (is_bfloat16) function(uint16_t{});
     else function(float{});
 }
 
-// function(first, last) for one run of neighbours in 0 .. count - 1 on each thread.
+// Calls function(first, last) on each thread, for a contiguous range of 0 .. count - 1.
 template <class Function>
 void in_runs(int64_t threads, int64_t count, int64_t elements, const Function& function) {
     const int64_t shares = elements < 16 * 1024 ? 1 : std::max<int64_t>(1, std::min(threads, count));
@@ -76,7 +76,7 @@ void in_runs(int64_t threads, int64_t count, int64_t elements, const Function& f
 
 int64_t round_up(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
 
-// A row as float32, filled up with zeros, its mean, and 1 / its standard deviation.
+// A row as float32, padded with zeros, its mean, and 1 / its standard deviation.
 struct Row {
     float mean, scale;
 
@@ -129,14 +129,14 @@ void modulated_norm(const ModulatedNorm& s) {
     });
 }
 
-// AT_ONCE / R outputs of R rows of x, which lie `width` floats apart: each number of the weights is read once.
-constexpr int AT_ONCE = 16;                                     // products that grow side by side
+// AT_ONCE / R outputs of R rows of x, `width` floats apart: each weight is read once.
+constexpr int AT_ONCE = 16;                                     // dot products accumulated together
 
 template <int R, class T>
 LAMAMBA_INLINE void few_products(const FewRows& s, const float* x, int64_t width, int64_t output, int64_t row) {
     constexpr int OUTPUTS = AT_ONCE / R;
     const T* weight[OUTPUTS];
-    for (int j = 0; j < OUTPUTS; ++j)                           // at the end the last output is made more than once
+    for (int j = 0; j < OUTPUTS; ++j)                           // past the end the last output is repeated
         weight[j] = static_cast<const T*>(s.weight) + std::min(output + j, s.outputs - 1) * s.inputs;
     Vec sums[AT_ONCE];
     for (int i = 0; i < AT_ONCE; ++i) sums[i] = splat(0.0f);
@@ -233,7 +233,7 @@ void gated_norm(const GatedNorm& s) {
     });
 }
 
-// Three rows of the grid around an output row; where the grid ends, one token of zeros stands for the whole row.
+// Three rows of the grid around an output row; outside the grid, one token of zeros stands for the whole row.
 template <class T>
 struct Rows {
     const T* first[3];
@@ -323,9 +323,9 @@ LAMAMBA_INLINE void for_columns(int64_t width, const Function& function) {
 }
 
 // One head of one window. Queries and keys arrive as (tokens, d) and (d, tokens), values as (tokens, d), all in rows of
-// whole vectors; queries are already scaled.
+// whole vectors; queries are scaled.
 struct Head {
-    int64_t tokens, keys, channels;                             // tokens; tokens and d, filled up to whole vectors
+    int64_t tokens, keys, channels;                             // tokens; tokens and d, padded to whole vectors
     float *q, *k, *v, *scores;
 };
 
@@ -393,7 +393,7 @@ void window_attention(const Windows& s) {
                 place[t] = down < s.h && right < s.w ? (image * s.h + down) * s.w + right : -1;
             }
             const uint8_t* seen = s.mask ? s.mask + window * tokens * tokens : nullptr;
-            bool is_masked = keys != tokens;                                // what fills a vector is no key either
+            bool is_masked = keys != tokens;                                // padding of a vector is masked, too
             for (int64_t i = 0; seen && i < tokens * tokens; ++i) is_masked |= !seen[i];
             for (int64_t i = 0; is_masked && i < tokens; ++i)
                 for (int64_t j = 0; j < keys; ++j)

@@ -1,7 +1,7 @@
-// Running one function on several threads of the OpenMP runtime that torch itself uses.
+// Parallel loops on the threads of torch's own OpenMP runtime.
 //
 // The library is linked to no OpenMP: the entry points are looked up in the process through torch's own library and
-// handed over once. So there is never a second runtime, and torch.set_num_threads governs these threads too. Compilers
+// passed in once. So there is never a second runtime, and torch.set_num_threads governs these threads too. Compilers
 // whose runtime has no such entry points (MSVC) build with their own OpenMP instead; without either, one thread works.
 
 #pragma once
@@ -27,8 +27,8 @@ struct Shares {
     const Work* work;
     int64_t count;
 
-    // The work is cut into a number of shares fixed by the caller, however many threads come: the sums of each share
-    // do not depend on who does it.
+    // The number of shares is fixed by the caller, independent of the number of threads: each share's sums are the same
+    // on every thread.
     static void run(void* argument) {
         const Shares& shares = *static_cast<const Shares*>(argument);
 #ifdef _OPENMP
@@ -56,10 +56,10 @@ void in_parallel(int64_t count, const Work& work) {
     for (int64_t share = 0; share < count; ++share) work(share);
 }
 
-// Working memory of one thread, kept from call to call because fresh pages are dear.
+// Working memory of one thread, reused between calls because page faults are expensive.
 class Scratch {
   public:
-    // At least `size` floats, aligned for any vector; what they hold is left over from the last call.
+    // At least `size` floats, aligned for any vector, uninitialised.
     float* take(int64_t size) {
         if (size > size_) {
             std::free(memory_);

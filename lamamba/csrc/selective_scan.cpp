@@ -1,14 +1,14 @@
-// The selective scan over a grid and its gradients, for CPUs. The formulas, the letters and the shapes are those of
+// The selective scan over a grid and its gradients, for CPUs. Formulas and notation as in
 // lamamba/ops/selective_scan/__init__.py.
 //
-// Channels lie innermost and never meet inside the scan, so a vector holds neighbouring channels, and a block of
-// channels of one image is a piece of work of its own: it reads x once, runs all directions over it, reading and
-// writing through the paths, and keeps their sum on the way. Nothing of size (b, g, l, c) is ever in memory.
+// Channels are innermost and independent in the scan: a vector holds neighbouring channels, and a block of channels of
+// one image is a task. It reads x once, scans all directions, gathering and scattering through the paths, and
+// accumulates their sum. Nothing of size (b, g, l, c) is ever in memory.
 //
-// A path is taken TILE tokens at a time: lift dt to all channels of the block, softplus, then one state after another.
-// The backward pass walks each path twice: forwards to note delta and, at the start of each tile, h; then backwards,
-// tile by tile, making the tile's h again. Sums over channels (gradients of dt, B, C) and over images (of the
-// parameters) are collected per share of the work and added up in a fixed order: no atomics, the same bits every time.
+// A path is processed TILE tokens at a time: W_dt dt for all channels of the block, softplus, then one state after
+// another. The backward pass scans each path twice: forward, to save delta and the state before each tile; then in
+// reverse, tile by tile, recomputing the tile's h. Sums over channels (gradients of dt, B, C) and over images (of the
+// parameters) are accumulated per share of the tasks and reduced in a fixed order: no atomics, reproducible bits.
 
 #include <algorithm>
 
@@ -42,12 +42,12 @@ namespace {
 
 constexpr int TILE = 32;                                        // tokens; a multiple of LANES
 constexpr int MAX_VECTORS = 4;                                  // per block
-constexpr int TOKENS_AT_ONCE = LANES == 16 ? 6 : 2;             // in the products with W_dt: what the registers hold
+constexpr int TOKENS_AT_ONCE = LANES == 16 ? 6 : 2;             // in the products with W_dt, limited by the registers
 static_assert(TILE % LANES == 0, "lanes are summed LANES tokens at a time");
 
 int64_t round_up(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
 
-// How a call is cut into blocks of channels and into shares of the work, and where its workspace lies.
+// Partition of a call into blocks of channels and shares of tasks, and the layout of its workspace.
 struct Plan {
     int64_t width, blocks, c_pad, tasks, shares;                // width and c_pad count channels
     int64_t rows;                                               // of a block's parameters: r of W_dt, b_dt, n of A, D
@@ -74,7 +74,7 @@ struct Plan {
         total = partials + (backward ? (s.b + shares - 1) * s.l * s.g * sums : 0);
     }
     int64_t first_task(int64_t share) const { return tasks * share / shares; }
-    // Shares take neighbouring tasks, image by image; so image + share names each pair of the two that meet.
+    // Shares are contiguous ranges of tasks, image by image; so image + share is unique for each pair that overlaps.
     int64_t slot(int64_t image, int64_t share) const { return image + share; }
     int64_t parameters(int64_t k, int64_t c0) const { return (k * c_pad + c0) * rows; }
 };
@@ -101,7 +101,7 @@ bool paths_are_valid(const Scan& s) {
     return valid;
 }
 
-// A block's parameters with channels innermost, filled up with zeros; for the backward pass also W_dt as it is.
+// A block's parameters with channels innermost, padded with zeros; for the backward pass also W_dt in its own layout.
 void pack_parameters(const Scan& s, const Plan& plan, bool backward, int64_t k, int64_t c0) {
     const int64_t count = std::min(plan.width, s.c - c0), width = round_up(count, LANES);
     float* to = s.workspace + plan.packed + plan.parameters(k, c0);
@@ -129,7 +129,7 @@ void pack_all_parameters(const Scan& s, const Plan& plan, bool backward) {
     });
 }
 
-// count channels of an image's l tokens, as rows of `width` floats, filled up with zeros.
+// count channels of an image's l tokens, as rows of `width` floats, padded with zeros.
 void read_rows(
     const Scan& s, const void* from, int64_t offset, int64_t stride, int64_t count, int64_t width, float* to) {
     for (int64_t t = 0; t < s.l; ++t, offset += stride, to += width) {
@@ -154,7 +154,7 @@ void write_rows(const Scan& s, void* to, int64_t offset, int64_t count, int64_t 
     }
 }
 
-// The tokens of one tile: where they lie on the grid, and their rows of dt, B and C.
+// The tokens of one tile: their grid positions, and their rows of dt, B and C.
 struct Tile {
     int64_t count;
     int64_t token[TILE];
@@ -187,7 +187,7 @@ LAMAMBA_INLINE void decays(const float* delta, const Vec* rate, Vec* to) {
     exp2<V, tame>(to);
 }
 
-// Whether every exponent delta rate is tame, for which the largest delta and |A| are enough to know; NaN is not.
+// Whether all exponents delta rate are tame, decided by the largest delta and |A|; false for NaN.
 bool is_tame(float delta, float A) { return delta * A * LOG2_E <= 126.0f; }
 
 float largest_of(const float* values, int64_t count) {
@@ -244,7 +244,7 @@ LAMAMBA_INLINE float time_steps(
     return largest(longest);
 }
 
-// M states of one tile, starting with the n-th: h goes on from where it stands. C . h over the states is summed in
+// M states of one tile, starting with the n-th, from their current h. C . h over the states is summed in
 // y_tile and, with the last ones, added to y on the grid.
 template <int V, int M, bool tame>
 LAMAMBA_INLINE void scan_states(
@@ -278,7 +278,7 @@ LAMAMBA_INLINE void scan_states(
         for (int v = 0; v < V; ++v) store(states + (n + m) * width + v * LANES, h[m][v]);
 }
 
-// Hands out consecutive pieces of a thread's working memory.
+// Allocates consecutive pieces of a thread's working memory.
 struct Pieces {
     float* next;
     float* take(int64_t size) {
@@ -288,7 +288,7 @@ struct Pieces {
     }
 };
 
-// The skip, D . x summed over the directions, comes last: what it is added to is often smaller.
+// The skip, D x summed over the directions, is added last: the other summands are often smaller.
 template <int V>
 void add_skip(const Scan& s, const Plan& plan, int64_t c0, const float* from, float* to) {
     constexpr int width = V * LANES;
@@ -334,7 +334,7 @@ void forward_block(const Scan& s, const Plan& plan, int64_t image, int64_t c0) {
     write_rows(s, s.y, image * s.l * s.c + c0, count, width, y);
 }
 
-// The n-th state over one tile, of which only the end is wanted.
+// The n-th state after one tile.
 template <int V, bool tame>
 LAMAMBA_INLINE void advance_state(
     const Tile& tile, int64_t n, const float* delta, const float* du, const float* A, const float* before,
@@ -352,13 +352,13 @@ LAMAMBA_INLINE void advance_state(
     for (int v = 0; v < V; ++v) store(after + n * width + v * LANES, h[v]);
 }
 
-// What the backward pass holds of one tile: rows of `width` floats for each token.
+// Buffers of one tile in the backward pass: rows of `width` floats for each token.
 struct TileBuffers {
     float *du, *decay, *h, *through_input, *through_decay;      // h has one row more: the state before the tile
     float *sum_B, *sum_C;                                       // LANES partial sums over channels for each token
 };
 
-// One state of one tile, backwards. gh comes in as the gradient of the state after the tile.
+// Backward pass of one state of one tile. gh is the gradient of the state after the tile.
 template <int V, bool tame>
 LAMAMBA_INLINE void unscan_state(
     const Tile& tile, int64_t n, const float* delta, const float* gy, const float* A, const float* h_before,
@@ -563,7 +563,7 @@ void backward_block(const Scan& s, const Plan& plan, int64_t image, int64_t c0, 
     write_rows(s, s.gx, image * s.l * s.c + c0, count, width, gx);
 }
 
-// Adds up what the shares collected over channels: gdt, gB and gC of one token.
+// Reduces the shares' sums over channels: gdt, gB and gC of one token.
 void sum_token(const Scan& s, const Plan& plan, int64_t first_share, int64_t last_share, int64_t image, int64_t token) {
     const int64_t row = s.g * plan.sums;
     float* sum = s.workspace + plan.partials + (plan.slot(image, first_share) * s.l + token) * row;
@@ -579,7 +579,7 @@ void sum_token(const Scan& s, const Plan& plan, int64_t first_share, int64_t las
     }
 }
 
-// Adds up what the shares collected over images: the gradients of one block's parameters.
+// Reduces the shares' sums over images: the gradients of one block's parameters.
 void sum_parameters(const Scan& s, const Plan& plan, int64_t k, int64_t c0) {
     const int64_t count = std::min(plan.width, s.c - c0), width = round_up(count, LANES), channel = k * s.c + c0;
     float* from = s.workspace + plan.grads + plan.parameters(k, c0);
@@ -610,7 +610,7 @@ LAMAMBA_EXPORT int64_t lamamba_selective_scan_workspace(const Scan* scan, int32_
     return Plan(*scan, backward != 0).total;
 }
 
-// Both return 0, or 1 without having done anything when paths name a token that is not there.
+// Both return 0, or 1 without any effect when paths hold an index outside 0 .. l - 1.
 LAMAMBA_EXPORT int32_t lamamba_selective_scan_forward(const Scan* scan) {
     const Scan& s = *scan;
     if (!paths_are_valid(s)) return 1;

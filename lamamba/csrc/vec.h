@@ -179,7 +179,7 @@ LAMAMBA_INLINE float largest(Vec a) {
     return result;
 }
 
-// The functions below work on COUNT vectors in step, in place: what one multiplication waits for, another fills.
+// The functions below work in place on COUNT vectors, interleaved to hide the latency of the multiplications.
 
 // p = (..(c_0 x + c_1) x + ..) x + c_last.
 template <int COUNT, int DEGREE>
@@ -215,7 +215,7 @@ LAMAMBA_INLINE void exp_of_negative(Vec* x) {
     for (int i = 0; i < COUNT; ++i) x[i] = floats(bits(p[i]) + (bits(shifted[i]) << 23));
 }
 
-// 2^z, as exact as z itself. A tame z has |z| <= 126; any other z ends at some number between 0 and 2^-126 below and at
+// 2^z, as accurate as z itself. A tame z has |z| <= 126; any other z ends at some number between 0 and 2^-126 below and at
 // infinity or NaN above.
 template <int COUNT, bool tame>
 LAMAMBA_INLINE void exp2(Vec* z) {
@@ -240,7 +240,7 @@ LAMAMBA_INLINE void log1p_of_unit(const Vec* e, Vec* result) {
     for (int i = 0; i < COUNT; ++i) result[i] = e[i] + e[i] * (e[i] * result[i]);
 }
 
-// softplus(s) = max(s, 0) + log(1 + e) with e = exp(-|s|), which is handed out for `sigmoid`: neither overflows.
+// softplus(s) = max(s, 0) + log(1 + e) with e = exp(-|s|), which is returned for `sigmoid`: neither overflows.
 template <int COUNT>
 LAMAMBA_INLINE void softplus(const Vec* s, Vec* e, Vec* result) {
     for (int i = 0; i < COUNT; ++i) e[i] = floats(bits(s[i]) | int32_t(0x80000000));
@@ -275,8 +275,8 @@ LAMAMBA_INLINE uint16_t to_bfloat16(float value) {
     return uint16_t((wide & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
-// One vector from and to memory that may lie anywhere, as float32 or (uint16_t) bfloat16. Of the lanes from `count` on,
-// none is touched in memory; they read as 0. What is cut off goes through an array, so that vectors stay in registers.
+// Unaligned loads and stores of one vector, as float32 or (uint16_t) bfloat16. Lanes from `count` on are not accessed
+// in memory and load as 0. Partial vectors go through an array, so that vectors stay in registers.
 template <class To, class From>
 LAMAMBA_INLINE To copy(const From* from) {
     To to;

@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 from lamamba.models.unet import LaMambaUNet
 from lamamba.ops import use_backend
-from lamamba.ops.selective_scan import doubling
+from lamamba.ops.selective_scan import parallel_scan
 
 OPSET = 18
 
@@ -122,7 +122,7 @@ def _with_standard_operations(model: LaMambaUNet) -> ExportedProgram:
 
 
 def _scan(x, dt, B, C, W_dt, b_dt, A, D, paths, backend):
-    return doubling.forward(x, dt, B, C, W_dt, b_dt, A, D, paths)
+    return parallel_scan.forward(x, dt, B, C, W_dt, b_dt, A, D, paths)
 
 
 def _attention(q, k, v, mask):

@@ -1,4 +1,4 @@
-"""Formulas without parameters: the selective scan, its reading orders, and the choice of who computes them."""
+"""Operators without parameters: the selective scan, the layers, and the choice of their back end."""
 
 from lamamba.ops.dispatch import use_backend
 from lamamba.ops.scan_paths import inverse_paths, scan_paths

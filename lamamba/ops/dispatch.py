@@ -1,9 +1,9 @@
-"""Which implementation of an op runs, why, and how a user forces one.
+"""Choice of the back end that runs an operator.
 
     argument > context manager > environment variable LAMAMBA_BACKEND > automatic
 
-A choice is obeyed or refused with its reason, never replaced in silence. The automatic choice is the first of the
-op's back ends, fastest first, that can take the inputs; it is logged once, with its reason.
+A requested back end runs, or raises with the reason why it cannot: it is never replaced. The automatic choice is the
+first of the op's back ends, fastest first, that supports the inputs; it is logged once, with its reason.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ _forced: list[str] = []
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of an op, as a module that may not be importable here.
+    """One implementation of an op, in a module that may not be importable.
 
-    The module has `forward`, `backward` and `unsupported_reason(device_type, dtype, state_size)`: why it takes no such
-    inputs, or None. Only a missing module (ModuleNotFoundError) lets the automatic choice pass a back end over.
+    The module has `forward`, `backward` and `unsupported_reason(device_type, dtype, state_size)`. Of all import errors,
+    only ModuleNotFoundError makes the automatic choice skip a back end.
     """
 
     name: str
     module: str
 
     def load(self) -> Any:
-        """The module.
+        """Import and return the module.
 
         Raises:
-            ModuleNotFoundError: when a module that it needs is not installed.
+            ModuleNotFoundError: when a module that it imports is not installed.
         """
         module, missing = _import_once(self.module)
         if missing:
@@ -52,14 +52,14 @@ class Backend:
         return module
 
     def unsupported_reason(self, device_type: str, dtype: torch.dtype, state_size: int) -> str | None:
-        """Why this back end cannot run such inputs here; None when it can."""
+        """Return why this back end does not support such inputs here; None when it does."""
         module, missing = _import_once(self.module)
         return missing or module.unsupported_reason(device_type, dtype, state_size)
 
 
 @cache
 def _import_once(module: str) -> tuple[Any, str | None]:
-    """A module, or what it misses. Remembered: Python searches for a missing module anew at every import."""
+    """Return a module, or what is not installed. Cached: Python searches again for a missing module each time."""
     try:
         return importlib.import_module(module), None
     except ModuleNotFoundError as error:
@@ -74,10 +74,10 @@ class Op:
     backends: tuple[Backend, ...]
 
     def get(self, name: str) -> Backend:
-        """The back end of this name.
+        """Return the back end of this name.
 
         Raises:
-            ValueError: for an unknown name; the nearest known one is named.
+            ValueError: for an unknown name, with the nearest known one.
         """
         for backend in self.backends:
             if backend.name == name:
@@ -85,13 +85,16 @@ class Op:
         raise unknown_name("back end", name, [*(backend.name for backend in self.backends), "auto"])
 
     def choose(self, x: Tensor, state_size: int, requested: str | None = None) -> str:
-        """The name of the back end that will run these inputs.
+        """Return the name of the back end that runs these inputs. Under torch.compile it is fixed while compiling.
 
-        Under torch.compile the choice is made while compiling.
+        Args:
+            x: the tokens; their device and dtype decide.
+            state_size: N.
+            requested: a name, or None for the context manager's, the environment's or the automatic choice.
 
         Raises:
             ValueError: when the requested name is unknown.
-            RuntimeError: when the requested back end cannot run these inputs here, with the reason.
+            RuntimeError: when the requested back end does not support these inputs, with the reason.
         """
         source = "argument"
         if requested is None and _forced:
@@ -108,25 +111,25 @@ def _choose(op: Op, device_type: str, dtype: torch.dtype, state_size: int, reque
         if device_type != "meta" and (reason := backend.unsupported_reason(device_type, dtype, state_size)):
             raise RuntimeError(f"{op.name}: back end {requested!r} ({source}) cannot run here: {reason}")
         return backend.name
-    passed_over: list[str] = []
+    skipped: list[str] = []
     for backend in op.backends:
         reason = backend.unsupported_reason(device_type, dtype, state_size)
         if reason is None:
-            _log_once(op.name, backend.name, device_type, tuple(passed_over))
+            _log_once(op.name, backend.name, device_type, tuple(skipped))
             return backend.name
-        passed_over.append(f"{backend.name}: {reason}")
-    raise RuntimeError(f"{op.name}: no back end can run here ({'; '.join(passed_over)})")
+        skipped.append(f"{backend.name}: {reason}")
+    raise RuntimeError(f"{op.name}: no back end can run here ({'; '.join(skipped)})")
 
 
 @cache
-def _log_once(op: str, backend: str, device_type: str, passed_over: tuple[str, ...]) -> None:
-    reason = "; ".join(passed_over) or "the fastest one"
+def _log_once(op: str, backend: str, device_type: str, skipped: tuple[str, ...]) -> None:
+    reason = "; ".join(skipped) or "the fastest one"
     logger.debug("%s on %s uses back end %r (%s)", op, device_type, backend, reason)
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the block on this back end ("auto" restores the automatic choice).
+    """Context manager that sets the back end of all ops; "auto" restores the automatic choice.
 
         with lamamba.ops.use_backend("reference"):
             model(x, timestep, class_labels)
@@ -138,6 +141,6 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def backend_in_force() -> str:
-    """The name that the context manager or the environment demands; "auto" where neither does."""
+def requested_backend() -> str:
+    """Return the name that the context manager or the environment requests; "auto" where neither does."""
     return _forced[-1] if _forced else os.environ.get(ENVIRONMENT_VARIABLE) or "auto"

@@ -1,8 +1,8 @@
-"""Finds, loads and describes the compiled CPU kernels: plain shared libraries in lamamba/_native, called by ctypes.
+"""Loading of the compiled CPU kernels: shared libraries in lamamba/_native, called by ctypes.
 
-They are tied to no version of Python or torch. The same source is built once per instruction set, and the best one this
-processor has is loaded; LAMAMBA_CPU_ISA names another. An installation made without a compiler has none of them: then
-the back ends in PyTorch run.
+They depend on no version of Python or torch. The source is built once per instruction set, and the best one that the
+processor supports is loaded; LAMAMBA_CPU_ISA selects another. Without them (an installation without a compiler) the
+PyTorch back ends run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lamamba.config import unknown_name
 
@@ -33,7 +34,7 @@ HOW_TO_BUILD = (
 
 
 def supported_instruction_sets() -> tuple[str, ...]:
-    """What this processor runs, best first, as torch sees it (so ATEN_CPU_CAPABILITY counts here too)."""
+    """Return the instruction sets of this processor, best first, as torch reports them (see ATEN_CPU_CAPABILITY)."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ("baseline",)
     capability = torch.backends.cpu.get_cpu_capability()
@@ -45,11 +46,11 @@ def _library(instruction_set: str) -> Path:
 
 
 def choose_instruction_set() -> str | None:
-    """The one LAMAMBA_CPU_ISA names, else the processor's best of those that were built; None where none was.
+    """Return the instruction set that LAMAMBA_CPU_ISA names, else the best one that was built; None without any.
 
     Raises:
-        ValueError: when the variable names no instruction set.
-        RuntimeError: when it names one that this processor lacks or that was not built.
+        ValueError: when the variable is not the name of an instruction set.
+        RuntimeError: when the processor lacks it or it was not built.
     """
     supported = supported_instruction_sets()
     built = [name for name in supported if _library(name).exists()]
@@ -70,7 +71,7 @@ def choose_instruction_set() -> str | None:
 
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | None:
-    """The library for the chosen instruction set, joined to torch's threads; None, said once, where there is none."""
+    """Load the library of the chosen instruction set, on torch's OpenMP threads; None, with a warning, without one."""
     instruction_set = choose_instruction_set()
     if instruction_set is None:
         logger.warning("lamamba was installed without its compiled CPU kernels (none in %s), so slower PyTorch code "
@@ -82,7 +83,7 @@ def load() -> ctypes.CDLL | None:
 
 
 def _share_threads(library: ctypes.CDLL) -> None:
-    """Hand the library the OpenMP entry points that torch's own library resolves to; without them it runs alone."""
+    """Pass the library the OpenMP entry points of torch's own runtime; without them it runs on one thread."""
     name = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
     try:
         torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
@@ -94,11 +95,16 @@ def _share_threads(library: ctypes.CDLL) -> None:
     library.lamamba_use_openmp(*[ctypes.cast(entry, ctypes.c_void_p) for entry in entries])
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """Return x with stride 1 along its last dimension, a copy only where needed; other strides are the kernels' own."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 _forked = False
 
 
 def num_threads() -> int:
-    """torch's number of threads; one in a forked child, where the parent's OpenMP threads are gone."""
+    """Return torch's number of threads; 1 in a forked child, where the parent's OpenMP threads do not exist."""
     return 1 if _forked else torch.get_num_threads()
 
 
@@ -112,7 +118,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def describe() -> str:
-    """One line for logs and bug reports."""
+    """Return instruction set and threads of the kernels in a line, for logs and bug reports."""
     if load() is None:
         return f"no compiled CPU kernels; {HOW_TO_BUILD}"
     return f"compiled CPU kernels for {choose_instruction_set()}, {num_threads()} threads"

@@ -1,14 +1,14 @@
-"""The orders in which the scan reads a grid of tokens, for any height and width.
+"""Scan paths: the orders in which the selective scan traverses a grid, for any height and width.
 
-A path is a permutation of the grid: paths[k, t] is the row-major index of the token that direction k reads at time t.
+A path is a permutation of the grid: paths[k, t] is the row-major index of the t-th token of direction k.
 
     continuous    neighbours on the path are neighbours on the grid (snakes; paper, Section 3.2)
         0  rows from the top; even rows left to right, odd rows right to left
-        1  path 0 backwards
+        1  path 0 reversed
         2  columns from the left; even columns bottom to top, odd columns top to bottom
-        3  path 2 backwards
-    cross         the plain orders of VMamba, kept for the paper's ablation
-        0  row by row      1  column by column      2  path 0 backwards      3  path 1 backwards
+        3  path 2 reversed
+    cross         VMamba's cross-scan, the paper's ablation
+        0  row by row      1  column by column      2  path 0 reversed      3  path 1 reversed
 """
 
 from __future__ import annotations
@@ -38,26 +38,31 @@ def _grid_orders(height: int, width: int, scan: str) -> np.ndarray:
 
 @lru_cache(maxsize=256)
 def _cached_paths(height: int, width: int, scan: str, device: torch.device) -> Tensor:
-    # from_numpy, not torch.tensor: a surrounding `with torch.device(...)` must not decide where a cached table lies
+    # from_numpy, not torch.tensor: independent of a surrounding `with torch.device(...)`
     return torch.from_numpy(_grid_orders(height, width, scan)).to(device)
 
 
 def scan_paths(height: int, width: int, scan: str = "continuous", device: torch.device | str = "cpu") -> Tensor:
-    """The four reading orders of a height x width grid, as a (4, height * width) table of int64 token indices.
+    """Return the four scan paths of a grid: (4, height * width) int64 token indices.
 
-    Made once per shape, kind and device, and shared: do not write into it.
+    Cached for each shape, kind and device, and shared: do not write into it.
+
+    Args:
+        height, width: of the grid, in tokens.
+        scan: "continuous" or "cross".
+        device: of the result.
 
     Raises:
         ValueError: for a side below 1 or an unknown kind of scan.
     """
     if height < 1 or width < 1:
-        raise ValueError(f"a grid of {height} x {width} tokens has nothing to read; both sides must be at least 1")
+        raise ValueError(f"a grid of {height} x {width} tokens is empty; both sides must be at least 1")
     if scan not in ("continuous", "cross"):
         raise unknown_name("scan", scan, ("continuous", "cross"))
     return _cached_paths(height, width, scan, torch.device(device))
 
 
 def inverse_paths(paths: Tensor) -> Tensor:
-    """When each token is read: inverse[k, paths[k, t]] = t, of the same shape as paths (g, l)."""
+    """Return the inverse permutations: inverse[k, paths[k, t]] = t, (g, l) like paths."""
     times = torch.arange(paths.shape[1], device=paths.device).expand_as(paths)
     return torch.empty_like(paths).scatter_(1, paths, times)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lamamba.cli.main import main
-from lamamba.ops.selective_scan import blocked
+from lamamba.ops.selective_scan import chunked
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_choice_that_cannot_be_obeyed_is_unhealthy(doctor, monkeypatch, variab
 
 @pytest.mark.parametrize("wrong", ["a little", "not a number", "raises"])
 def test_a_wrong_back_end_is_found(doctor, monkeypatch, wrong):
-    right = blocked.forward
+    right = chunked.forward
 
     def forward(*inputs):
         if wrong == "raises":
@@ -97,7 +97,7 @@ def test_a_wrong_back_end_is_found(doctor, monkeypatch, wrong):
         y[0, 0, 0] += 0.01 if wrong == "a little" else float("nan")
         return y
 
-    monkeypatch.setattr(blocked, "forward", forward)
+    monkeypatch.setattr(chunked, "forward", forward)
     status, out = doctor()
     assert status == 1
     assert "WRONG" in out

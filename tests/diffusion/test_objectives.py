@@ -1,4 +1,4 @@
-"""v, the weights of times, and how times are drawn: each stated as the identity that defines it."""
+"""v prediction, Min-SNR weights and distributions of timesteps, each by the identity that defines it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def sample():
     return x0, eps, output
 
 
-def test_v_is_what_rotates_noisy_image_and_noise_into_each_other():
+def test_v_and_noisy_image_give_the_clean_image():
     """x0 = sqrt(alpha_bar) xt - sqrt(1 - alpha_bar) v (Salimans & Ho, 2022, Section 4)."""
     schedule = NoiseSchedule("v")
     x0, eps, _ = sample()
@@ -28,8 +28,8 @@ def test_v_is_what_rotates_noisy_image_and_noise_into_each_other():
 
 
 @pytest.mark.parametrize("objective", ["noise", "v"])
-def test_min_snr_weighs_the_error_of_the_implied_image_by_the_smaller_of_snr_and_gamma(objective):
-    """Whatever is predicted, the weighted loss is min(snr, gamma) |x0 - x0'|^2 (Hang et al., 2023, Eq. 5)."""
+def test_min_snr_weighs_the_error_of_the_implied_x0_by_the_smaller_of_snr_and_gamma(objective):
+    """For either objective the weighted loss is min(snr, gamma) |x0 - x0'|^2 (Hang et al., 2023, Eq. 5)."""
     schedule = NoiseSchedule(objective)
     x0, eps, output = sample()
     xt = schedule.add_noise(x0, eps, T)
@@ -51,11 +51,11 @@ def test_the_training_loss_takes_the_weight():
     xt = schedule.add_noise(x0, eps, T)
     plain, weighted = (training_loss(output, x0, xt, T, eps, schedule, gamma) for gamma in (None, 5.0))
     torch.testing.assert_close(weighted, plain * min_snr_weight(T, schedule, 5.0))
-    assert weighted[0] < 0.01 * plain[0]                                        # hardly any noise: hardly any weight
+    assert weighted[0] < 0.01 * plain[0]                                        # low noise: low weight
     assert weighted[-1] == pytest.approx(float(plain[-1] * schedule.signal_to_noise(T)[-1]), rel=1e-3)
 
 
-def test_times_are_drawn_as_the_options_say():
+def test_timesteps_are_drawn_from_the_requested_distribution():
     uniform = torch.rand(50_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for objective in ("noise", "v"):
         assert isinstance(make_schedule(objective), NoiseSchedule)

@@ -1,4 +1,4 @@
-"""Schedule, loss and samplers give what the official code's give."""
+"""Schedule, loss and samplers equal the official code's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_schedule(official):
 def test_every_loss_term(official):
     schedule = NoiseSchedule()
     x0, eps, t = official["train.x0"], official["train.noise"], official["train.t"]
-    assert 0 in t                                                               # the discretised likelihood, too
+    assert 0 in t                                                               # the discretised likelihood
     xt = schedule.add_noise(x0, eps, t)
     output = official["train.model_output"]
     torch.testing.assert_close(xt, official["train.x_t"], rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Every sampler walks from noise to the data; guidance exaggerates; wrong pairs are refused."""
+"""Samplers against the exact solution for normal data, guidance, image-to-image and inpainting, training timesteps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MEAN, DEVIATION = 0.7, 0.2
 
 
 def level(t):
-    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at times (b,), between whole ones where the time lies there."""
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at times (b,), interpolated between whole ones."""
     alpha_bar = NoiseSchedule().alphas_cumprod
     sigmas = np.interp(t.numpy(), np.arange(1000), ((1 - alpha_bar) / alpha_bar).sqrt().numpy())
     alpha = torch.from_numpy((1 + sigmas**2) ** -0.5).view(-1, 1, 1, 1).float()
@@ -42,7 +42,7 @@ def level(t):
 
 
 def exact_noise_predictor(x, t):
-    """The best possible answer where all data is normal(MEAN, DEVIATION): E[eps | xt]; variance in the middle."""
+    """E[eps | xt] for data of normal(MEAN, DEVIATION), then the variance channels, 0."""
     alpha, sigma = level(t)
     eps = sigma * (x - alpha * MEAN) / (alpha**2 * DEVIATION**2 + sigma**2)
     return torch.cat([eps, torch.zeros_like(eps)], dim=1)
@@ -57,7 +57,7 @@ def exact_velocity(x, t):
 
 
 def exact_v_predictor(x, t):
-    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, with both from the best noise."""
+    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, both from E[eps | xt]."""
     alpha, sigma = level(t)
     eps = exact_noise_predictor(x, t)[:, : x.shape[1]]
     return alpha * eps - sigma * (x - sigma * eps) / alpha
@@ -70,7 +70,7 @@ DETERMINISTIC = [(name, objective) for name, objective in PAIRS if not SAMPLERS[
 
 @pytest.mark.parametrize(("name", "objective"), PAIRS)
 def test_samples_follow_the_data(name, objective):
-    """Mean and deviation of 20,000 numbers made with a perfect predictor are the data's."""
+    """Mean and deviation of 20,000 numbers sampled with the exact predictor are the data's."""
     noise = torch.randn(4, 1, 50, 100, generator=torch.Generator().manual_seed(0))
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
     x0 = denoise(PREDICTORS[objective], make_scheduler(name, objective, 250), noise, generators=generators)
@@ -92,7 +92,7 @@ def test_an_image_depends_on_its_own_generator_alone(name, objective):
 
 @pytest.mark.parametrize(("name", "objective"), DETERMINISTIC)
 def test_deterministic_samplers_reach_the_solution_of_the_flow(name, objective):
-    """Of normal data the probability-flow ODE keeps each number's place: x0 = mean + deviation * (its normal score)."""
+    """For normal data the probability-flow ODE keeps each number's quantile: x0 = mean + deviation * (normal score)."""
     noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     errors = []
     for num_steps in (25, 250):
@@ -139,8 +139,8 @@ def test_fewest_and_most_steps_are_finite(name, objective):
         assert x0.abs().max() < 10, num_steps
 
 
-def test_progress_is_told_with_what_the_network_sees():
-    """A perfect predictor's estimate of the clean image tends to the clean image, for every sampler."""
+def test_every_step_reports_the_predicted_clean_image():
+    """With the exact predictor it converges to the clean image, for every sampler."""
     noise = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     for name, objective in PAIRS:
         seen = []
@@ -151,12 +151,12 @@ def test_progress_is_told_with_what_the_network_sees():
         assert [(step.done, step.total) for step in seen] == [(i, total) for i in range(1, total + 1)]
         assert [float(step.timestep) for step in seen] == scheduler.timesteps.tolist()
         assert torch.equal(seen[-1].x, x0)
-        # at first nothing is known but the mean; at last all is
+        # from the mean to the image
         assert float((seen[0].x0 - MEAN).abs().max()) < 0.05, name
         assert float((seen[-1].x0 - x0).abs().max()) < 0.02, name
 
 
-def test_a_step_can_be_changed_and_a_walk_ended():
+def test_on_step_can_replace_x_and_sampling_be_interrupted():
     scheduler = make_scheduler("ddim", "noise", 5)
     ones = torch.ones(1, 1, 2, 2)
     assert torch.equal(denoise(exact_noise_predictor, scheduler, 0 * ones, on_step=lambda step: ones), ones)
@@ -175,7 +175,7 @@ def test_a_step_can_be_changed_and_a_walk_ended():
     ("ddpm", "noise", 1, "takes 2 to 1000 steps, not 1"),
     ("ddim", "noise", 1001, "not 1001"),
 ])
-def test_wrong_pairs_are_refused_with_the_right_ones(name, objective, steps, said):
+def test_samplers_that_do_not_fit_raise_with_those_that_do(name, objective, steps, said):
     with pytest.raises(ValueError, match=said):
         make_scheduler(name, objective, steps)
 
@@ -187,7 +187,7 @@ def test_any_number_of_ancestral_steps_has_both_ends():
 
 
 class Counter:
-    """A model that answers with its label and counts its calls and images."""
+    """A model whose output is its label; counts its images."""
 
     def __init__(self):
         self.images = 0
@@ -217,14 +217,14 @@ def images(*shape, seed=0):
 
 
 class Table:
-    """A model that answers each label with an image of its own."""
+    """A model with a random output of its own for each label; counts its images."""
 
     def __init__(self, seed=0, channels=8):
-        self.answers, self.images = images(6, channels, 4, 4, seed=seed), 0
+        self.outputs, self.images = images(6, channels, 4, 4, seed=seed), 0
 
     def __call__(self, x, t, labels):
         self.images += len(x)
-        return self.answers[labels if labels is not None else torch.zeros(len(x), dtype=torch.int64)]
+        return self.outputs[labels if labels is not None else torch.zeros(len(x), dtype=torch.int64)]
 
 
 X, LABELS = torch.zeros(2, 4, 4, 4), torch.tensor([0, 2])
@@ -239,7 +239,7 @@ def test_guiding_the_first_three_channels_leaves_the_others_conditional():
     every = guided(model, LABELS, Guidance(3.0), 5)(X, at(500))
     some = guided(model, LABELS, Guidance(3.0, channels="first-three"), 5)(X, at(500))
     torch.testing.assert_close(some[:, :3], every[:, :3])
-    assert torch.equal(some[:, 3:], model.answers[LABELS][:, 3:])
+    assert torch.equal(some[:, 3:], model.outputs[LABELS][:, 3:])
     assert not torch.allclose(some[:, 3], every[:, 3])
 
 
@@ -248,7 +248,7 @@ def test_outside_of_its_interval_guidance_costs_one_evaluation(time, count):
     model = Table()
     output = guided(model, LABELS, Guidance(3.0, interval=(0.3, 0.8)), 5)(X, at(time))
     assert model.images == count
-    assert torch.equal(output, model.answers[LABELS]) == (count == 2)
+    assert torch.equal(output, model.outputs[LABELS]) == (count == 2)
 
 
 def test_rescaled_guidance_has_the_conditional_predictions_deviation():
@@ -256,7 +256,7 @@ def test_rescaled_guidance_has_the_conditional_predictions_deviation():
     plain, part, whole = (
         guided(model, LABELS, Guidance(4.0, rescale=share), 5)(X, at(500)) for share in (0.0, 0.3, 1.0)
     )
-    cond = model.answers[LABELS]
+    cond = model.outputs[LABELS]
     for k in range(2):
         assert float(whole[k, :4].std()) == pytest.approx(float(cond[k, :4].std()), rel=1e-5)
         assert np.corrcoef(whole[k, :4].flatten(), plain[k, :4].flatten())[0, 1] == pytest.approx(1, abs=1e-5)
@@ -270,7 +270,7 @@ def test_autoguidance_extrapolates_from_the_guiding_model_with_the_same_labels(n
     labels = LABELS if num_classes else None
     output = guided(model, labels, Guidance(2.0), num_classes, guiding_model=guiding_model)(X, at(500))
     rows = LABELS if num_classes else torch.tensor([0, 0])
-    strong, weak = model.answers[rows], guiding_model.answers[rows]
+    strong, weak = model.outputs[rows], guiding_model.outputs[rows]
     torch.testing.assert_close(output[:, :4], 2 * strong[:, :4] - weak)
     assert torch.equal(output[:, 4:], strong[:, 4:])
     assert (model.images, guiding_model.images) == (2, 2)
@@ -285,13 +285,13 @@ def test_autoguidance_extrapolates_from_the_guiding_model_with_the_same_labels(n
     (dict(interval=(0, 500)), "0 <= low <= high <= 1"),
     (dict(rescale=2.0), "0 .off. .. 1"),
 ])
-def test_guidance_that_makes_no_sense_is_refused(settings, said):
+def test_invalid_guidance_raises(settings, said):
     with pytest.raises(ValueError, match=said):
         Guidance(**settings)
 
 
 @pytest.mark.parametrize(("name", "objective"), PAIRS)
-def test_a_walk_that_starts_late_keeps_the_images_it_started_from(name, objective):
+def test_image_to_image_keeps_more_of_the_image_the_later_it_starts(name, objective):
     """The later the start, the closer the result; from the last steps it is near the image itself."""
     clean = MEAN + DEVIATION * images(2, 1, 16, 16, seed=5)
     noise = images(2, 1, 16, 16)
@@ -308,7 +308,7 @@ def test_a_walk_that_starts_late_keeps_the_images_it_started_from(name, objectiv
 
 
 @pytest.mark.parametrize(("name", "objective"), PAIRS)
-def test_what_is_known_stays_and_the_rest_is_made(name, objective):
+def test_inpainting_keeps_the_known_part_and_samples_the_rest(name, objective):
     clean = MEAN + DEVIATION * images(1, 1, 32, 32, seed=5)
     repaint = torch.zeros(1, 1, 32, 32)
     repaint[..., 16:] = 1
@@ -322,8 +322,8 @@ def test_what_is_known_stays_and_the_rest_is_made(name, objective):
     assert float(x0[..., 16:].std()) == pytest.approx(DEVIATION, abs=0.05)
 
 
-def test_known_parts_are_as_noisy_as_the_step_wants_them():
-    """With nothing to repaint, x is the known image at the scheduler's own level in every step."""
+def test_known_parts_have_the_noise_level_of_each_step():
+    """With an empty mask, x is the known image at the scheduler's level in every step."""
     clean, noise = images(1, 1, 4, 4, seed=5), images(1, 1, 4, 4)
     for name, objective in PAIRS:
         scheduler, seen = make_scheduler(name, objective, 6), []
@@ -349,7 +349,7 @@ def test_strength_is_the_share_of_steps():
             first_step(scheduler, strength)
 
 
-def test_a_late_start_needs_something_to_start_from():
+def test_a_first_step_needs_start():
     with pytest.raises(ValueError, match="first=3 must lie in 0 .. 5, and needs start="):
         denoise(exact_noise_predictor, make_scheduler("ddim", "noise", 5), torch.zeros(1, 1, 2, 2), first=3)
 
@@ -366,7 +366,7 @@ BETAS = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
     (DDIMScheduler(**BETAS, num_train_timesteps=500), "noise", "num_train_timesteps=500, not 1000"),
     (EDMEulerScheduler(), "noise", "other noise levels"),
 ])
-def test_a_scheduler_that_does_not_fit_is_refused(scheduler, objective, said):
+def test_a_scheduler_that_does_not_fit_raises(scheduler, objective, said):
     with pytest.raises(ValueError, match=said):
         check_scheduler(scheduler, objective)
 
@@ -375,7 +375,7 @@ def test_a_scheduler_that_does_not_fit_is_refused(scheduler, objective, said):
     EulerAncestralDiscreteScheduler, DEISMultistepScheduler, DPMSolverSinglestepScheduler, LMSDiscreteScheduler,
     KDPM2DiscreteScheduler, PNDMScheduler,
 ])
-def test_other_schedulers_of_diffusers_walk_too(kind):
+def test_other_schedulers_of_diffusers_sample_the_data(kind):
     scheduler = kind(**BETAS)
     check_scheduler(scheduler, "noise")
     set_steps(scheduler, 100)
@@ -385,12 +385,12 @@ def test_other_schedulers_of_diffusers_walk_too(kind):
     assert float(x0.std()) == pytest.approx(DEVIATION, abs=0.05)
 
 
-def test_every_sampler_fits_what_it_says():
+def test_every_sampler_fits_its_objectives():
     for name, objective in PAIRS:
         check_scheduler(make_scheduler(name, objective), objective)
 
 
-def test_guiding_an_unconditional_model_is_an_error():
+def test_guiding_an_unconditional_model_raises():
     assert guided(Counter(), None, 1.0, 0)(torch.zeros(1, 2, 2, 2), torch.zeros(1)).shape == (1, 4, 2, 2)
     with pytest.raises(ValueError, match="needs a class-conditional model"):
         guided(Counter(), None, 2.0, 0)
@@ -400,14 +400,14 @@ def test_guiding_an_unconditional_model_is_an_error():
         guided(Counter(), None, 2.0, 5)
 
 
-def test_labels_are_dropped_with_their_probability():
+def test_labels_are_dropped_with_the_given_probability():
     uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
     labels = drop_labels(torch.full((20_000,), 3), uniform, 0.1, null_label=7)
     assert set(labels.tolist()) == {3, 7}
     assert float((labels == 7).float().mean()) == pytest.approx(0.1, abs=0.01)
 
 
-def test_times_are_drawn_as_each_objective_wants():
+def test_default_distributions_of_timesteps():
     uniform = torch.rand(50_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     steps = NoiseSchedule().timestep(uniform)
     assert (int(steps.min()), int(steps.max())) == (0, 999)
@@ -419,7 +419,7 @@ def test_times_are_drawn_as_each_objective_wants():
     assert FlowSchedule().timestep(torch.tensor([0.0, 1.0])).isfinite().all()
 
 
-def test_noise_is_added_along_a_straight_line_for_flow():
+def test_flow_adds_noise_along_a_straight_line():
     x0, eps = torch.full((3, 1, 2, 2), 2.0), torch.full((3, 1, 2, 2), -1.0)
     xt = FlowSchedule().add_noise(x0, eps, torch.tensor([0.0, 500.0, 1000.0]))
     assert xt[:, 0, 0, 0].tolist() == [2.0, 0.5, -1.0]

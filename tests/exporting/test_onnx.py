@@ -8,7 +8,7 @@ import torch
 from lamamba.exporting.onnx import example_inputs, export_onnx, export_program
 from lamamba.ops import selective_scan, use_backend
 from lamamba.ops.scan_paths import NUM_PATHS
-from lamamba.ops.selective_scan import doubling
+from lamamba.ops.selective_scan import parallel_scan
 from tests.networks import random_network, relative_error, small_config
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
@@ -57,7 +57,7 @@ def test_the_doubling_scan_is_the_scan(length, dtype):
     x, dt, B, C = (torch.randn(b, length, *rest, dtype=dtype) for rest in ((c,), (g, r), (g, n), (g, n)))
     inputs = (x, dt, B, C, torch.randn(g, c, r), torch.randn(g, c), -torch.rand(g, c, n) * 5, torch.randn(g, c), paths)
     expected = selective_scan(*inputs, backend="reference")
-    result = doubling.forward(*inputs)
+    result = parallel_scan.forward(*inputs)
     assert result.dtype == dtype
     assert relative_error(result.float(), expected.float()) < (1e-5 if dtype == torch.float32 else 2e-2)
 

@@ -1,4 +1,4 @@
-"""Official checkpoints are read strictly, without executing anything, and what cannot be known is said."""
+"""Official checkpoints are read strictly, without executing anything."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_training_checkpoint(weights):
     assert relative_error(output, expected[f"out.{weights or 'ema'}"]) <= 2e-5
 
 
-def test_the_scan_kind_is_read_from_the_file_and_assumed_aloud_where_it_is_not_there(recwarn):
+def test_the_scan_kind_is_read_from_the_file_or_assumed_with_a_warning(recwarn):
     content = read_official(CHECKPOINT)
     assert load_official(content).architecture.scan == "continuous"
     assert not recwarn
@@ -39,7 +39,7 @@ def test_the_scan_kind_is_read_from_the_file_and_assumed_aloud_where_it_is_not_t
         load_official(content["ema"])
 
 
-def test_names_of_a_network_on_several_gpus_are_understood():
+def test_names_of_a_data_parallel_network_are_read():
     state = {f"module.{key}": tensor for key, tensor in load_case("cond_state1").weights.items()}
     assert load_official(state, load_case("cond_state1").config).architecture.width == 16
 

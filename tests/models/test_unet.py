@@ -1,4 +1,4 @@
-"""What the network promises on every grid, for every batch, and from its first breath."""
+"""LaMambaUNet: grids, batches, dtypes, initialisation, removed blocks, input checks, saving."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_images_of_a_batch_do_not_influence_each_other(grid):
 
 
 @torch.no_grad()
-def test_gives_the_same_answer_for_every_batch_size():
+def test_output_is_independent_of_the_batch_size():
     config = small_config(state_size=2)
     model = random_network(config)
     x, t, y = random_inputs(config, batch=7)
@@ -84,7 +84,7 @@ def test_float64_agrees_with_float32():
 
 
 class TestBfloat16:
-    """Half the bits: outputs within 2 % of float32's, and training that goes as it does in float32."""
+    """Outputs within 2 % of float32's, training losses within 5 %."""
 
     @pytest.mark.parametrize("backend", ["cpu", "torch"])
     @pytest.mark.parametrize("changes", [
@@ -106,10 +106,10 @@ class TestBfloat16:
     def test_training_under_autocast(self):
         config = small_config(in_channels=1, objective="flow")
         random = torch.Generator().manual_seed(2)
-        faces = torch.rand(3, 1, 8, 8, generator=random).round() * 2 - 1
+        images = torch.rand(3, 1, 8, 8, generator=random).round() * 2 - 1
         eps = torch.randn(24, 1, 8, 8, generator=random)
         labels, time = torch.arange(24) % 3, torch.rand(24, generator=random)
-        x0, share = faces[labels], time[:, None, None, None]
+        x0, share = images[labels], time[:, None, None, None]
         xt, velocity = (1 - share) * x0 + share * eps, eps - x0
         losses = {}
         for mixed in (False, True):
@@ -130,10 +130,10 @@ class TestBfloat16:
 
 
 class TestAnotherGrid:
-    """A network runs on another grid than it was made for, on request."""
+    """set_grid: running on another grid than the configuration's."""
 
     @torch.no_grad()
-    def test_needs_asking(self):
+    def test_needs_set_grid(self):
         model = random_network(small_config())
         x, t, y = random_inputs(model.architecture, grid=(12, 16))
         with pytest.raises(ValueError, match=r"model.set_grid\(\(12, 16\)\)"):
@@ -168,10 +168,10 @@ class TestAnotherGrid:
 
 
 class TestWindowAttention:
-    """Against attention written out token by token."""
+    """WindowAttention against attention written out token by token."""
 
     @staticmethod
-    def slow(attention: WindowAttention, x, window, shifted):
+    def written_out(attention: WindowAttention, x, window, shifted):
         """Each token attends to the tokens of its window, found by coordinates on the shifted grid."""
         b, h, w, c = x.shape
         wh, ww = window
@@ -179,25 +179,25 @@ class TestWindowAttention:
         q, k, v = attention.qkv(x).view(b, h, w, 3, attention.num_heads, -1).unbind(3)
         H, W = -(-h // wh) * wh, -(-w // ww) * ww
 
-        def place(i, shift, padded, side):
-            """Window, offset in it, and whether the roll brought this line around the edge."""
+        def locate(i, shift, padded, side):
+            """Window, index in it, and whether the roll wrapped this line around the edge."""
             rolled = (i - shift) % padded
             return rolled // side, rolled % side, i < shift
 
         y = torch.zeros_like(q)
         for i in range(h):
             for j in range(w):
-                row, column = place(i, sh, H, wh), place(j, sw, W, ww)
+                row, column = locate(i, sh, H, wh), locate(j, sw, W, ww)
                 keys = [
                     (a, e) for a in range(h) for e in range(w)
-                    if place(a, sh, H, wh)[::2] == row[::2] and place(e, sw, W, ww)[::2] == column[::2]
+                    if locate(a, sh, H, wh)[::2] == row[::2] and locate(e, sw, W, ww)[::2] == column[::2]
                 ]
                 for head in range(attention.num_heads):
                     scores = torch.stack([
                         (q[:, i, j, head] * k[:, a, e, head]).sum(-1) * q.shape[-1] ** -0.5
                         + attention.bias_table[
-                            (row[1] - place(a, sh, H, wh)[1] + wh - 1) * (2 * ww - 1)
-                            + column[1] - place(e, sw, W, ww)[1] + ww - 1, head]
+                            (row[1] - locate(a, sh, H, wh)[1] + wh - 1) * (2 * ww - 1)
+                            + column[1] - locate(e, sw, W, ww)[1] + ww - 1, head]
                         for a, e in keys
                     ], -1).softmax(-1)
                     values = torch.stack([v[:, a, e, head] for a, e in keys], 1)
@@ -214,12 +214,12 @@ class TestWindowAttention:
         attention = WindowAttention(8, 2, window, shifted)
         attention.bias_table.normal_()
         x = torch.randn(2, *grid, 8)
-        expected = self.slow(attention, x, window, shifted)
+        expected = self.written_out(attention, x, window, shifted)
         torch.testing.assert_close(attention(x, Geometry(grid, window, "continuous")), expected, rtol=1e-4, atol=1e-5)
 
 
-class TestKeptBias:
-    """The windows' bias is gathered once, and again whenever the table it comes from is another one."""
+class TestCachedBias:
+    """The gathered bias is cached, and gathered again whenever its table has changed."""
 
     WINDOW = (4, 4)
 
@@ -230,21 +230,21 @@ class TestKeptBias:
         attention.reset_parameters()
         return attention
 
-    def answer(self, attention, dtype=torch.float32):
+    def output(self, attention, dtype=torch.float32):
         x = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
         return attention(x, Geometry((8, 8), self.WINDOW, "continuous"))
 
     def check_is_fresh(self, attention, dtype=torch.float32):
         with torch.no_grad():
-            kept = self.answer(attention, dtype)
+            kept = self.output(attention, dtype)
             attention._cached_bias = None
-            torch.testing.assert_close(kept, self.answer(attention, dtype), rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(kept, self.output(attention, dtype), rtol=0, atol=0, equal_nan=True)
 
     @torch.no_grad()
-    def test_is_made_once(self, attention):
-        self.answer(attention)
+    def test_is_gathered_once(self, attention):
+        self.output(attention)
         bias = attention._cached_bias[-1]
-        self.answer(attention)
+        self.output(attention)
         assert attention._cached_bias[-1] is bias
 
     @pytest.mark.parametrize("change", [
@@ -258,16 +258,16 @@ class TestKeptBias:
     ], ids=["in place", "data", "nan", "another parameter", "load", "assign", "init"])
     def test_follows_the_table(self, attention, change):
         with torch.no_grad():
-            before = self.answer(attention)
+            before = self.output(attention)
             change(attention)
-            assert not torch.equal(self.answer(attention), before)
+            assert not torch.equal(self.output(attention), before)
         self.check_is_fresh(attention)
 
     def test_follows_the_optimizer_and_leaves_gradients_alone(self, attention):
         with torch.no_grad():
-            self.answer(attention)
+            self.output(attention)
         optimizer = torch.optim.SGD([attention.bias_table], lr=1.0)
-        self.answer(attention).square().sum().backward()
+        self.output(attention).square().sum().backward()
         assert attention.bias_table.grad.any()
         optimizer.step()
         self.check_is_fresh(attention)
@@ -279,19 +279,19 @@ class TestKeptBias:
 
     def test_is_copied_with_the_module_and_not_saved(self, attention):
         with torch.inference_mode():
-            expected = self.answer(attention)
+            expected = self.output(attention)
         names = set(attention.state_dict())
         again = copy.deepcopy(attention)
         assert names == set(again.state_dict()) == {
             "bias_table", "qkv.weight", "qkv.bias", "out_proj.weight", "out_proj.bias"
         }
-        assert torch.equal(self.answer(again), self.answer(attention))
-        torch.testing.assert_close(self.answer(again), expected)
+        assert torch.equal(self.output(again), self.output(attention))
+        torch.testing.assert_close(self.output(again), expected)
         self.check_is_fresh(again)
 
 
 class TestCompiled:
-    """torch.compile takes the whole network as one graph, at most twice for all batch sizes."""
+    """torch.compile captures the whole network as one graph, at most twice for all batch sizes."""
 
     @staticmethod
     def two_blocks():
@@ -309,7 +309,7 @@ class TestCompiled:
             compile_network(model)
             assert relative_error(model(*inputs), expected) <= 1e-5
 
-    def test_a_missing_compiler_is_named(self, monkeypatch):
+    def test_a_missing_compiler_raises(self, monkeypatch):
         monkeypatch.setattr("shutil.which", lambda name: None)
         with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler and none was found"):
             compile_network(random_network(self.two_blocks()))
@@ -337,10 +337,10 @@ class TestCompiled:
         assert len(graphs) <= 2
 
 
-class TestBeginning:
-    """Initial weights, as in the official code, with the head's last Linear at zero."""
+class TestInitialisation:
+    """Initial weights as in the official code, but the head's last Linear at zero."""
 
-    def test_a_new_network_predicts_zero_and_its_blocks_pass_x_through(self):
+    def test_a_new_network_predicts_zero_and_its_blocks_are_the_identity(self):
         config = small_config()
         torch.manual_seed(0)
         model = LaMambaUNet(config)
@@ -385,7 +385,7 @@ class TestBeginning:
 
 class TestRemovedBlocks:
     @torch.no_grad()
-    def test_a_removed_block_is_one_that_passes_x_through(self):
+    def test_a_removed_block_is_an_identity(self):
         config = small_config(depths=(2, 2, 1, 1))
         full = random_network(config)
         for block in (full.encoder[0].blocks["1"], full.decoder[3].blocks["0"]):
@@ -400,14 +400,14 @@ class TestRemovedBlocks:
 
     @torch.no_grad()
     @pytest.mark.parametrize("branch", ["scan", "attention", "mlp"])
-    def test_a_removed_branch_takes_its_three_vectors_with_it(self, branch):
+    def test_a_removed_branch_has_no_modulation(self, branch):
         config = small_config(removed_blocks=(f"decoder.3.1.{branch}",))
         model = random_network(config)
         assert model.decoder[3].blocks["1"].modulation.out_features == 6 * 16
         assert model(*random_inputs(config)).isfinite().all()
 
     @torch.no_grad()
-    def test_a_removed_bottleneck_takes_its_residual_with_it(self):
+    def test_a_removed_bottleneck_removes_its_residual(self):
         config = small_config()
         without = random_network(config.replace(removed_blocks=("bottleneck",)))
         empty = LaMambaUNet(config.replace(removed_blocks=("bottleneck.0",))).eval()
@@ -423,7 +423,7 @@ class TestRemovedBlocks:
 
 
 class TestInput:
-    """Bad input is answered with what came and what fits."""
+    """Invalid input raises with what came and what fits."""
 
     @pytest.mark.parametrize(("change", "said"), [
         (dict(x=torch.zeros(2, 3, 8, 8)), r"x has shape \(2, 3, 8, 8\), the network reads \(b, 4, 8, 8\)"),

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: how exact they are, their manners as a guest in the process, and life without them."""
+"""The compiled CPU kernels: accuracy, threads and floating-point mode of the process, and running without them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def instruction_set(request, monkeypatch):
 
 
 def run_python(program: str) -> str:
-    """What a fresh Python prints; it must end by itself within two minutes."""
+    """The output of a new Python process, which must end within two minutes."""
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True,
                           timeout=120, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -59,23 +59,23 @@ def units_in_the_last_place(result: torch.Tensor, exact: torch.Tensor) -> np.nda
     return np.abs(result.double().numpy() - exact.numpy()) / np.spacing(np.abs(exact.float().numpy()))
 
 
-def test_softplus_is_right_to_two_units_in_the_last_place(instruction_set):
+def test_softplus_is_accurate_to_two_units_in_the_last_place(instruction_set):
     s = torch.cat([torch.linspace(-80, 80, 100_003), torch.linspace(-1, 1, 20_001), torch.tensor([0.0, 1e-30, 1e30])])
     exact = torch.logaddexp(s.double(), torch.zeros(()).double())
     assert units_in_the_last_place(scan_of_steps(s)[0], exact).max() < 2
 
 
-def test_decay_is_as_right_as_its_rounded_exponent(instruction_set):
+def test_decay_is_as_accurate_as_its_rounded_exponent(instruction_set):
     """Rounding delta A costs up to 1.3 |delta A| units: few where the decay matters, many only where it is almost 0."""
     s = torch.linspace(-30, 80, 100_003)
     delta, later = scan_of_steps(s)
     exact = torch.exp(-delta.double()) * delta.double()
     assert (units_in_the_last_place(later, exact) < 2.5 + 1.3 * delta.numpy()).all()
-    assert (scan_of_steps(s, A=-1e6)[1] >= 0).all(), "a decay too small for float32 is nothing, not something else"
+    assert (scan_of_steps(s, A=-1e6)[1] >= 0).all(), "a decay below float32's range must be 0"
 
 
 @pytest.mark.parametrize("s", [math.nan, math.inf, -math.inf])
-def test_softplus_knows_nan_and_infinity(instruction_set, s):
+def test_softplus_of_nan_and_infinity(instruction_set, s):
     delta = scan_of_steps(torch.tensor([s]))[0].item()
     assert delta == pytest.approx(torch.nn.functional.softplus(torch.tensor(s)).item(), nan_ok=True, abs=1e-30)
 
@@ -86,7 +86,7 @@ def test_loading_leaves_the_floating_point_mode_alone(instruction_set):
     assert tiny * np.float32(0.5) > 0, "denormal numbers are flushed to zero"
 
 
-def test_refuses_what_it_cannot_compute():
+def test_unsupported_inputs_raise():
     inputs = make_inputs(dtype=torch.float64)
     with pytest.raises(RuntimeError, match="computes in float32"):
         selective_scan(**inputs, backend="cpu")
@@ -94,7 +94,7 @@ def test_refuses_what_it_cannot_compute():
     assert OP.choose(inputs["x"].float(), 1) == "cpu"
 
 
-def test_refuses_paths_that_leave_the_grid():
+def test_paths_outside_the_grid_raise():
     for outside in (-1, 16):
         inputs = make_inputs()
         inputs["paths"] = inputs["paths"].clone()
@@ -109,7 +109,7 @@ def test_an_unknown_instruction_set_is_an_error(monkeypatch):
         native.load()
 
 
-def test_an_instruction_set_the_processor_lacks_is_refused(monkeypatch):
+def test_an_instruction_set_that_the_processor_lacks_raises(monkeypatch):
     monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, "avx512")
     monkeypatch.setattr(native, "supported_instruction_sets", lambda: ("avx2", "baseline"))
     with pytest.raises(RuntimeError, match="runs only avx2, baseline"):
@@ -125,7 +125,7 @@ def test_takes_the_best_instruction_set_that_was_built(monkeypatch, tmp_path):
         assert native.choose_instruction_set() == name
 
 
-def test_without_its_libraries_pytorch_runs_and_says_so_once(monkeypatch, tmp_path, caplog):
+def test_without_its_libraries_pytorch_runs_and_warns_once(monkeypatch, tmp_path, caplog):
     monkeypatch.delenv(native.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     inputs = make_inputs()

@@ -1,4 +1,4 @@
-"""Who computes an op: argument, context, environment, automatic, in this order; obeyed or refused, never replaced."""
+"""Choice of the back end: argument, context manager, environment, automatic, in this order; never replaced silently."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU_NAMES = ["torch", "reference"]
 
 
 @pytest.fixture(autouse=True)
-def _no_choice_in_force(monkeypatch):
+def _no_requested_backend(monkeypatch):
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     dispatch._log_once.cache_clear()
 
@@ -33,12 +33,12 @@ def test_argument_goes_before_context_before_environment(monkeypatch):
     assert OP.choose(x, 1) == "reference"
 
 
-def test_unknown_back_ends_are_answered_with_the_nearest():
+def test_an_unknown_back_end_raises_with_the_nearest_name():
     with pytest.raises(ValueError, match="did you mean 'torch'"):
         selective_scan(**make_inputs(), backend="troch")
 
 
-def test_the_automatic_choice_passes_over_what_is_not_installed_and_says_so_once(caplog):
+def test_the_automatic_choice_skips_what_is_not_installed_and_logs_it_once(caplog):
     op = Op("an_op", (Backend("fast", "no_such_package_anywhere"), *OP.backends))
     with caplog.at_level(logging.DEBUG, logger="lamamba.ops"):
         names = {op.choose(torch.zeros(1, 1, 1), 1) for _ in range(3)}
@@ -47,13 +47,13 @@ def test_the_automatic_choice_passes_over_what_is_not_installed_and_says_so_once
     assert "fast: no_such_package_anywhere is not installed" in caplog.records[0].message
 
 
-def test_a_forced_back_end_that_cannot_run_is_refused_with_the_reason():
+def test_a_requested_back_end_that_cannot_run_raises_with_the_reason():
     op = Op("an_op", (Backend("fast", "no_such_package_anywhere"), *OP.backends))
     with pytest.raises(RuntimeError, match="'fast' .argument. cannot run here: no_such_package_anywhere is"):
         op.choose(torch.zeros(1, 1, 1), 1, "fast")
 
 
-def test_a_back_end_with_a_bug_is_not_passed_over(tmp_path, monkeypatch):
+def test_a_back_end_with_a_bug_is_not_skipped(tmp_path, monkeypatch):
     (tmp_path / "a_broken_backend.py").write_text("raise ImportError('a bug')")
     monkeypatch.syspath_prepend(tmp_path)
     op = Op("an_op", (Backend("broken", "a_broken_backend"), *OP.backends))
@@ -83,7 +83,7 @@ def test_the_operator_runs_on_the_meta_device_and_counts_its_operations():
 
 
 @pytest.mark.parametrize("name", ["cpu", "torch", "reference"])
-def test_compiles_into_one_graph_and_obeys_the_choice_in_force(name):
+def test_compiles_into_one_graph_with_the_requested_back_end(name):
     if reason := OP.get(name).unsupported_reason("cpu", torch.float32, 1):
         pytest.skip(reason)
     inputs = make_inputs()
@@ -100,5 +100,5 @@ def test_compiles_into_one_graph_and_obeys_the_choice_in_force(name):
     assert len(graphs) == 1
     assert name in [argument for node in graphs[0].graph.nodes for argument in node.args]
     with use_backend("reference"):
-        compiled(**inputs)                                                      # compiled anew for another choice
+        compiled(**inputs)                                                      # recompiled
     assert "reference" in [argument for node in graphs[-1].graph.nodes for argument in node.args]

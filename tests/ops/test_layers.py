@@ -1,4 +1,4 @@
-"""The layers' compiled kernels against plain PyTorch: at most twice its error, whatever the shape, type and strides."""
+"""The compiled CPU layers against the reference in float64: at most twice the error of the reference in their dtype."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def check(name: str, inputs: tuple, dtype: torch.dtype) -> None:
     result = getattr(cpu, name)(*as_type(dtype))
     assert result.shape == exact.shape
     assert result.dtype == dtype
-    floor = 4 * torch.finfo(dtype).eps * float(exact.abs().max())               # where plain PyTorch is lucky
+    floor = 4 * torch.finfo(dtype).eps * float(exact.abs().max())               # where the reference is exact by chance
     assert float((result - exact).abs().max()) <= max(2 * float((plain - exact).abs().max()), floor)
 
 
@@ -112,7 +112,7 @@ class TestAgainstFloat64:
         check("window_attention", window_attention_inputs(d=80), dtype)
 
     def test_many_threads(self, dtype, monkeypatch):
-        """Enough tokens to be shared out, among more threads than divide them."""
+        """With a number of threads that does not divide the tokens."""
         monkeypatch.setattr(native, "num_threads", lambda: 3)
         check("modulated_norm", modulated_norm_inputs(h=20, w=11, c=48), dtype)
         check("gated_norm", gated_norm_inputs(h=20, w=11, c=48), dtype)
@@ -124,7 +124,7 @@ class TestAgainstFloat64:
 @both_types
 @pytest.mark.usefixtures("instruction_set")
 class TestNotANumber:
-    """What is not finite stays visible where it belongs, and nowhere else."""
+    """NaN and infinity propagate as in the formula, and nowhere else."""
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     def test_in_rows(self, value, dtype):
@@ -164,7 +164,7 @@ class TestNotANumber:
 
 
 class TestChoice:
-    """Compiled kernels run where they can; the formula runs everywhere else."""
+    """Compiled kernels run where they are supported, the formula elsewhere."""
 
     @pytest.fixture
     def calls(self, monkeypatch):
@@ -181,7 +181,7 @@ class TestChoice:
         assert calls
 
     @pytest.mark.parametrize("name", ["torch", "reference"])
-    def test_not_where_another_back_end_is_asked_for(self, calls, name):
+    def test_not_where_another_back_end_is_requested(self, calls, name):
         with use_backend(name):
             layers.gated_norm(*gated_norm_inputs())
         assert not calls

@@ -1,4 +1,4 @@
-"""The layers' Triton kernels on the GPU they are written for, values and every gradient."""
+"""The Triton layers on a GPU: values and gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _poisoned_memory():
 
 
 def make_inputs(name, b, h, w, c, heads=NUM_HEADS, window=(8, 8)):
-    """Inputs in float32 at a network's scale, with the strides that a network gives them."""
+    """float32 inputs with the scale and strides that they have in a network."""
     random = torch.Generator("cuda").manual_seed(11)
 
     def normal(*shape):
@@ -47,7 +47,7 @@ def make_inputs(name, b, h, w, c, heads=NUM_HEADS, window=(8, 8)):
 
 
 def with_types(inputs, tokens, weights):
-    """Floating-point inputs as leaves, rounded to these types; what has four dimensions and no 3 x 3 is tokens."""
+    """Floating-point inputs as leaves of these dtypes; 4-D ones, the 3 x 3 weights aside, are tokens."""
     def convert(x):
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
             return x
@@ -58,8 +58,8 @@ def with_types(inputs, tokens, weights):
 
 def run_all(function, inputs, grad_y):
     y = function(*inputs)
-    asking = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
-    return [y.detach(), *torch.autograd.grad(y, asking, grad_y.to(y.dtype))]
+    differentiable = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, differentiable, grad_y.to(y.dtype))]
 
 
 def relative_error(value, exact):
@@ -68,7 +68,7 @@ def relative_error(value, exact):
 
 
 def check(name, inputs, dtype, weights=None):
-    """Every result at most twice as wrong as the formula in the same type (or a few units in float32's last place)."""
+    """Every result has at most twice the error of the formula in the same dtype (or a few units in the last place)."""
     given = with_types(inputs, dtype, weights or dtype)
     grad_y = torch.randn_like(getattr(reference, name)(*inputs)).to(dtype)
     with use_backend("triton"):

@@ -1,4 +1,4 @@
-"""The layers' Triton kernels, run by Triton's interpreter on the CPU: values and every gradient, without a GPU.
+"""The Triton layers under Triton's interpreter on the CPU: values and gradients, without a GPU.
 
 The interpreter is chosen when a kernel is decorated, so these tests run in a process of their own:
 TRITON_INTERPRET=1 pytest tests/ops/test_layers_interpreter.py shows them one by one.
@@ -62,7 +62,7 @@ CASES = {
 
 
 def with_type(inputs, dtype, weights=None, tokens=None):
-    """The floating-point inputs in other types, each a leaf that asks for its gradient; vectors may have their own."""
+    """The floating-point inputs as leaves of other dtypes; vectors may have one of their own."""
     def convert(x):
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
             return x
@@ -73,10 +73,10 @@ def with_type(inputs, dtype, weights=None, tokens=None):
 
 
 def run_all(function, inputs, grad_y):
-    """y and the gradients of all that ask for one."""
+    """y and the gradients of all inputs that require one."""
     y = function(*inputs)
-    asking = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
-    return [y.detach(), *torch.autograd.grad(y, asking, grad_y.to(y.dtype))]
+    differentiable = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, differentiable, grad_y.to(y.dtype))]
 
 
 def relative_error(value, exact):
@@ -85,18 +85,18 @@ def relative_error(value, exact):
 
 
 def check(name, inputs, dtype=torch.float32, weights=None):
-    """Every result at most twice as wrong as the formula in the same type, or four units in float32's last place."""
+    """Every result has at most twice the error of the formula in the same dtype (or 4 units in the last place)."""
     grad_y = torch.randn_like(getattr(reference, name)(*inputs)).to(dtype)
     with use_backend("triton"):
         results = run_all(getattr(layers, name), with_type(inputs, dtype, weights), grad_y)
     plain = run_all(getattr(reference, name), with_type(inputs, dtype), grad_y)
     exact = run_all(getattr(reference, name), with_type(inputs, dtype, weights, torch.float64), grad_y)
-    asking = [x for x in with_type(inputs, dtype, weights) if isinstance(x, torch.Tensor) and x.requires_grad]
-    for place, (ours, theirs, truth) in enumerate(zip(results, plain, exact, strict=True)):
-        assert ours.shape == truth.shape, place
-        assert ours.dtype == (asking[place - 1].dtype if place else dtype), place
+    differentiable = [x for x in with_type(inputs, dtype, weights) if isinstance(x, torch.Tensor) and x.requires_grad]
+    for index, (ours, theirs, truth) in enumerate(zip(results, plain, exact, strict=True)):
+        assert ours.shape == truth.shape, index
+        assert ours.dtype == (differentiable[index - 1].dtype if index else dtype), index
         allowed = 2 * max(relative_error(theirs, truth), 2 * torch.finfo(torch.float32).eps)
-        assert relative_error(ours, truth) <= allowed, (place, relative_error(ours, truth), allowed)
+        assert relative_error(ours, truth) <= allowed, (index, relative_error(ours, truth), allowed)
 
 
 @interpreted
@@ -195,11 +195,11 @@ class TestEveryLayer:
         leaves = with_type(make(), torch.float32)
         with FakeTensorMode() as mode, use_backend("triton"):
             inputs = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in leaves]
-            asking = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+            differentiable = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
             y = getattr(layers, name)(*inputs)
             assert y.grad_fn is not None
-            grads = torch.autograd.grad(y.sum(), asking)
-        assert [grad.shape for grad in grads] == [x.shape for x in asking]
+            grads = torch.autograd.grad(y.sum(), differentiable)
+        assert [grad.shape for grad in grads] == [x.shape for x in differentiable]
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")
     def test_nan_and_infinity_stay_visible(self, case):

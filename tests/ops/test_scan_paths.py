@@ -1,4 +1,4 @@
-"""The reading orders of a grid: permutations, snakes, reverses, and never made twice."""
+"""Scan paths are permutations of the grid, continuous, in reversed pairs, and cached."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lamamba.ops import inverse_paths, scan_paths
 
 
 def test_continuous_paths_of_a_small_grid_by_hand():
-    """Tokens 0 1 2 / 3 4 5 / 6 7 8 / 9 10 11, read as the paper's Figure 4 tells."""
+    """Tokens 0 1 2 / 3 4 5 / 6 7 8 / 9 10 11, in the order of the paper's Figure 4."""
     rows = [0, 1, 2, 5, 4, 3, 6, 7, 8, 11, 10, 9]
     columns = [9, 6, 3, 0, 1, 4, 7, 10, 11, 8, 5, 2]
     assert scan_paths(4, 3).tolist() == [rows, rows[::-1], columns, columns[::-1]]
@@ -50,13 +50,13 @@ def test_any_grid(height, width, scan):
         assert bool(((row.diff().abs() + column.diff().abs()) == 1).all())
 
 
-def test_a_path_is_made_once():
+def test_paths_are_cached():
     assert scan_paths(8, 12) is scan_paths(8, 12)
     with torch.device("meta"):
         assert scan_paths(9, 13).device.type == "cpu"
 
 
-def test_bad_grids_are_refused():
+def test_invalid_grids_raise():
     with pytest.raises(ValueError, match="0 x 3"):
         scan_paths(0, 3)
     with pytest.raises(ValueError, match="did you mean 'cross'"):

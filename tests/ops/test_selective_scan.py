@@ -1,6 +1,6 @@
-"""What every back end of the selective scan promises, each tested against the plain recurrence in float64.
+"""Every back end of the selective scan against the reference in float64.
 
-Fresh memory is filled with NaN here, so that a result somebody forgot to write shows.
+Uninitialised memory is filled with NaN, so that results that were not written show.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _poisoned_memory():
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Threads are slow at such sizes, dreadfully so on a busy machine; the tests that need them ask for them."""
+    """Threads are slow at such sizes, above all on a busy machine; the tests that need them set them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -36,7 +36,7 @@ def _one_thread():
 
 
 def make_inputs(b=1, height=4, width=4, c=8, n=1, r=2, g=4, dtype=torch.float32, seed=0) -> dict[str, Tensor]:
-    """Inputs as a network has them at its start: steps from 0.001 to 0.1, rates -1 .. -n."""
+    """Inputs at the scale of a new network: delta in 0.001 .. 0.1, A = -1 .. -n."""
     generator = torch.Generator().manual_seed(seed)
     l = height * width
 
@@ -68,7 +68,7 @@ def draw_like(x: Tensor, seed: int = 1) -> Tensor:
 
 
 def check_against_float64(inputs: dict[str, Tensor], backend: str) -> None:
-    """At most twice as wrong as the recurrence in plain PyTorch at the inputs' own precision."""
+    """At most twice the error of the reference in the inputs' own dtype."""
     grad_y = draw_like(inputs["x"])
     exact_inputs = {name: tensor if name == "paths" else tensor.double() for name, tensor in inputs.items()}
     exact = run(exact_inputs, grad_y.double(), "reference")
@@ -79,7 +79,7 @@ def check_against_float64(inputs: dict[str, Tensor], backend: str) -> None:
         assert result.is_contiguous(), name
         for measure in (torch.linalg.vector_norm, lambda error: error.abs().max()):
             error, allowed = (measure(each.double() - exact[name]) for each in (result, plain[name]))
-            last_bits = 2 * torch.finfo(torch.float32).eps * measure(exact[name])   # plain PyTorch has lucky days
+            last_bits = 2 * torch.finfo(torch.float32).eps * measure(exact[name])   # it may be exact by chance
             assert error <= 2 * allowed + last_bits, f"{name}: error {error:.2e}, plain PyTorch's {allowed:.2e}"
 
 
@@ -114,7 +114,7 @@ def test_takes_float32_parameters_with_half_precision_tokens(backend, dtype):
     check_against_float64(inputs, backend)
 
 
-def test_remembers_over_a_long_path(backend):
+def test_the_state_persists_over_a_long_path(backend):
     inputs = make_inputs(height=32, width=32, c=16, n=2)
     inputs["A"] /= 100                                          # the state outlives the path
     check_against_float64(inputs, backend)
@@ -175,7 +175,7 @@ def test_nan_in_the_gradient_stays_visible(backend):
 
 
 def test_is_finite_where_steps_are_extreme(backend):
-    """softplus and exp neither overflow nor lose their sign for large arguments."""
+    """softplus and exp neither overflow nor change sign for large arguments."""
     inputs = make_inputs(b=1, height=4, width=4, c=32, n=2)
     inputs["b_dt"] = torch.linspace(-200, 200, 4 * 32).view(4, 32)
     inputs["A"] *= 1e4
@@ -188,7 +188,7 @@ def test_is_finite_where_steps_are_extreme(backend):
 def test_gives_the_same_bits_every_time(backend, threads):
     inputs = make_inputs(b=3, height=8, width=8, c=100, n=2, r=5)
     grad_y = draw_like(inputs["x"])
-    if backend == "cpu":                                        # for its own sums; the others leave them to torch
+    if backend == "cpu":                                        # the others use torch's sums
         torch.set_num_threads(threads)
     first = run(inputs, grad_y, backend)
     for _ in range(3):
@@ -207,8 +207,8 @@ def test_gradients_agree_with_finite_differences(name):
 
 
 def test_is_a_well_registered_operator(backend):
-    """Its fake, its gradients and its promise to change no input hold under torch's own checks."""
-    torch.use_deterministic_algorithms(False)                   # the checks compare memory that nobody filled
+    """Schema, fake implementation and autograd pass torch's opcheck."""
+    torch.use_deterministic_algorithms(False)                   # opcheck compares uninitialised memory
     inputs = [tensor.requires_grad_(tensor.is_floating_point()) for tensor in make_inputs(height=3, width=3).values()]
     torch.library.opcheck(torch.ops.lamamba.selective_scan.default, (*inputs, backend))
 

@@ -1,4 +1,4 @@
-"""The Triton scan on a real GPU, at the sizes it was written for."""
+"""The Triton scan on a GPU at the sizes of LaMamba-XL: values and gradients."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lamamba.ops.scan_paths import scan_paths
-from lamamba.ops.selective_scan import OP, blocked, reference, selective_scan
+from lamamba.ops.selective_scan import OP, chunked, reference, selective_scan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -52,11 +52,11 @@ def relative_error(value, exact):
 
 
 def check_against_float64(kernels, inputs, grad_y, **kwargs):
-    """Every result at most twice as wrong as PyTorch's in the same dtype (or a few units in float32's last place)."""
+    """Every result has at most twice the error of PyTorch's in the same dtype (or a few units in the last place)."""
     dtype = inputs[0].dtype
     results = run_all(kernels, inputs, grad_y, **kwargs)
-    plain = run_all(blocked, [t.to(dtype) if t.is_floating_point() else t for t in inputs], grad_y)
-    exact = run_all(blocked, [t.double() if t.is_floating_point() else t for t in inputs], grad_y.double())
+    plain = run_all(chunked, [t.to(dtype) if t.is_floating_point() else t for t in inputs], grad_y)
+    exact = run_all(chunked, [t.double() if t.is_floating_point() else t for t in inputs], grad_y.double())
     errors = {
         name: (relative_error(ours, truth), 2 * max(relative_error(theirs, truth), 5e-7))
         for name, ours, theirs, truth in zip(RESULTS, results, plain, exact, strict=True)

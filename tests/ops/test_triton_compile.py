@@ -54,5 +54,5 @@ def test_little_shared_memory_is_needed(resources):
 def test_takes_no_more_special_functions_than_planned(resources):
     """Two for softplus and one for each state, for each element; docs/gpu-scan.md."""
     for row in resources:
-        if row["kernel"].startswith("walk y, bf16"):
+        if row["kernel"].startswith("scan y, bf16"):
             assert row["loop_special"] <= 3 * row["loop_elements"], row

@@ -1,4 +1,4 @@
-"""The Triton scan, run by Triton's interpreter on the CPU: what the kernels compute, without a GPU.
+"""The Triton scan under Triton's interpreter on the CPU: values and gradients, without a GPU.
 
 The interpreter is chosen when a kernel is decorated, so these tests run in a process of their own:
 TRITON_INTERPRET=1 pytest tests/ops/test_triton_interpreter.py shows them one by one.
@@ -36,7 +36,7 @@ def test_everything_under_the_interpreter():
 
 @pytest.fixture
 def poisoned():
-    """Fresh memory is NaN, so that whatever a kernel forgets to write is seen."""
+    """Uninitialised memory is NaN, so that results that a kernel does not write show."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -69,9 +69,9 @@ def relative_error(value, exact):
 
 
 def check_against_float64(inputs, grad_y, **kwargs):
-    """Every result at most twice as wrong as the plain recurrence in PyTorch in the same dtype.
+    """Every result has at most twice the error of the reference in the same dtype.
 
-    A gradient of a few numbers may be luckily exact there; two units in float32's last place are never held against us.
+    Where that is exact by chance, two units in float32's last place are allowed.
     """
     results = run_all(triton_kernels, inputs, grad_y, **kwargs)
     dtype = inputs[0].dtype
@@ -150,10 +150,10 @@ def test_two_runs_give_the_same_bits():
 @interpreted
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("place", ["x", "dt", "B", "C", "W_dt", "b_dt", "A", "D"])
-def test_nan_and_infinity_stay_visible(value, place):
+@pytest.mark.parametrize("name", ["x", "dt", "B", "C", "W_dt", "b_dt", "A", "D"])
+def test_nan_and_infinity_stay_visible(value, name):
     inputs, _ = make_inputs(1, 3, 3, 5, 1, 3)
-    broken = inputs[GRADIENTS.index(place)]
+    broken = inputs[GRADIENTS.index(name)]
     broken[(0,) * broken.dim()] = value
     y, expected = triton_kernels.forward(*inputs), reference.forward(*inputs)
     assert torch.equal(torch.isfinite(y), torch.isfinite(expected))
@@ -161,7 +161,7 @@ def test_nan_and_infinity_stay_visible(value, place):
 
 @interpreted
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_large_time_step_forgets_and_a_tiny_one_keeps():
+def test_extreme_time_steps_match_float64():
     inputs, grad_y = make_inputs(1, 3, 3, 5, 2, 3)
     inputs[5][:, 0], inputs[5][:, 1], inputs[5][:, 2] = 300.0, -60.0, -1000.0
     check_against_float64(inputs, grad_y)
@@ -177,7 +177,7 @@ def test_is_the_named_back_end_of_the_op():
 
 
 @interpreted
-def test_refuses_what_it_cannot_run():
+def test_unsupported_inputs_have_a_reason():
     assert triton_kernels.unsupported_reason("cpu", torch.float32, 16) is None
     assert "at most 16" in triton_kernels.unsupported_reason("cpu", torch.float32, 17)
     assert "not float64" in triton_kernels.unsupported_reason("cpu", torch.float64, 1)

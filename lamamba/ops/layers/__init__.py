@@ -1,9 +1,8 @@
-"""What a network does between its matrix products: norms, conditions, local mixing, windows.
+"""Fused layers between the matrix products: norms with modulation and gates, depthwise convolution, window attention.
 
-Each is one formula of several PyTorch operations (`reference`). Kernels make it one pass over the tokens: compiled ones
-(`cpu`) on CPUs where nobody asks for gradients, Triton's (`gpu`) on CUDA devices, with gradients. Everywhere else the
-formula itself runs. The back end in force (lamamba.ops.dispatch) may be "cpu" or "triton"; any other name means the
-formula.
+Each is a formula of several PyTorch operations (`reference`), fused to one pass over the tokens by compiled kernels on
+CPUs without gradients (`cpu`) and by Triton kernels on CUDA devices with gradients (`gpu`). Everywhere else the formula
+runs. The requested back end (lamamba.ops.dispatch) may be "cpu" or "triton"; any other name means the formula.
 
     sizes: b images, h and w the grid, l = h w tokens, c channels
 """
@@ -18,30 +17,37 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lamamba.config import Grid
 from lamamba.ops import native
-from lamamba.ops.dispatch import backend_in_force
+from lamamba.ops.dispatch import requested_backend
 from lamamba.ops.layers import cpu, gpu, reference
 
 FEW_ROWS = {torch.float32: 8, torch.bfloat16: 2}
 MANY_WEIGHTS = 2**18
 
 INDUCTOR_FUSES = frozenset(("modulated_norm", "gated_norm", "gated_sum"))
-"""On GPUs, what torch.compile makes one pass of itself, together with its neighbours: there the formula is left to it.
+"""Layers whose formula torch.compile runs on GPUs: Inductor fuses them with their neighbours.
 
-It has no such answer to windows, which it would cut up in memory, nor to the convolution, which it leaves to a library.
+It does not fuse the copies that cut the grid into windows, nor the convolution, which it leaves to a library.
 """
 
 
 def modulated_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor, scale: Tensor, eps: float = 1e-5,
 ) -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift: x (b, h, w, c), weight and bias (c,), shift and scale (b, c)."""
+    """Adaptive LayerNorm, LayerNorm(x) (1 + scale) + shift (DiT, arXiv 2212.09748): (b, h, w, c).
+
+    Args:
+        x: (b, h, w, c).
+        weight, bias: (c,) of LayerNorm, or None.
+        shift, scale: (b, c).
+        eps: added to the variance.
+    """
     return _choose("modulated_norm", [x], [weight, bias, shift, scale])(x, weight, bias, shift, scale, eps)
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x weight^T + bias: x (b, i), weight (o, i), bias (o,).
+    """Linear for few rows, x weight^T + bias: x (b, i), weight (o, i), bias (o,).
 
-    Compiled for so few rows that reading the weights is the work, where it beats PyTorch's product (measured).
+    The kernel runs where reading the weights dominates: there it is measured to be faster than PyTorch's product.
     """
     few = not torch.compiler.is_compiling() and x.shape[0] <= FEW_ROWS.get(x.dtype, 0)
     if few and weight.numel() >= MANY_WEIGHTS and _runs_on_cpu([x, weight, bias]):
@@ -50,37 +56,38 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def gated_norm(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """LayerNorm(x) SiLU(z): x and z (b, h, w, c), weight and bias (c,)."""
+    """Gated LayerNorm, LayerNorm(x) SiLU(z) (Mamba's output gate): x and z (b, h, w, c), weight and bias (c,)."""
     return _choose("gated_norm", [x, z], [weight, bias])(x, z, weight, bias, eps)
 
 
 def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate y: x and y (b, h, w, c), gate (b, c). PyTorch's own forward pass; a kernel for the backward pass."""
+    """Gated residual sum x + gate y: x and y (b, h, w, c), gate (b, c). Only its backward pass has a kernel."""
     fits = y.dtype == gate.dtype and x.dtype in (y.dtype, torch.float32)        # the sum has x's type
-    if fits and _wants_gradients(x, y, gate) and _runs_on_gpu("gated_sum", [x], [y, gate]):
+    if fits and _needs_gradients(x, y, gate) and _runs_on_gpu("gated_sum", [x], [y, gate]):
         return torch.ops.lamamba.gpu_gated_sum(x, y, gate)
     return reference.gated_sum(x, y, gate)
 
 
 def local_mixing(x: Tensor, weight: Tensor) -> Tensor:
-    """SiLU of a 3 x 3 convolution of every channel by itself: x (b, h, w, c), weight (c, 1, 3, 3), zeros around."""
+    """SiLU of a depthwise 3 x 3 convolution with zero padding: x (b, h, w, c), weight (c, 1, 3, 3)."""
     return _choose("local_mixing", [x], [weight])(x, weight)
 
 
 def window_attention(
     qkv: Tensor, bias: Tensor, mask: Tensor | None, num_heads: int, window: Grid, shift: Grid,
 ) -> Tensor:
-    """Attention among the tokens of each window of the grid, rolled by -shift: (b, h, w, 3 c) -> (b, h, w, c).
+    """Attention within the windows of the grid rolled by -shift (Swin, arXiv 2103.14030): (b, h, w, c).
 
-    Where the window does not divide the grid, tokens of zeros are added at the bottom and right.
+    Where the window does not divide the grid, zero tokens are added at the bottom and right.
 
     Args:
-        qkv: queries, keys and values, each by heads.
-        bias: (heads, tokens, tokens) added to the scores of every pair of a window's tokens.
-        mask: (windows, tokens, tokens) bool, the pairs that may see each other; None for all.
-        num_heads, window, shift: heads, and the sides of a window and of the roll in tokens.
+        qkv: (b, h, w, 3 c), queries, keys and values, each (heads, d).
+        bias: (heads, tokens, tokens), added to the scores.
+        mask: (windows, tokens, tokens) bool, True where a pair attends; None for all.
+        num_heads: heads of d = c / num_heads channels.
+        window, shift: (rows, columns) of a window and of the roll, in tokens.
     """
-    if _runs_on_cpu([qkv]) and not _wants_gradients(bias):
+    if _runs_on_cpu([qkv]) and not _needs_gradients(bias):
         return torch.ops.lamamba.window_attention(qkv, bias, mask, num_heads, window, shift)
     if window[0] * window[1] <= gpu.MOST_WINDOW_TOKENS and _runs_on_gpu("window_attention", [qkv], [bias]):
         return torch.ops.lamamba.gpu_window_attention(qkv, bias, mask, num_heads, window, shift)
@@ -88,14 +95,14 @@ def window_attention(
 
 
 def backend_for(x: Tensor) -> str:
-    """What takes tokens like these (with gradients, if x wants them): "cpu", "triton", or "formula"."""
+    """Return what runs the layers on tokens like x (and with its gradients): "cpu", "triton", or "formula"."""
     if _runs_on_cpu([x]):
         return "cpu"
     return "triton" if _runs_on_gpu("modulated_norm", [x], []) else "formula"
 
 
 def _choose(name: str, tokens: list[Tensor], parameters: list[Tensor | None]) -> Callable[..., Tensor]:
-    """What runs this layer on these tensors: compiled on CPUs, Triton on GPUs, or the formula."""
+    """Return the function that runs this layer on these tensors."""
     if _runs_on_cpu([*tokens, *parameters]):
         return getattr(torch.ops.lamamba, name)
     if _runs_on_gpu(name, tokens, parameters):
@@ -103,28 +110,28 @@ def _choose(name: str, tokens: list[Tensor], parameters: list[Tensor | None]) ->
     return getattr(reference, name)
 
 
-def _wants_gradients(*tensors: Tensor | None) -> bool:
+def _needs_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _runs_on_cpu(tensors: list[Tensor | None]) -> bool:
-    """Whether the compiled kernels take these tensors: on the CPU, of one type, and nobody asks for gradients."""
+    """Whether the compiled kernels support these tensors: on the CPU, of one dtype, without gradients."""
     x = tensors[0]
     assert x is not None
-    if x.device.type != "cpu" or x.dtype not in cpu.DTYPES or _wants_gradients(*tensors):
+    if x.device.type != "cpu" or x.dtype not in cpu.DTYPES or _needs_gradients(*tensors):
         return False
     if any(other is not None and (other.dtype != x.dtype or other.device != x.device) for other in tensors):
         return False
-    return x.numel() > 0 and backend_in_force() in ("auto", "cpu") and _have_kernels()
+    return x.numel() > 0 and requested_backend() in ("auto", "cpu") and _have_kernels()
 
 
 def _runs_on_gpu(name: str, tokens: list[Tensor], parameters: list[Tensor | None]) -> bool:
-    """Whether Triton's kernels take this layer: tokens of one type on a CUDA device, parameters of any type there.
+    """Whether the Triton kernels support this layer: tokens of one dtype on a CUDA device, parameters of any dtype.
 
-    Under autocast the parameters are float32 and the tokens 16-bit numbers; y has the tokens' type.
+    Under autocast the parameters are float32 and the tokens 16-bit; y has the tokens' dtype.
     """
     x = tokens[0]
-    if x.device.type != "cuda" and not (x.device.type == "cpu" and backend_in_force() == "triton"):
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and requested_backend() == "triton"):
         return False
     if any(other.dtype != x.dtype or other.device != x.device for other in tokens) or x.dtype not in gpu.DTYPES:
         return False
@@ -132,7 +139,7 @@ def _runs_on_gpu(name: str, tokens: list[Tensor], parameters: list[Tensor | None
         return False
     if name in INDUCTOR_FUSES and torch.compiler.is_compiling():
         return False
-    return x.numel() > 0 and backend_in_force() in ("auto", "triton") and _have_triton(x.device.type)
+    return x.numel() > 0 and requested_backend() in ("auto", "triton") and _have_triton(x.device.type)
 
 
 @torch.compiler.assume_constant_result
@@ -145,7 +152,7 @@ def _have_triton(device_type: str) -> bool:
     return gpu.unsupported_reason(device_type) is None
 
 
-# Not torch.library.custom_op, which checks more: twice the cost of a call, and a network makes a hundred of them.
+# Not torch.library.custom_op: its checks double the cost of a call, and a forward pass makes a hundred of them.
 _SCHEMAS = {
     "modulated_norm": "(Tensor x, Tensor? weight, Tensor? bias, Tensor shift, Tensor scale, float eps) -> Tensor",
     "gated_norm": "(Tensor x, Tensor z, Tensor weight, Tensor bias, float eps) -> Tensor",
@@ -184,7 +191,7 @@ def _local_mixing_flops(x_shape, weight_shape, *rest, out_shape=None, **kwargs) 
 
 @register_flop_formula(torch.ops.lamamba.gpu_local_mixing_backward)
 def _local_mixing_backward_flops(grad_shape, *shapes, out_shape=None, **kwargs) -> int:
-    return 3 * _local_mixing_flops(*shapes)                                     # s again, then x and the weights
+    return 3 * _local_mixing_flops(*shapes)                                     # s again, gradients of x and weight
 
 
 @register_flop_formula([torch.ops.lamamba.window_attention, torch.ops.lamamba.gpu_window_attention])
@@ -196,4 +203,4 @@ def _window_attention_flops(qkv_shape, bias_shape, mask, num_heads, window, *res
 
 @register_flop_formula(torch.ops.lamamba.gpu_window_attention_backward)
 def _window_attention_backward_flops(grad_shape, *inputs, out_shape=None, **kwargs) -> int:
-    return 5 * _window_attention_flops(*inputs) // 2                            # five products where there were two
+    return 5 * _window_attention_flops(*inputs) // 2                            # five products instead of two

@@ -1,4 +1,4 @@
-"""The layers on CPUs, compiled and without gradients: lamamba/csrc/layers.cpp behind the contract of this room."""
+"""The layers by the compiled CPU kernels of lamamba/csrc/layers.cpp, without gradients."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from lamamba.config import Grid
 from lamamba.ops import native
+from lamamba.ops.native import unit_stride
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _fields(*fields: tuple[str, type]) -> tuple:
-    """What every struct of layers.cpp begins with, then its own."""
+    """The fields that all structs of layers.cpp begin with, then a struct's own."""
     return ("threads", c_int64), ("is_bfloat16", c_int64), *fields
 
 
@@ -55,16 +56,11 @@ class _FewRows(ctypes.Structure):
 
 def _run(name: str, kind: type[ctypes.Structure], x: Tensor, *values) -> None:
     library = native.load()
-    assert library is not None                                                  # the room's door saw to it
+    assert library is not None                                                  # checked by lamamba.ops.layers
     call = kind(native.num_threads(), x.dtype == torch.bfloat16, *values)
     function = getattr(library, name)
     function.restype = None
     function(ctypes.byref(call))
-
-
-def _rows(x: Tensor) -> Tensor:
-    """With channels next to each other; everything else may lie anywhere."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -72,7 +68,7 @@ def _address(x: Tensor | None) -> int | None:
 
 
 def modulated_norm(x, weight, bias, shift, scale, eps) -> Tensor:
-    x, shift, scale = x.contiguous(), _rows(shift), _rows(scale)
+    x, shift, scale = x.contiguous(), unit_stride(shift), unit_stride(scale)
     weight, bias = (None if part is None else part.contiguous() for part in (weight, bias))
     (b, h, w, c), y = x.shape, torch.empty_like(x)
     _run("lamamba_modulated_norm", _ModulatedNorm, x, b, h * w, c, eps,
@@ -83,14 +79,14 @@ def modulated_norm(x, weight, bias, shift, scale, eps) -> Tensor:
 
 def gated_norm(x, z, weight, bias, eps) -> Tensor:
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-    z, y = _rows(z.reshape(-1, z.shape[-1])), torch.empty_like(x)               # a view where rows are evenly spaced
+    z, y = unit_stride(z.reshape(-1, z.shape[-1])), torch.empty_like(x)         # a view where rows are evenly spaced
     _run("lamamba_gated_norm", _GatedNorm, x, *z.shape, eps, x.data_ptr(), z.data_ptr(), z.stride(0),
          weight.data_ptr(), bias.data_ptr(), y.data_ptr())
     return y
 
 
 def local_mixing(x, weight) -> Tensor:
-    x, y = _rows(x), torch.empty(x.shape, dtype=x.dtype)
+    x, y = unit_stride(x), torch.empty(x.shape, dtype=x.dtype)
     weight = weight.flatten(1).T.float().contiguous()                           # (9, c)
     _run("lamamba_convolution", _Convolution, x, *x.shape, x.data_ptr(), *x.stride()[:3], weight.data_ptr(),
          y.data_ptr())

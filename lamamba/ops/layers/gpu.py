@@ -1,7 +1,7 @@
-"""The layers on GPUs as operators with gradients: Triton's kernels behind the contract of this room.
+"""The layers as GPU operators with gradients, by Triton kernels.
 
-Each layer is an operator `gpu_<layer>` and another for its gradients, so that autograd, torch.compile and the counter
-of operations see two opaque steps. The kernels are imported when the first of them runs.
+Each layer is an operator `gpu_<layer>` and another for its gradients: opaque to autograd, torch.compile and the FLOP
+counter. The kernels' modules are imported at their first call, because Triton is optional.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lamamba.ops.layers import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_WINDOW_TOKENS = 64
-"""The scores of larger windows do not fit into registers."""
+"""Tokens of the largest window whose scores fit into registers."""
 
 _MODULES = {
     "modulated_norm": "triton_norms", "gated_norm": "triton_norms", "gated_sum": "triton_norms",
@@ -27,7 +27,7 @@ _MODULES = {
 
 @cache
 def unsupported_reason(device_type: str) -> str | None:
-    """Why the kernels cannot run on such a device here; None when they can."""
+    """Return why the kernels cannot run on such a device here; None when they can."""
     try:
         triton = importlib.import_module("triton")
     except ModuleNotFoundError as error:
@@ -50,7 +50,7 @@ _SCHEMAS = {
     "local_mixing": ("Tensor x, Tensor weight", 2),
     "window_attention": (_WINDOWS, 2),
 }
-"""What each layer is given, and how many gradients its backward operator returns, in the order of the arguments."""
+"""Arguments of each layer, and how many gradients its backward operator returns, in the order of the arguments."""
 
 
 def _register(name: str, arguments: str, num_gradients: int) -> None:
@@ -65,7 +65,7 @@ def _register(name: str, arguments: str, num_gradients: int) -> None:
     def run_backward(grad_y, *inputs):
         return getattr(_kernels(name), f"{name}_backward")(grad_y, *inputs)
 
-    for device_type in ("cpu", "cuda"):                                         # on CPUs only the interpreter gets here
+    for device_type in ("cpu", "cuda"):                                         # "cpu": under the interpreter
         torch.library.impl(forward, device_type, run)
         torch.library.impl(backward, device_type, run_backward)
 
@@ -73,8 +73,7 @@ def _register(name: str, arguments: str, num_gradients: int) -> None:
         return x.new_empty((*x.shape[:3], x.shape[3] // 3) if name == "window_attention" else x.shape)
 
     def fake_backward(grad_y, *inputs):
-        given = inputs[:num_gradients]
-        return tuple(grad_y.new_empty(0) if x is None else x.new_empty(x.shape) for x in given)
+        return tuple(grad_y.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs[:num_gradients])
 
     torch.library.register_fake(forward, fake)
     torch.library.register_fake(backward, fake_backward)
@@ -103,7 +102,7 @@ torch.library.define("lamamba::gpu_gated_sum_backward", "(Tensor grad, Tensor y,
 
 @torch.library.impl("lamamba::gpu_gated_sum", ("cpu", "cuda"))
 def _gated_sum(x, y, gate):
-    return reference.gated_sum(x, y, gate)                                      # one pass already
+    return reference.gated_sum(x, y, gate)                                      # one pass in PyTorch
 
 
 @torch.library.impl("lamamba::gpu_gated_sum_backward", ("cpu", "cuda"))
@@ -122,7 +121,7 @@ def _(grad, y, gate):
 
 
 def _save_gated_sum(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[1:])                                          # x is not needed again
+    ctx.save_for_backward(*inputs[1:])                                          # x has no part in the gradients
 
 
 def _differentiate_gated_sum(ctx, grad):

@@ -1,4 +1,4 @@
-"""The layers' formulas in plain PyTorch: any device, any precision, differentiable."""
+"""Reference implementation of the layers in PyTorch: any device and dtype, differentiable."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def window_attention(qkv, bias, mask, num_heads: int, window: Grid, shift: Grid)
     qkv = qkv.view(b, rows, wh, columns, ww, 3, heads, c // heads)
     q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, b, rows * columns, heads, tokens, -1)
 
-    if mask is None:                                                            # every window has the same bias
+    if mask is None:                                                            # all windows share the bias
         q, k, v = (part.flatten(0, 1) for part in (q, k, v))                    # (b windows, heads, tokens, d)
-    else:                                                                       # every image has the same masks
+    else:                                                                       # all images share the masks
         bias = bias.masked_fill(~mask[:, None], float("-inf")).flatten(0, 1)
         q, k, v = (part.flatten(1, 2) for part in (q, k, v))                    # (b, windows heads, tokens, d)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))

@@ -1,13 +1,13 @@
-"""SiLU of a 3 x 3 convolution of every channel by itself, as Triton kernels: each token is read once from memory.
+"""SiLU of a depthwise 3 x 3 convolution as Triton kernels that read each token once from memory.
 
     s[i, j] = sum over p, q of weight[p, q] x[i + p - 1, j + q - 1],    y = s sigmoid(s)
 
-One program takes BLOCK channels of COLUMNS neighbouring columns and walks down the rows of the grid. It holds three
-rows of taps in registers, each row three times: as it lies, and shifted to either side (the cache answers those).
+One program computes BLOCK channels of COLUMNS neighbouring columns, row by row down the grid. It holds three rows of
+taps in registers, each row three times: as it is, and shifted by a column to either side (loaded from the cache).
 
-The backward pass computes s again and writes its gradient in x's type; the gradient of x is the same convolution of it
-with the weights turned around. The gradient of the weights is summed in registers along the walk, and over the
-programs in a second pass, in a fixed order.
+The backward pass recomputes s and writes its gradient in x's dtype; the gradient of x is the convolution of that with
+the flipped weights. The gradient of the weights is summed in registers over the rows, and over the programs in a second
+pass, in a fixed order.
 
     sizes: b images, h and w the grid, c channels
 """
@@ -19,18 +19,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamamba.ops.triton_pieces import on_the_tensors_device, processors, round_to
+from lamamba.ops.native import unit_stride
+from lamamba.ops.triton_utils import num_processors, on_tensor_device, round_to
 
 COLUMNS, BLOCK, WARPS = 8, 64, 4
-"""Columns and channels of a program: 4 neighbouring channels for each lane."""
+"""Columns and channels of a program: 4 neighbouring channels per lane."""
 PROGRAMS_PER_PROCESSOR = 8
 FEWEST_ROWS = 8
-"""Of a program: each reads one row more above and below."""
+"""Rows of the smallest program: each reads a further row above and below."""
 
 
 @triton.jit
 def _taps(x, row, columns, channels, h, w, c, x_h, x_w):
-    """A row's tokens to the left of the columns, at them, and to the right of them; zeros around the grid."""
+    """Tokens of a row left of the columns, at them, and right of them; zeros outside the grid."""
     width = tl.where((row >= 0) & (row < h), w, 0)
     x += row * x_h + columns[:, None] * x_w + channels[None, :]
     column, inside = columns[:, None], (channels < c)[None, :]
@@ -41,12 +42,12 @@ def _taps(x, row, columns, channels, h, w, c, x_h, x_w):
 
 
 @triton.jit
-def _weights(weight, channels, c, TURNED: tl.constexpr):
-    """The nine weights of each channel, row by row; TURNED, from the last to the first."""
+def _weights(weight, channels, c, FLIPPED: tl.constexpr):
+    """The nine weights of each channel in row-major order; FLIPPED, in reverse."""
     weights = ()
-    for place in tl.static_range(9):
-        tap = weight + channels * 9 + (8 - place if TURNED else place)
-        weights += (tl.load(tap, mask=channels < c, other=0.0).to(tl.float32)[None, :],)
+    for tap in tl.static_range(9):
+        pointer = weight + channels * 9 + (8 - tap if FLIPPED else tap)
+        weights += (tl.load(pointer, mask=channels < c, other=0.0).to(tl.float32)[None, :],)
     return weights
 
 
@@ -56,8 +57,8 @@ def _weighted(left, here, right, first, second, third):
 
 
 @triton.jit
-def _place(h, w, c, strips, rows_each, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's image, columns, channels, and its rows from the first to before the last."""
+def _program_indices(h, w, c, strips, rows_each, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's image, columns, channels, first row and end of its rows."""
     program = tl.program_id(0)
     blocks, stripes = tl.cdiv(c, BLOCK), tl.cdiv(w, COLUMNS)
     channels = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -73,8 +74,8 @@ def _convolve(
     h, w, c, x_b, x_h, x_w, strips, rows_each,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
 ):
-    """y (b, h, w, c): SiLU of the convolution; BACKWARD, the convolution with the weights turned around, by itself."""
-    image, columns, channels, first, last = _place(h, w, c, strips, rows_each, COLUMNS, BLOCK)
+    """y (b, h, w, c): SiLU of the convolution; BACKWARD, the convolution with flipped weights, without SiLU."""
+    image, columns, channels, first, last = _program_indices(h, w, c, strips, rows_each, COLUMNS, BLOCK)
     x += image * x_b
     y += image * h * w * c
     k = _weights(weight, channels, c, BACKWARD)
@@ -88,23 +89,23 @@ def _convolve(
         s += _weighted(c0, c1, c2, k[6], k[7], k[8])
         if not BACKWARD:
             s *= tl.sigmoid(s)
-        place = (row * w + columns)[:, None] * c + channels[None, :]
-        tl.store(y + place, round_to(s, y.dtype.element_ty), mask=inside)
+        offset = (row * w + columns)[:, None] * c + channels[None, :]
+        tl.store(y + offset, round_to(s, y.dtype.element_ty), mask=inside)
         a0, a1, a2 = b0, b1, b2
         b0, b1, b2 = c0, c1, c2
 
 
 @triton.jit
-def _through_silu(
+def _convolve_backward(
     x, weight, grad_y, grad_s, sums,
     h, w, c, x_b, x_h, x_w, strips, rows_each,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """grad_s (b, h, w, c), the gradient before SiLU, and this program's share (9, c) of the weights' gradient.
+    """grad_s (b, h, w, c), the gradient before SiLU, and this program's summand of the weights' gradient.
 
-    sums (shares, 9, c); a share is all channels of one image, strip and stripe of columns.
+    sums (shares, 9, c); a share is all channels of one image, strip of rows and stripe of columns.
     """
-    image, columns, channels, first, last = _place(h, w, c, strips, rows_each, COLUMNS, BLOCK)
+    image, columns, channels, first, last = _program_indices(h, w, c, strips, rows_each, COLUMNS, BLOCK)
     x += image * x_b
     grad_y += image * h * w * c
     grad_s += image * h * w * c
@@ -115,15 +116,15 @@ def _through_silu(
     zeros = tl.zeros((COLUMNS, BLOCK), tl.float32)
     g0, g1, g2, g3, g4, g5, g6, g7, g8 = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
     for row in range(first, last):
-        place = (row * w + columns)[:, None] * c + channels[None, :]
-        grad = tl.load(grad_y + place, mask=inside, other=0.0).to(tl.float32)
+        offset = (row * w + columns)[:, None] * c + channels[None, :]
+        grad = tl.load(grad_y + offset, mask=inside, other=0.0).to(tl.float32)
         c0, c1, c2 = _taps(x, row + 1, columns, channels, h, w, c, x_h, x_w)
         s = _weighted(a0, a1, a2, k[0], k[1], k[2])
         s += _weighted(b0, b1, b2, k[3], k[4], k[5])
         s += _weighted(c0, c1, c2, k[6], k[7], k[8])
         sigmoid = tl.sigmoid(s)
         grad *= sigmoid * (1 + s * (1 - sigmoid))
-        tl.store(grad_s + place, round_to(grad, grad_s.dtype.element_ty), mask=inside)
+        tl.store(grad_s + offset, round_to(grad, grad_s.dtype.element_ty), mask=inside)
         g0 += grad * a0.to(tl.float32)
         g1 += grad * a1.to(tl.float32)
         g2 += grad * a2.to(tl.float32)
@@ -142,18 +143,13 @@ def _through_silu(
 
 
 def _shares(x: Tensor) -> tuple[int, int, int]:
-    """(all shares, strips of rows in an image, rows of a strip): whole columns, cut where programs would be few."""
+    """Number of shares, strips per image, rows per strip: columns are cut into strips only to fill the device."""
     b, h, w, c = x.shape
     stripes, blocks = triton.cdiv(w, COLUMNS), triton.cdiv(c, BLOCK)
-    strips = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors(x), b * stripes * blocks)
+    strips = triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors(x), b * stripes * blocks)
     each = max(triton.cdiv(h, strips), FEWEST_ROWS)
     strips = triton.cdiv(h, each)
     return b * stripes * strips, strips, each
-
-
-def _rows(x: Tensor) -> Tensor:
-    """With channels next to each other; everything else may lie anywhere."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _run(x: Tensor, weight: Tensor, backward: bool) -> Tensor:
@@ -166,19 +162,19 @@ def _run(x: Tensor, weight: Tensor, backward: bool) -> Tensor:
     return y
 
 
-@on_the_tensors_device
+@on_tensor_device
 def local_mixing(x, weight):
-    return _run(_rows(x), weight.contiguous(), backward=False)
+    return _run(unit_stride(x), weight.contiguous(), backward=False)
 
 
-@on_the_tensors_device
+@on_tensor_device
 def local_mixing_backward(grad_y, x, weight):
-    """Gradients of x and weight."""
-    grad_y, x, weight = grad_y.contiguous(), _rows(x), weight.contiguous()
+    """Compute the gradients of x and weight."""
+    grad_y, x, weight = grad_y.contiguous(), unit_stride(x), weight.contiguous()
     grad_s = torch.empty_like(grad_y)
     (_, h, w, c), (shares, strips, each) = x.shape, _shares(x)
     sums = x.new_empty((shares, 9, c), dtype=torch.float32)
-    _through_silu[(shares * triton.cdiv(c, BLOCK),)](
+    _convolve_backward[(shares * triton.cdiv(c, BLOCK),)](
         x, weight, grad_y, grad_s, sums, h, w, c, *x.stride()[:3], strips, each,
         COLUMNS=COLUMNS, BLOCK=BLOCK, num_warps=WARPS,
     )

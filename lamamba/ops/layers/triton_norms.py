@@ -1,13 +1,13 @@
-"""LayerNorm with what follows it, and the gated residual sum, as Triton kernels: one pass over the tokens each way.
+"""LayerNorm fused with modulation or gate, and the gated residual sum, as Triton kernels of one pass over the tokens.
 
     normal = (x - mean) / deviation                       over the channels of a token
     modulated_norm    y = normal (w (1 + scale)) + (bias (1 + scale) + shift)
     gated_norm        y = (normal w + bias) SiLU(z)
 
-One program takes some tokens of one image, one after the other, so that it forms weight and bias once. Nothing is kept
-for the backward pass but the inputs: a token's mean and deviation cost no memory traffic where its row is read anyway.
-The gradients of vectors are sums over tokens: each program keeps its own in registers, and a second pass adds the
-programs' sums in a fixed order. Sums are float32 whatever the inputs are.
+One program processes several tokens of one image in turn, so that it loads weight and bias once. Only the inputs are
+saved for the backward pass: mean and deviation are recomputed from the row, which is read anyway. The gradients of
+vectors are sums over tokens: each program accumulates its own in registers, and a second pass adds the programs' sums
+in a fixed order. Sums are float32 for all inputs.
 
     sizes: b images, l tokens of an image, c channels
 """
@@ -19,20 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamamba.ops.triton_pieces import on_the_tensors_device, processors, round_to
+from lamamba.ops.native import unit_stride
+from lamamba.ops.triton_utils import contiguous, num_processors, on_tensor_device, round_to
 
 CHANNELS_PER_WARP = 512
-"""16 numbers of a row for each lane."""
+"""16 channels per lane."""
 FORWARD_WARPS, BACKWARD_WARPS = 32, 24
-"""Warps that keep one multiprocessor busy; programs take more tokens where there are enough of them."""
+"""Warps that fill a multiprocessor; with more tokens, programs process more of them."""
 FEWEST_TOKENS, MOST_TOKENS = 4, 64
-"""Of a program: below, its sums cost more than its tokens; above, the last programs would leave the device idle."""
+"""Tokens of a program: with fewer, its sums cost more than its tokens; with more, the last wave is uneven."""
 SUM_BLOCK = 128
 
 
 @triton.jit
 def _vector(pointer, channels, c, default: tl.constexpr):
-    """A weight of every channel, or its default where there is none."""
+    """A vector of the channels, or its default where the pointer is None."""
     if pointer is None:
         return tl.full((channels.shape[0],), default, tl.float32)
     else:
@@ -41,7 +42,7 @@ def _vector(pointer, channels, c, default: tl.constexpr):
 
 @triton.jit
 def _normalize(x, inside, c, eps):
-    """A row less its mean, over its deviation; and one over the deviation."""
+    """(x - mean) / deviation, and 1 / deviation."""
     centred = tl.where(inside, x - tl.sum(x, 0) / c, 0.0)
     inverse = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 0) / c + eps)
     return centred * inverse, inverse
@@ -53,7 +54,7 @@ def _norm(
     l, c, z_row, shift_row, scale_row, shares, tokens_each, eps,
     BLOCK: tl.constexpr,
 ):
-    """y of one share of an image's tokens. z is None for modulated_norm; shift and scale are None for gated_norm."""
+    """y of a share of an image's tokens. z is None for modulated_norm; shift and scale are None for gated_norm."""
     image, share = tl.program_id(0) // shares, tl.program_id(0) % shares
     channels = tl.arange(0, BLOCK)
     inside = channels < c
@@ -63,14 +64,14 @@ def _norm(
         w, add = w * more, add * more + _vector(shift + image.to(tl.int64) * shift_row, channels, c, 0.0)
     first = image.to(tl.int64) * l
     for token in range(share * tokens_each, tl.minimum((share + 1) * tokens_each, l)):
-        place = (first + token) * c + channels
-        row = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        offset = (first + token) * c + channels
+        row = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
         normal, _ = _normalize(row, inside, c, eps)
         result = normal * w + add
         if z is not None:
             gate = tl.load(z + (first + token) * z_row + channels, mask=inside, other=0.0).to(tl.float32)
             result *= gate * tl.sigmoid(gate)
-        tl.store(y + place, round_to(result, y.dtype.element_ty), mask=inside)
+        tl.store(y + offset, round_to(result, y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -79,9 +80,9 @@ def _norm_backward(
     l, c, z_row, scale_row, shares, tokens_each, eps,
     BLOCK: tl.constexpr,
 ):
-    """Gradients of one share of an image's tokens, and its sums (b, shares, 2, c) of grad and of grad * normal.
+    """Gradients of a share of an image's tokens, and its sums (b, shares, 2, c) of grad and of grad * normal.
 
-    grad is that of normal w + bias; modulated_norm's 1 + scale is no part of it and is multiplied in afterwards.
+    grad is that of normal w + bias, without modulated_norm's factor 1 + scale, which follows in _vector_gradients.
     """
     program = tl.program_id(0)
     image, share = program // shares, program % shares
@@ -96,21 +97,21 @@ def _norm_backward(
     sum_product = tl.zeros((BLOCK,), tl.float32)
     first = image.to(tl.int64) * l
     for token in range(share * tokens_each, tl.minimum((share + 1) * tokens_each, l)):
-        place = (first + token) * c + channels
-        row = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_y + place, mask=inside, other=0.0).to(tl.float32)
+        offset = (first + token) * c + channels
+        row = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_y + offset, mask=inside, other=0.0).to(tl.float32)
         normal, inverse = _normalize(row, inside, c, eps)
         if z is not None:
             gate = tl.load(z + (first + token) * z_row + channels, mask=inside, other=0.0).to(tl.float32)
             sigmoid = tl.sigmoid(gate)
             to_gate = grad * (normal * w + add) * (sigmoid * (1 + gate * (1 - sigmoid)))
-            tl.store(grad_z + place, round_to(to_gate, grad_z.dtype.element_ty), mask=inside)
+            tl.store(grad_z + offset, round_to(to_gate, grad_z.dtype.element_ty), mask=inside)
             grad *= gate * sigmoid
         sum_grad += grad
         sum_product += grad * normal
         grad *= w
         grad -= tl.sum(grad, 0) / c + normal * (tl.sum(grad * normal, 0) / c)
-        tl.store(grad_x + place, round_to(grad * inverse, grad_x.dtype.element_ty), mask=inside)
+        tl.store(grad_x + offset, round_to(grad * inverse, grad_x.dtype.element_ty), mask=inside)
     sums += program.to(tl.int64) * 2 * c + channels
     tl.store(sums, sum_grad, mask=inside)
     tl.store(sums + c, sum_product, mask=inside)
@@ -122,7 +123,7 @@ def _vector_gradients(
     b, c, scale_row, shares,
     BLOCK: tl.constexpr,
 ):
-    """One image's gradients of shift and scale, and its part (2, b, c) of those of bias and weight, from `sums`."""
+    """Gradients of an image's shift and scale, and its summands (2, b, c) of those of bias and weight, from `sums`."""
     image = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channels < c
@@ -132,13 +133,13 @@ def _vector_gradients(
     for share in range(shares):
         sum_grad += tl.load(sums + share * 2 * c, mask=inside, other=0.0)
         sum_product += tl.load(sums + (share * 2 + 1) * c, mask=inside, other=0.0)
-    place = image * c + channels
+    offset = image * c + channels
     to_scale = _vector(weight, channels, c, 1.0) * sum_product + _vector(bias, channels, c, 0.0) * sum_grad
-    tl.store(grad_shift + place, round_to(sum_grad, grad_shift.dtype.element_ty), mask=inside)
-    tl.store(grad_scale + place, round_to(to_scale, grad_scale.dtype.element_ty), mask=inside)
+    tl.store(grad_shift + offset, round_to(sum_grad, grad_shift.dtype.element_ty), mask=inside)
+    tl.store(grad_scale + offset, round_to(to_scale, grad_scale.dtype.element_ty), mask=inside)
     more = 1 + _vector(scale + image * scale_row, channels, c, 0.0)
-    tl.store(grad_parameters + place, more * sum_grad, mask=inside)
-    tl.store(grad_parameters + b * c + place, more * sum_product, mask=inside)
+    tl.store(grad_parameters + offset, more * sum_grad, mask=inside)
+    tl.store(grad_parameters + b * c + offset, more * sum_product, mask=inside)
 
 
 @triton.jit
@@ -156,40 +157,31 @@ def _gated_sum_backward(
     total = tl.zeros((BLOCK,), tl.float32)
     first = image.to(tl.int64) * l
     for token in range(share * tokens_each, tl.minimum((share + 1) * tokens_each, l)):
-        place = (first + token) * c + channels
-        row = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-        total += row * tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
-        tl.store(grad_y + place, round_to(row * weight, grad_y.dtype.element_ty), mask=inside)
+        offset = (first + token) * c + channels
+        row = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
+        total += row * tl.load(y + offset, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_y + offset, round_to(row * weight, grad_y.dtype.element_ty), mask=inside)
     tl.store(sums + program.to(tl.int64) * c + channels, total, mask=inside)
 
 
 def _shares(x: Tensor, warps: int, warps_per_processor: int) -> tuple[int, int]:
-    """(shares of an image's tokens, tokens of each): enough programs to fill the device, no more."""
+    """Number of shares of an image's tokens and tokens per share: enough programs to fill the device, no more."""
     b, l = x.shape[0], x.shape[1] * x.shape[2]
-    programs = warps_per_processor * processors(x) // warps
+    programs = warps_per_processor * num_processors(x) // warps
     each = min(max(b * l // programs, FEWEST_TOKENS), MOST_TOKENS)
     return triton.cdiv(l, each), each
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
-    """With channels next to each other; everything else may lie anywhere."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
 def _block(c: int) -> tuple[int, int]:
-    """Channels of a program, a power of two, and its warps."""
+    """BLOCK, the channels padded to a power of two, and the warps of a program."""
     block = max(triton.next_power_of_2(c), 32)
     return block, min(max(block // CHANNELS_PER_WARP, 1), 8)
 
 
-def _packed(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
-@on_the_tensors_device
+@on_tensor_device
 def modulated_norm(x, weight, bias, shift, scale, eps):
-    x, weight, bias = _packed(x, weight, bias)
-    shift, scale, y = _rows(shift), _rows(scale), torch.empty_like(x)
+    x, weight, bias = contiguous(x, weight, bias)
+    shift, scale, y = unit_stride(shift), unit_stride(scale), torch.empty_like(x)
     (b, h, w, c), (block, warps) = x.shape, _block(x.shape[3])
     shares, each = _shares(x, warps, FORWARD_WARPS)
     _norm[(b * shares,)](
@@ -199,11 +191,11 @@ def modulated_norm(x, weight, bias, shift, scale, eps):
     return y
 
 
-@on_the_tensors_device
+@on_tensor_device
 def modulated_norm_backward(grad_y, x, weight, bias, shift, scale, eps):
-    """Gradients of x, weight, bias, shift and scale; without numbers for a weight or bias that is None."""
-    grad_y, x, weight, bias = _packed(grad_y, x, weight, bias)
-    scale, grad_x = _rows(scale), torch.empty_like(x)
+    """Compute the gradients of x, weight, bias, shift and scale; empty ones for a weight or bias that is None."""
+    grad_y, x, weight, bias = contiguous(grad_y, x, weight, bias)
+    scale, grad_x = unit_stride(scale), torch.empty_like(x)
     (b, h, w, c), (block, warps) = x.shape, _block(x.shape[3])
     shares, each = _shares(x, warps, BACKWARD_WARPS)
     sums = x.new_empty((b, shares, 2, c), dtype=torch.float32)
@@ -224,11 +216,11 @@ def _like(grad: Tensor, parameter: Tensor | None) -> Tensor:
     return grad.new_empty(0) if parameter is None else grad.to(parameter.dtype)
 
 
-@on_the_tensors_device
+@on_tensor_device
 def gated_norm(x, z, weight, bias, eps):
-    x, weight, bias = _packed(x, weight, bias)
+    x, weight, bias = contiguous(x, weight, bias)
     (b, h, w, c), (block, warps) = x.shape, _block(x.shape[3])
-    z, y = _rows(z.reshape(-1, c)), torch.empty_like(x)                         # a view where rows are evenly spaced
+    z, y = unit_stride(z.reshape(-1, c)), torch.empty_like(x)                   # a view where rows are evenly spaced
     shares, each = _shares(x, warps, FORWARD_WARPS)
     _norm[(b * shares,)](
         x, z, weight, bias, None, None, y, h * w, c, z.stride(0), 0, 0, shares, each, eps, BLOCK=block, num_warps=warps,
@@ -236,12 +228,12 @@ def gated_norm(x, z, weight, bias, eps):
     return y
 
 
-@on_the_tensors_device
+@on_tensor_device
 def gated_norm_backward(grad_y, x, z, weight, bias, eps):
-    """Gradients of x, z, weight and bias."""
-    grad_y, x, weight, bias = _packed(grad_y, x, weight, bias)
+    """Compute the gradients of x, z, weight and bias."""
+    grad_y, x, weight, bias = contiguous(grad_y, x, weight, bias)
     (b, h, w, c), (block, warps) = x.shape, _block(x.shape[3])
-    z, grad_x, grad_z = _rows(z.reshape(-1, c)), torch.empty_like(x), torch.empty_like(x)
+    z, grad_x, grad_z = unit_stride(z.reshape(-1, c)), torch.empty_like(x), torch.empty_like(x)
     shares, each = _shares(x, warps, BACKWARD_WARPS)
     sums = x.new_empty((b * shares, 2, c), dtype=torch.float32)
     _norm_backward[(b * shares,)](
@@ -251,11 +243,11 @@ def gated_norm_backward(grad_y, x, z, weight, bias, eps):
     return grad_x, grad_z, _like(sums[:, 1].sum(0), weight), _like(sums[:, 0].sum(0), bias)
 
 
-@on_the_tensors_device
+@on_tensor_device
 def gated_sum_backward(grad, y, gate):
-    """Gradients of y and gate in x + gate y; that of x is grad itself."""
-    grad, y = _packed(grad, y)
-    gate, grad_y = _rows(gate), torch.empty_like(y)
+    """Compute the gradients of y and gate in x + gate y; that of x is grad itself."""
+    grad, y = contiguous(grad, y)
+    gate, grad_y = unit_stride(gate), torch.empty_like(y)
     (b, h, w, c), (block, warps) = y.shape, _block(y.shape[3])
     shares, each = _shares(y, warps, BACKWARD_WARPS)
     sums = y.new_empty((b, shares, c), dtype=torch.float32)

@@ -1,17 +1,17 @@
-"""Attention inside small windows as Triton kernels that read queries, keys and values where the grid has them.
+"""Window attention as Triton kernels that read queries, keys and values in grid order.
 
-    S = q k^T / sqrt(d) + bias,    P = softmax of S over the keys that the mask lets through,    y = P v
+    S = q k^T / sqrt(d) + bias,    P = softmax of S over the unmasked keys,    y = P v
 
-One program takes one head of some windows, one after the other. Padding and the roll are arithmetic on addresses, so
-nothing is cut into windows in memory. The scores of a window (at most 64 x 64) lie in registers; a head's channels pass
-by in pieces of CHUNK, so that any head size has the same kernel.
+One program computes one head of several windows in turn. Padding and the roll are address arithmetic: the grid is not
+copied into windows. The scores of a window (at most 64 x 64) are in registers; a head's channels are loaded CHUNK at a
+time, so that all head sizes share a kernel.
 
-The backward pass computes P again, from which everything follows on the chip:
+The backward pass recomputes P:
 
     gP = gy v^T,    gS = P (gP - sum over keys of P gP),    gq = gS k,    gk = gS^T q,    gv = P^T gy
 
-A program adds its windows' gS, the gradient of the bias, in registers; a second pass adds the programs' sums in a fixed
-order. Products have factors of qkv's type and float32 sums; softmax is float32.
+A program sums its windows' gS, the gradient of the bias, in registers; a second pass adds the programs' sums in a fixed
+order. Products have factors of qkv's dtype and float32 sums; softmax is float32.
 
     sizes: b images, h and w the grid, d channels of a head
 """
@@ -21,79 +21,79 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from lamamba.config import Grid
-from lamamba.ops.triton_pieces import matrix_product, on_the_tensors_device, processors, round_to
+from lamamba.ops.triton_utils import contiguous, matrix_product, num_processors, on_tensor_device, round_to
 
 CHUNK = 16
-"""The shortest sum that a matrix instruction takes; with longer pieces the compiler needs more registers."""
+"""The smallest depth of a matrix instruction; larger chunks need more registers."""
 FORWARD_WARPS, BACKWARD_WARPS = 4, 8
 PROGRAMS_PER_PROCESSOR = 8
-"""More would share out the windows more evenly, and each has a sum of its own for the bias."""
+"""More would balance the windows better, but each has its own sum for the bias."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _tokens(unit, h, w, rows, columns, shift_h, shift_w, H: tl.constexpr, W: tl.constexpr, TOKENS: tl.constexpr):
-    """Where a window's image begins, in tokens; each token's place in that image, and whether it is in the grid."""
-    window, place = unit % (rows * columns), tl.arange(0, TOKENS)
-    row = (window // columns * H + place // W + shift_h) % (rows * H)
-    column = (window % columns * W + place % W + shift_w) % (columns * W)
+    """First token of a window's image, index of each of the window's tokens in it, and whether it lies in the grid."""
+    window, token = unit % (rows * columns), tl.arange(0, TOKENS)
+    row = (window // columns * H + token // W + shift_h) % (rows * H)
+    column = (window % columns * W + token % W + shift_w) % (columns * W)
     begin = (unit // (rows * columns)).to(tl.int64) * (h * w)
-    return begin, row * w + column, (place < H * W) & (row < h) & (column < w)
+    return begin, row * w + column, (token < H * W) & (row < h) & (column < w)
 
 
 @triton.jit
-def _load(x, tokens, real, first, stride, D: tl.constexpr, CHUNK: tl.constexpr):
-    """(tokens, CHUNK) of a head's channels from the first one on; x points at the head of token 0."""
+def _load(x, tokens, in_grid, first, stride, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Load CHUNK channels of a head from the first on, (tokens, CHUNK); x points at the head of token 0."""
     channels = first + tl.arange(0, CHUNK)
     return tl.load(
-        x + tokens[:, None] * stride + channels[None, :], mask=real[:, None] & (channels < D)[None, :], other=0.0
+        x + tokens[:, None] * stride + channels[None, :], mask=in_grid[:, None] & (channels < D)[None, :], other=0.0
     )
 
 
 @triton.jit
-def _load_turned(x, tokens, real, first, stride, D: tl.constexpr, CHUNK: tl.constexpr):
-    """(CHUNK, tokens) of the same."""
+def _load_transposed(x, tokens, in_grid, first, stride, D: tl.constexpr, CHUNK: tl.constexpr):
+    """As _load, but (CHUNK, tokens)."""
     channels = first + tl.arange(0, CHUNK)
     return tl.load(
-        x + tokens[None, :] * stride + channels[:, None], mask=real[None, :] & (channels < D)[:, None], other=0.0
+        x + tokens[None, :] * stride + channels[:, None], mask=in_grid[None, :] & (channels < D)[:, None], other=0.0
     )
 
 
 @triton.jit
-def _store(x, value, tokens, real, first, stride, D: tl.constexpr, CHUNK: tl.constexpr):
+def _store(x, value, tokens, in_grid, first, stride, D: tl.constexpr, CHUNK: tl.constexpr):
     channels = first + tl.arange(0, CHUNK)
     tl.store(
         x + tokens[:, None] * stride + channels[None, :], round_to(value, x.dtype.element_ty),
-        mask=real[:, None] & (channels < D)[None, :],
+        mask=in_grid[:, None] & (channels < D)[None, :],
     )
 
 
 @triton.jit
 def _probabilities(
-    q, k, bias, mask, tokens, real, stride, scale,
+    q, k, bias, mask, tokens, in_grid, stride, scale,
     D: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, TOKENS: tl.constexpr,
 ):
-    """P (queries, keys) of one head and window. bias and mask point at theirs, (SIZE, SIZE); mask may be None."""
+    """P (queries, keys) of one head and window. bias and mask point at its (SIZE, SIZE) entries; mask may be None."""
     s = tl.zeros((TOKENS, TOKENS), tl.float32)
     for first in range(0, D, CHUNK):
         s = matrix_product(
-            _load(q, tokens, real, first, stride, D, CHUNK), _load_turned(k, tokens, real, first, stride, D, CHUNK), s
+            _load(q, tokens, in_grid, first, stride, D, CHUNK),
+            _load_transposed(k, tokens, in_grid, first, stride, D, CHUNK), s,
         )
     query, key = tl.arange(0, TOKENS)[:, None], tl.arange(0, TOKENS)[None, :]
     pair = query * SIZE + key
     inside = (query < SIZE) & (key < SIZE)
     s = s * scale + tl.load(bias + pair, mask=inside, other=0.0).to(tl.float32)
-    seen = key < SIZE
+    attends = key < SIZE
     if mask is not None:
-        seen = seen & (tl.load(mask + pair, mask=inside, other=1) != 0)
-    s = tl.where(seen, s * LOG2_E, float("-inf"))
+        attends = attends & (tl.load(mask + pair, mask=inside, other=1) != 0)
+    s = tl.where(attends, s * LOG2_E, float("-inf"))
     largest = tl.max(s, 1)
     p = tl.exp2(s - tl.where(largest == float("-inf"), 0.0, largest)[:, None])
     total = tl.sum(p, 1)
-    return p / tl.where(total == 0, 1.0, total)[:, None]                        # a query that sees nothing answers 0
+    return p / tl.where(total == 0, 1.0, total)[:, None]                        # fully masked queries: 0
 
 
 @triton.jit
@@ -110,15 +110,15 @@ def _attend(
     y += head * D
     bias += head * (SIZE * SIZE)
     for unit in range(share * units_each, tl.minimum((share + 1) * units_each, units)):
-        begin, tokens, real = _tokens(unit, h, w, rows, columns, shift_h, shift_w, H, W, TOKENS)
-        here = None if mask is None else mask + unit % (rows * columns) * (SIZE * SIZE)
+        begin, tokens, in_grid = _tokens(unit, h, w, rows, columns, shift_h, shift_w, H, W, TOKENS)
+        window_mask = None if mask is None else mask + unit % (rows * columns) * (SIZE * SIZE)
         q = qkv + begin * (3 * width)
-        p = _probabilities(q, q + width, bias, here, tokens, real, 3 * width, scale, D, CHUNK, SIZE, TOKENS)
+        p = _probabilities(q, q + width, bias, window_mask, tokens, in_grid, 3 * width, scale, D, CHUNK, SIZE, TOKENS)
         p = round_to(p, q.dtype.element_ty)
         for first in range(0, D, CHUNK):
-            v = _load(q + 2 * width, tokens, real, first, 3 * width, D, CHUNK)
+            v = _load(q + 2 * width, tokens, in_grid, first, 3 * width, D, CHUNK)
             part = matrix_product(p, v, tl.zeros((TOKENS, CHUNK), tl.float32))
-            _store(y + begin * width, part, tokens, real, first, width, D, CHUNK)
+            _store(y + begin * width, part, tokens, in_grid, first, width, D, CHUNK)
 
 
 @triton.jit
@@ -127,7 +127,7 @@ def _attend_backward(
     units, units_each, h, w, rows, columns, shift_h, shift_w, heads, scale,
     H: tl.constexpr, W: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
 ):
-    """grad_qkv (b, h, w, 3 heads d), and this program's part of the bias gradient: sums (shares, heads, SIZE, SIZE)."""
+    """grad_qkv (b, h, w, 3 heads d), and this program's summand of the bias's: sums (shares, heads, SIZE, SIZE)."""
     head, share = tl.program_id(0) % heads, tl.program_id(0) // heads
     SIZE: tl.constexpr = H * W
     width = heads * D
@@ -137,39 +137,39 @@ def _attend_backward(
     bias += head * (SIZE * SIZE)
     sum_gs = tl.zeros((TOKENS, TOKENS), tl.float32)
     for unit in range(share * units_each, tl.minimum((share + 1) * units_each, units)):
-        begin, tokens, real = _tokens(unit, h, w, rows, columns, shift_h, shift_w, H, W, TOKENS)
-        here = None if mask is None else mask + unit % (rows * columns) * (SIZE * SIZE)
+        begin, tokens, in_grid = _tokens(unit, h, w, rows, columns, shift_h, shift_w, H, W, TOKENS)
+        window_mask = None if mask is None else mask + unit % (rows * columns) * (SIZE * SIZE)
         q, gq, gy = qkv + begin * (3 * width), grad_qkv + begin * (3 * width), grad_y + begin * width
-        p = _probabilities(q, q + width, bias, here, tokens, real, 3 * width, scale, D, CHUNK, SIZE, TOKENS)
+        p = _probabilities(q, q + width, bias, window_mask, tokens, in_grid, 3 * width, scale, D, CHUNK, SIZE, TOKENS)
         gp = tl.zeros((TOKENS, TOKENS), tl.float32)
         for first in range(0, D, CHUNK):
             gp = matrix_product(
-                _load(gy, tokens, real, first, width, D, CHUNK),
-                _load_turned(q + 2 * width, tokens, real, first, 3 * width, D, CHUNK), gp,
+                _load(gy, tokens, in_grid, first, width, D, CHUNK),
+                _load_transposed(q + 2 * width, tokens, in_grid, first, 3 * width, D, CHUNK), gp,
             )
         gs = p * (gp - tl.sum(p * gp, 1)[:, None])
         sum_gs += gs
         p, gs = round_to(p, q.dtype.element_ty), round_to(gs, q.dtype.element_ty)
         zeros = tl.zeros((TOKENS, CHUNK), tl.float32)
         for first in range(0, D, CHUNK):
-            part = matrix_product(gs, _load(q + width, tokens, real, first, 3 * width, D, CHUNK), zeros)
-            _store(gq, part * scale, tokens, real, first, 3 * width, D, CHUNK)
-            part = matrix_product(tl.trans(gs), _load(q, tokens, real, first, 3 * width, D, CHUNK), zeros)
-            _store(gq + width, part * scale, tokens, real, first, 3 * width, D, CHUNK)
-            part = matrix_product(tl.trans(p), _load(gy, tokens, real, first, width, D, CHUNK), zeros)
-            _store(gq + 2 * width, part, tokens, real, first, 3 * width, D, CHUNK)
+            part = matrix_product(gs, _load(q + width, tokens, in_grid, first, 3 * width, D, CHUNK), zeros)
+            _store(gq, part * scale, tokens, in_grid, first, 3 * width, D, CHUNK)
+            part = matrix_product(tl.trans(gs), _load(q, tokens, in_grid, first, 3 * width, D, CHUNK), zeros)
+            _store(gq + width, part * scale, tokens, in_grid, first, 3 * width, D, CHUNK)
+            part = matrix_product(tl.trans(p), _load(gy, tokens, in_grid, first, width, D, CHUNK), zeros)
+            _store(gq + 2 * width, part, tokens, in_grid, first, 3 * width, D, CHUNK)
     query, key = tl.arange(0, TOKENS)[:, None], tl.arange(0, TOKENS)[None, :]
     sums += tl.program_id(0).to(tl.int64) * (SIZE * SIZE)
     tl.store(sums + query * SIZE + key, sum_gs, mask=(query < SIZE) & (key < SIZE))
 
 
 def _sizes(qkv, num_heads, window, shift):
-    """(shares, what both kernels are told of sizes, their constants)."""
+    """Number of shares of the windows, size arguments of both kernels, and their constants."""
     b, h, w, c3 = qkv.shape
     d = c3 // 3 // num_heads
     rows, columns = triton.cdiv(h, window[0]), triton.cdiv(w, window[1])
     units = b * rows * columns
-    shares = min(units, triton.cdiv(PROGRAMS_PER_PROCESSOR * processors(qkv), num_heads))
+    shares = min(units, triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors(qkv), num_heads))
     each = triton.cdiv(units, shares)
     sizes = (units, each, h, w, rows, columns, shift[0], shift[1], num_heads, d**-0.5)
     size = window[0] * window[1]
@@ -180,23 +180,19 @@ def _sizes(qkv, num_heads, window, shift):
     return triton.cdiv(units, each), sizes, constants
 
 
-def _packed(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
-@on_the_tensors_device
+@on_tensor_device
 def window_attention(qkv, bias, mask, num_heads: int, window: Grid, shift: Grid):
-    qkv, bias, mask = _packed(qkv, bias, mask)
+    qkv, bias, mask = contiguous(qkv, bias, mask)
     y = qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
     shares, sizes, constants = _sizes(qkv, num_heads, window, shift)
     _attend[(shares * num_heads,)](qkv, bias, mask, y, *sizes, **constants, num_warps=FORWARD_WARPS)
     return y
 
 
-@on_the_tensors_device
+@on_tensor_device
 def window_attention_backward(grad_y, qkv, bias, mask, num_heads: int, window: Grid, shift: Grid):
-    """Gradients of qkv and bias."""
-    grad_y, qkv, bias, mask = _packed(grad_y, qkv, bias, mask)
+    """Compute the gradients of qkv and bias."""
+    grad_y, qkv, bias, mask = contiguous(grad_y, qkv, bias, mask)
     grad_qkv = torch.empty_like(qkv)
     shares, sizes, constants = _sizes(qkv, num_heads, window, shift)
     sums = qkv.new_empty((shares, *bias.shape), dtype=torch.float32)

@@ -1,13 +1,13 @@
-"""The selective scan over a grid: everything between the projections of a visual Mamba layer and their sum.
+"""Selective scan over the tokens of a grid, along several paths (Mamba, arXiv 2312.00752; VMamba, arXiv 2401.10166).
 
-Letters, here and in every back end of this room:
+Notation of this package:
 
     x      (b, l, c)        tokens in grid order
-    dt     (b, l, g, r)     low-rank time steps, one set per direction
+    dt     (b, l, g, r)     low-rank time steps of each direction
     B, C   (b, l, g, n)     input and output maps of the state
-    W_dt   (g, c, r)        lifts dt to all channels;   b_dt (g, c) its bias
+    W_dt   (g, c, r)        projects dt to all channels;   b_dt (g, c) its bias
     A      (g, c, n)        decay rates, negative;      D (g, c) skip weights
-    paths  (g, l)           paths[k, t] = the token that direction k reads at time t
+    paths  (g, l)           paths[k, t] = the t-th token of direction k
     u, delta, h, y          input, time step, state and output along a path
 
     sizes: b images, l tokens, c channels, g directions, r rank, n state size
@@ -26,7 +26,7 @@ OP = Op(
     (
         Backend("triton", "lamamba.ops.selective_scan.triton_kernels"),
         Backend("cpu", "lamamba.ops.selective_scan.cpu"),
-        Backend("torch", "lamamba.ops.selective_scan.blocked"),
+        Backend("torch", "lamamba.ops.selective_scan.chunked"),
         Backend("reference", "lamamba.ops.selective_scan.reference"),
     ),
 )
@@ -36,24 +36,24 @@ def selective_scan(
     x: Tensor, dt: Tensor, B: Tensor, C: Tensor, W_dt: Tensor, b_dt: Tensor, A: Tensor, D: Tensor, paths: Tensor,
     *, backend: str | None = None,
 ) -> Tensor:
-    """Read every path from its first token to its last, carrying a small decaying memory; sum over the paths.
+    """Selective state-space scan along each path, summed over the paths: (b, l, c).
 
         delta_t = softplus(W_dt dt_t + b_dt)
         h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t
-        y_t = C_t . h_t + D u_t                              (Mamba, arXiv 2312.00752, Eq. 2; VMamba's four directions)
+        y_t = <C_t, h_t> + D u_t                             (Mamba, Eq. 2)
 
-    The state is float32 whatever the inputs are (float64 for float64 inputs).
+    The state h (b, g, c, n) is float32 for all inputs but float64, where it is float64.
 
     Args:
-        x, dt, B, C, W_dt, b_dt, A, D, paths: as in the table at the top of this file.
-        backend: the name of a back end; by default the one in force (see lamamba.ops.dispatch).
+        x, dt, B, C, W_dt, b_dt, A, D, paths: as in the notation above.
+        backend: name of a back end; by default the requested or automatic one (see lamamba.ops.dispatch).
 
     Returns:
-        y of shape (b, l, c) in grid order and x's dtype.
+        y (b, l, c), in grid order, in x's dtype.
 
     Raises:
         ValueError: when shapes do not fit or the back end's name is unknown.
-        RuntimeError: when the chosen back end cannot run these inputs here.
+        RuntimeError: when the requested back end does not support these inputs.
     """
     _check_shapes(x, dt, B, C, W_dt, b_dt, A, D, paths)
     chosen = OP.choose(x, A.shape[2], backend)
@@ -118,13 +118,13 @@ _selective_scan.register_autograd(_backward, setup_context=_save)
 
 
 def projection_multiply_adds(x_shape, W_dt_shape) -> int:
-    """Multiply-adds of lifting dt to all channels, a matrix product: b l g c r."""
+    """Multiply-adds of the projection W_dt dt: b l g c r."""
     (b, l, c), (g, _, r) = x_shape, W_dt_shape
     return b * l * g * c * r
 
 
 def scan_operations(x_shape, A_shape) -> int:
-    """Operations of the recurrence as VMamba and the paper count them: 9 l (g c) n + l (g c), for each image."""
+    """Operations of the recurrence as VMamba and the paper count them: b (9 l g c n + l g c)."""
     (b, l, c), (g, _, n) = x_shape, A_shape
     return b * l * g * c * (9 * n + 1)
 

@@ -1,4 +1,4 @@
-"""The selective scan on CPUs, compiled: lamamba/csrc/selective_scan.cpp behind the contract of this room.
+"""Selective scan by the compiled CPU kernels of lamamba/csrc/selective_scan.cpp.
 
 float32, bfloat16 and float16 inputs; the state and all sums are float32.
 """
@@ -41,23 +41,16 @@ def unsupported_reason(device_type: str, dtype: torch.dtype, state_size: int) ->
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """As a type the kernel reads, channels next to each other; tokens and images may lie anywhere."""
-    if x.dtype == torch.float16:
-        x = x.float()
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
-
-
-def _projection(tokens: Tensor) -> Tensor:
-    tokens = tokens.float()
-    return tokens if tokens.stride(3) == 1 or tokens.shape[3] == 1 else tokens.contiguous()
+    """Convert to a dtype and strides that the kernel reads."""
+    return native.unit_stride(x.float() if x.dtype == torch.float16 else x)
 
 
 class _Call:
-    """One call's inputs as the kernel reads them, kept alive while it runs."""
+    """The inputs of a call as the kernel reads them, referenced while it runs."""
 
     def __init__(self, x, dt, B, C, W_dt, b_dt, A, D, paths) -> None:
         self.x, self.paths = _tokens(x), paths.contiguous()
-        dt, B, C = self.projections = [_projection(tokens) for tokens in (dt, B, C)]
+        dt, B, C = self.projections = [native.unit_stride(tokens.float()) for tokens in (dt, B, C)]
         W_dt, b_dt, A, D = self.parameters = [tensor.float().contiguous() for tensor in (W_dt, b_dt, A, D)]
         (b, l, c), (g, _, n), r = x.shape, A.shape, W_dt.shape[2]
         self.scan = _Scan(
@@ -69,17 +62,17 @@ class _Call:
 
     def run(self, name: str, *, backward: bool) -> None:
         library = native.load()
-        assert library is not None                                              # unsupported_reason() saw to it
+        assert library is not None                                              # checked by unsupported_reason()
         library.lamamba_selective_scan_workspace.restype = c_int64
         scan = ctypes.byref(self.scan)
         workspace = torch.empty(library.lamamba_selective_scan_workspace(scan, backward))
         self.scan.workspace = workspace.data_ptr()
         if getattr(library, name)(scan):
-            raise ValueError(f"paths name tokens outside 0 .. {self.scan.l - 1}")
+            raise ValueError(f"paths hold tokens outside 0 .. {self.scan.l - 1}")
 
 
 def forward(x, dt, B, C, W_dt, b_dt, A, D, paths):
-    """Same contract as the reference."""
+    """As in the reference."""
     if x.numel() == 0:
         return torch.empty_like(x)
     call = _Call(x, dt, B, C, W_dt, b_dt, A, D, paths)
@@ -90,7 +83,7 @@ def forward(x, dt, B, C, W_dt, b_dt, A, D, paths):
 
 
 def backward(grad_y, x, dt, B, C, W_dt, b_dt, A, D, paths):
-    """Same contract as the reference; the states are computed again, nothing is kept from the forward pass."""
+    """As in the reference; the states are recomputed."""
     inputs = (x, dt, B, C, W_dt, b_dt, A, D)
     if x.numel() == 0:
         return tuple(torch.zeros_like(tensor) for tensor in inputs)

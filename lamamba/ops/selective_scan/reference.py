@@ -1,6 +1,6 @@
-"""The selective scan as the plain recurrence: one token at a time, torch and nothing else.
+"""Reference implementation of the selective scan and its gradients: the recurrence, token by token, in PyTorch.
 
-The slow twin of every fast back end, forward and backward. Shapes and letters are those of the package's docstring.
+Notation as in lamamba.ops.selective_scan.
 """
 
 from __future__ import annotations
@@ -17,29 +17,32 @@ def unsupported_reason(device_type: str, dtype: torch.dtype, state_size: int) ->
 
 
 def along_paths(tokens: Tensor, paths: Tensor) -> Tensor:
-    """Read (b, l, g, ...) tokens in grid order along path k for each direction k: (b, g, l, ...)."""
+    """Gather tokens (b, l, g, ...) in grid order along each direction's path: (b, g, l, ...)."""
     directions = torch.arange(paths.shape[0], device=paths.device)[:, None]
     return tokens[:, paths, directions]
 
 
 def to_grid(tokens: Tensor, paths: Tensor) -> Tensor:
-    """Put (b, g, l, ...) tokens along their paths back into grid order: (b, l, g, ...); undoes `along_paths`."""
+    """Scatter tokens (b, g, l, ...) along their paths to grid order: (b, l, g, ...), the inverse of `along_paths`."""
     directions = torch.arange(paths.shape[0], device=paths.device)[:, None]
     return tokens[:, directions, inverse_paths(paths)].transpose(1, 2)
 
 
-def read(x, dt, B, C, W_dt, b_dt, paths):
-    """Everything along the paths, in the accumulation type: u, s (before softplus), delta, B, C."""
+def scan_inputs(x, dt, B, C, W_dt, b_dt, paths):
+    """Gather all inputs along the paths in the state's dtype: u, dt, s (before softplus), delta, B, C."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     u = x[:, paths].to(dtype)                                                   # (b, g, l, c)
-    low, B, C = (along_paths(tokens, paths).to(dtype) for tokens in (dt, B, C))
-    s = low @ W_dt.to(dtype).mT + b_dt.to(dtype)[:, None]                       # (b, g, l, c)
-    return u, low, s, F.softplus(s), B, C
+    dt, B, C = (along_paths(tokens, paths).to(dtype) for tokens in (dt, B, C))
+    s = dt @ W_dt.to(dtype).mT + b_dt.to(dtype)[:, None]                        # (b, g, l, c)
+    return u, dt, s, F.softplus(s), B, C
 
 
 def forward(x, dt, B, C, W_dt, b_dt, A, D, paths):
-    """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t;  y_t = C_t . h_t + D u_t  (Mamba, Eq. 2), summed over paths."""
-    u, _, _, delta, B, C = read(x, dt, B, C, W_dt, b_dt, paths)
+    """Compute y (b, l, c), in x's dtype.
+
+        h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t,    y_t = <C_t, h_t> + D u_t
+    """
+    u, _, _, delta, B, C = scan_inputs(x, dt, B, C, W_dt, b_dt, paths)
     A, D = A.to(u.dtype), D.to(u.dtype)
     h = u.new_zeros(*u.shape[:2], *A.shape[1:])                                 # (b, g, c, n)
     y = torch.empty_like(u)
@@ -51,12 +54,12 @@ def forward(x, dt, B, C, W_dt, b_dt, A, D, paths):
 
 
 def backward(grad_y, x, dt, B, C, W_dt, b_dt, A, D, paths):
-    """Gradients of (x, dt, B, C, W_dt, b_dt, A, D): the recurrence once more, then its adjoint from the last token.
+    """Compute the gradients of (x, dt, B, C, W_dt, b_dt, A, D), each in its input's dtype, by the adjoint recurrence.
 
         gh_t = C_t gy_t + exp(delta_{t+1} A) gh_{t+1}
     """
     dtypes = [tensor.dtype for tensor in (x, dt, B, C, W_dt, b_dt, A, D)]
-    u, low, s, delta, B, C = read(x, dt, B, C, W_dt, b_dt, paths)
+    u, dt, s, delta, B, C = scan_inputs(x, dt, B, C, W_dt, b_dt, paths)
     A, D, W_dt = A.to(u.dtype), D.to(u.dtype), W_dt.to(u.dtype)
     gy = grad_y[:, paths].to(u.dtype)
     length = u.shape[2]
@@ -82,6 +85,6 @@ def backward(grad_y, x, dt, B, C, W_dt, b_dt, A, D, paths):
     gs = gdelta * torch.sigmoid(s)                                              # softplus' = sigmoid
     grads = (
         to_grid(gu, paths).sum(2), to_grid(gs @ W_dt, paths), to_grid(gB, paths), to_grid(gC, paths),
-        torch.einsum("bglc,bglr->gcr", gs, low), gs.sum((0, 2)), gA, (gy * u).sum((0, 2)),
+        torch.einsum("bglc,bglr->gcr", gs, dt), gs.sum((0, 2)), gA, (gy * u).sum((0, 2)),
     )
     return tuple(grad.to(dtype).contiguous() for grad, dtype in zip(grads, dtypes, strict=True))

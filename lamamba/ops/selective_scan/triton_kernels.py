@@ -1,26 +1,27 @@
-"""The selective scan as Triton kernels: x in and y out through the paths, everything between them in registers.
+"""Selective scan as Triton kernels: x is gathered and y scattered through the paths, the rest stays in registers.
 
-One program is one warp: one image, one direction, BLOCK channels (one or two a lane), read TILE tokens at a time.
+One program is one warp: one image, one direction, BLOCK channels (one or two per lane), TILE tokens at a time.
 
-    lift      s = W_dt dt_t + b_dt for a tile of tokens on the matrix units, then softplus; never written to memory
-    rows      the (channels, tokens) tile is split into TILE rows, so that each lane holds whole time series of its
-              channels and the recurrence is plain register arithmetic, one fused multiply-add deep per token
-    walk      h_t = exp2(A delta2_t) h_{t-1} + delta_t B_t u_t over the rows, float32 whatever the inputs are
-    scatter   the direction's y goes to its grid positions in x's dtype; `_merge` adds the directions in fixed order
-              in float32, with the skip (sum of D) x
+    time steps  s = W_dt dt_t + b_dt for a tile of tokens on the matrix units, then softplus; never written to memory
+    rows        the (channels, tokens) tile is split into TILE rows, so that each lane holds whole time series of its
+                channels and the recurrence is register arithmetic, one fused multiply-add deep per token
+    scan        h_t = exp2(A delta2_t) h_{t-1} + delta_t B_t u_t over the rows, in float32 for all inputs
+    scatter     the direction's y goes to its grid positions in x's dtype; `_merge` adds the directions in fixed order
+                in float32, with the skip (sum of D) x
 
 Time steps are kept as delta2 = delta / ln 2: softplus in base 2 is log2(1 + 2^(s / ln 2)), and exp(delta A) is then
-exp2(delta2 A) with nothing to scale. There are no atomic additions: two runs give the same bits.
+exp2(delta2 A) without a scaling. There are no atomic additions: two runs give the same bits.
 
 A path is cut into segments only when images x directions x channel blocks are too few to fill the device. Each segment
-then finds its end from a zero state and the sum of its delta2 (`_walk`, "ends"), `_carry` joins them, and each segment
-is walked again from its true start; this reads everything and takes every exponential twice.
+is first scanned from a zero state, for its final state and its sum of delta2 (`_scan`, "ends"), `_scan_segments` scans
+these over the segments, and each segment is scanned again from its initial state; this loads all inputs and computes
+every exponential twice.
 
-The backward pass walks forward once and keeps the state at the start of every tile, then goes through the tiles from
-the last to the first, rebuilding h inside the tile. Gradients of B and C are summed over a block's channels here and
-over the blocks afterwards; those of dt and W_dt are two matrix products over the gradient of s.
+The backward pass scans forward once and saves the state before every tile, then processes the tiles from the last to
+the first, recomputing h within the tile. Gradients of B and C are summed over a block's channels in the kernel and over
+the blocks afterwards; those of dt and W_dt are two matrix products with the gradient of s.
 
-What all this should cost is worked out in docs/gpu-scan.md.
+The expected cost is derived in docs/gpu-scan.md.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamamba.ops.triton_pieces import INTERPRETED, matrix_product, on_the_tensors_device, processors, round_to
+from lamamba.ops.triton_utils import INTERPRETED, matrix_product, num_processors, on_tensor_device, round_to
 
 FORWARD_BLOCK = 64
 BACKWARD_BLOCK = 32
-"""Channels of a program: two or one for each lane of its single warp."""
+"""Channels of a program: two or one per lane of its single warp."""
 TILE = 8
-"""Tokens in registers at a time; with 16 a few of the kernels spill."""
+"""Tokens in registers; with 16 a few of the kernels spill."""
 MAX_STATE_SIZE = 16
 RANK_STEP = 16
-"""The shortest sum that a matrix instruction takes; the rank is padded to a multiple of it."""
+"""The smallest depth of a matrix instruction; the rank is padded to a multiple of it."""
 MERGE_TOKENS, MERGE_BLOCK = 16, 128
-"""Tokens and channels of a program that only adds."""
+"""Tokens and channels of a program of `_merge` and `_products`."""
 WARPS_PER_PROCESSOR = 8
-"""Programs that keep one multiprocessor busy; paths are cut into segments when there are far fewer."""
+"""Programs that fill a multiprocessor; paths are cut into segments when there are far fewer."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -59,7 +60,7 @@ def unsupported_reason(device_type: str, dtype: torch.dtype, state_size: int) ->
     return None
 
 
-# Pieces of the kernels. A "row" is the (BLOCK,) channels of one token.
+# A "row" is the (BLOCK,) channels of one token.
 
 
 @triton.jit
@@ -77,7 +78,7 @@ def _four_rows(tile, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _rows(tile, CHANNELS: tl.constexpr):
-    """The 8 columns of a (channels, 8) tile one by one; without a shuffle, once tokens lie inside a lane."""
+    """The 8 columns of a (channels, 8) tile, without a shuffle where a lane holds all tokens of its channels."""
     even, odd = _halves(tile, CHANNELS, 8)
     row0, row2, row4, row6 = _four_rows(even, CHANNELS)
     row1, row3, row5, row7 = _four_rows(odd, CHANNELS)
@@ -86,7 +87,7 @@ def _rows(tile, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _opaque(n):
-    """n, hidden from the compiler: it would keep a 64-bit address in registers for each load of a loop over n."""
+    """n, opaque to the compiler, which would keep a 64-bit address in registers for each load of a loop over n."""
     if INTERPRETED:
         return n
     else:
@@ -95,9 +96,9 @@ def _opaque(n):
 
 @triton.jit
 def _channel_sums(rows, CHANNELS: tl.constexpr, TOKENS: tl.constexpr, EXACT: tl.constexpr):
-    """The sum of each of 8 rows over its channels, as an (8,) vector.
+    """Sum each of 8 rows over its channels: (8,).
 
-    Unless EXACT, by the matrix units with factors of 11 bits: 80 shuffles and additions cost more than all the rest.
+    Unless EXACT, on the matrix units with factors of 11 bits: 80 shuffles and additions would dominate the kernel.
     """
     even = tl.join(tl.join(rows[0], rows[4]), tl.join(rows[2], rows[6]))
     odd = tl.join(tl.join(rows[1], rows[5]), tl.join(rows[3], rows[7]))
@@ -111,7 +112,7 @@ def _channel_sums(rows, CHANNELS: tl.constexpr, TOKENS: tl.constexpr, EXACT: tl.
 
 @triton.jit
 def _log2(value):
-    """log2 of a value of at least 1: one instruction, absolute error 2^-22 near 1; tl.log2 takes 15 instructions."""
+    """log2 of a value >= 1: one instruction, absolute error 2^-22 near 1; tl.log2 takes 15 instructions."""
     if INTERPRETED:
         return tl.log2(value)
     else:
@@ -120,7 +121,7 @@ def _log2(value):
 
 @triton.jit
 def _exp(s):
-    """exp(s) to the last digit or two: 2^(s / ln 2) alone would lose as many digits as s / ln 2 has in front."""
+    """exp(s) to 1 or 2 units in the last place; 2^(s / ln 2) alone loses the bits of the integer part of s / ln 2."""
     whole = tl.maximum(tl.floor(s * LOG2_E + 0.5), -200.0)
     rest = (s - whole * 0.693359375) + whole * 2.12194440e-4                    # s - whole ln 2, ln 2 in two parts
     return tl.exp2(rest * LOG2_E) * tl.exp2(whole)
@@ -128,7 +129,7 @@ def _exp(s):
 
 @triton.jit
 def _softplus2(s, EXACT: tl.constexpr):
-    """softplus(s) / ln 2 = log2(1 + 2^s2) with s2 = s / ln 2; from its series where 1 + 2^s2 would lose digits."""
+    """softplus(s) / ln 2 = log2(1 + 2^s2) with s2 = s / ln 2; by its series where 1 + 2^s2 would lose digits."""
     s2 = s * LOG2_E
     e = _exp(s) if EXACT else tl.exp2(s2)
     series = ((e * (LOG2_E / 7) - LOG2_E / 6) * e + LOG2_E / 5) * e - LOG2_E / 4
@@ -139,20 +140,21 @@ def _softplus2(s, EXACT: tl.constexpr):
 
 @triton.jit
 def _sigmoid(delta2):
-    """sigmoid(s) = 1 - exp(-delta), the derivative of delta = softplus(s); by its series where digits would cancel."""
+    """sigmoid(s) = 1 - exp(-delta), the derivative of delta = softplus(s); by its series where digits cancel."""
     z = delta2 * LN_2
     series = z * (1 - z * (1 / 2) * (1 - z * (1 / 3) * (1 - z * (1 / 4) * (1 - z * (1 / 5)))))
     return tl.where(delta2 < 0.25, series, 1 - tl.exp2(-delta2))
 
 
 @triton.jit
-def _lift(
+def _time_steps(
     dt, W_dt, bias, paths, times, channels, g, l, c,
     R: tl.constexpr, RANK_STEP: tl.constexpr, PARTS: tl.constexpr,
 ):
-    """delta2 (channels, tokens) of a tile: softplus of W_dt dt + b_dt. dt and W_dt point at this image and direction.
+    """delta2 = softplus(W_dt dt + b_dt) / ln 2 of a tile, (channels, tokens).
 
-    bias is a row of b_dt; W_dt is the sum of PARTS matrices in dt's type, (PARTS, g, c, r).
+    dt and W_dt point at this image and direction; bias is a row of b_dt; W_dt is the sum of PARTS matrices in dt's
+    dtype, (PARTS, g, c, r).
     """
     tokens = tl.load(paths + times, mask=times < l, other=0)
     ranks = tl.arange(0, RANK_STEP)
@@ -172,10 +174,10 @@ def _lift(
 
 
 @triton.jit
-def _place(
+def _program_indices(
     c, g, segments, BLOCK: tl.constexpr,
 ):
-    """This program's channels, direction, image and segment. Programs that read the same tokens are neighbours."""
+    """This program's channels, direction, image and segment; neighbouring programs share their tokens."""
     program = tl.program_id(0)
     blocks = tl.cdiv(c, BLOCK)
     channels = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -186,7 +188,7 @@ def _place(
 
 
 @triton.jit
-def _walk(
+def _scan(
     x, dt, B, C, W_dt, b_dt, A, paths,
     state, y, states, spans,
     b, l, c, g, segments, tiles_per_segment,
@@ -194,18 +196,18 @@ def _walk(
     BLOCK: tl.constexpr, TILE: tl.constexpr, RANK_STEP: tl.constexpr,
     WRITES: tl.constexpr, ADJOINT: tl.constexpr,
 ):
-    """Walk one segment of one path from its start.
+    """Scan one segment of one path.
 
-    state (b, g, segments, n, c) holds the states that the segments start from, and in the end those they reach. The n
-    of them are taken one after the other, tile by tile, so that N costs no registers.
+    state (b, g, segments, n, c) holds the initial states of the segments and is overwritten by their final ones. The n
+    states are processed in turn, tile by tile, so that N costs no registers.
 
     WRITES    "y"       y (g, b, l, c), without the skip
-              "states"  the state before every tile: states (b, g, tiles, n, c)
+              "states"  the states before every tile: states (b, g, tiles, n, c)
               "ends"    the segment's sum of delta2: spans (b, g, segments, c)
-    ADJOINT   walk from the last token to the first with x the gradient of y: the state is what reaches the token
-              before, exp(delta_t A) gh_t
+    ADJOINT   the adjoint scan, from the last token to the first: x is the gradient of y, and the state is
+              exp(delta_t A) gh_t, the gradient of h_{t-1} through h_t
     """
-    channels, k, image, segment = _place(c, g, segments, BLOCK)
+    channels, k, image, segment = _program_indices(c, g, segments, BLOCK)
     inside = channels < c
     direction = image * g + k
     x += image * l * c + channels
@@ -218,8 +220,8 @@ def _walk(
     y += (k.to(tl.int64) * b + image) * l * c + channels
     tiles = tl.cdiv(l, TILE)
     states += direction * tiles * N * c + channels
-    place = (direction * segments + segment) * c
-    state += place * N + channels
+    offset = (direction * segments + segment) * c
+    state += offset * N + channels
     bias = tl.load(b_dt + k * c + channels, mask=inside, other=0.0).to(tl.float32)
     span = tl.zeros((BLOCK,), tl.float32)
 
@@ -228,8 +230,8 @@ def _walk(
     for step in range(0, last - first):
         tile = last - 1 - step if ADJOINT else first + step
         times = tl.arange(0, TILE)
-        times = tile * TILE + (TILE - 1 - times if ADJOINT else times)          # in the order of the walk
-        steps = _rows(_lift(dt, W_dt, bias, paths, times, channels, g, l, c, R, RANK_STEP, PARTS), BLOCK)
+        times = tile * TILE + (TILE - 1 - times if ADJOINT else times)          # in the order of the scan
+        steps = _rows(_time_steps(dt, W_dt, bias, paths, times, channels, g, l, c, R, RANK_STEP, PARTS), BLOCK)
         tokens = ()
         inputs = ()
         outputs = ()
@@ -264,19 +266,19 @@ def _walk(
             if WRITES == "y":
                 outputs = more_outputs
             tl.store(state + n * c, h, mask=inside)
-        tl.debug_barrier()                                                      # state is read again
+        tl.debug_barrier()                                                      # state is loaded again
         if WRITES == "y":
             for t in tl.static_range(TILE):
                 width = tl.where(tile * TILE + t < l, c, 0)
                 tl.store(y + tokens[t] * c, round_to(outputs[t], y.dtype.element_ty), mask=channels < width)
     if WRITES == "ends":
-        tl.store(spans + place + channels, span, mask=inside)
+        tl.store(spans + offset + channels, span, mask=inside)
 
 
 @triton.jit
-def _walk_back(
+def _scan_backward(
     x, grad_y, dt, B, C, W_dt, b_dt, A, paths,
-    states, reaching, grad_x, grad_s, grad_B, grad_C, grad_b_dt, grad_A,
+    states, adjoint, grad_x, grad_s, grad_B, grad_C, grad_b_dt, grad_A,
     b, l, c, g, segments, tiles_per_segment,
     R: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, RANK_STEP: tl.constexpr,
@@ -286,13 +288,13 @@ def _walk_back(
 
         gh_t = C_t gy_t + exp(delta_{t+1} A) gh_{t+1}
 
-    states (b, g, tiles, n, c) come from `_walk`. reaching (b, g, segments, n, c) holds what reaches each segment's last
-    token from later ones, exp(delta_{t+1} A) gh_{t+1}, and is used up. Written in grid order, for each direction:
-    grad_x (g, b, l, c) without the skip, grad_s (g, b, l, c), and for each block of channels its share of grad_B and
-    grad_C (blocks, b, l, g, n); for each segment its share of grad_b_dt (b, g, segments, c), and grad_A / ln 2
-    (b, g, segments, n, c), which must come as zeros.
+    states (b, g, tiles, n, c) are those of `_scan`. adjoint (b, g, segments, n, c) holds exp(delta_{t+1} A) gh_{t+1} at
+    each segment's last token t, and is overwritten. Results, in grid order for each direction: grad_x (g, b, l, c)
+    without the skip, grad_s (g, b, l, c), and each channel block's summand of grad_B and grad_C (blocks, b, l, g, n);
+    each segment's summand of grad_b_dt (b, g, segments, c), and of grad_A / ln 2 (b, g, segments, n, c), which must be
+    zeros at first.
     """
-    channels, k, image, segment = _place(c, g, segments, BLOCK)
+    channels, k, image, segment = _program_indices(c, g, segments, BLOCK)
     inside = channels < c
     direction = image * g + k
     x += image * l * c + channels
@@ -311,11 +313,11 @@ def _walk_back(
     grad_C += shares
     tiles = tl.cdiv(l, TILE)
     states += direction * tiles * N * c
-    place = (direction * segments + segment) * c
+    offset = (direction * segments + segment) * c
     bias = tl.load(b_dt + k * c + channels, mask=inside, other=0.0).to(tl.float32)
 
-    reaching += place * N + channels
-    grad_A += place * N + channels
+    adjoint += offset * N + channels
+    grad_A += offset * N + channels
     bias_sum = tl.zeros((BLOCK,), tl.float32)
 
     first = segment * tiles_per_segment
@@ -324,7 +326,7 @@ def _walk_back(
         tile = last - 1 - step
         times = tile * TILE + tl.arange(0, TILE)
         tile_tokens = tl.load(paths + times, mask=times < l, other=0)
-        steps = _rows(_lift(dt, W_dt, bias, paths, times, channels, g, l, c, R, RANK_STEP, PARTS), BLOCK)
+        steps = _rows(_time_steps(dt, W_dt, bias, paths, times, channels, g, l, c, R, RANK_STEP, PARTS), BLOCK)
         tokens = ()
         inputs = ()
         grads = ()
@@ -344,38 +346,38 @@ def _walk_back(
             rate = tl.load(A + channels * N + n, mask=inside, other=0.0).to(tl.float32)
             h = (tl.load(states + (tile * N + n) * c + channels, mask=inside, other=0.0),)
             decays = ()
-            maps = ()
-            to_C = ()
+            B_values = ()
+            C_rows = ()
             for t in tl.static_range(TILE):
                 B_t = tl.load(B + (tokens[t] * (g * N) + n), mask=tile * TILE + t < l, other=0.0).to(tl.float32)
-                maps += (B_t,)
+                B_values += (B_t,)
                 decays += (tl.exp2(steps[t] * rate),)
                 h += (decays[t] * h[t] + (steps[t] * inputs[t]) * (B_t * LN_2),)
-                to_C += (grads[t] * h[t + 1],)
+                C_rows += (grads[t] * h[t + 1],)
 
-            place_of_maps = tile_tokens * (g * N) + n
-            tl.store(grad_C + place_of_maps, _channel_sums(to_C, BLOCK, TILE, EXACT), mask=times < l)
+            map_offsets = tile_tokens * (g * N) + n
+            tl.store(grad_C + map_offsets, _channel_sums(C_rows, BLOCK, TILE, EXACT), mask=times < l)
 
-            gh = tl.load(reaching + n * c, mask=inside, other=0.0)
+            gh = tl.load(adjoint + n * c, mask=inside, other=0.0)
             rate_sum = tl.load(grad_A + n * c, mask=inside, other=0.0)
-            to_B = ()                                                           # filled from its last token
+            B_rows = ()                                                           # from the last token
             more_inputs = ()
             more_decays = ()
             for t in tl.static_range(TILE - 1, -1, -1):
                 C_t = tl.load(C + (tokens[t] * (g * N) + n), mask=tile * TILE + t < l, other=0.0).to(tl.float32)
                 gh += grads[t] * C_t
-                to_B = (gh * (steps[t] * inputs[t]),) + to_B  # noqa: RUF005 (Triton knows no stars)
-                more_inputs = (through_inputs[t] + gh * maps[t],) + more_inputs  # noqa: RUF005
+                B_rows = (gh * (steps[t] * inputs[t]),) + B_rows  # noqa: RUF005 (Triton knows no stars)
+                more_inputs = (through_inputs[t] + gh * B_values[t],) + more_inputs  # noqa: RUF005
                 gh *= decays[t]
                 through_decay = gh * h[t]
                 more_decays = (through_decays[t] + through_decay * rate,) + more_decays  # noqa: RUF005
                 rate_sum += through_decay * steps[t]
             through_inputs = more_inputs
             through_decays = more_decays
-            tl.store(reaching + n * c, gh, mask=inside)
+            tl.store(adjoint + n * c, gh, mask=inside)
             tl.store(grad_A + n * c, rate_sum, mask=inside)
-            tl.store(grad_B + place_of_maps, _channel_sums(to_B, BLOCK, TILE, EXACT) * LN_2, mask=times < l)
-        tl.debug_barrier()                                                      # reaching and grad_A are read again
+            tl.store(grad_B + map_offsets, _channel_sums(B_rows, BLOCK, TILE, EXACT) * LN_2, mask=times < l)
+        tl.debug_barrier()                                                      # adjoint and grad_A are loaded again
 
         for t in tl.static_range(TILE):
             time = tile * TILE + t
@@ -386,25 +388,25 @@ def _walk_back(
             tl.store(grad_x + tokens[t] * c, round_to(gu, grad_x.dtype.element_ty), mask=channels < width)
             tl.store(grad_s + tokens[t] * c, round_to(gs, grad_s.dtype.element_ty), mask=channels < width)
 
-    tl.store(grad_b_dt + place + channels, bias_sum, mask=inside)
+    tl.store(grad_b_dt + offset + channels, bias_sum, mask=inside)
 
 
 @triton.jit
-def _carry(
+def _scan_segments(
     A, ends, spans, starts,
     l, c, g, segments,
     N: tl.constexpr, BLOCK: tl.constexpr, ADJOINT: tl.constexpr,
 ):
-    """The state before every segment from the ends that each segment reached on its own; ADJOINT from the last one."""
-    channels, k, image, _ = _place(c, g, 1, BLOCK)
+    """Scan over segments: starts, the initial states, from ends, the final states without them; ADJOINT in reverse."""
+    channels, k, image, _ = _program_indices(c, g, 1, BLOCK)
     inside = channels < c
-    place = (image * g + k) * segments * c
+    offset = (image * g + k) * segments * c
     for n in tl.static_range(N):
         rate = tl.load(A + (k * c + channels) * N + n, mask=inside, other=0.0).to(tl.float32)
         start = tl.zeros((BLOCK,), tl.float32)
         for step in range(segments):
             segment = segments - 1 - step if ADJOINT else step
-            here = place + segment * c
+            here = offset + segment * c
             tl.store(starts + here * N + n * c + channels, start, mask=inside)
             span = tl.load(spans + here + channels, mask=inside, other=0.0)
             end = tl.load(ends + here * N + n * c + channels, mask=inside, other=0.0)
@@ -422,13 +424,13 @@ def _merge(
     rows = (tl.program_id(0) // blocks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     channels = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = (rows < tokens)[:, None] & (channels < c)[None, :]
-    place = rows[:, None] * c + channels[None, :]
+    offset = rows[:, None] * c + channels[None, :]
     weight = tl.load(skip + channels, mask=channels < c, other=0.0)
-    total = weight[None, :] * tl.load(skipped + place, mask=inside, other=0.0).to(tl.float32)
+    total = weight[None, :] * tl.load(skipped + offset, mask=inside, other=0.0).to(tl.float32)
     size = tl.cast(tokens, tl.int64) * c
     for k in range(g):
-        total += tl.load(parts + place + k * size, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + place, round_to(total, y.dtype.element_ty), mask=inside)
+        total += tl.load(parts + offset + k * size, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + offset, round_to(total, y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -445,21 +447,21 @@ def _products(
     for start in range(first, last, TOKENS):
         rows = start + tl.arange(0, TOKENS)
         inside = (rows < last)[:, None] & (channels < c)[None, :]
-        place = rows[:, None] * c + channels[None, :]
-        product = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        product *= tl.load(grad_y + place, mask=inside, other=0.0).to(tl.float32)
+        offset = rows[:, None] * c + channels[None, :]
+        product = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
+        product *= tl.load(grad_y + offset, mask=inside, other=0.0).to(tl.float32)
         total += tl.sum(product, 0)
     tl.store(sums + tl.program_id(1) * c + channels, total, mask=channels < c)
 
 
-def _walk_arguments(x, dt, B, C, W_dt, b_dt, A, paths):
-    """What every walk is given: tensors without gaps, W_dt in parts (parts, g, c, r) of dt's type, 32-bit paths."""
+def _kernel_arguments(x, dt, B, C, W_dt, b_dt, A, paths):
+    """Input arguments of the scan kernels: contiguous, W_dt in parts (parts, g, c, r) of dt's dtype, 32-bit paths."""
     tensors = (x, dt, B, C, _in_parts(W_dt, dt.dtype), b_dt, A, paths.to(torch.int32))
     return tuple(tensor.contiguous() for tensor in tensors)
 
 
 def _in_parts(W_dt: Tensor, dtype: torch.dtype) -> Tensor:
-    """W_dt as a sum of matrices in dt's type: three 16-bit numbers hold a float32 one without loss."""
+    """W_dt as a sum of matrices in dt's dtype: three 16-bit numbers represent a float32 one exactly."""
     parts, rest = [], W_dt
     for _ in range(1 if dtype in (W_dt.dtype, torch.float32) else 3):
         parts.append(rest.to(dtype))
@@ -476,24 +478,24 @@ def _options(inputs, block: int, tile: int) -> dict:
 
 
 def _choose_segments(x: Tensor, directions: int, tile: int) -> int:
-    """1, or how many segments fill the device when whole paths would leave two thirds of it empty."""
+    """1, or the number of segments that fills the device where whole paths would fill less than a third of it."""
     if x.device.type != "cuda":
         return 1
     b, l, c = x.shape
     programs = b * directions * triton.cdiv(c, FORWARD_BLOCK)
-    wanted = WARPS_PER_PROCESSOR * processors(x)
+    wanted = WARPS_PER_PROCESSOR * num_processors(x)
     return 1 if 3 * programs > wanted else min(triton.cdiv(wanted, programs), triton.cdiv(l, 4 * tile))
 
 
 def _cut(length: int, tile: int, segments: int) -> tuple[int, int]:
-    """(segments, tiles of each) so that no segment is empty."""
+    """Number of non-empty segments, and tiles per segment."""
     tiles = triton.cdiv(length, tile)
     each = triton.cdiv(tiles, segments)
     return triton.cdiv(tiles, each), each
 
 
-def _starts(inputs, sizes, options, adjoint: bool) -> Tensor:
-    """The state (b, g, segments, n, c) that each segment starts from, in the direction of the walk."""
+def _initial_states(inputs, sizes, options, adjoint: bool) -> Tensor:
+    """Initial states of the segments in the direction of the scan: (b, g, segments, n, c)."""
     A = inputs[6]
     b, l, c, g, segments, _ = sizes
     ends = torch.zeros((b, g, segments, A.shape[2], c), dtype=torch.float32, device=A.device)
@@ -501,17 +503,17 @@ def _starts(inputs, sizes, options, adjoint: bool) -> Tensor:
         return ends
     starts, spans = torch.empty_like(ends), ends.new_empty((b, g, segments, c))
     blocks = triton.cdiv(c, FORWARD_BLOCK)
-    _walk[(blocks * b * g * segments,)](
+    _scan[(blocks * b * g * segments,)](
         *inputs, ends, ends, ends, spans, *sizes, **options, WRITES="ends", ADJOINT=adjoint,
     )
-    _carry[(blocks * b * g,)](
+    _scan_segments[(blocks * b * g,)](
         A, ends, spans, starts, l, c, g, segments, N=A.shape[2], BLOCK=FORWARD_BLOCK, ADJOINT=adjoint, num_warps=1,
     )
     return starts
 
 
 def _merge_directions(parts: Tensor, skipped: Tensor, skip: Tensor) -> Tensor:
-    """sum over g of parts (g, b, l, c) + skip (c,) * skipped (b, l, c), added in float32."""
+    """Sum over g of parts (g, b, l, c), plus skip (c,) * skipped (b, l, c), in float32."""
     y = torch.empty_like(skipped)
     tokens, c = skipped.shape[0] * skipped.shape[1], skipped.shape[2]
     grid = (triton.cdiv(c, MERGE_BLOCK) * triton.cdiv(tokens, MERGE_TOKENS),)
@@ -520,7 +522,7 @@ def _merge_directions(parts: Tensor, skipped: Tensor, skip: Tensor) -> Tensor:
 
 
 def _sum_of_products(x: Tensor, grad_y: Tensor) -> Tensor:
-    """The sum of x * grad_y over images and tokens: (c,), float32."""
+    """Sum of x * grad_y over images and tokens: (c,), float32."""
     tokens, c = x.shape[0] * x.shape[1], x.shape[2]
     each = max(MERGE_TOKENS, triton.cdiv(tokens, 256))
     shares = triton.cdiv(tokens, each)
@@ -531,31 +533,31 @@ def _sum_of_products(x: Tensor, grad_y: Tensor) -> Tensor:
     return sums.sum(0)
 
 
-@on_the_tensors_device
+@on_tensor_device
 def forward(x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None = None):
-    """Same contract as the reference. segments: into how many pieces each path is cut; by default as many as pay."""
+    """As in the reference. segments: of each path; by default as many as fill the device."""
     (b, l, c), g = x.shape, A.shape[0]
     tile = TILE
-    inputs = _walk_arguments(x, dt, B, C, W_dt, b_dt, A, paths)
+    inputs = _kernel_arguments(x, dt, B, C, W_dt, b_dt, A, paths)
     x, A = inputs[0], inputs[6]
     segments, each = _cut(l, tile, segments or _choose_segments(x, g, tile))
     sizes, options = (b, l, c, g, segments, each), _options(inputs, FORWARD_BLOCK, tile)
-    state = _starts(inputs, sizes, options, adjoint=False)
+    state = _initial_states(inputs, sizes, options, adjoint=False)
     parts = x.new_empty((g, b, l, c))
-    _walk[(triton.cdiv(c, FORWARD_BLOCK) * b * g * segments,)](
+    _scan[(triton.cdiv(c, FORWARD_BLOCK) * b * g * segments,)](
         *inputs, state, parts, state, state, *sizes, **options, WRITES="y", ADJOINT=False,
     )
     return _merge_directions(parts, x, D.float().sum(0))
 
 
-@on_the_tensors_device
+@on_tensor_device
 def backward(grad_y, x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None = None):
-    """Same contract as the reference. segments: as in `forward`."""
+    """As in the reference. segments: as in `forward`."""
     dtypes = [tensor.dtype for tensor in (x, dt, B, C, W_dt, b_dt, A, D)]
     (b, l, c), (g, _, n) = x.shape, A.shape
     tile = TILE
     blocks, tiles = triton.cdiv(c, BACKWARD_BLOCK), triton.cdiv(l, tile)
-    inputs = _walk_arguments(x, dt, B, C, W_dt, b_dt, A, paths)
+    inputs = _kernel_arguments(x, dt, B, C, W_dt, b_dt, A, paths)
     x, dt, _, _, _, _, A, _ = inputs
     grad_y = grad_y.contiguous()
     segments, each = _cut(l, tile, segments or _choose_segments(x, g, tile))
@@ -564,17 +566,17 @@ def backward(grad_y, x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None 
     def empty(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=torch.float32)
 
-    state = _starts(inputs, sizes, options, adjoint=False)
-    reaching = _starts((grad_y, *inputs[1:]), sizes, options, adjoint=True)
+    state = _initial_states(inputs, sizes, options, adjoint=False)
+    adjoint = _initial_states((grad_y, *inputs[1:]), sizes, options, adjoint=True)
     states = empty(b, g, tiles, n, c)
-    _walk[(triton.cdiv(c, FORWARD_BLOCK) * b * g * segments,)](
+    _scan[(triton.cdiv(c, FORWARD_BLOCK) * b * g * segments,)](
         *inputs, state, states, states, state, *sizes, **options, WRITES="states", ADJOINT=False,
     )
     parts, gs = x.new_empty((g, b, l, c)), x.new_empty((g, b, l, c))
     gB, gC = empty(blocks, b, l, g, n), empty(blocks, b, l, g, n)
     gb_dt, gA = empty(b, g, segments, c), empty(b, g, segments, n, c).zero_()
-    _walk_back[(blocks * b * g * segments,)](
-        x, grad_y, *inputs[1:], states, reaching, parts, gs, gB, gC, gb_dt, gA, *sizes,
+    _scan_backward[(blocks * b * g * segments,)](
+        x, grad_y, *inputs[1:], states, adjoint, parts, gs, gB, gC, gb_dt, gA, *sizes,
         **_options(inputs, BACKWARD_BLOCK, tile), EXACT=x.dtype == torch.float32, num_stages=1,
     )
     gdt, gW_dt = _projection_gradients(gs.view(g, b * l, c), dt.view(b * l, g, -1).transpose(0, 1), W_dt)
@@ -586,10 +588,10 @@ def backward(grad_y, x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None 
     return tuple(grad.to(dtype).contiguous() for grad, dtype in zip(grads, dtypes, strict=True))
 
 
-def _projection_gradients(gs: Tensor, low: Tensor, W_dt: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of dt (g, b l, r) and W_dt (g, c, r) from those of s = W_dt dt; gs (g, b l, c), low (g, b l, r)."""
-    if gs.device.type == "cuda" and gs.dtype == low.dtype != torch.float32:
-        gW_dt = torch.bmm(gs.mT, low, out_dtype=torch.float32)
+def _projection_gradients(gs: Tensor, dt: Tensor, W_dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of dt (g, b l, r) and W_dt (g, c, r) from gs (g, b l, c), those of s = W_dt dt."""
+    if gs.device.type == "cuda" and gs.dtype == dt.dtype != torch.float32:
+        gW_dt = torch.bmm(gs.mT, dt, out_dtype=torch.float32)
     else:
-        gW_dt = gs.float().mT @ low.float()
+        gW_dt = gs.float().mT @ dt.float()
     return gs @ W_dt.to(gs.dtype), gW_dt

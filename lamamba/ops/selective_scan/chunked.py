@@ -1,12 +1,13 @@
-"""The selective scan in vectorised PyTorch: any device, no compiler, fast enough to train small networks.
+"""Chunked selective scan in vectorised PyTorch, for any device.
 
-The path of l tokens is cut into segments of about sqrt(l). All segments run side by side from a zero state, then the
-states at their ends are carried from one to the next, then each token adds what its segment's first state contributes:
-about 2 sqrt(l) dependent steps instead of l. One state of the n is in memory at a time; the backward pass keeps no
-state and runs the scan again. Products of decays are exponentials of sums of delta A <= 0: they never overflow.
+A path of l tokens is cut into segments of about sqrt(l). All segments are scanned in parallel from a zero state, then
+the states at their ends are scanned over the segments, then each token adds the contribution of its segment's initial
+state: about 2 sqrt(l) dependent steps instead of l. The n states are processed one at a time to save memory; the
+backward pass saves no state and recomputes the scan. Products of decays are exponentials of sums of delta A <= 0: they
+never overflow.
 
-Segmented tensors are (b, g, segments, size, c); the last segment is filled up with tokens of delta 0 and input 0, which
-keep the state.
+Segmented tensors are (b, g, segments, size, c); the last segment is padded with tokens of delta 0 and input 0, which
+leave the state unchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lamamba.ops.selective_scan.reference import read, to_grid
+from lamamba.ops.selective_scan.reference import scan_inputs, to_grid
 
 
 def unsupported_reason(device_type: str, dtype: torch.dtype, state_size: int) -> str | None:
@@ -26,7 +27,7 @@ def unsupported_reason(device_type: str, dtype: torch.dtype, state_size: int) ->
 
 
 def _cut(tokens: Tensor, size: int) -> Tensor:
-    """(b, g, l, c) along the paths to segments; a view where size divides l."""
+    """Split (b, g, l, c) into padded segments; a view where size divides l."""
     b, g, l, c = tokens.shape
     if l % size:
         tokens = F.pad(tokens, (0, 0, 0, -l % size))
@@ -38,24 +39,24 @@ def _join(segments: Tensor, length: int) -> Tensor:
 
 
 class _Decays(NamedTuple):
-    """How much of a state survives, for one of the n states; all segmented."""
+    """Decays exp(sum of delta A) of one of the n states, all segmented."""
 
     step: Tensor
-    """exp(delta_t A): from token t - 1 to t."""
+    """From token t - 1 to t: exp(delta_t A)."""
     from_start: Tensor
-    """From before the segment's first token to t."""
+    """From the segment's initial state to t."""
     to_end: Tensor | None
-    """From t to the segment's last token (only the backward pass asks)."""
+    """From t to the segment's last token; of the backward pass only."""
 
 
 def _decays(delta: Tensor, total: Tensor, A: Tensor, with_end: bool = False) -> _Decays:
-    """total is the running sum of delta within each segment; A (g, 1, 1, c)."""
+    """Compute the decays from delta and total, its cumulative sum within each segment; A (g, 1, 1, c)."""
     to_end = torch.exp_((total[:, :, :, -1:] - total) * A) if with_end else None
     return _Decays(torch.exp_(delta * A), torch.exp_(total * A), to_end)
 
 
 def _scan_forward(decays: _Decays, h: Tensor) -> Tensor:
-    """In place h_t = exp(delta_t A) h_{t-1} + h_t along the whole path."""
+    """Scan h_t = exp(delta_t A) h_{t-1} + h_t along the whole path, in place."""
     segments, size = h.shape[2:4]
     for t in range(1, size):
         h[:, :, :, t].addcmul_(decays.step[:, :, :, t], h[:, :, :, t - 1])
@@ -68,14 +69,14 @@ def _scan_forward(decays: _Decays, h: Tensor) -> Tensor:
 
 
 def _scan_backward(decays: _Decays, gh: Tensor) -> Tensor:
-    """In place gh_t = gh_t + exp(delta_{t+1} A) gh_{t+1} along the whole path, from its last token."""
+    """Scan gh_t = gh_t + exp(delta_{t+1} A) gh_{t+1} from the last token of the path, in place."""
     assert decays.to_end is not None
     segments, size = gh.shape[2:4]
     for t in reversed(range(size - 1)):
         gh[:, :, :, t].addcmul_(decays.step[:, :, :, t + 1], gh[:, :, :, t + 1])
     if segments == 1:
         return gh
-    ends = torch.zeros_like(gh[:, :, :, 0])                                     # what reaches each segment's last token
+    ends = torch.zeros_like(gh[:, :, :, 0])                                     # adjoint of each segment's end
     for s in reversed(range(segments - 1)):
         first = torch.addcmul(gh[:, :, s + 1, 0], decays.to_end[:, :, s + 1, 0], ends[:, :, s + 1])
         torch.mul(decays.step[:, :, s + 1, 0], first, out=ends[:, :, s])
@@ -87,8 +88,8 @@ def _segment_size(length: int) -> int:
 
 
 def forward(x, dt, B, C, W_dt, b_dt, A, D, paths):
-    """Same contract as the reference."""
-    u, _, _, delta, B, C = read(x, dt, B, C, W_dt, b_dt, paths)
+    """As in the reference."""
+    u, _, _, delta, B, C = scan_inputs(x, dt, B, C, W_dt, b_dt, paths)
     A, D = A.to(u.dtype)[:, None, None], D.to(u.dtype)                          # A (g, 1, 1, c, n)
     length, size = u.shape[2], _segment_size(u.shape[2])
     steps, inputs = _cut(delta, size), _cut(delta * u, size)
@@ -101,9 +102,9 @@ def forward(x, dt, B, C, W_dt, b_dt, A, D, paths):
 
 
 def backward(grad_y, x, dt, B, C, W_dt, b_dt, A, D, paths):
-    """Same contract as the reference."""
+    """As in the reference."""
     dtypes = [tensor.dtype for tensor in (x, dt, B, C, W_dt, b_dt, A, D)]
-    u, low, s, delta, B, C = read(x, dt, B, C, W_dt, b_dt, paths)
+    u, dt, s, delta, B, C = scan_inputs(x, dt, B, C, W_dt, b_dt, paths)
     A, D, W_dt = A.to(u.dtype)[:, None, None], D.to(u.dtype), W_dt.to(u.dtype)
     gy = grad_y[:, paths].to(u.dtype)
     gu, gD = D[:, None] * gy, (gy * u).sum((0, 2))
@@ -129,6 +130,6 @@ def backward(grad_y, x, dt, B, C, W_dt, b_dt, A, D, paths):
     grads = (
         to_grid(gu, paths).sum(2), to_grid(gs @ W_dt, paths),
         to_grid(_join(torch.stack(gB, -1), length), paths), to_grid(_join(torch.stack(gC, -1), length), paths),
-        torch.einsum("bglc,bglr->gcr", gs, low), gs.sum((0, 2)), torch.stack(gA, -1), gD,
+        torch.einsum("bglc,bglr->gcr", gs, dt), gs.sum((0, 2)), torch.stack(gA, -1), gD,
     )
     return tuple(grad.to(dtype).contiguous() for grad, dtype in zip(grads, dtypes, strict=True))

@@ -1,4 +1,4 @@
-"""What the Triton kernels of several rooms share: rounding and products that the interpreter also gets right."""
+"""Helpers shared by the Triton kernels: rounding and products that are also right under the interpreter, launching."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def round_to(value, dtype: tl.constexpr):
-    """float32 in a memory type, to the nearest number; the interpreter by itself would cut bfloat16's digits off."""
+    """Round float32 to nearest in another type; the interpreter itself truncates to bfloat16."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -25,9 +25,9 @@ def round_to(value, dtype: tl.constexpr):
 
 @triton.jit
 def matrix_product(a, b, total):
-    """total + a @ b in float32: 16-bit factors on the matrix units, float32 ones exactly.
+    """Compute total + a @ b in float32: 16-bit factors on the matrix units, float32 ones without TF32.
 
-    The interpreter multiplies no bfloat16.
+    The interpreter has no bfloat16 product.
     """
     if a.dtype == tl.float32:
         return tl.dot(a, b, total, input_precision="ieee")
@@ -37,19 +37,24 @@ def matrix_product(a, b, total):
         return tl.dot(a, b, total)
 
 
-def on_the_tensors_device(run):
-    """Triton launches on the current device; make that the first argument's."""
+def on_tensor_device(function):
+    """Decorate a function so that it runs with its first argument's device current: Triton launches on that."""
 
-    @functools.wraps(run)
-    def run_there(tensor, *args, **kwargs):
+    @functools.wraps(function)
+    def wrapper(tensor, *args, **kwargs):
         with torch.cuda.device_of(tensor):
-            return run(tensor, *args, **kwargs)
+            return function(tensor, *args, **kwargs)
 
-    return run_there
+    return wrapper
 
 
-def processors(tensor: torch.Tensor) -> int:
-    """Multiprocessors of the tensor's device; 1 under the interpreter."""
+def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Return contiguous tensors, and None for None."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def num_processors(tensor: torch.Tensor) -> int:
+    """Return the number of multiprocessors of the tensor's device; 1 under the interpreter."""
     if tensor.device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
