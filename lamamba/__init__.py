@@ -19,11 +19,13 @@ from lamamba._version import __version__
 if TYPE_CHECKING:
     from lamamba.api.encode import EncodeResult, encode
     from lamamba.api.info import info
+    from lamamba.api.sample_folder import SampleFolderResult, sample_folder
     from lamamba.config import UNetConfig
     from lamamba.models.official import load_official, to_official
     from lamamba.models.unet import LaMambaUNet
     from lamamba.options.encode import EncodeOptions
     from lamamba.options.info import InfoOptions
+    from lamamba.options.sample_folder import SampleFolderOptions
     from lamamba.pipeline import LaMambaPipeline
 
 _MODULES = {
@@ -32,16 +34,20 @@ _MODULES = {
     "InfoOptions": "options.info",
     "LaMambaPipeline": "pipeline",
     "LaMambaUNet": "models.unet",
+    "SampleFolderOptions": "options.sample_folder",
+    "SampleFolderResult": "api.sample_folder",
     "UNetConfig": "config",
     "encode": "api.encode",
     "info": "api.info",
     "load_official": "models.official",
+    "sample_folder": "api.sample_folder",
     "to_official": "models.official",
 }
 
 __all__ = [
-    "EncodeOptions", "EncodeResult", "InfoOptions", "LaMambaPipeline", "LaMambaUNet", "UNetConfig", "__version__",
-    "encode", "info", "load_official", "to_official",
+    "EncodeOptions", "EncodeResult", "InfoOptions", "LaMambaPipeline", "LaMambaUNet", "SampleFolderOptions",
+    "SampleFolderResult", "UNetConfig", "__version__", "encode", "info", "load_official", "sample_folder",
+    "to_official",
 ]
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from lamamba.cli.parse import parse
+from lamamba.options.sampling import SamplerOptions
 
 if TYPE_CHECKING:
     import torch
 
-    from lamamba.models.unet import LaMambaUNet
     from lamamba.runs.model import OpenModel
-    from lamamba.sampling.settings import ImageMetadata, Settings
+    from lamamba.sampling.settings import ImageMetadata
     from lamamba.sampling.table import Asked
 
 DESCRIPTION = """Sample images from a trained network.
@@ -103,18 +103,32 @@ class SampleArguments:
 def main(arguments: list[str]) -> None:
     chosen = parse(SampleArguments, arguments, "sample", DESCRIPTION)
     _check(chosen)
+    if chosen.is_many:
+        from lamamba.api.sample_folder import sample_folder
+        from lamamba.options.sample_folder import SampleFolderOptions
+        from lamamba.utils.distributed import is_main_process
+
+        result = sample_folder(_as(SampleFolderOptions, chosen, out=chosen.out or Path("samples")))
+        if is_main_process():
+            print(result)
+        return
     facts = None
     if chosen.like is not None:
+        from lamamba.sampling.prepare import as_in_picture
         from lamamba.sampling.settings import read_png_facts
 
         facts = read_png_facts(chosen.like)
-        chosen = _like(chosen, facts)
-    if chosen.is_many:
-        from lamamba.cli.sample_many import sample_many_images
+        filled = as_in_picture(_as(SamplerOptions, chosen), facts)
+        chosen = replace(chosen, **{entry.name: getattr(filled, entry.name) for entry in fields(filled)})
+    _sample_picture(chosen, facts)
 
-        sample_many_images(chosen, facts)
-    else:
-        _sample_picture(chosen, facts)
+
+T = TypeVar("T", bound=SamplerOptions)
+
+
+def _as(cls: type[T], chosen: SampleArguments, **changes: Any) -> T:
+    """The options of another class, from those of the same names."""
+    return cls(**{entry.name: getattr(chosen, entry.name) for entry in fields(cls)} | changes)
 
 
 def _check(chosen: SampleArguments) -> None:
@@ -135,115 +149,6 @@ def _check(chosen: SampleArguments) -> None:
         raise ValueError(f"--out {chosen.out}: pictures are .png, films .gif or .mp4, many images go into a folder")
 
 
-def _like(chosen: SampleArguments, facts: ImageMetadata) -> SampleArguments:
-    """What was not asked for on the command line, as the picture says."""
-    from lamamba.runs.model import SHIPPED
-
-    settings, guidance = facts.settings, facts.settings.guidance
-    before: dict[str, Any] = {
-        "sampler": settings.sampler, "steps": settings.steps, "guidance": guidance.scale,
-        "guidance_channels": guidance.channels, "guidance_interval": tuple(guidance.interval),
-        "guidance_rescale": guidance.rescale, "height": settings.height, "width": settings.width,
-        "batch_size": facts.batch_size, "dtype": settings.dtype, "autoencoder": settings.autoencoder,
-        "model": None if settings.model == SHIPPED else Path(settings.model),
-        "autoguidance": None if settings.autoguidance is None else Path(settings.autoguidance),
-    }
-    asked = {entry.name: getattr(chosen, entry.name) for entry in fields(chosen)}
-    if asked["model"] is not None:                                              # another model: sizes of its own
-        before = {key: before[key] for key in before if key not in ("height", "width", "autoencoder", "autoguidance")}
-    if asked["sampler"] is not None and asked["sampler"] != settings.sampler:   # steps mean another thing
-        del before["steps"]
-    return replace(
-        chosen, compile=chosen.compile or settings.compiled,
-        **{key: value for key, value in before.items() if asked[key] is None},
-    )
-
-
-def prepare(
-    chosen: SampleArguments, facts: ImageMetadata | None, device: torch.device, speaks: bool
-) -> tuple[OpenModel, LaMambaUNet | None, Settings]:
-    """The model, a guiding model, and all settings, from what was asked for.
-
-    Raises:
-        ValueError: when they do not fit together, or the model is not the one that made the picture to be repeated.
-    """
-    from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
-    from lamamba.diffusion.guidance import Guidance
-    from lamamba.runs.model import SHIPPED, fingerprint, open_model, open_network
-    from lamamba.sampling.settings import Settings
-
-    model = open_model(_place_of(chosen, facts), chosen.autoencoder, device)
-    if speaks and model.name == SHIPPED:
-        print("no model was named: the small digits model that ships with lamamba draws", flush=True)
-    if facts is not None and model.name == facts.settings.model and model.sha256 != facts.settings.model_sha256:
-        raise ValueError(
-            f"{model.name} is not the model that made {chosen.like} (weights {model.sha256[:12]}, not "
-            f"{facts.settings.model_sha256[:12]}): it was trained further, or is another. Name the one to use as MODEL"
-            if model.name != SHIPPED else
-            f"{chosen.like} was made by the shipped model of another lamamba ({facts.lamamba}); name a model as MODEL"
-        )
-    objective = model.network.architecture.objective
-    sampler = chosen.sampler or samplers_for(objective)[0]
-    make_scheduler(sampler, objective, chosen.steps)                            # refused before any work
-    guiding_model = None if chosen.autoguidance is None else open_network(chosen.autoguidance)[0]
-    scale = (2.0 if model.num_classes or guiding_model else 1.0) if chosen.guidance is None else chosen.guidance
-    guidance = Guidance(
-        scale, chosen.guidance_channels or "all", chosen.guidance_interval or (0.0, 1.0), chosen.guidance_rescale or 0.0
-    )
-    _, (height, width) = model.fit(chosen.height, chosen.width)
-    if speaks and model.decoder and model.facts.autoencoder_sha256 not in (None, model.decoder.autoencoder.sha256):
-        print(f"note: trained on latents of {model.facts.autoencoder}, decoded by another autoencoder: "
-              f"{model.decoder.autoencoder}")
-    settings = Settings(
-        model=model.name, model_sha256=model.sha256, sampler=sampler,
-        steps=chosen.steps or SAMPLERS[sampler].default_steps, height=height, width=width, guidance=guidance,
-        autoguidance=None if guiding_model is None else str(chosen.autoguidance),
-        autoguidance_sha256=None if guiding_model is None else fingerprint(guiding_model),
-        autoencoder=model.decoder.autoencoder.name if model.decoder else None,
-        autoencoder_sha256=model.decoder.autoencoder.sha256 if model.decoder else None,
-        dtype=chosen.dtype or "float32", compiled=chosen.compile,
-    )
-    for part in ("autoguidance", "autoencoder"):
-        name = getattr(settings, part)
-        if facts is not None and name is not None and name == getattr(facts.settings, part) and (
-            getattr(settings, f"{part}_sha256") != getattr(facts.settings, f"{part}_sha256")
-        ):
-            raise ValueError(f"{name} is not what made {chosen.like}: it has changed. Restore it, or name another")
-    return model, guiding_model, settings
-
-
-def _place_of(chosen: SampleArguments, facts: ImageMetadata | None) -> Path | None:
-    """The folder of the model; None for the shipped one, which may have had another place when it made the picture.
-
-    Raises:
-        FileNotFoundError: when the model that made the picture to be repeated is not where it was.
-    """
-    from lamamba.runs.model import find_shipped, fingerprint, open_network
-
-    place = chosen.model
-    if facts is None or place is None or str(place) != facts.settings.model or place.exists():
-        return place
-    try:
-        if fingerprint(open_network(find_shipped())[0]) == facts.settings.model_sha256:
-            return None
-    except FileNotFoundError:
-        pass
-    raise FileNotFoundError(f"{chosen.like} was made by {place}, which is not here: name the model's folder as MODEL")
-
-
-def to_device(
-    model: OpenModel, guiding_model: LaMambaUNet | None, settings: Settings, device: torch.device, batch: int
-) -> LaMambaUNet | None:
-    """Both networks where they work, fast for batches of so many images; the guiding model again."""
-    import torch
-
-    from lamamba.runs.model import move
-
-    dtype = getattr(torch, settings.dtype)
-    model.prepare(device, dtype, settings.compiled, batch)
-    return None if guiding_model is None else move(guiding_model, device, dtype)
-
-
 def _sample_picture(chosen: SampleArguments, facts: ImageMetadata | None) -> None:
     import numpy as np
 
@@ -251,6 +156,7 @@ def _sample_picture(chosen: SampleArguments, facts: ImageMetadata | None) -> Non
     from lamamba.data.codec import PixelCodec
     from lamamba.diffusion.denoise import make_scheduler
     from lamamba.sampling import generate
+    from lamamba.sampling.prepare import prepare, to_device
     from lamamba.sampling.settings import ImageMetadata, png_text
     from lamamba.utils.distributed import pick_device
     from lamamba.utils.files import check_target
@@ -263,7 +169,7 @@ def _sample_picture(chosen: SampleArguments, facts: ImageMetadata | None) -> Non
     if is_film:
         check_film(out)
     device = pick_device(chosen.device)
-    model, guiding_model, settings = prepare(chosen, facts, device, True)
+    model, guiding_model, settings = prepare(_as(SamplerOptions, chosen), facts, device)
     asked = _asked(chosen, facts, model)
     count, batch_size = len(asked.seeds), chosen.batch_size or 64
     guiding_model = to_device(model, guiding_model, settings, device, min(count, batch_size))

@@ -1,0 +1,158 @@
+"""lamamba.sample_folder: any number of images on disk, alone or beside other processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import PIL
+import torch
+
+from lamamba._version import __version__
+from lamamba.data.codec import PixelCodec
+from lamamba.options.sample_folder import SampleFolderOptions
+from lamamba.runs.model import OpenModel
+from lamamba.sampling import generate
+from lamamba.sampling.folder import MakeImages, sample_many
+from lamamba.sampling.labels import LabelRule
+from lamamba.sampling.plan import NPZ, FileKind, Plan, find_plan
+from lamamba.sampling.prepare import as_in_picture, prepare, to_device
+from lamamba.sampling.settings import read_png_facts
+from lamamba.sampling.table import parse_classes
+from lamamba.utils.distributed import is_main_process, local_device
+from lamamba.utils.progress import ProgressOption, reporting
+
+logger = logging.getLogger("lamamba.api")
+
+DEFAULT_BATCH = 64
+
+
+@dataclass(frozen=True)
+class SampleFolderResult:
+    """A folder of images, complete and verified."""
+
+    folder: Path
+    num: int
+    """Number of images."""
+    files: FileKind
+    """What holds them: "png", "npz" or "both"."""
+    manifest: dict[str, Any] = field(repr=False)
+    """Plan, machines, versions and hashes, as in manifest.json."""
+
+    @property
+    def npz(self) -> Path | None:
+        """All images in one file, where there is one."""
+        return None if self.files == "png" else self.folder / NPZ
+
+    def __str__(self) -> str:
+        what = {"png": "PNG files", "npz": NPZ, "both": f"PNG files and {NPZ}"}[self.files]
+        pixels = self.manifest["pixels_sha256"][:12]
+        return f"done: {self.folder}, {self.num:,} images ({what}), verified; pixels {pixels}"
+
+
+def sample_folder(options: SampleFolderOptions, *, progress: ProgressOption = "auto") -> SampleFolderResult:
+    """Fill a folder with images, together with any other processes that do the same.
+
+    Image k is a function of the options and of seed + k. Where an earlier call was stopped, the same call goes on.
+
+    Raises:
+        FileNotFoundError: when there is no such model.
+        FileExistsError: when the folder holds something else.
+        ValueError: when options do not fit the model or each other, or the folder holds images made otherwise.
+        OSError: when the disk is full or broken; finished shards stay.
+    """
+    is_main, folder = is_main_process(), options.out
+    picture = None
+    if options.like is not None:
+        picture = read_png_facts(options.like)
+        options = as_in_picture(options, picture)
+    device = local_device(options.device)
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True       # the same bits every time
+    before = find_plan(folder)                                                  # for batch and threads not given
+    threads = 0 if device.type != "cpu" else options.threads or (before and before.threads) or torch.get_num_threads()
+    torch.set_num_threads(threads or torch.get_num_threads())
+    model, guiding_model, settings = prepare(options, picture, device)
+    rule, classes = _labels(options, model)
+    assert options.num is not None
+    plan = Plan(
+        settings=settings, num=options.num, seed=options.seed or 0, rule=rule, classes=classes,
+        files=options.format or (before.files if before else "png"), threads=threads,
+        channels=3 if model.decoder else model.network.architecture.in_channels,
+        batch_size=options.batch_size or (before.batch_size if before else DEFAULT_BATCH),
+    )
+    if is_main:
+        _announce(plan, folder)
+    guiding_model = to_device(model, guiding_model, settings, device, plan.batch_size)
+    with reporting(progress if is_main else None) as report:
+        manifest = sample_many(
+            plan, folder, _maker(plan, model, guiding_model), rank=int(os.environ.get("RANK", "0")),
+            machine=_machine(device), report=report,
+        )
+    return SampleFolderResult(folder, plan.num, plan.files, manifest)
+
+
+def _maker(plan: Plan, model: OpenModel, guiding_model: Any) -> MakeImages:
+    """A function that makes the images of a shard."""
+    settings, decoder = plan.settings, model.decoder or PixelCodec()
+    input_size = model.fit(settings.height, settings.width)[0]
+
+    def make_images(indices: range, advance: Callable[[float], None]) -> np.ndarray:
+        return generate(
+            model.network, plan.labels_of(indices), [plan.seed_of(k) for k in indices], sampler=settings.sampler,
+            num_steps=settings.steps, guidance=settings.guidance, guiding_model=guiding_model, input_size=input_size,
+            batch_size=plan.batch_size, decoder=decoder, on_step=lambda done, total: advance(done / total),
+        )
+
+    return make_images
+
+
+def _labels(options: SampleFolderOptions, model: OpenModel) -> tuple[LabelRule, tuple[int, ...]]:
+    """The rule for labels, and the classes that it chooses from.
+
+    Raises:
+        ValueError: when there is none, or the model is unconditional.
+    """
+    if not model.num_classes:
+        if options.balanced or options.random_labels or options.classes:
+            raise ValueError(
+                f"{model.name} is unconditional: it knows no classes, leave --balanced, --random-labels and --classes "
+                "out"
+            )
+        return "none", ()
+    if not (options.balanced or options.random_labels):
+        raise ValueError("say which classes the images shall show: --balanced (in turn) or --random-labels")
+    every = range(model.num_classes)
+    classes = every if options.classes is None else parse_classes(
+        options.classes, model.facts.label_names, model.num_classes)
+    return "balanced" if options.balanced else "random", tuple(classes)
+
+
+def _announce(plan: Plan, folder: Path) -> None:
+    settings = plan.settings
+    labels = {"none": "", "balanced": ", classes in turn", "random": ", classes at random"}[plan.rule]
+    logger.info(
+        f"{folder}: {plan.num:,} images of {settings.height} x {settings.width}{labels}, seeds {plan.seed} to "
+        f"{plan.seed + plan.num - 1}; {settings.sampler} in {settings.steps} steps, guidance "
+        f"{settings.guidance.scale:g}, {plan.num_shards} shards of {plan.batch_size}"
+    )
+    needed = plan.npz_bytes * {"png": 0, "npz": 2, "both": 2}[plan.files]
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if (free := shutil.disk_usage(there).free) < needed:
+        logger.warning(f"that takes up to {needed / 2**30:.3g} GiB, and {there} has {free / 2**30:.3g} GiB left")
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    """Device and versions, which may change how results are rounded."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+    return {
+        "device": name, "lamamba": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
+        "numpy": np.__version__, "pillow": PIL.__version__, "python": platform.python_version(),
+    }

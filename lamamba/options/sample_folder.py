@@ -1,0 +1,34 @@
+"""Options of `lamamba.sample_folder`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from lamamba.options.base import FilePath, Ge, options
+from lamamba.options.sampling import SamplerOptions
+
+
+@options
+class SampleFolderOptions(SamplerOptions):
+    """How many images of which classes, in which files."""
+
+    out: FilePath = Path("samples")
+    """Folder for the images; one that was begun by the same options goes on."""
+    num: Annotated[int, Ge(1)] | None = None
+    """Images in all; needed."""
+    balanced: bool = False
+    """The classes in turn."""
+    random_labels: bool = False
+    """Each image with a class drawn from its own seed, as for the published scores."""
+    format: Literal["png", "npz", "both"] | None = None
+    """A PNG each (the default), one uint8 npz (arr_0: N x H x W x 3, arr_1: labels), or both. The npz alone takes twice
+    its size while it is put together."""
+    threads: Annotated[int, Ge(1)] | None = None
+    """On a CPU, cores for each process; by default all (under torchrun, one)."""
+
+    def __post_init__(self) -> None:
+        if self.balanced and self.random_labels:
+            raise ValueError("balanced and random_labels exclude each other: choose one")
+        if self.num is None:
+            raise ValueError("say how many images the folder shall hold: --num 50000")
