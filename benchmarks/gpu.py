@@ -72,11 +72,11 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", help="some of the steps")
     options = parser.parse_args()
 
-    from lamamba.cli.bench import commit
-    from lamamba.cli.doctor import examine
+    from lamamba.api.doctor import doctor
+    from lamamba.benchmarking.environment import commit
     from lamamba.utils.files import write_atomically
 
-    findings = examine()
+    findings = doctor().to_dict()
     found: dict[str, Any] = {
         "device": findings["devices"]["cuda:0"], "versions": findings["versions"], "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "doctor": findings, "steps": {},

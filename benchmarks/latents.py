@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from lamamba.cli.bench import device_name
+from lamamba.benchmarking.environment import device_name
 from lamamba.data.codec import CodecConfig
 from lamamba.data.latents import INDEX, MOMENTS, Index, LatentSet, Plan, Shard, shard_name
 from lamamba.data.sets import read_ahead

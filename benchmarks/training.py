@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from latents import write_latents
 
-from lamamba.cli.bench import device_name
+from lamamba.benchmarking.environment import device_name
 
 
 def measure(folder: Path, options: list[str], processes: int, threads: int) -> dict[str, float]:

@@ -17,21 +17,35 @@ from typing import TYPE_CHECKING, Any
 from lamamba._version import __version__
 
 if TYPE_CHECKING:
+    from lamamba.api.benchmark import BenchmarkResult, benchmark
+    from lamamba.api.doctor import DoctorResult, doctor
     from lamamba.api.encode import EncodeResult, encode
     from lamamba.api.info import info
     from lamamba.api.sample_folder import SampleFolderResult, sample_folder
+    from lamamba.api.info import InfoResult, info
     from lamamba.config import UNetConfig
     from lamamba.models.official import load_official, to_official
     from lamamba.models.unet import LaMambaUNet
+    from lamamba.options.benchmark import BenchmarkOptions
+    from lamamba.options.doctor import DoctorOptions
     from lamamba.options.encode import EncodeOptions
     from lamamba.options.info import InfoOptions
     from lamamba.options.sample_folder import SampleFolderOptions
     from lamamba.pipeline import LaMambaPipeline
 
 _MODULES = {
+    "benchmark": "api.benchmark",
+    "BenchmarkOptions": "options.benchmark",
+    "BenchmarkResult": "api.benchmark",
+    "doctor": "api.doctor",
+    "DoctorOptions": "options.doctor",
+    "DoctorResult": "api.doctor",
+    "encode": "api.encode",
     "EncodeOptions": "options.encode",
     "EncodeResult": "api.encode",
+    "info": "api.info",
     "InfoOptions": "options.info",
+    "InfoResult": "api.info",
     "LaMambaPipeline": "pipeline",
     "LaMambaUNet": "models.unet",
     "SampleFolderOptions": "options.sample_folder",
@@ -42,11 +56,29 @@ _MODULES = {
     "load_official": "models.official",
     "sample_folder": "api.sample_folder",
     "to_official": "models.official",
+    "UNetConfig": "config",
 }
 
 __all__ = [
     "EncodeOptions", "EncodeResult", "InfoOptions", "LaMambaPipeline", "LaMambaUNet", "SampleFolderOptions",
     "SampleFolderResult", "UNetConfig", "__version__", "encode", "info", "load_official", "sample_folder",
+    "BenchmarkOptions",
+    "BenchmarkResult",
+    "DoctorOptions",
+    "DoctorResult",
+    "EncodeOptions",
+    "EncodeResult",
+    "InfoOptions",
+    "InfoResult",
+    "LaMambaPipeline",
+    "LaMambaUNet",
+    "UNetConfig",
+    "__version__",
+    "benchmark",
+    "doctor",
+    "encode",
+    "info",
+    "load_official",
     "to_official",
 ]
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from lamamba.cli.bench import table
+from lamamba.benchmarking.report import table
 from lamamba.cli.main import main
 
 
@@ -59,11 +59,11 @@ def test_the_table():
     (["--image-sizes", "256,100"], "the nearest is 96"),
     (["--image-sizes", "256;512"], "not a list of whole numbers"),
     (["--image-sizes", "256,512", "--batch", "8,1,1"], "give one, or one for each"),
-    (["--batch", "0"], "at least 1"),
-    (["--dtype", "bfloat"], "did you mean 'bfloat16'?"),
+    (["--batch", "0"], "batch[0]=0 must be at least 1"),
+    (["--dtype", "bfloat"], "bfloat16"),
     (["--device", "cuda:9"], "device 'cuda:9' cannot be used here"),
     (["--mode", "backward"], "--mode"),
-    (["--state-size", "0"], "--state-size 0 must be at least 1"),
+    (["--state-size", "0"], "state_size=0 must be at least 1"),
     (["--json", "nowhere/b.json"], "does not exist"),
 ])
 def test_mistakes_are_answered_in_one_line(capsys, monkeypatch, tmp_path, arguments, said):

@@ -1,0 +1,103 @@
+"""Back ends checked against the formulas in float64, as `lamamba.doctor` does it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from lamamba.ops import layers
+from lamamba.ops.scan_paths import scan_paths
+from lamamba.ops.selective_scan import reference
+
+MAX_ERROR = 1e-4
+"""Largest error over largest value that float32 may have, forward or in a gradient; right back ends have about 1e-6."""
+RESULTS = ("y", "x", "dt", "B", "C", "W_dt", "b_dt", "A", "D")
+
+
+def unsupported_reason(backend: Any, device: str, dtype: Any, state_size: int = 1) -> str | None:
+    """Why a back end cannot run, be it a reason of its own or a setting that cannot be obeyed."""
+    try:
+        return backend.unsupported_reason(device.split(":")[0], dtype, state_size)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        return str(error)
+
+
+def check_backend(op: Any, backend: Any, device: str) -> dict[str, Any] | None:
+    """Largest relative error of a back end, forward and in every gradient, in float32; None where it cannot run."""
+    if unsupported_reason(backend, device, torch.float32, state_size=2):
+        return None
+    began = time.perf_counter()
+    inputs, grad_y = _small_inputs()
+    exact = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
+    expected = [reference.forward(*exact), *reference.backward(grad_y.double(), *exact)]
+    found: dict[str, Any] = {"op": op.name, "backend": backend.name, "device": device}
+    try:
+        module = backend.load()
+        there, gradient = [tensor.to(device) for tensor in inputs], grad_y.to(device)
+        results = [module.forward(*there), *module.backward(gradient, *there)]
+        errors = {
+            name: float((result.cpu().double() - truth).abs().max() / truth.abs().max())
+            for name, result, truth in zip(RESULTS, results, expected, strict=True)
+        }
+    except Exception as error:                                                  # whatever it is, it is the finding
+        return {**found, "passed": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))              # NaN is the worst
+    gradients = [errors[name] for name in RESULTS[1:]]
+    return {
+        **found, "forward_error": errors["y"],
+        "gradient_error": errors[worst] if worst != "y" else max(gradients),
+        "worst": worst, "passed": all(error <= MAX_ERROR for error in errors.values()),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def check_layers(device: str) -> dict[str, Any]:
+    """Largest relative error of the layers as they are chosen on a device, without gradients, against the formulas."""
+    began, random = time.perf_counter(), torch.Generator().manual_seed(0)
+    (b, h, w, c), heads = (2, 5, 7, 20), 2
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random)
+
+    calls = {
+        "modulated_norm": (normal(b, h, w, c), normal(c), normal(c), normal(b, c), normal(b, c), 1e-5),
+        "gated_norm": (normal(b, h, w, c), normal(b, h, w, c), normal(c), normal(c), 1e-5),
+        "local_mixing": (normal(b, h, w, c), normal(c, 1, 3, 3)),
+        "window_attention": (normal(b, h, w, 3 * c), normal(heads, 16, 16), None, heads, (4, 4), (0, 0)),
+    }
+    found: dict[str, Any] = {"op": "layers", "device": device}
+    try:
+        errors = {}
+        for name, arguments in calls.items():
+            exact = [value.double() if isinstance(value, torch.Tensor) else value for value in arguments]
+            there = [value.to(device) if isinstance(value, torch.Tensor) else value for value in arguments]
+            truth = getattr(layers.reference, name)(*exact)
+            with torch.no_grad():
+                result = getattr(layers, name)(*there).cpu().double()
+            errors[name] = float((result - truth).abs().max() / truth.abs().max())
+        found["backend"] = layers.backend_for(torch.zeros((1, 1, 1, 1), device=device))
+    except Exception as error:                                                  # whatever it is, it is the finding
+        message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return {**found, "backend": "?", "passed": False, "error": message}
+    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
+    return {
+        **found, "forward_error": errors[worst], "worst": worst, "seconds": time.perf_counter() - began,
+        "passed": all(error <= MAX_ERROR for error in errors.values()),
+    }
+
+
+def _small_inputs() -> tuple[list[Any], Any]:
+    """Inputs of the scan at the scale of a fresh network, on a grid whose sizes no vector width divides."""
+    random = torch.Generator().manual_seed(0)
+    (height, width), b, c, g, n, r = (5, 7), 2, 20, 4, 2, 3
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random)
+
+    delta = torch.exp(torch.rand((g, c), generator=random) * 4.6 - 6.9)         # 0.001 to 0.1
+    tokens = [normal(b, height * width, *rest) for rest in ((c,), (g, r), (g, n), (g, n))]
+    A = -torch.arange(1.0, n + 1).expand(g, c, n).contiguous()
+    parameters = [normal(g, c, r) * 0.3, torch.log(torch.expm1(delta)), A, normal(g, c)]
+    return [*tokens, *parameters, scan_paths(height, width)], normal(b, height * width, c)

@@ -1,0 +1,57 @@
+"""What was timed, as a table, and where, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HEADINGS = (
+    "network", "px", "batch", "images/s", "ms a pass", "quartiles", "peak MiB", "MiB an image", "G multiply-adds",
+    "LaMamba / DiT",
+)
+
+
+def table(rows: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table that is as easy to read on a terminal."""
+    cells = [HEADINGS]
+    for row in rows:
+        same = [
+            ratio for ratio in ratios
+            if ratio["model"] == row["model"] and all(ratio[key] == row[key] for key in ("image_size", "batch", "mode"))
+        ]
+        low, high = row["ms_quartiles"]
+        peak, activations = row["peak_memory_bytes"], row["activation_bytes_per_image"]
+        cells.append((
+            row["model"], str(row["image_size"]), str(row["batch"]), f"{row['images_per_second']:.3g}",
+            f"{row['ms']:.1f}", f"{low:.1f} - {high:.1f}", f"{peak / 2**20:.0f}" if peak is not None else "-",
+            f"{activations / 2**20:.0f}" if activations is not None else "-",
+            f"{row['multiply_adds'] / 1e9:.2f}",
+            ", ".join(f"{ratio['ratio']:.2f}" + (f" ({ratio['peer']})" if len(same) > 1 else "") for ratio in same),
+        ))
+    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADINGS))]
+    lines = ["| " + " | ".join(
+        cell.ljust(width) if column == 0 else cell.rjust(width)
+        for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+    ) + " |" for line in cells]
+    rule = "|" + "|".join(
+        "-" * (width + 2) if column == 0 else "-" * (width + 1) + ":" for column, width in enumerate(widths)
+    ) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def described(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines above a table: device, versions, commit, back end."""
+    settings, versions = environment["settings"], environment["versions"]
+    backend = f"{settings['backend']}, {settings['threads']} threads{', compiled' if settings['compile'] else ''}"
+    if settings["packed_weights"]:
+        backend += ", bfloat16 weights packed for oneDNN"
+    shown = [name for name in ("lamamba", "torch", "diffusers", "triton") if versions[name]]
+    found = ", ".join(f"{name} {versions[name]}" for name in shown)
+    lines = [
+        ("device", environment["device"]), ("versions", found),
+        ("commit", f"{environment['commit']}, {environment['date']}"), ("scan", backend),
+    ]
+    if settings["malloc"]:
+        lines.append(("malloc", "networks run in processes started with " + " ".join(
+            f"{name}={value}" for name, value in settings["malloc"].items()
+        )))
+    return lines

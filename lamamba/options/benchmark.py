@@ -1,0 +1,52 @@
+"""Options of `lamamba.benchmark`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from lamamba.options.base import FilePath, Ge, PositiveInts, Words, options
+
+
+@options
+class BenchmarkOptions:
+    """What to time, and how."""
+
+    models: Words = ("xl",)
+    """Presets (s, b, l, xl), separated by commas; xl-n16 has 16 states."""
+    peers: Words = ("dit-xl-2",)
+    """dit-s-2, dit-b-2, dit-l-2, dit-xl-2, separated by commas, or "none"."""
+    image_sizes: PositiveInts = (256,)
+    """Sides of the images in pixels, separated by commas."""
+    batch: PositiveInts = (8,)
+    """Images in a batch: one number for all sizes, or one for each, separated by commas."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the networks."""
+    device: str = "auto"
+    """"auto" (a GPU where there is one), or a PyTorch device such as cpu or cuda:1."""
+    mode: Literal["forward", "train"] = "forward"
+    """A forward pass, or a training step: forward, backward, AdamW, nothing recomputed."""
+    state_size: Annotated[int, Ge(1)] = 1
+    """State size N of LaMamba's scan, where a model's name does not say."""
+    compile: bool = False
+    """Compile all networks with torch.compile (on CPUs it needs a C++ compiler)."""
+    seconds: Annotated[float, Ge(0)] = 60.0
+    """How long each network is timed at each size; at least three passes all the same."""
+    processes: Literal["auto", "together", "apart"] = "auto"
+    """Networks in memory together, taking turns pass by pass, or loaded one after the other, twice over."""
+    threads: Annotated[int | None, Ge(1)] = None
+    """CPU threads of each network; by default torch's choice."""
+    pack: bool = True
+    """Pack bfloat16 weights for oneDNN on CPUs, for both sides."""
+    json: FilePath | None = None
+    """Write rows, ratios and environment to this file, after every size."""
+    markdown: FilePath | None = None
+    """Write the table to this file."""
+    plot: FilePath | None = None
+    """Draw time and multiply-adds against the number of tokens into this PNG."""
+
+    def __post_init__(self) -> None:
+        if len(self.batch) not in (1, len(self.image_sizes)):
+            raise ValueError(
+                f"batch has {len(self.batch)} numbers for {len(self.image_sizes)} image sizes; give one, or one for "
+                "each"
+            )
