@@ -1,4 +1,4 @@
-"""Figures from arrays: how far are two halves of the real digits, and noise, from each other? python examples/figures.py"""
+"""Figures from arrays: the distances of real digits, and of noise, from real digits: python examples/figures.py"""
 
 import numpy as np
 

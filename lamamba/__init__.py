@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from lamamba.api.benchmark import BenchmarkResult, benchmark
     from lamamba.api.doctor import DoctorResult, doctor
     from lamamba.api.encode import EncodeResult, encode
-    from lamamba.api.info import info
-    from lamamba.api.sample_folder import SampleFolderResult, sample_folder
     from lamamba.api.info import InfoResult, info
+    from lamamba.api.sample_folder import SampleFolderResult, sample_folder
     from lamamba.config import UNetConfig
     from lamamba.models.official import load_official, to_official
     from lamamba.models.unet import LaMambaUNet
@@ -48,20 +47,15 @@ _MODULES = {
     "InfoResult": "api.info",
     "LaMambaPipeline": "pipeline",
     "LaMambaUNet": "models.unet",
-    "SampleFolderOptions": "options.sample_folder",
-    "SampleFolderResult": "api.sample_folder",
-    "UNetConfig": "config",
-    "encode": "api.encode",
-    "info": "api.info",
     "load_official": "models.official",
     "sample_folder": "api.sample_folder",
+    "SampleFolderOptions": "options.sample_folder",
+    "SampleFolderResult": "api.sample_folder",
     "to_official": "models.official",
     "UNetConfig": "config",
 }
 
 __all__ = [
-    "EncodeOptions", "EncodeResult", "InfoOptions", "LaMambaPipeline", "LaMambaUNet", "SampleFolderOptions",
-    "SampleFolderResult", "UNetConfig", "__version__", "encode", "info", "load_official", "sample_folder",
     "BenchmarkOptions",
     "BenchmarkResult",
     "DoctorOptions",
@@ -72,6 +66,8 @@ __all__ = [
     "InfoResult",
     "LaMambaPipeline",
     "LaMambaUNet",
+    "SampleFolderOptions",
+    "SampleFolderResult",
     "UNetConfig",
     "__version__",
     "benchmark",
@@ -79,6 +75,7 @@ __all__ = [
     "encode",
     "info",
     "load_official",
+    "sample_folder",
     "to_official",
 ]
 
