@@ -1,4 +1,4 @@
-"""The steps of benchmarks/gpu.sh: each in a process of its own with a time limit, all results in one file."""
+"""The steps of benchmarks/gpu.sh, each in its own process with a time limit, with all results in one file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRAINING_SECONDS = 120
 
 
 def steps(folder: Path) -> dict[str, tuple[list[str], int, Path | None]]:
-    """name: command, limit in seconds, and the file that it leaves. The limits together are 9 minutes."""
+    """name: command, time limit in seconds, and the file that it writes. The limits add up to 9 minutes."""
     files = {name: folder / f"{name}.json" for name in ("scan", "layers", "forward", "train", "digits")}
     return {
         "tests": ([sys.executable, "-m", "pytest", "-q", "-x", "tests/ops/test_selective_scan_gpu.py",
@@ -51,7 +51,7 @@ def steps(folder: Path) -> dict[str, tuple[list[str], int, Path | None]]:
 
 
 def run(command: list[str], limit: int) -> dict[str, Any]:
-    """Run a step, its output shown as it comes; the verdict, the seconds and the last lines."""
+    """Run a step and show its output; return outcome, seconds and the last lines."""
     began, lines = time.perf_counter(), []
     process = subprocess.Popen(
         ["timeout", "--kill-after=5", str(limit), *command], cwd=ROOT, text=True, stdout=subprocess.PIPE,

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, in under nine minutes, into one file:
+# All tests and measurements that need a GPU, in under nine minutes, into one file:
 #
 #     benchmarks/gpu.sh [RESULTS.json]          by default benchmarks/results/gpu.json
 #
-# Tests of the GPU kernels, their times beside their floors, the layers beside the formulas, LaMamba beside DiT (forward at 256, 512 and 1024 pixels, a
-# training step at 256), and two minutes of bfloat16 training on the digits against the CPU's loss. It needs torch and
-# triton, no network, and no installation of this package. Without a GPU it says so and ends with status 0. A step that
-# fails or takes too long does not stop the others; the status is then 1. Where the checkout has no .git, LAMAMBA_COMMIT
-# may name the commit.
+# Tests of the GPU kernels; the scan's times beside their lower bounds; the layers beside their formulas; LaMamba beside
+# DiT (forward at 256, 512 and 1024 pixels, a training step at 256); two minutes of bfloat16 training on the digits
+# against the CPU's loss. It needs torch and triton, no network, and no installation of this package. Without a GPU it
+# prints that and exits with status 0. A step that fails or runs out of time does not stop the others; the status is then
+# 1. Where the checkout has no .git, LAMAMBA_COMMIT may name the commit.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

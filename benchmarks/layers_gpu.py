@@ -1,11 +1,11 @@
-"""Milliseconds of the layers' Triton kernels on this GPU, beside the formula in eager PyTorch and under torch.compile.
+"""Time of the Triton layers on this GPU, beside the formula in eager PyTorch and under torch.compile.
 
     python benchmarks/layers_gpu.py [--quick] [--seconds 40] [--json FILE]
 
-bfloat16 throughout, batch 64 at 256 pixels, the stages of LaMamba-XL. "backward" is a forward and a backward pass less
-a forward pass. "bytes" is what the kernel's own bytes take (docs/gpu-layers.md) at an H200's 4.3 TB/s of copying unless
-an option says otherwise. Compiling takes seconds for each layer, so only the first stage is compiled, and nothing more
-once the time is up; what was measured until then is in the file.
+bfloat16, batch 64 at 256 pixels, the stages of LaMamba-XL; milliseconds. "backward" is a forward and a backward pass
+minus a forward pass. "bytes" is the time of the kernel's memory traffic (docs/gpu-layers.md) at 4.3 TB/s, the copy rate
+of an H200, or another given as an option. Compiling takes seconds per layer, so only the first stage is compiled, until
+the time limit; what was measured by then is in the file.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ BYTES = {
     "modulated_norm": (4, 6), "gated_norm": (6, 10), "gated_sum": (6, 6), "local_mixing": (4, 10),
     "window_attention": (8, 14), "window_attention, shifted": (8, 14),
 }
-"""For each number of the output, forward and backward, sums for vectors aside."""
+"""Bytes per number of the output, forward and backward, without the sums for vectors."""
 
 
 def make_inputs(name: str, side: int, width: int) -> tuple:
-    """A layer's inputs as a network gives them; all floating-point ones ask for gradients."""
+    """A layer's inputs as in a network; all floating-point ones require gradients."""
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
@@ -67,11 +67,11 @@ def make_inputs(name: str, side: int, width: int) -> tuple:
 
 def measure(function: Any, inputs: tuple, repeats: int) -> tuple[float, float]:
     """Milliseconds of a forward pass without gradients, and of a backward pass."""
-    asking = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    differentiable = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
     grad_y = torch.randn_like(function(*inputs))
     with torch.no_grad():
         forward = milliseconds(lambda: function(*inputs), repeats)
-    both = milliseconds(lambda: torch.autograd.grad(function(*inputs), asking, grad_y), repeats)
+    both = milliseconds(lambda: torch.autograd.grad(function(*inputs), differentiable, grad_y), repeats)
     return forward, both - milliseconds(lambda: function(*inputs), repeats)
 
 

@@ -1,7 +1,7 @@
-"""Print how far each back end's network lies from the official one: python benchmarks/parity_errors.py
+"""Errors of each back end's network against the official one: python benchmarks/parity_errors.py
 
-Largest error over largest value, float32, for outputs, for the worst of all saved gradients, and for guidance; then for
-whole chains of the samplers, from the official chains' noise, with the same analytic network.
+Largest error over largest value, float32: outputs, the worst of all saved gradients, guidance; then whole sampling
+chains from the official chains' noise, with the same analytic network.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHAINS = (("ddpm", 25), ("ddpm", 10), ("ddim", 25))
 
 
 def errors(name: str) -> tuple[float, float, float | None]:
-    """Of outputs, gradients and guidance under the back end in force."""
+    """Errors of outputs, gradients and guidance with the requested back end."""
     case = load_case(name)
     model, tensors = load_official(case.weights, case.config), case.tensors
     x = tensors["in.x"].requires_grad_()
@@ -49,7 +49,7 @@ def errors(name: str) -> tuple[float, float, float | None]:
 
 
 def chain_error(sampler: str, num_steps: int) -> float:
-    """Of the last image of a sampler's chain."""
+    """Error of the final image of a sampler's chain."""
     official, chain = load_file(PARITY / "diffusion.safetensors"), f"{sampler}{num_steps}"
     with mock.patch.object(scheduling_ddpm, "randn_tensor", side_effect=official.get(f"{chain}.noise", ())):
         x0 = denoise(toy, make_scheduler(sampler, "noise", num_steps), official[f"{chain}.x_T"])

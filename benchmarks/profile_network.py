@@ -1,12 +1,11 @@
-"""Where the time of a network goes on this CPU, by kind of operation, beside what its products alone would take.
+"""CPU time of a network by kind of operation, beside the lower bound of its matrix products.
 
     python benchmarks/profile_network.py --models xl dit-xl-2 --image-size 256 --batch 8 --dtype bfloat16
 
-The floor is the time of a network's multiply-adds at the speed of one large square product (packed, for bfloat16),
-measured in the same run: what would be left if everything else cost nothing and all products were that large. The
-floor of the scan is its exponentials (benchmarks/scan_cpu.py).
+The bound is the time of the network's multiply-adds at the speed of one large square product (packed, for bfloat16),
+measured in the same run. The scan's is that of its exponentials (benchmarks/scan_cpu.py).
 
-Fresh pages are dear on virtual machines: the script runs itself again with malloc told to keep what it has.
+Page faults are expensive on virtual machines: the script re-executes itself with malloc set to keep freed memory.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 
 
 def profiled(case: Case, passes: int) -> tuple[float, dict[str, float]]:
-    """Milliseconds of a pass without the profiler (median), and those of each kind of operation under it."""
+    """Median milliseconds of a forward pass without the profiler, and those of each kind of operation under it."""
     device = torch.device(case.device)
     torch.manual_seed(0)
     model = build(case).eval()
@@ -71,7 +70,7 @@ def profiled(case: Case, passes: int) -> tuple[float, dict[str, float]]:
 
 
 def products_per_second(dtype: torch.dtype, side: int = 2048) -> float:
-    """Multiply-adds a second of one large packed product."""
+    """Multiply-adds per second of one large packed product."""
     x, linear = torch.randn(side, side).to(dtype), torch.nn.Linear(side, side, bias=False).to(dtype)
     network = torch.nn.Sequential(linear)
     if dtype == torch.bfloat16:
@@ -87,7 +86,7 @@ def products_per_second(dtype: torch.dtype, side: int = 2048) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Where the time of a network goes")
+    parser = argparse.ArgumentParser(description="CPU time of a network by kind of operation")
     parser.add_argument("--models", nargs="+", default=["xl", "dit-xl-2"])
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)

@@ -1,10 +1,10 @@
-"""What a guided sampling step costs, and what making the conditioning ahead saves of it.
+"""Time of a guided sampling step, with and without conditioning computed ahead.
 
     python benchmarks/sampling_step.py [--model xl] [--image-size 256] [--batches 1 8] [--dtype float32] [--device cpu]
 
-"plain" calls the network for every row of the guided batch; "ahead" makes the conditioning of all steps first (on a
-GPU, small batches are replayed as a CUDA graph as well). A run is as many steps as given, all of it timed; the two take
-turns, medians of runs, divided by the steps.
+"plain" calls the network with timesteps and labels; "ahead" first computes the conditioning of all steps (on a GPU,
+small batches are also replayed as a CUDA graph). Medians of whole runs of --steps steps, in alternation, divided by the
+steps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lamamba.inference.packing import pack_weights
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What a guided sampling step costs")
+    parser = argparse.ArgumentParser(description="Time of a guided sampling step")
     parser.add_argument("--model", default="xl")
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])

@@ -1,13 +1,13 @@
-"""How fast the selective scan is on this CPU, back end by back end.
+"""Time of the selective scan on this CPU, for each back end.
 
     python benchmarks/scan_cpu.py [--repeats 15] [--threads 2] [--skip torch]
 
-Times are medians in milliseconds. What is compared takes turns, so that a busy machine is busy for all. The unit beside
-each time is torch.exp over as many float32 numbers as the scan has steps (b g l c), in the same run: a scan needs two
-exponentials and a logarithm for each. "core" is the scan with time steps of rank 1, where lifting dt to all channels
-costs next to nothing; the other rows have the network's rank, c / 32.
+Times are medians in milliseconds of alternating calls, so that other load affects all alike. Beside each time is its
+ratio to torch.exp over as many float32 numbers as the scan has steps (b g l c), in the same run: a scan needs two
+exponentials and a logarithm for each. "core" is the scan with time steps of rank 1, where the projection W_dt dt is
+negligible; the other rows have the network's rank, c / 32.
 
-Fresh pages are dear on virtual machines: the script runs itself again with malloc told to keep what it has.
+Page faults are expensive on virtual machines: the script re-executes itself with malloc set to keep freed memory.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def make_inputs(b: int, height: int, width: int, c: int, r: int, n: int) -> list
 
 
 def medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Milliseconds of each function, taking turns; the first turn is not counted."""
+    """Median milliseconds of each function, called in alternation; the first call is not counted."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats + 1):
         for name, function in functions.items():
@@ -83,9 +83,9 @@ def measure(case: tuple, n: int, backends: list[str], repeats: int) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15, help="turns that count")
+    parser.add_argument("--repeats", type=int, default=15, help="calls that count")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--skip", nargs="*", default=[], help="back ends not to measure: torch takes most of the time")
+    parser.add_argument("--skip", nargs="*", default=[], help="back ends not to measure; torch takes most of the time")
     parser.add_argument("--case", nargs="*", default=list(CASES), choices=list(CASES))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,10 +1,10 @@
-"""Milliseconds of the Triton scan on this GPU beside the least that its bytes and its exponentials take.
+"""Time of the Triton scan on this GPU beside the lower bounds of its memory traffic and its exponentials.
 
     python benchmarks/scan_gpu.py [--quick] [--json FILE]
 
-bfloat16 tokens, float32 parameters, at the stages of LaMamba-XL: 256 pixels and batch 64, 512 and 16, 1024 and 4. The
-counts behind the floors are those of docs/gpu-scan.md, the rates an H200's unless options say otherwise; the rate of
-copying is measured, too. "of floor" is the floor's share of the time: 80 % is the aim.
+bfloat16 tokens, float32 parameters, at the stages of LaMamba-XL: 256 pixels and batch 64, 512 and 16, 1024 and 4;
+milliseconds. The bounds are derived in docs/gpu-scan.md, with an H200's rates or those given as options; the copy rate
+is also measured. "of floor" is the larger bound divided by the time: 80 % is the aim.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def make_inputs(b: int, side: int, c: int, r: int, n: int) -> list[torch.Tensor]
 
 
 def milliseconds(function: Callable[[], object], repeats: int) -> float:
-    """The median of single calls, after some that are not counted."""
+    """Median time of single calls, after three that are not counted."""
     for _ in range(3):
         function()
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
@@ -57,7 +57,7 @@ def milliseconds(function: Callable[[], object], repeats: int) -> float:
 
 
 def floors(b: int, l: int, c: int, r: int, n: int, what: str, rates: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds that the bytes and the special functions take by themselves (docs/gpu-scan.md)."""
+    """Milliseconds of the memory traffic and of the special functions alone (docs/gpu-scan.md)."""
     numbers = b * l * c
     moved, special = {
         "forward": (22 + 8 * (r + 2 * n) / c, 2 + n),
@@ -70,7 +70,7 @@ def floors(b: int, l: int, c: int, r: int, n: int, what: str, rates: argparse.Na
 
 
 def copying_rate() -> float:
-    """TB/s of copying 2 GiB, reading and writing counted."""
+    """TB/s of copying 2 GiB, reads and writes counted."""
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / milliseconds(lambda: target.copy_(source), 10) / 1e9

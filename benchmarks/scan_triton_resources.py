@@ -38,7 +38,7 @@ SIZES = frozenset(("b", "l", "c", "g", "segments", "tiles_per_segment", "tokens"
 
 
 def variants(quick: bool):
-    """(name, kernel, constants, options, float type of the tokens) of every launch at XL's shapes."""
+    """(name, kernel, constants, options, dtype of the tokens) of every launch at XL's shapes."""
     stages = STAGES[::2] if quick else STAGES
     for dtype, parts in (("bf16", 3), ("fp32", 1)):
         for channels, rank in stages if dtype == "bf16" else stages[:1]:
@@ -86,7 +86,7 @@ def compile_ahead(kernel, constants: dict, options: dict, dtype: str, arch: int)
 
 
 def longest_loop(listing: str) -> Counter:
-    """How often each instruction stands in the longest loop of a disassembly."""
+    """Count each instruction in the longest loop of a disassembly."""
     instructions, labels = [], {}
     for line in listing.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):

@@ -12,6 +12,7 @@ from lamamba import LaMambaUNet, load_official, to_official
 from lamamba.diffusion.guidance import guided
 from lamamba.models.official import official_name
 from lamamba.ops import use_backend
+from lamamba.ops.selective_scan import OP
 from tests.networks import BACKENDS, FILES, load_case, relative_error
 
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 2e-4
@@ -71,7 +72,5 @@ def test_guidance(name):
 
 
 def test_every_back_end_is_among_those_tested():
-    from lamamba.ops.selective_scan import OP
-
     tested = {name.split("/")[0] for name in BACKENDS}
     assert {each.name for each in OP.backends} - tested <= {"triton"}           # which has its own files

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch._dynamo.backends.registry import lookup_backend
 
 from lamamba import LaMambaUNet, UNetConfig
@@ -477,8 +478,6 @@ class TestSaving:
         (lambda state: state.update({"head.linear.bias": torch.zeros(3)}), r"head\.linear\.bias"),
     ])
     def test_loading_is_strict_about_tensors(self, tmp_path, damage, said):
-        from safetensors.torch import load_file, save_file
-
         random_network(small_config()).save_pretrained(tmp_path)
         file = tmp_path / "diffusion_pytorch_model.safetensors"
         state = load_file(file)

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -173,8 +174,6 @@ def test_runs_in_a_forked_child():
 
 
 def test_runs_in_several_python_threads_at_once():
-    from concurrent.futures import ThreadPoolExecutor
-
     inputs = [make_inputs(b=2, height=8, width=8, c=70, n=2, seed=seed) for seed in range(8)]
     expected = [selective_scan(**each, backend="cpu") for each in inputs]
     with ThreadPoolExecutor(4) as pool:

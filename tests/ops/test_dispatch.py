@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lamamba.ops import dispatch, selective_scan, use_backend
 from lamamba.ops.dispatch import Backend, Op
@@ -73,8 +74,6 @@ def test_shapes_that_do_not_fit_are_named():
 
 
 def test_the_operator_runs_on_the_meta_device_and_counts_its_operations():
-    from torch.utils.flop_counter import FlopCounterMode
-
     inputs = {name: tensor.to("meta") for name, tensor in make_inputs(b=2, height=3, width=5, c=7, n=4, r=3).items()}
     with FlopCounterMode(display=False) as counter:
         y = selective_scan(**inputs)

@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -189,8 +190,6 @@ class TestEveryLayer:
         assert name != "gated_sum" or given[0] not in kept
 
     def test_runs_on_fake_tensors(self, case):
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
         name, make = CASES[case]
         leaves = with_type(make(), torch.float32)
         with FakeTensorMode() as mode, use_backend("triton"):
