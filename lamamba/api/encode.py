@@ -72,7 +72,6 @@ def encode(options: EncodeOptions, *, progress: ProgressOption = "auto") -> Enco
     newly_excluded: set[str] = set()
     if (before := excluded_at_start(options.out)) is not None:                  # no image changes its shard
         excluded, newly_excluded = before, set(excluded) - set(before)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True       # the same bits every time
     autoencoder = Autoencoder(options.autoencoder, local_device(options.device), getattr(torch, options.dtype))
     plan = make_plan(
         source, autoencoder, options.image_size, excluded=excluded, mirror=options.mirror, storage=options.storage,

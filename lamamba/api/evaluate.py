@@ -112,7 +112,7 @@ def reference_of(
     found = statistics_of(features, group)
     return Reference(
         name=name, fingerprint=str(images.facts["fingerprint"]), features=moments(found["features"]),
-        spatial=moments(found["spatial"]) if "spatial" in found else None, rows=features.whole(limit=rows),
+        spatial=moments(found["spatial"]) if "spatial" in found else None, rows=features.rows(limit=rows),
         count=len(images), image_shape=tuple(images.shape), network=network.facts,
     )
 
@@ -140,7 +140,7 @@ def open_reference(chosen: EvaluateArguments, shape: tuple[int, ...], network: F
     if reference.rows is None and inside is not None:                           # ADM's: moments of all, images of some
         images = fit_channels(inside, network.facts.channels, network.facts.name, repeat_grey=repeat)
         features = collect(images, network, work, group, "reference", chosen)
-        reference = dataclasses.replace(reference, rows=features.whole(limit=rows))
+        reference = dataclasses.replace(reference, rows=features.rows(limit=rows))
     elif reference.rows is not None and len(reference.rows) > rows:
         reference = dataclasses.replace(reference, rows=reference.rows[np.arange(rows) * len(reference.rows) // rows])
     size = len(reference.features[0])

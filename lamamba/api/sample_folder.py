@@ -25,10 +25,11 @@ from lamamba.sampling.folder import MakeImages, sample_many
 from lamamba.sampling.labels import LabelRule
 from lamamba.sampling.plan import NPZ, FileKind, Plan, find_plan
 from lamamba.sampling.prepare import as_in_picture, prepare, to_device
-from lamamba.sampling.settings import read_png_facts
+from lamamba.sampling.settings import ImageMetadata, read_png_facts
 from lamamba.sampling.table import parse_classes
 from lamamba.utils.distributed import is_main_process, local_device
 from lamamba.utils.progress import ProgressOption, reporting
+from lamamba.utils.repeatable import repeatable
 
 logger = logging.getLogger("lamamba.api")
 
@@ -75,10 +76,25 @@ def sample_folder(options: SampleFolderOptions, *, progress: ProgressOption = "a
         picture = read_png_facts(options.like)
         options = as_in_picture(options, picture)
     device = local_device(options.device)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True       # the same bits every time
     before = find_plan(folder)                                                  # for batch and threads not given
     threads = 0 if device.type != "cpu" else options.threads or (before and before.threads) or torch.get_num_threads()
-    torch.set_num_threads(threads or torch.get_num_threads())
+    with repeatable(threads):
+        plan, make_images = _plan(options, picture, device, before, threads)
+        if is_main:
+            _announce(plan, folder)
+        with reporting(progress if is_main else None) as report:
+            manifest = sample_many(
+                plan, folder, make_images, rank=int(os.environ.get("RANK", "0")), machine=_machine(device),
+                report=report,
+            )
+    return SampleFolderResult(folder, plan.num, plan.files, manifest)
+
+
+def _plan(
+    options: SampleFolderOptions, picture: ImageMetadata | None, device: torch.device, before: Plan | None,
+    threads: int,
+) -> tuple[Plan, MakeImages]:
+    """The plan, and a function that makes the images of a shard by it."""
     model, guiding_model, settings = prepare(options, picture, device)
     rule, classes = _labels(options, model)
     assert options.num is not None
@@ -88,21 +104,8 @@ def sample_folder(options: SampleFolderOptions, *, progress: ProgressOption = "a
         channels=3 if model.decoder else model.network.architecture.in_channels,
         batch_size=options.batch_size or (before.batch_size if before else DEFAULT_BATCH),
     )
-    if is_main:
-        _announce(plan, folder)
     guiding_model = to_device(model, guiding_model, settings, device, plan.batch_size)
-    with reporting(progress if is_main else None) as report:
-        manifest = sample_many(
-            plan, folder, _maker(plan, model, guiding_model), rank=int(os.environ.get("RANK", "0")),
-            machine=_machine(device), report=report,
-        )
-    return SampleFolderResult(folder, plan.num, plan.files, manifest)
-
-
-def _maker(plan: Plan, model: OpenModel, guiding_model: Any) -> MakeImages:
-    """A function that makes the images of a shard."""
-    settings, decoder = plan.settings, model.decoder or PixelCodec()
-    input_size = model.fit(settings.height, settings.width)[0]
+    decoder, input_size = model.decoder or PixelCodec(), model.fit(settings.height, settings.width)[0]
 
     def make_images(indices: range, advance: Callable[[float], None]) -> np.ndarray:
         return generate(
@@ -111,7 +114,7 @@ def _maker(plan: Plan, model: OpenModel, guiding_model: Any) -> MakeImages:
             batch_size=plan.batch_size, decoder=decoder, on_step=lambda done, total: advance(done / total),
         )
 
-    return make_images
+    return plan, make_images
 
 
 def _labels(options: SampleFolderOptions, model: OpenModel) -> tuple[LabelRule, tuple[int, ...]]:

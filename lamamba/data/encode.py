@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from lamamba.data.sets import read_ahead
 from lamamba.data.sources import Source, fingerprint
 from lamamba.utils.files import read_json
 from lamamba.utils.progress import Report
+from lamamba.utils.repeatable import repeatable
 from lamamba.utils.shards import PLAN, Note, ShardedJob
 
 logger = logging.getLogger("lamamba.data")
@@ -107,20 +107,9 @@ def encode(
     job = _EncodingJob(
         Path(folder), plan, images, autoencoder, frozenset(newly_excluded), max_bad_images, rank=rank, report=report
     )
-    with _threads(plan.threads):
+    with repeatable(plan.threads):
         job.run()
     return Index.load(Path(folder))
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """Set the number of PyTorch's threads for a while; 0: as it is."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _EncodingJob(ShardedJob[Plan]):

@@ -26,8 +26,8 @@ from lamamba.utils.files import read_json, write_atomically
 from lamamba.utils.progress import Report
 from lamamba.utils.shards import PLAN, Note, ShardedJob, ShardPlan
 
-ASKED = "asked"
-"""In a shard: the requested classes of the images."""
+REQUESTED = "asked"
+"""Name in a shard of the classes that the images were requested to show."""
 FEATURES_VERSION = 1
 
 
@@ -74,7 +74,7 @@ class Features:
         with safe_open(self.path(shard), framework="numpy") as file:
             return file.get_tensor(name)
 
-    def whole(self, name: str = "features", limit: int | None = None) -> np.ndarray:
+    def rows(self, name: str = "features", limit: int | None = None) -> np.ndarray:
         """All rows in order, (count, d); or as many as `limit`, spread evenly."""
         chosen = np.arange(self.count)
         if limit is not None and limit < self.count:
@@ -156,7 +156,7 @@ class _ExtractionJob(ShardedJob[_Plan]):
         tensors = {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
         classes = self._images.asked(indices)
         if classes is not None:
-            tensors[ASKED] = classes.astype(np.int64)
+            tensors[REQUESTED] = classes.astype(np.int64)
         return {_file_name(number): save(tensors)}, {}
 
     def finish(self, notes: list[Note]) -> str:

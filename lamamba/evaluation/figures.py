@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lamamba.evaluation.extraction import ASKED, Features
+from lamamba.evaluation.extraction import REQUESTED, Features
 from lamamba.evaluation.reference import Moments, Reference
 from lamamba.metrics.frechet import frechet_distance
 from lamamba.metrics.neighbours import density_coverage, precision_recall
@@ -45,15 +45,15 @@ def judge(
     if reference.spatial is not None and "spatial" in statistics:
         figures["frechet_spatial"] = frechet_distance(*moments(statistics["spatial"]), *reference.spatial)
     if "logits" in names:
-        logits = samples.whole("logits")
+        logits = samples.rows("logits")
         figures["inception_score"], spread = inception_score(softmax(logits), settings.split)
         if len(logits) > settings.split:                                        # one split has no spread
             figures["inception_score_spread"] = spread
-        if ASKED in names and knows_classes:
-            figures["accuracy"] = float((logits.argmax(axis=1) == samples.whole(ASKED)).mean())
+        if REQUESTED in names and knows_classes:
+            figures["accuracy"] = float((logits.argmax(axis=1) == samples.rows(REQUESTED)).mean())
     if reference.rows is None:
         return figures
-    rows, mine = reference.rows, samples.whole()
+    rows, mine = reference.rows, samples.rows()
     fewest = min(len(rows), len(mine))
     if fewest > settings.neighbours:
         figures["precision"], figures["recall"] = precision_recall(

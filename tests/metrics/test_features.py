@@ -75,9 +75,9 @@ def test_shards_are_made_once_and_damaged_ones_again(tmp_path):
     features = extract(images, network, tmp_path, shard_size=20, batch_size=8)
     assert seen == [8, 8, 4, 8, 8, 4, 8, 2]
     expected = images.read(range(50)).reshape(50, -1)[:, :9]
-    np.testing.assert_array_equal(features.whole(), expected)
-    np.testing.assert_array_equal(features.whole(limit=5), expected[[0, 10, 20, 30, 40]])
-    np.testing.assert_array_equal(features.whole("asked"), images.asked(range(50)))
+    np.testing.assert_array_equal(features.rows(), expected)
+    np.testing.assert_array_equal(features.rows(limit=5), expected[[0, 10, 20, 30, 40]])
+    np.testing.assert_array_equal(features.rows("asked"), images.asked(range(50)))
     np.testing.assert_allclose(features.statistics().covariance(), np.cov(expected.T))
     features.path(1).write_bytes(features.path(1).read_bytes()[:-5])
     seen.clear()
@@ -87,24 +87,24 @@ def test_shards_are_made_once_and_damaged_ones_again(tmp_path):
     counts = [(p.done, p.resumed) for p in told if p.task == "features"]
     assert counts[0] == (30, 30)
     assert counts[-1] == (50, 30)
-    np.testing.assert_array_equal(again.whole(), expected)
+    np.testing.assert_array_equal(again.rows(), expected)
     assert extract(images, CallableFeatures(function, "other", channels=1), tmp_path).folder != features.folder
 
 
 def test_kept_features_are_verified_by_their_hashes(tmp_path, caplog):
     network = CallableFeatures(lambda images: images.reshape(len(images), -1)[:, :9], "nine", channels=1)
     features = extract(DigitImages(limit=50), network, tmp_path, shard_size=20)
-    expected, content = features.whole(), bytearray(features.path(2).read_bytes())
+    expected, content = features.rows(), bytearray(features.path(2).read_bytes())
     for k in range(40):
         content[-k - 1] ^= 0x40
     features.path(2).write_bytes(content)
-    assert not np.array_equal(features.whole(), expected)
+    assert not np.array_equal(features.rows(), expected)
     again = extract(DigitImages(limit=50), network, tmp_path, shard_size=20)
-    np.testing.assert_array_equal(again.whole(), expected)
+    np.testing.assert_array_equal(again.rows(), expected)
     assert "shard_00002.safetensors is not what was written: made anew, 1 of 3 shards" in caplog.text
     (features.folder / "shards.json").unlink()                                  # as before there were hashes
     features.path(2).write_bytes(content)
-    np.testing.assert_array_equal(extract(DigitImages(limit=50), network, tmp_path, shard_size=20).whole(), expected)
+    np.testing.assert_array_equal(extract(DigitImages(limit=50), network, tmp_path, shard_size=20).rows(), expected)
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
