@@ -18,6 +18,7 @@ from lamamba._version import __version__
 
 if TYPE_CHECKING:
     from lamamba.api.benchmark import BenchmarkResult, benchmark
+    from lamamba.api.check_data import CheckDataResult, CheckLatentsResult, check_data
     from lamamba.api.doctor import DoctorResult, doctor
     from lamamba.api.encode import EncodeResult, encode
     from lamamba.api.info import InfoResult, info
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lamamba.models.official import load_official, to_official
     from lamamba.models.unet import LaMambaUNet
     from lamamba.options.benchmark import BenchmarkOptions
+    from lamamba.options.check_data import CheckDataOptions
     from lamamba.options.doctor import DoctorOptions
     from lamamba.options.encode import EncodeOptions
     from lamamba.options.info import InfoOptions
@@ -36,6 +38,10 @@ _MODULES = {
     "benchmark": "api.benchmark",
     "BenchmarkOptions": "options.benchmark",
     "BenchmarkResult": "api.benchmark",
+    "check_data": "api.check_data",
+    "CheckDataOptions": "options.check_data",
+    "CheckDataResult": "api.check_data",
+    "CheckLatentsResult": "api.check_data",
     "doctor": "api.doctor",
     "DoctorOptions": "options.doctor",
     "DoctorResult": "api.doctor",
@@ -58,6 +64,9 @@ _MODULES = {
 __all__ = [
     "BenchmarkOptions",
     "BenchmarkResult",
+    "CheckDataOptions",
+    "CheckDataResult",
+    "CheckLatentsResult",
     "DoctorOptions",
     "DoctorResult",
     "EncodeOptions",
@@ -71,6 +80,7 @@ __all__ = [
     "UNetConfig",
     "__version__",
     "benchmark",
+    "check_data",
     "doctor",
     "encode",
     "info",

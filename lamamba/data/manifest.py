@@ -7,12 +7,12 @@ import json
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lamamba.data.images import MIN_SIDE, BadImage, decode
 from lamamba.data.sources import Source, fingerprint
@@ -47,7 +47,7 @@ class Manifest:
     images_per_class: tuple[int, ...]
     """Files of each class, bad ones included; one number where there are no classes."""
     bad: tuple[FoundFile, ...]
-    """Files that training leaves out, in the source's order."""
+    """Files that training excludes, in the source's order."""
     converted: dict[str, int] = field(default_factory=dict)
     """Files that are used after a conversion, by kind: CMYK, 16-bit."""
     converted_files: tuple[FoundFile, ...] = ()
@@ -77,7 +77,7 @@ class Manifest:
             raise ValueError(f"{path} is no manifest ({error}); run lamamba data check again") from error
 
 
-def manifest_place(source_name: str) -> Path:
+def manifest_path(source_name: str) -> Path:
     """Where a source's manifest lies unless told otherwise: in its folder, or beside its tars, or here."""
     path = Path(source_name)
     if path.is_dir():
@@ -88,8 +88,16 @@ def manifest_place(source_name: str) -> Path:
     return Path(f"{plain}-{MANIFEST_NAME}")
 
 
-Verdict = tuple[int, str, str, str]
-"""Index, kind of fault or "", its detail, kind of conversion or ""."""
+class CheckedFile(NamedTuple):
+    """What decoding a file has shown."""
+
+    number: int
+    kind: str = ""
+    """Of the fault; empty: none."""
+    detail: str = ""
+    conversion: str = ""
+    """Kind of conversion that was needed; empty: none."""
+
 
 _checked: tuple[Source, int] | None = None
 """Of a checking process: what it checks, and the least side."""
@@ -100,23 +108,23 @@ def _begin(source: Source, min_side: int) -> None:
     _checked = source, min_side
 
 
-def _check_chunk(indices: range) -> list[Verdict]:
+def _check_chunk(indices: range) -> list[CheckedFile]:
     assert _checked is not None
     source, min_side = _checked
     return [_check_file(source, index, min_side) for index in indices]
 
 
-def _check_file(source: Source, index: int, min_side: int) -> Verdict:
+def _check_file(source: Source, index: int, min_side: int) -> CheckedFile:
     try:
         _, note = decode(source.read(index), min_side=min_side)
     except BadImage as error:
-        return index, error.kind, error.detail, ""
+        return CheckedFile(index, error.kind, error.detail)
     except OSError as error:                                                    # the disk's fault
-        return index, "unreadable", str(error), ""
-    return index, "", "", note
+        return CheckedFile(index, "unreadable", str(error))
+    return CheckedFile(index, conversion=note)
 
 
-def check_files(source: Source, workers: int | None = None, min_side: int = MIN_SIDE) -> Iterator[Verdict]:
+def check_files(source: Source, workers: int | None = None, min_side: int = MIN_SIDE) -> Iterator[CheckedFile]:
     """Decode every file of a source, in order of the files, with several processes (by default one per core).
 
     Raises:
@@ -145,19 +153,19 @@ NAMED_CONVERTED = 1000
 
 
 def make_manifest(
-    source: Source, verdicts: Iterator[Verdict] | list[Verdict], min_side: int = MIN_SIDE, *, strict: bool = False
+    source: Source, checked: Iterable[CheckedFile], min_side: int = MIN_SIDE, *, strict: bool = False
 ) -> Manifest:
     """Sum up what a check found; where strict, files that need a conversion are bad."""
     bad, converted, files = list[FoundFile](), Counter[str](), list[FoundFile]()
-    for index, kind, detail, note in verdicts:
+    for number, kind, detail, conversion in checked:
         if kind:
-            bad.append(FoundFile(source.file(index), kind, detail))
-        elif note and strict:
-            bad.append(FoundFile(source.file(index), note, "would need a conversion"))
-        elif note:
-            converted[note] += 1
+            bad.append(FoundFile(source.file(number), kind, detail))
+        elif conversion and strict:
+            bad.append(FoundFile(source.file(number), conversion, "would need a conversion"))
+        elif conversion:
+            converted[conversion] += 1
             if len(files) < NAMED_CONVERTED:
-                files.append(FoundFile(source.file(index), note, "converted"))
+                files.append(FoundFile(source.file(number), conversion, "converted"))
     counts = Counter(source.labels.tolist())
     return Manifest(
         source=source.name, fingerprint=fingerprint(source), images=len(source), label_names=source.label_names,
@@ -167,7 +175,7 @@ def make_manifest(
 
 
 def known_bad(source: Source, manifest: str | Path | None = None) -> tuple[tuple[str, ...], str | None]:
-    """Files to leave out by a source's manifest, and a note when the source has changed since it was written.
+    """Files that a source's manifest excludes, and a note when the source has changed since it was written.
 
     Args:
         source: what is about to be read.
@@ -176,7 +184,7 @@ def known_bad(source: Source, manifest: str | Path | None = None) -> tuple[tuple
     Raises:
         ValueError: when a manifest is damaged, or the one asked for is missing.
     """
-    path = Path(manifest) if manifest is not None else manifest_place(source.name)
+    path = Path(manifest) if manifest is not None else manifest_path(source.name)
     if manifest is None and not path.is_file():
         return (), None
     found = Manifest.load(path)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lamamba.data.images import Images
-from lamamba.data.manifest import Manifest, check_files, known_bad, make_manifest, manifest_place
+from lamamba.data.manifest import Manifest, check_files, known_bad, make_manifest, manifest_path
 from lamamba.data.sources import FolderSource, fingerprint, open_source
 from tests.data.test_images import BAD, CONVERTED, write_images, write_odd_files
 
@@ -118,7 +118,7 @@ def test_a_check_names_every_bad_file_by_kind(tmp_path, workers):
     strict = make_manifest(source, check_files(source, 1), strict=True)
     assert {bad.file: bad.kind for bad in strict.bad} == BAD | CONVERTED
     assert manifest.images == len(source) == (60 if workers == 2 else 3) + len(BAD) + len(CONVERTED)
-    manifest.save(manifest_place(source.name))
+    manifest.save(manifest_path(source.name))
     assert Manifest.load(tmp_path / "lamamba-manifest.json") == manifest
     left_out, note = known_bad(source)
     assert (sorted(left_out), note) == (sorted(BAD), None)

@@ -1,0 +1,126 @@
+"""lamamba.check_data: decode every image of a data set and name the bad ones; verify latents."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lamamba.data.latents import Index, check_latents
+from lamamba.data.manifest import CheckedFile, Manifest, check_files, make_manifest, manifest_path
+from lamamba.data.sources import open_source
+from lamamba.options.check_data import CheckDataOptions
+from lamamba.utils.progress import Progress, ProgressOption, Report, reporting
+
+logger = logging.getLogger("lamamba.api")
+
+NAMED = 20
+"""Bad files that are printed; the manifest has all of them."""
+NAMED_CONVERTED = 3
+"""Files of each kind of conversion that are printed; the manifest has the first thousand."""
+
+
+@dataclass(frozen=True)
+class CheckDataResult:
+    """What was found in a folder, in tars or in a data set of Hugging Face."""
+
+    manifest: Manifest = field(repr=False)
+    """Counts, classes, bad files by kind."""
+    path: Path
+    """Of the manifest."""
+
+    @property
+    def num_good(self) -> int:
+        return self.manifest.images - len(self.manifest.bad)
+
+    def __str__(self) -> str:
+        return _summary(self.manifest, self.path)
+
+
+@dataclass(frozen=True)
+class CheckLatentsResult:
+    """A folder of latents whose shards all have the hashes that they were written with."""
+
+    folder: Path
+    index: Index = field(repr=False)
+
+    def __str__(self) -> str:
+        plan = self.index.plan
+        kind = "means and deviations" if plan.parts == 2 else "latents"
+        return f"""\
+{self.folder}: {len(self.index.shards)} shards, all as they were written
+images        {plan.images:,} of {plan.source}, {len(plan.label_names) or 'no'} classes
+image size    {plan.image_size} x {plan.image_size}
+latents       {plan.shape[0]} x {plan.shape[1]} x {plan.shape[2]}, {kind}, {plan.storage}, \
+{'with' if plan.views == 2 else 'without'} mirror images
+autoencoder   {plan.codec.autoencoder} ({str(plan.codec.autoencoder_sha256)[:12]}), scale {plan.codec.scale:g}, shift \
+{plan.codec.shift:g}"""
+
+
+def check_data(
+    options: CheckDataOptions, *, progress: ProgressOption = "auto"
+) -> CheckDataResult | CheckLatentsResult:
+    """Decode every image and write a manifest of the bad ones; of a folder of latents, verify every shard.
+
+    Raises:
+        FileNotFoundError, ValueError: when there is no such source, or a shard of latents is damaged.
+        OSError: when the manifest cannot be written.
+        RuntimeError: when a decoding process dies, as it does without memory.
+    """
+    folder = Path(options.source)
+    with reporting(progress) as report:
+        if (folder / "index.json").is_file() or (folder / ".encoding").is_dir():
+            return _check_latents(folder, report)
+        return _check_images(options, report)
+
+
+def _check_images(options: CheckDataOptions, report: Report) -> CheckDataResult:
+    source = open_source(options.source)
+    path = options.manifest or manifest_path(source.name)
+    found: list[CheckedFile] = []
+    bad = 0
+    for done, file in enumerate(check_files(source, options.workers, options.min_side), 1):
+        if file.kind or file.conversion:
+            found.append(file)
+            bad += bool(file.kind or options.strict)
+        report(Progress("checking", done, len(source), note=f"{bad} bad" if bad else ""))
+    manifest = make_manifest(source, found, options.min_side, strict=options.strict)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        manifest.save(path)
+    except OSError as error:
+        raise OSError(f"{error}; name a place that can be written with --manifest") from error
+    if empty := getattr(source, "empty_folders", ()):
+        named = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+        logger.warning(
+            "%d subfolders hold no images and are no classes, so that later ones have lower numbers: %s",
+            len(empty), named,
+        )
+    return CheckDataResult(manifest, path)
+
+
+def _check_latents(folder: Path, report: Report) -> CheckLatentsResult:
+    return CheckLatentsResult(folder, check_latents(folder, report))
+
+
+def _summary(manifest: Manifest, place: Path) -> str:
+    counts = manifest.images_per_class
+    classes = f"{len(manifest.label_names)} classes with {min(counts)} to {max(counts)} files" \
+        if manifest.label_names else "no classes"
+    good = manifest.images - len(manifest.bad)
+    lines = [f"{manifest.source}: {manifest.images:,} files, {classes}", f"good      {good:,}"]
+    for kind, number in manifest.converted.items():
+        files = [found.file for found in manifest.converted_files if found.kind == kind]
+        more = ", ..." if number > NAMED_CONVERTED else ""
+        lines.append(f"  of them {kind:<8}{number:,} (converted): {', '.join(files[:NAMED_CONVERTED])}{more}")
+    lines.append(f"bad       {len(manifest.bad):,}")
+    lines += [f"  {kind:<18}{number:,}" for kind, number in Counter(bad.kind for bad in manifest.bad).most_common()]
+    lines += [f"  {bad.file}: {bad.kind} ({bad.detail})" for bad in manifest.bad[:NAMED]]
+    if len(manifest.bad) > NAMED:
+        lines.append(f"  ... and {len(manifest.bad) - NAMED} more in the manifest")
+    empty = [name for name, number in zip(manifest.label_names, counts, strict=False) if not number]
+    if empty:
+        lines.append(f"warning: {len(empty)} classes have no file: {', '.join(empty[:5])}")
+    lines.append(f"manifest  {place}")
+    return "\n".join(lines)

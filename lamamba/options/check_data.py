@@ -1,0 +1,25 @@
+"""Options of `lamamba.check_data`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import tyro
+
+from lamamba.options.base import FilePath, Ge, options
+
+
+@options
+class CheckDataOptions:
+    """What to check."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Folder, tars, datasets:ID, or latents."""
+    manifest: FilePath | None = None
+    """Where to write what was found; by default SOURCE/lamamba-manifest.json (beside tars; here, for a hub id)."""
+    workers: Annotated[int | None, Ge(1)] = None
+    """Processes that decode; by default one per core."""
+    min_side: Annotated[int, Ge(1)] = 2
+    """Images with fewer pixels on their short side are bad."""
+    strict: bool = False
+    """CMYK and 16-bit files are bad, too, instead of being converted."""
