@@ -12,8 +12,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lamamba.api.doctor import doctor
+from lamamba.benchmarking.environment import commit
+from lamamba.utils.files import write_atomically
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 LAMAMBA = [sys.executable, "-m", "lamamba.cli.main"]
 BENCH = [*LAMAMBA, "bench", "--models", "xl", "--peers", "dit-xl-2", "--dtype", "bfloat16", "--device", "cuda"]
@@ -71,10 +76,6 @@ def main() -> int:
     parser.add_argument("results", nargs="?", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
     parser.add_argument("--only", nargs="*", help="some of the steps")
     options = parser.parse_args()
-
-    from lamamba.api.doctor import doctor
-    from lamamba.benchmarking.environment import commit
-    from lamamba.utils.files import write_atomically
 
     findings = doctor().to_dict()
     found: dict[str, Any] = {
