@@ -10,7 +10,20 @@ from lamamba.options.base import FilePath, Ge, options
 
 
 @options
-class SamplerOptions:
+class DenoisingOptions:
+    """How noise becomes an image; None is the model's or the sampler's default."""
+
+    sampler: str | None = None
+    """ddpm, ddim, dpm++, dpm++-sde, unipc, euler or heun for noise and v models; flow-euler, flow-heun, flow-dpm++ or
+    flow-unipc for flow models. By default the first."""
+    steps: Annotated[int, Ge(1)] | None = None
+    """Sampling steps; by default the sampler's."""
+    guidance: float | None = None
+    """Guidance scale; 1 is none. By default the model's own, from its recipe; else 2 (1 for unconditional models)."""
+
+
+@options
+class SamplerOptions(DenoisingOptions):
     """How to sample; None is the model's or the sampler's default, or with `like` the picture's value."""
 
     model: Annotated[FilePath | None, tyro.conf.Positional] = None
@@ -22,13 +35,6 @@ class SamplerOptions:
     models."""
     seed: Annotated[int, Ge(0)] | None = None
     """Seed of the first image; by default 0."""
-    sampler: str | None = None
-    """ddpm, ddim, dpm++, dpm++-sde, unipc, euler or heun for noise and v models; flow-euler, flow-heun, flow-dpm++ or
-    flow-unipc for flow models. By default the first."""
-    steps: int | None = None
-    """Sampling steps; by default the sampler's."""
-    guidance: float | None = None
-    """Guidance scale; 1 is none. By default 2 (1 for unconditional models)."""
     guidance_channels: Literal["all", "first-three"] | None = None
     """Guide all channels (the paper's code, and the default) or the first three (DiT's)."""
     guidance_interval: tuple[float, float] | None = None

@@ -140,11 +140,11 @@ class RunFolder:
         old = {**old, "train": TrainConfig.from_dict(old["train"]).to_dict()}   # options that it did not know yet
         old["sampling"] = json.loads(json.dumps(dataclasses.asdict(CodecConfig()))) | old["sampling"]
         may_change = {
-            "version", "lamamba", "data", "sampling.version", "sampling.autoencoder", "train.data.kind",
-            "train.data.manifest", "train.data.max_bad_images", "train.data.autoencoder", "train.steps",
-            "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.device",
-            "train.sampling", "train.processes", "train.faults", "train.watch.trackers", "train.watch.project",
-            "train.watch.held_out_every", "train.score",
+            "version", "lamamba", "data", "sampling.version", "sampling.autoencoder", "sampling.guidance",
+            "train.data.kind", "train.data.manifest", "train.data.max_bad_images", "train.data.autoencoder",
+            "train.steps", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every",
+            "train.device", "train.sampling", "train.processes", "train.faults", "train.watch.trackers",
+            "train.watch.project", "train.watch.held_out_every", "train.score",
         }
         found = [
             f"{name}: {before!r} there, {after!r} here"

@@ -11,8 +11,8 @@ from lamamba.config import Objective
 from lamamba.data.codec import CodecConfig
 from lamamba.utils.files import read_json, write_json
 
-SAMPLING_VERSION = 2
-"""Of sampling.json. 1: of an autoencoder, the scale alone."""
+SAMPLING_VERSION = 3
+"""Of sampling.json. 1: of an autoencoder, the scale alone. 2: no guidance scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class ModelMetadata(CodecConfig):
     """Side of the images in pixels."""
     label_names: tuple[str, ...] = ()
     """One name per class."""
+    guidance: float | None = None
+    """The guidance scale of its recipe; None: see `default_guidance`."""
     version: int = SAMPLING_VERSION
 
     def save(self, path: Path) -> None:
@@ -46,3 +48,10 @@ class ModelMetadata(CodecConfig):
             return cls(**plain)
         except TypeError as error:
             raise ValueError(f"{path} is incomplete: {error}") from error
+
+
+def default_guidance(saved: float | None, num_classes: int) -> float:
+    """The guidance scale where none is given: the one saved with the model, else 2, or 1 without classes."""
+    if saved is not None:
+        return saved
+    return 2.0 if num_classes else 1.0

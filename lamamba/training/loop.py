@@ -99,7 +99,7 @@ def describe(config: TrainConfig, data: ImageSet | TrainingSet) -> tuple[UNetCon
     )
     facts = ModelMetadata(
         objective=architecture.objective, image_size=samples.image_size, label_names=tuple(label_names),
-        **vars(samples.facts),
+        guidance=config.sampling.guidance if label_names else None, **vars(samples.facts),
     )
     return architecture, facts
 

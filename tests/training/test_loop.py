@@ -134,7 +134,7 @@ def test_what_a_run_leaves_behind(tmp_path):
     }
     model, facts = find_network(tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), state.ema.parameters(), strict=True))
-    assert facts == ModelMetadata(objective="flow", image_size=8, label_names=tuple("0123456789"))
+    assert facts == ModelMetadata(objective="flow", image_size=8, label_names=tuple("0123456789"), guidance=1.5)
     assert LaMambaUNet.from_pretrained(place / "model").architecture == state.model.architecture
 
 
