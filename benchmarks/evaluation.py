@@ -1,9 +1,9 @@
-"""Time and memory of the figures of 50,000 samples, features aside, beside the straightforward way.
+"""Time and memory of the figures of 50,000 samples, without the features, beside a straightforward implementation.
 
     OMP_NUM_THREADS=2 python benchmarks/evaluation.py --out benchmarks/results/evaluation-cpu.json
 
-Features are made up, alike to Inception's pool3: 2048 of them, not negative, correlated. Both ways have a process of
-their own, whose peak memory is what the system counted, and must come to the same figures. The straightforward way is
+Features are synthetic, similar to Inception's pool3: 2048 of them, not negative, correlated. Each implementation runs
+in a process of its own, whose peak memory is the system's count, and both must agree. The straightforward one is
 np.cov, scipy.linalg.sqrtm, and whole rows of distances in float32 with np.partition, 2,000 rows at a time.
 """
 
@@ -37,7 +37,7 @@ def make_features(count: int, size: int, seed: int) -> np.ndarray:
 
 
 def ours(reference: np.ndarray, samples: np.ndarray, clock: Any) -> dict[str, float]:
-    from lamamba.evaluation import Statistics, frechet_distance, precision_recall
+    from lamamba.metrics import Statistics, frechet_distance, precision_recall
 
     one, two = (Statistics(side.shape[1]).add(side) for side in (reference, samples))
     moments = (one.mean, one.covariance(), two.mean, two.covariance())

@@ -3,7 +3,7 @@
     python benchmarks/evaluation_agreement.py
 
 Needs SciPy, and the two packages or LAMAMBA_EVALUATORS (see tests/metrics/peers.py); neither is imported as a whole.
-Features are made up (`benchmarks/evaluation.py`); the Inception network gets random weights.
+Features are synthetic (`benchmarks/evaluation.py`); the Inception network gets random weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluation import make_features
 
-from lamamba.evaluation import Statistics, frechet_distance, inception_score, kernel_distance, precision_recall
+from lamamba.metrics import Statistics, frechet_distance, inception_score, kernel_distance, precision_recall
 from lamamba.metrics.inception import load_inception
 from lamamba.metrics.scores import softmax
 from tests.metrics.peers import peer, random_inception

@@ -11,7 +11,7 @@ one evaluation (two with heun). Two scores, over the same seeds for all samplers
 distance      Frechet distance between the pixels of the samples and of all 1,797 real digits, both taken for Gaussian
               (the formula of FID, on 64 pixels in [0, 1] instead of Inception's features). The floor is that of real
               digits, as many as there are samples, against the others.
-recognised    share that the judge of lamamba/metrics/digits.py takes for the digit that was asked for.
+recognised    share that the classifier of lamamba/metrics/digits.py takes for the digit that was asked for.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from lamamba.config import Objective
 from lamamba.data.digits import Digits
 from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
-from lamamba.metrics.digits import DigitJudge
+from lamamba.metrics.digits import DigitClassifier
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.training import load_recipe
 from lamamba.pretrained import shipped_model
@@ -89,7 +89,7 @@ def number_of(sampler: str, objective: Objective, evaluations: int) -> int | Non
 
 
 def measure(
-    model: LaMambaUNet, sampler: str, labels: list[int], real: np.ndarray, judge: DigitJudge, most: int
+    model: LaMambaUNet, sampler: str, labels: list[int], real: np.ndarray, classifier: DigitClassifier, most: int
 ) -> list[dict[str, float]]:
     """One sampler's scores."""
     lines = []
@@ -106,7 +106,7 @@ def measure(
         )
         lines.append({
             "evaluations": wanted, "steps": steps, "distance": frechet_distance(rows(images), real),
-            "recognised": float((judge.classify(images) == np.array(labels)).mean()),
+            "recognised": float((classifier.classify(images) == np.array(labels)).mean()),
             "seconds": time.perf_counter() - began,
         })
         print(f"{sampler:<12}{steps:>4} steps {wanted:>4} evaluations  distance {lines[-1]['distance']:7.3f}  "
@@ -178,7 +178,7 @@ def main() -> None:
 
     digits = Digits(8)
     real, labels = rows(digits.images), [k % 10 for k in range(chosen.images)]
-    judge = DigitJudge(digits.images, digits.labels)
+    classifier = DigitClassifier(digits.images, digits.labels)
     order = np.random.default_rng(0).permutation(len(real))
     in_turn = order[np.argsort(_place_in_class(digits.labels[order]), kind="stable")]       # 0 to 9, again and again
     floor = frechet_distance(real[in_turn[: chosen.images]], real[in_turn[chosen.images :]])
@@ -194,7 +194,7 @@ def main() -> None:
         elif names:
             model = find_network(chosen.noise_model)[0] if chosen.noise_model else train_noise_model()
         for name in names:
-            results[name] = measure(model.eval(), name, labels, real, judge, chosen.most)
+            results[name] = measure(model.eval(), name, labels, real, classifier, chosen.most)
             if chosen.json:
                 facts = {"images": chosen.images, "floor": floor, "samplers": results}
                 chosen.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

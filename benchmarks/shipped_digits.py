@@ -57,7 +57,7 @@ def measure(per_digit: int, guidance: float | None) -> str:
     return f"""\
 parameters              {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M, {size:.2f} MB on disk
 sampling                {sampling.sampler}, {sampling.num_steps} steps, guidance {guidance:g}; {seconds:.1f} s
-recognised as asked     {score.recognised} of {score.asked} ({score.recognised / score.asked:.1%})
+recognised as asked     {score.recognised} of {score.num_samples} ({score.recognised / score.num_samples:.1%})
 judge on real digits    {score.held_out_accuracy:.1%} right (held out)
 two of a class differ   {score.spread:.2f} on average, real ones {score.real_spread:.2f}: {score.spread_share:.0%}
 nearest real digit      {score.nearest_to_real:.2f} away (median); from real to real {score.real_to_real:.2f}"""

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lamamba.data.digits import Digits
-from lamamba.metrics.digits import DigitJudge, nearest_distances
+from lamamba.metrics.digits import DigitClassifier, nearest_distances
 from lamamba.options.training import load_recipe
 from lamamba.pretrained import shipped_model
 from lamamba.runs.model import find_network
@@ -41,8 +41,8 @@ def test_it_draws_what_it_is_asked_for():
     digits, (model, _) = Digits(), find_network(shipped_model())
     asked = np.arange(20) % 10
     samples = generate(model, asked.tolist(), range(500, 520), num_steps=10, guidance=1.75)
-    judge = DigitJudge(digits.images, digits.labels)
-    assert (judge.classify(samples) == asked).sum() >= 18
+    classifier = DigitClassifier(digits.images, digits.labels)
+    assert (classifier.classify(samples) == asked).sum() >= 18
     assert nearest_distances(samples, digits.images).min() > 0.2                # none is a copy
 
 

@@ -25,7 +25,8 @@ from lamamba.evaluation.figures import Figures, judge, mean_and_spread, moments
 from lamamba.evaluation.images import Images, digest, fit_channels
 from lamamba.evaluation.reference import Reference, is_statistics, load_statistics, reference_images
 from lamamba.evaluation.results import table, write_result
-from lamamba.metrics.features import FeatureNetwork, open_network
+from lamamba.metrics.features import FeatureNetwork
+from lamamba.metrics.networks import open_network
 from lamamba.metrics.statistics import Statistics
 from lamamba.utils.bars import WorkBar
 from lamamba.utils.distributed import end_processes, is_main_process, launched_processes, local_device
@@ -113,7 +114,7 @@ def reference_of(
     return Reference(
         name=name, fingerprint=str(images.facts["fingerprint"]), features=moments(found["features"]),
         spatial=moments(found["spatial"]) if "spatial" in found else None, rows=features.rows(limit=rows),
-        count=len(images), image_shape=tuple(images.shape), network=network.facts,
+        count=len(images), image_shape=tuple(images.shape), network=network.info,
     )
 
 
@@ -132,19 +133,19 @@ def open_reference(chosen: EvaluateArguments, shape: tuple[int, ...], network: F
             raise ValueError(
                 f"{chosen.reference} and the samples are {sizes} pixels; another size is another data set"
             )
-        images = fit_channels(images, network.facts.channels, network.facts.name, repeat_grey=repeat)
+        images = fit_channels(images, network.info.channels, network.info.name, repeat_grey=repeat)
         return reference_of(images, chosen.reference, network, work, group, rows, chosen)
     reference = load_statistics(chosen.reference)
-    reference.check(network.facts, shape)
+    reference.check(network.info, shape)
     inside = reference_images(chosen.reference)
     if reference.rows is None and inside is not None:                           # ADM's: moments of all, images of some
-        images = fit_channels(inside, network.facts.channels, network.facts.name, repeat_grey=repeat)
+        images = fit_channels(inside, network.info.channels, network.info.name, repeat_grey=repeat)
         features = collect(images, network, work, group, "reference", chosen)
         reference = dataclasses.replace(reference, rows=features.rows(limit=rows))
     elif reference.rows is not None and len(reference.rows) > rows:
         reference = dataclasses.replace(reference, rows=reference.rows[np.arange(rows) * len(reference.rows) // rows])
     size = len(reference.features[0])
-    if reference.network is None and network.facts.name.startswith("inception") and size != 2048:
+    if reference.network is None and network.info.name.startswith("inception") and size != 2048:
         raise ValueError(f"{chosen.reference} has {size} features, Inception's pool3 2048: another network made it")
     return reference
 
@@ -225,7 +226,7 @@ def protocol_of(
         samples.pop("fingerprint", None)
     return {
         "distance_name": network.distance_name,
-        "network": dataclasses.asdict(network.facts),
+        "network": dataclasses.asdict(network.info),
         "reference": {"name": reference.name, "fingerprint": reference.fingerprint, "count": reference.count,
                       "rows": rows},
         "images": len(images), "image_shape": list(images.shape[:2]), "grey": chosen.grey,
@@ -257,7 +258,7 @@ def judge_entry(
     folders: list[Path] = []
     for number, images in enumerate(entry.runs):
         fitting = fit_channels(
-            images, network.facts.channels, network.facts.name, repeat_grey=chosen.grey == "repeat"
+            images, network.info.channels, network.info.name, repeat_grey=chosen.grey == "repeat"
         )
         text = entry.name + (f", repeat {number + 1}" if len(entry.runs) > 1 else "")
         features = collect(fitting, network, work, group, text, chosen, watch)
@@ -274,7 +275,7 @@ def judge_entry(
                     bar(round(100 * share))
 
                 runs.append(judge(
-                    features, statistics, reference, chosen.metrics, knows_classes=network.knows_classes,
+                    features, statistics, reference, chosen.metrics, has_class_logits=network.has_class_logits,
                     on_progress=tell,
                 ))
         folders.append(features.folder)
@@ -308,10 +309,10 @@ def evaluate(chosen: EvaluateArguments) -> None:
     for turn in turns:
         entry = turn()
         for images in entry.runs:                                               # before any work
-            fit_channels(images, network.facts.channels, network.facts.name, repeat_grey=chosen.grey == "repeat")
+            fit_channels(images, network.info.channels, network.info.name, repeat_grey=chosen.grey == "repeat")
         if reference is None:
             reference = open_reference(chosen, entry.runs[0].shape, network, work, group)
-        reference.check(network.facts, entry.runs[0].shape)
+        reference.check(network.info, entry.runs[0].shape)
         protocol = protocol_of(entry, network, reference, chosen, device)
         work.mkdir(parents=True, exist_ok=True)
         result = judge_entry(entry, network, reference, protocol, work, group, chosen, watch)
@@ -358,14 +359,14 @@ def save_statistics(chosen: StatsArguments) -> None:
     images = open_images(chosen.images, chosen.image_size)
     network = open_network(chosen.features, chosen.weights, device)
     images = fit_channels(
-        images, network.facts.channels, network.facts.name, repeat_grey=chosen.grey == "repeat"
+        images, network.info.channels, network.info.name, repeat_grey=chosen.grey == "repeat"
     )
     work = chosen.out.with_suffix(".work")
     reference = reference_of(images, chosen.images, network, work, group, chosen.rows, chosen)
     if group.is_main:
         reference.save(chosen.out)
         _clear(work)
-        print(f"{chosen.out}: {len(reference.features[0])} features of {len(images):,} images by {network.facts.name}\n"
+        print(f"{chosen.out}: {len(reference.features[0])} features of {len(images):,} images by {network.info.name}\n"
               f"judge samples by it: lamamba evaluate SAMPLES --reference {chosen.out} --features {chosen.features}")
     group.wait()
     end_processes()

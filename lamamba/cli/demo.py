@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> None:
     facts = {"score": asdict(score), "seconds": seconds, "config": config.to_dict()}
     (out / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     summary = f"""\
-recognised as asked     {score.recognised} of {score.asked} ({score.recognised / score.asked:.1%})
+recognised as asked     {score.recognised} of {score.num_samples} ({score.recognised / score.num_samples:.1%})
 judge on real digits    {score.held_out_accuracy:.1%} right (held out)
 two of a class differ   {score.spread:.2f} on average, real ones {score.real_spread:.2f}: {score.spread_share:.0%}
 nearest real digit      {score.nearest_to_real:.2f} away (median); from real to real {score.real_to_real:.2f}

@@ -120,7 +120,7 @@ def extract(
     if min(shard_size, batch_size) < 1:
         raise ValueError(f"shard_size={shard_size} and batch_size={batch_size} must be at least 1")
     plan = _Plan({
-        "images": dict(images.facts), "count": len(images), "network": asdict(network.facts), "shard": shard_size,
+        "images": dict(images.facts), "count": len(images), "network": asdict(network.info), "shard": shard_size,
         "shape": list(images.shape),
     })
     place = Path(folder) / digest(plan.values)[:16]

@@ -23,7 +23,7 @@ def moments(statistics: Statistics) -> Moments:
 
 def judge(
     samples: Features, statistics: dict[str, Statistics], reference: Reference, settings: Settings,
-    *, knows_classes: bool = False, on_progress: Callable[[str, float], None] | None = None,
+    *, has_class_logits: bool = False, on_progress: Callable[[str, float], None] | None = None,
 ) -> Figures:
     """Every figure that these samples and this reference allow.
 
@@ -31,7 +31,7 @@ def judge(
         samples: features on disk.
         statistics: of "features", and of "spatial" where there are some; of all processes.
         reference: must fit (`Reference.check`).
-        knows_classes: the network's logits are of the classes that images were asked to show.
+        has_class_logits: the network's logits are of the classes that images were asked to show.
         on_progress: told what is being computed and the share done.
 
     Returns:
@@ -49,7 +49,7 @@ def judge(
         figures["inception_score"], spread = inception_score(softmax(logits), settings.split)
         if len(logits) > settings.split:                                        # one split has no spread
             figures["inception_score_spread"] = spread
-        if REQUESTED in names and knows_classes:
+        if REQUESTED in names and has_class_logits:
             figures["accuracy"] = float((logits.argmax(axis=1) == samples.rows(REQUESTED)).mean())
     if reference.rows is None:
         return figures

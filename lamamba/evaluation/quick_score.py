@@ -12,8 +12,9 @@ from lamamba.data.codec import Decoder
 from lamamba.evaluation.candidates import open_images
 from lamamba.evaluation.figures import moments
 from lamamba.evaluation.reference import Moments, load_statistics
-from lamamba.metrics.features import FeatureNetwork, open_network
+from lamamba.metrics.features import FeatureNetwork
 from lamamba.metrics.frechet import frechet_distance
+from lamamba.metrics.networks import open_network
 from lamamba.metrics.statistics import Statistics
 from lamamba.options.training import SamplingOptions, ScoreOptions
 from lamamba.sampling import generate
@@ -61,7 +62,7 @@ class QuickScore:
                 "file), or \"digits\""
             )
         reference = load_statistics(name)
-        reference.check(features.facts, (image_size, image_size, 3))
+        reference.check(features.info, (image_size, image_size, 3))
         return reference.features
 
     def __call__(self, moment: StepState) -> None:
@@ -87,8 +88,8 @@ class QuickScore:
 
 def _statistics(network: FeatureNetwork, images: np.ndarray) -> Statistics:
     """Of the features of uint8 images (n, h, w, c); grey ones are repeated for networks of colour."""
-    if images.shape[-1] < network.facts.channels:
-        images = images.repeat(network.facts.channels, axis=-1)
+    if images.shape[-1] < network.info.channels:
+        images = images.repeat(network.info.channels, axis=-1)
     pieces = [network(images[start : start + BATCH_SIZE])["features"] for start in range(0, len(images), BATCH_SIZE)]
     found = Statistics(pieces[0].shape[1])
     for piece in pieces:

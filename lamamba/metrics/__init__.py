@@ -1,4 +1,4 @@
-"""Figures from NumPy arrays (Frechet distance, precision and recall, ...) and the feature networks behind them."""
+"""Figures of NumPy arrays (Fréchet distance, precision and recall, ...), and feature networks."""
 
 from lamamba.metrics.frechet import frechet_distance
 from lamamba.metrics.neighbours import density_coverage, precision_recall

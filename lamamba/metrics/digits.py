@@ -1,4 +1,4 @@
-"""Are generated digits the ones that were asked for, do they differ, and are they more than copies?"""
+"""Accuracy, spread within classes, and distance from the real images, of generated digits."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from dataclasses import dataclass
 import numpy as np
 
 HELD_OUT = 360
-"""Real digits that the judge never sees before it is judged itself."""
+"""Real digits that classifiers are tested on and never trained on."""
 
 
 def _rows(images: np.ndarray) -> np.ndarray:
-    """uint8 images of any layout as rows of numbers in [0, 1]."""
+    """uint8 images of any layout as (n, pixels) float64 in [0, 1]."""
     return images.reshape(len(images), -1).astype(np.float64) / 255
 
 
-class DigitJudge:
-    """A support vector machine (RBF) trained on real digits, and how often it is right on held-out ones.
+class DigitClassifier:
+    """Support vector machine with an RBF kernel on pixels, and its accuracy on held-out digits.
 
     Args:
-        images, labels: the real digits, (n, ...) uint8 and (n,).
+        images, labels: real digits, (n, ...) uint8 and (n,).
+        seed: of the split into training and held-out digits.
 
     Raises:
         RuntimeError: when scikit-learn is not installed.
@@ -29,15 +30,15 @@ class DigitJudge:
         try:
             from sklearn.svm import SVC
         except ModuleNotFoundError as error:
-            raise RuntimeError("judging digits needs scikit-learn: pip install 'lamamba-diff[digits]'") from error
+            raise RuntimeError("classifying digits needs scikit-learn: pip install 'lamamba-diff[digits]'") from error
         order = np.random.default_rng(seed).permutation(len(images))
-        unseen, seen = order[:HELD_OUT], order[HELD_OUT:]
-        self._machine = SVC(C=10, gamma="scale").fit(_rows(images[seen]), labels[seen])
-        self.held_out_accuracy = float((self.classify(images[unseen]) == labels[unseen]).mean())
+        held_out, training = order[:HELD_OUT], order[HELD_OUT:]
+        self._svm = SVC(C=10, gamma="scale").fit(_rows(images[training]), labels[training])
+        self.held_out_accuracy = float((self.classify(images[held_out]) == labels[held_out]).mean())
 
     def classify(self, images: np.ndarray) -> np.ndarray:
-        """The digit that each image shows: (n,) int."""
-        return self._machine.predict(_rows(images))
+        """Predicted classes, (n,) int."""
+        return self._svm.predict(_rows(images))
 
 
 def mean_distance_within_classes(images: np.ndarray, labels: np.ndarray) -> float:
@@ -56,7 +57,12 @@ def mean_distance_within_classes(images: np.ndarray, labels: np.ndarray) -> floa
 
 
 def nearest_distances(images: np.ndarray, others: np.ndarray, *, same_set: bool = False) -> np.ndarray:
-    """Distance of each image to the nearest of the others (n,); with same_set an image is not its own neighbour."""
+    """Euclidean distance of each image to the nearest of the others, (n,); pixels in [0, 1].
+
+    Args:
+        images, others: uint8.
+        same_set: both are the same images, and an image is not its own neighbour.
+    """
     distances = _distances(_rows(images), _rows(others))
     if same_set:
         np.fill_diagonal(distances, np.inf)
@@ -70,12 +76,13 @@ def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DigitScore:
-    """What the judge says of generated digits beside real ones."""
+    """Generated digits compared with real ones."""
 
     held_out_accuracy: float
-    """Of the judge, on real digits it had not seen."""
+    """Of the classifier, on real digits that it was not trained on."""
     recognised: int
-    asked: int
+    """Samples classified as the class they were conditioned on."""
+    num_samples: int
     spread: float
     """Mean distance between two samples of a class."""
     real_spread: float
@@ -86,20 +93,26 @@ class DigitScore:
 
     @property
     def spread_share(self) -> float:
-        """Spread as a share of the real digits': well below 1 means collapse."""
+        """Spread as a share of the real digits'; well below 1 means mode collapse."""
         return self.spread / self.real_spread
 
 
 def score_digits(
-    samples: np.ndarray, asked: np.ndarray, real: np.ndarray, real_labels: np.ndarray, seed: int = 0
+    samples: np.ndarray, labels: np.ndarray, real: np.ndarray, real_labels: np.ndarray, seed: int = 0
 ) -> DigitScore:
-    """Judge samples (n, ...) uint8 that were asked to show `asked` (n,), with the real digits beside them."""
-    judge = DigitJudge(real, real_labels, seed)
+    """Compare samples with real digits.
+
+    Args:
+        samples, labels: (n, ...) uint8, and the classes that they were conditioned on, (n,).
+        real, real_labels: the real digits.
+        seed: of the classifier's split.
+    """
+    classifier = DigitClassifier(real, real_labels, seed)
     return DigitScore(
-        held_out_accuracy=judge.held_out_accuracy,
-        recognised=int((judge.classify(samples) == asked).sum()),
-        asked=len(samples),
-        spread=mean_distance_within_classes(samples, asked),
+        held_out_accuracy=classifier.held_out_accuracy,
+        recognised=int((classifier.classify(samples) == labels).sum()),
+        num_samples=len(samples),
+        spread=mean_distance_within_classes(samples, labels),
         real_spread=mean_distance_within_classes(real, real_labels),
         nearest_to_real=float(np.median(nearest_distances(samples, real))),
         real_to_real=float(np.median(nearest_distances(real, real, same_set=True))),

@@ -1,8 +1,8 @@
-"""A small classifier of handwritten digits, whose inner features give the digits a Fréchet distance of their own.
+"""A small convolutional classifier of handwritten digits as a feature network: FD-digits.
 
 Its weights are part of the package, so that distances compare between machines. `python -m
-lamamba.metrics.digits_network` trains them again (half a minute on a CPU): on the digits that `DigitJudge` also
-trains on, moved by up to a pixel; the others tell how often it is right.
+lamamba.metrics.digits_network` trains them again (half a minute on a CPU), on the digits that `DigitClassifier` trains
+on, too, shifted by up to a pixel; its accuracy is that on the held-out digits.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.nn import functional as F
 
 from lamamba.data.digits import SIDE, Digits
 from lamamba.metrics.digits import HELD_OUT
-from lamamba.metrics.features import FeatureNetworkInfo, Outputs, hash_weights
+from lamamba.metrics.features import FeatureNetworkInfo, Outputs, hash_weights, to_tensor
 
 WEIGHTS = Path(__file__).parent / "digits.safetensors"
 NUM_FEATURES = 64
 
 
-class DigitClassifier(nn.Module):
-    """Two convolutions, one layer of 64 features, ten logits."""
+class DigitNetwork(nn.Module):
+    """Two convolutions, a linear layer of 64 features, ten logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,19 +42,22 @@ class DigitClassifier(nn.Module):
 
 
 class DigitFeatures:
-    """The classifier that comes with the package, as a feature network.
+    """The trained network of the package.
 
-    Takes grey images of 8 x 8 pixels, or of a multiple, which are averaged down.
+    Takes grey images of 8 x 8 pixels, or of a multiple, which average pooling brings to 8 x 8.
+
+    Args:
+        weights: a safetensors file; by default the package's.
     """
 
     distance_name = "FD-digits"
-    knows_classes = True
+    has_class_logits = True
 
     def __init__(self, weights: str | Path | None = None):
-        self._model = DigitClassifier()
+        self._model = DigitNetwork()
         self._model.load_state_dict(load_file(weights or WEIGHTS))
         self._model.eval().requires_grad_(False)
-        self.facts = FeatureNetworkInfo("digits", hash_weights(self._model), "8 x 8, means over squares", 1)
+        self.info = FeatureNetworkInfo("digits", hash_weights(self._model), "8 x 8, means over squares", 1)
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Outputs:
@@ -64,35 +67,34 @@ class DigitFeatures:
                 f"the classifier of digits reads grey squares whose side is a multiple of {SIDE}, not "
                 f"{height} x {width} pixels with {channels} channels"
             )
-        x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
-        outputs = self._model(F.avg_pool2d(x, height // SIDE))
+        outputs = self._model(F.avg_pool2d(to_tensor(images, "cpu"), height // SIDE))
         return {name: tensor.numpy() for name, tensor in outputs.items()}
 
 
-def train(epochs: int = 60, seed: int = 0) -> tuple[DigitClassifier, float]:
-    """The classifier and how often it is right on digits that it has not seen."""
+def train(epochs: int = 60, seed: int = 0) -> tuple[DigitNetwork, float]:
+    """Train the network; returns it with its accuracy on held-out digits."""
     digits = Digits()
-    order = np.random.default_rng(0).permutation(len(digits))                   # as DigitJudge's
+    order = np.random.default_rng(0).permutation(len(digits))                   # as DigitClassifier's
     images, labels = torch.from_numpy(digits.images[order]).float(), torch.from_numpy(digits.labels[order])
     torch.manual_seed(seed)
-    model = DigitClassifier()
-    seen, answers = images[HELD_OUT:], labels[HELD_OUT:]
-    steps = epochs * (len(seen) // 64)
+    model = DigitNetwork()
+    training, classes = images[HELD_OUT:], labels[HELD_OUT:]
+    steps = epochs * (len(training) // 64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
-        for rows in torch.randperm(len(seen))[: len(seen) // 64 * 64].split(64):
-            moved = F.pad(seen[rows], (1, 1, 1, 1))
+        for rows in torch.randperm(len(training))[: len(training) // 64 * 64].split(64):
+            padded = F.pad(training[rows], (1, 1, 1, 1))
             down, across = torch.randint(0, 3, (2,)).tolist()
-            logits = model(moved[:, :, down : down + SIDE, across : across + SIDE])["logits"]
-            loss = F.cross_entropy(logits, answers[rows], label_smoothing=0.05)
+            logits = model(padded[:, :, down : down + SIDE, across : across + SIDE])["logits"]
+            loss = F.cross_entropy(logits, classes[rows], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     with torch.no_grad():
-        right = model.eval()(images[:HELD_OUT])["logits"].argmax(dim=1) == labels[:HELD_OUT]
-    return model, float(right.float().mean())
+        correct = model.eval()(images[:HELD_OUT])["logits"].argmax(dim=1) == labels[:HELD_OUT]
+    return model, float(correct.float().mean())
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Fréchet distance between two Gaussians: what FID, sFID and FD-DINOv2 are, each on features of its own."""
+"""Fréchet distance between two Gaussians: FID, sFID and FD-DINOv2, each on the features of another network."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
         |mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2)         (Heusel et al., 2017, Eq. 6)
 
-    The last trace is the sum of the singular values of sigma1^(1/2) sigma2^(1/2), both roots made of symmetric
-    eigenvalues: nothing becomes complex, nothing is added to a diagonal, and no digits are lost to a root of rounding.
-    Eigenvalues below rounding (size x 2.2e-16 x the largest) are zero: with fewer images than features, most are.
+    The last trace is the sum of the singular values of sigma1^(1/2) sigma2^(1/2), both roots from symmetric
+    eigendecompositions: nothing becomes complex, nothing is added to a diagonal, and no digits are lost to the root of
+    a rounding error. Eigenvalues below rounding (size x 2.2e-16 x the largest) count as zero: with fewer images than
+    features, most are.
 
     Args:
         mu1, mu2: means, (d,).
         sigma1, sigma2: covariances, (d, d), symmetric.
 
     Raises:
-        ValueError: when shapes do not fit, numbers are not finite, or a matrix is no covariance.
+        ValueError: when shapes do not fit, numbers are not finite, or a matrix is not a covariance.
     """
     mu1, sigma1 = _checked(mu1, sigma1, "first")
     mu2, sigma2 = _checked(mu2, sigma2, "second")

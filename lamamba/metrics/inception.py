@@ -1,8 +1,8 @@
 """The Inception network of 2015-12-05, by which FID is defined, in PyTorch, from the public weight file.
 
-TensorFlow's graph (Szegedy et al., 2015) differs from later Inceptions: averages leave padding out, the last block
-pools by maximum, there are 1008 classes, and images are enlarged without half-pixel centres. Tensor names are those of
-the public file, pt_inception-2015-12-05-6726825d.pth.
+TensorFlow's graph (Szegedy et al., 2015) differs from later Inceptions: average pooling excludes padding, the last
+block pools by maximum, there are 1008 classes, and images are resized without half-pixel centres. Tensor names are
+those of the public file, pt_inception-2015-12-05-6726825d.pth.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lamamba.metrics.features import FeatureNetworkInfo, Outputs, to_arrays, to_tensor
 
 SIDE = 299
 NUM_FEATURES, NUM_CLASSES = 2048, 1008
@@ -43,9 +45,9 @@ def resize_like_tensorflow1(images: Tensor, height: int, width: int) -> Tensor:
     """
     def axis(source: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
         scale = torch.tensor(source / target, dtype=torch.float32)              # TensorFlow's scale is a float
-        place = torch.arange(target, dtype=torch.float32) * scale
-        low = place.floor().long().clamp(max=source - 1)
-        share = (place - low).to(images)
+        position = torch.arange(target, dtype=torch.float32) * scale
+        low = position.floor().long().clamp(max=source - 1)
+        share = (position - low).to(images)
         return low.to(images.device), (low + 1).clamp(max=source - 1).to(images.device), share
 
     top, bottom, down = axis(images.shape[2], height)
@@ -57,7 +59,13 @@ def resize_like_tensorflow1(images: Tensor, height: int, width: int) -> Tensor:
 
 
 class _Convolution(nn.Module):
-    """Convolution, batch normalisation with running statistics, ReLU. Keeps the size where told so."""
+    """Convolution, batch normalisation with running statistics, ReLU.
+
+    Args:
+        inputs, outputs: channels.
+        kernel: size, or (height, width).
+        same: pad so that an odd kernel of stride 1 keeps the image's size.
+    """
 
     def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int], *, stride: int = 1, same: bool = True):
         super().__init__()
@@ -199,7 +207,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(NUM_FEATURES, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """What the metrics read.
+        """Features, spatial features and logits.
 
         Args:
             images: (b, 3, h, w), 0 .. 255, any size.
@@ -264,7 +272,7 @@ def load_inception(path: str | Path | None = None) -> tuple[Inception, str]:
 
 
 def _hash(model: nn.Module) -> str:
-    """SHA-256 of the tensors that matter, by name: two files of the same network have the same."""
+    """SHA-256 of the tensors, sorted by name, without num_batches_tracked, which only newer files have."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if not name.endswith(".num_batches_tracked"):
@@ -275,18 +283,37 @@ def _hash(model: nn.Module) -> str:
 
 def _download() -> Path:
     """The public file in PyTorch's hub folder; checked against the hash in its name."""
-    place = Path(torch.hub.get_dir()) / "checkpoints" / FILE_NAME
-    if place.is_file():
-        return place
-    place.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / FILE_NAME
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
     failures = []
     for url in URLS:
         try:
-            torch.hub.download_url_to_file(url, str(place), hash_prefix=PUBLISHED_SHA256, progress=True)
-            return place
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=PUBLISHED_SHA256, progress=True)
+            return path
         except (OSError, RuntimeError) as error:
             failures.append(f"{url}: {error}")
     raise OSError(
         f"the Inception weights could not be downloaded ({'; '.join(failures)}); fetch them elsewhere, and name the "
         "file with --weights"
     )
+
+
+class InceptionFeatures:
+    """pool3, the spatial features of sFID, and logits of the Inception network of 2015-12-05.
+
+    Args: as `load_inception`.
+    """
+
+    distance_name = "FID"
+    has_class_logits = False                                                    # 1008, in an order of its own
+
+    def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu"):
+        model, digest = load_inception(weights)
+        self._model, self._device = model.to(device), device
+        self.info = FeatureNetworkInfo("inception-2015-12-05", digest, "299 x 299, bilinear as TensorFlow 1", 3)
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray) -> Outputs:
+        return to_arrays(self._model(to_tensor(images, self._device)))

@@ -18,15 +18,15 @@ def kernel_distance(
 
     Args:
         reference, samples: features, (n, d) and (m, d).
-        subset_size: images of each side in a subset, drawn without replacement.
-        num_subsets: how many subsets the mean is taken over.
+        subset_size: images of each set in a subset, drawn without replacement.
+        num_subsets: subsets that the mean is taken over.
         seed: of the subsets.
 
     Returns:
         Mean and standard deviation over the subsets (Bińkowski et al., 2018, Eq. 4). The mean may be slightly negative.
 
     Raises:
-        ValueError: when a subset is larger than a side or smaller than 2, or features do not fit each other.
+        ValueError: when a subset is larger than a set or smaller than 2, or features do not fit each other.
     """
     reference, samples = check_features(reference, "reference features"), check_features(samples)
     if reference.shape[1] != samples.shape[1]:
@@ -43,8 +43,8 @@ def kernel_distance(
         x = reference[np.sort(draws.choice(len(reference), m, replace=False))].astype(np.float64)
         y = samples[np.sort(draws.choice(len(samples), m, replace=False))].astype(np.float64)
         within = 0.0
-        for side in (x, y):
-            kernel = _kernel(side, side)
+        for features in (x, y):
+            kernel = _kernel(features, features)
             within += (kernel.sum() - np.trace(kernel)) / (m * (m - 1))
         distances.append(within - 2 * _kernel(x, y).mean())
     return float(np.mean(distances)), float(np.std(distances))
@@ -60,7 +60,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> tuple[float, float]:
-    """exp of the mean divergence of an image's class probabilities from their mean, by sequential splits.
+    """exp of the mean KL divergence of p(y | image) from p(y), over sequential splits.
 
     Args:
         probabilities: of classes, (n, classes), in the images' order.
@@ -70,7 +70,7 @@ def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> tuple[
         Mean and standard deviation over the splits (Salimans et al., 2016).
 
     Raises:
-        ValueError: when rows are no probabilities.
+        ValueError: when rows are not probabilities.
     """
     probabilities = check_features(probabilities, "probabilities")
     if split_size < 1:

@@ -1,4 +1,4 @@
-"""Mean and covariance of features that pass by: float64, in pieces that can be joined."""
+"""Streaming mean and covariance of features, in float64; partial results of processes can be merged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def check_features(features: np.ndarray, what: str = "features") -> np.ndarray:
     """Features as a matrix (images, features) of finite numbers, unchanged.
 
     Raises:
-        ValueError: when they are none, or one of them is NaN or infinite.
+        ValueError: when they are no such matrix, or one of them is NaN or infinite.
     """
     features = np.asarray(features)
     if features.ndim != 2 or 0 in features.shape or not np.issubdtype(features.dtype, np.number):
@@ -29,10 +29,10 @@ def check_features(features: np.ndarray, what: str = "features") -> np.ndarray:
 
 
 class Statistics:
-    """Number, mean and scatter of feature vectors; grows by `add`, joins others by `merge`.
+    """Number, mean and scatter matrix of feature vectors, updated by `add` and `merge`.
 
-    The scatter is sum (x - mean)(x - mean)^T, kept about the mean of what has been seen (Chan, Golub, LeVeque, 1979):
-    features far from zero lose no digits, and memory does not grow with their number.
+    The scatter matrix is sum (x - mean)(x - mean)^T about the current mean (Chan, Golub, LeVeque, 1979): features far
+    from zero lose no digits, and memory does not grow with their number.
     """
 
     def __init__(self, size: int):
@@ -41,7 +41,7 @@ class Statistics:
         self.scatter = np.zeros((size, size))
 
     def add(self, features: np.ndarray) -> Statistics:
-        """Take in features (images, size). Returns itself.
+        """Update by features (images, size). Returns itself.
 
         Raises:
             ValueError: for another size, or numbers that are not finite.
@@ -57,7 +57,7 @@ class Statistics:
         return self
 
     def merge(self, other: Statistics) -> Statistics:
-        """Take in what another one has seen. Returns itself."""
+        """Update by the features of other statistics. Returns itself."""
         if other.mean.shape != self.mean.shape:
             raise ValueError(f"statistics of {len(other.mean)} features do not join those of {len(self.mean)}")
         if other.count:
@@ -83,17 +83,17 @@ class Statistics:
             raise ValueError(f"{self.count} image{'' if self.count == 1 else 's'}: a covariance needs at least 2")
         return self.scatter / (self.count - 1)
 
-    def reduce(self, sum_up: Callable[[np.ndarray], np.ndarray]) -> Statistics:
-        """What all processes have seen together; the same for each of them.
+    def reduce(self, all_reduce: Callable[[np.ndarray], np.ndarray]) -> Statistics:
+        """Statistics of all processes' features; the same on every rank.
 
         Args:
-            sum_up: gives the elementwise sum of an array over processes. It is called once with a small one, and once
-                with the scatter.
+            all_reduce: the elementwise sum of an array over processes. It is called with the counts and means, then
+                with the scatter matrices.
         """
-        sums = sum_up(np.concatenate([[float(self.count)], self.count * self.mean]))
+        sums = all_reduce(np.concatenate([[float(self.count)], self.count * self.mean]))
         together = Statistics(len(self.mean))
         together.count = int(sums[0])
         together.mean = sums[1:] / max(together.count, 1)
         difference = self.mean - together.mean
-        together.scatter = sum_up(self.scatter + self.count * np.outer(difference, difference))
+        together.scatter = all_reduce(self.scatter + self.count * np.outer(difference, difference))
         return together

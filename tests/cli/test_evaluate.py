@@ -22,8 +22,7 @@ from lamamba.data.digits import Digits
 from lamamba.evaluation import Statistics, frechet_distance, inception_score, precision_recall
 from lamamba.evaluation import figures as evaluation_figures
 from lamamba.metrics.digits_network import DigitFeatures
-from lamamba.metrics.features import InceptionFeatures
-from lamamba.metrics.inception import Inception
+from lamamba.metrics.inception import Inception, InceptionFeatures
 from lamamba.metrics.scores import softmax
 from lamamba.runs.folder import MANIFEST, _hash_of_hashes
 from lamamba.runs.metadata import ModelMetadata

@@ -1,4 +1,4 @@
-"""The public evaluators' own modules, where they can be found, without their packages' imports of torchvision.
+"""Modules of the public evaluators, where they are installed, imported without torchvision.
 
 `pip install --no-deps torch-fidelity pytorch-fid`, or LAMAMBA_EVALUATORS: a folder with the unpacked packages.
 """
@@ -52,7 +52,7 @@ def peer(package: str, module: str, monkeypatch: pytest.MonkeyPatch, *absent: st
 
 
 def random_inception() -> dict[str, Tensor]:
-    """The network's weights as the public file has them, but random: lively through all layers."""
+    """Random weights with the names of the public file; activations keep their scale through all layers."""
     torch.manual_seed(0)
     state = Inception().state_dict()
     for name, tensor in state.items():

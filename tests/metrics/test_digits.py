@@ -1,4 +1,4 @@
-"""The judge of digits is right about real ones, and sees collapse and copies."""
+"""The classifier of digits is accurate on real ones; the scores show collapse and copies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def digits():
     return Digits()
 
 
-def test_the_judge_recognises_real_digits_it_has_not_seen(digits):
+def test_the_classifier_is_accurate_on_held_out_digits(digits):
     score = score_digits(digits.images[:300], digits.labels[:300], digits.images, digits.labels)
     assert score.held_out_accuracy >= 0.97
     assert score.recognised >= 295
@@ -22,10 +22,10 @@ def test_the_judge_recognises_real_digits_it_has_not_seen(digits):
     assert score.real_to_real > 0.5
 
 
-def test_wrong_answers_and_collapse_show(digits):
+def test_wrong_classes_and_collapse_show(digits):
     rows = np.concatenate([np.flatnonzero(digits.labels == d)[:1].repeat(5) for d in range(10)])
     collapsed = score_digits(digits.images[rows], digits.labels[rows], digits.images, digits.labels)
-    assert collapsed.recognised == collapsed.asked == 50
+    assert collapsed.recognised == collapsed.num_samples == 50
     assert collapsed.spread_share == pytest.approx(0, abs=1e-6)
     wrong = score_digits(digits.images[rows], (digits.labels[rows] + 1) % 10, digits.images, digits.labels)
     assert wrong.recognised == 0

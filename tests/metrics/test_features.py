@@ -1,4 +1,4 @@
-"""Feature networks: any function, the digits' classifier, DINOv2 as EDM2 reads it."""
+"""Feature networks: any function, the classifier of digits, DINOv2 as in EDM2; cached features."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from lamamba.data.digits import Digits
-from lamamba.evaluation import Statistics, frechet_distance
 from lamamba.evaluation.extraction import extract
 from lamamba.evaluation.images import DigitImages, GeneratedImages
+from lamamba.metrics import Statistics, frechet_distance
 from lamamba.metrics.digits import HELD_OUT
 from lamamba.metrics.digits_network import DigitFeatures, train
-from lamamba.metrics.features import CallableFeatures, DinoFeatures
+from lamamba.metrics.dinov2 import DinoFeatures
+from lamamba.metrics.features import CallableFeatures
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +26,10 @@ def distance(network, one, two):
     return frechet_distance(*(value for side in sides for value in (side.mean, side.covariance())))
 
 
-def test_the_classifier_recognises_digits_it_has_not_seen(digits):
-    unseen = np.random.default_rng(0).permutation(len(digits))[:HELD_OUT]
-    logits = DigitFeatures()(digits.images[unseen].transpose(0, 2, 3, 1))["logits"]
-    assert (logits.argmax(axis=1) == digits.labels[unseen]).mean() > 0.98
+def test_the_classifier_is_accurate_on_held_out_digits(digits):
+    held_out = np.random.default_rng(0).permutation(len(digits))[:HELD_OUT]
+    logits = DigitFeatures()(digits.images[held_out].transpose(0, 2, 3, 1))["logits"]
+    assert (logits.argmax(axis=1) == digits.labels[held_out]).mean() > 0.98
 
 
 def test_the_distance_of_digits_grows_with_damage(digits):
@@ -51,14 +52,14 @@ def test_enlarged_digits_have_the_same_features(digits):
         network(np.zeros((1, 12, 12, 1), dtype=np.uint8))
 
 
-def test_its_training_learns():
+def test_training_the_classifier_learns():
     assert train(epochs=6)[1] > 0.9
 
 
 def test_any_function_is_a_feature_network():
     network = CallableFeatures(lambda images: images.reshape(len(images), -1)[:, :2], "corner", channels=1)
     assert network(np.full((3, 4, 4, 1), 7, dtype=np.uint8))["features"].tolist() == [[7, 7]] * 3
-    assert network.facts.name == "corner"
+    assert network.info.name == "corner"
     with pytest.raises(ValueError, match=r"odd made {'features': \(4,\)} of 4 images"):
         CallableFeatures(lambda images: np.zeros(len(images)), "odd")(np.zeros((4, 2, 2, 3), dtype=np.uint8))
 
@@ -81,10 +82,10 @@ def test_shards_are_made_once_and_damaged_ones_again(tmp_path):
     np.testing.assert_allclose(features.statistics().covariance(), np.cov(expected.T))
     features.path(1).write_bytes(features.path(1).read_bytes()[:-5])
     seen.clear()
-    told = []
-    again = extract(images, network, tmp_path, shard_size=20, batch_size=8, report=told.append)
+    reports = []
+    again = extract(images, network, tmp_path, shard_size=20, batch_size=8, report=reports.append)
     assert seen == [8, 8, 4]
-    counts = [(p.done, p.resumed) for p in told if p.task == "features"]
+    counts = [(p.done, p.resumed) for p in reports if p.task == "features"]
     assert counts[0] == (30, 30)
     assert counts[-1] == (50, 30)
     np.testing.assert_array_equal(again.rows(), expected)
@@ -178,7 +179,7 @@ def test_dinov2_gives_the_class_token_after_the_norm(dino):
     np.testing.assert_allclose(features, token.numpy())
     normed = token - network._model.layernorm.bias
     torch.testing.assert_close(normed.mean(dim=1), torch.zeros(2), atol=1e-5, rtol=0)
-    assert network.facts.name == "dinov2-32-2"
+    assert network.info.name == "dinov2-32-2"
 
 
 def test_dinov2_positions_are_stretched_by_a_tenth_of_a_token(dino):

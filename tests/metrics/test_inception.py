@@ -1,4 +1,4 @@
-"""The Inception network of 2015: its size, its resize, its outputs beside torch-fidelity's, which files it takes."""
+"""The Inception network of 2015: size, resize, outputs equal to torch-fidelity's, weight files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_parameters():
     assert sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) == 94
 
 
-def test_the_resize_is_a_loop_over_pixels():
+def test_resize_equals_a_loop_over_pixels():
     image = np.random.default_rng(0).uniform(0, 255, (5, 9)).astype(np.float32)
     for height, width in [(17, 4), (5, 9), (3, 20)]:
         expected = np.zeros((height, width))
@@ -77,7 +77,7 @@ def test_outputs_of_torch_fidelity(weights, model, images, monkeypatch):
         torch.testing.assert_close(ours["spatial"][:, place], spatial[:, channel, row, column])
 
 
-def test_outputs_and_what_they_are_made_of(model, images):
+def test_outputs_are_those_of_the_named_layers(model, images):
     seen = {}
     handles = [
         model.Mixed_6d.branch1x1.register_forward_hook(lambda m, i, o: seen.update(spatial=o)),
@@ -101,7 +101,7 @@ def test_outputs_and_what_they_are_made_of(model, images):
     torch.testing.assert_close(alone["features"], outputs["features"][1:], rtol=1e-4, atol=1e-5)   # no mixing of images
 
 
-def test_averages_leave_padding_out(model):
+def test_average_pooling_excludes_padding(model):
     x = torch.ones(1, 192, 35, 35)
     pooled = {}
     handle = model.Mixed_5b.branch_pool.register_forward_hook(lambda m, i, o: pooled.update(x=i[0]))

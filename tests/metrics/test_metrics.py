@@ -1,11 +1,11 @@
-"""The distances agree with closed forms, SciPy and brute force, and refuse what they cannot judge."""
+"""The figures agree with closed forms, SciPy and brute force, and refuse what does not fit."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from lamamba.evaluation import (
+from lamamba.metrics import (
     Statistics,
     density_coverage,
     frechet_distance,
@@ -104,7 +104,7 @@ def test_statistics_are_numpys_whatever_the_pieces():
     np.testing.assert_allclose(pieces.covariance(), np.cov(x.T), rtol=1e-6, atol=1e-12)
 
 
-def test_processes_reduce_to_the_statistics_of_all():
+def test_statistics_of_processes_reduce_to_those_of_all_features():
     import threading
 
     x = np.random.default_rng(0).normal(size=(90, 5)).astype(np.float32) + 100
@@ -114,7 +114,7 @@ def test_processes_reduce_to_the_statistics_of_all():
     def work(rank):
         calls = 0
 
-        def sum_up(array):
+        def all_reduce(array):
             nonlocal calls
             calls += 1
             board[calls, rank] = array
@@ -122,7 +122,7 @@ def test_processes_reduce_to_the_statistics_of_all():
             return sum(board[calls, other] for other in range(3))
 
         mine = Statistics(5).add(parts[rank]) if len(parts[rank]) else Statistics(5)
-        results[rank] = mine.reduce(sum_up)
+        results[rank] = mine.reduce(all_reduce)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
     for thread in threads:
@@ -183,7 +183,7 @@ def test_neighbours_are_those_of_brute_force(reference, samples, k, monkeypatch)
     assert shares[-1] == pytest.approx(1)
 
 
-def test_neighbours_never_hold_the_whole_matrix(monkeypatch):
+def test_neighbours_need_less_memory_than_the_matrix_of_distances(monkeypatch):
     import tracemalloc
 
     monkeypatch.setattr(neighbours, "BLOCK", 256)

@@ -1,0 +1,45 @@
+"""Feature networks by name."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from lamamba.config import unknown_name
+from lamamba.metrics.digits_network import DigitFeatures
+from lamamba.metrics.dinov2 import DinoFeatures
+from lamamba.metrics.features import CallableFeatures, FeatureNetwork
+from lamamba.metrics.inception import InceptionFeatures
+
+NETWORKS = ("inception", "dinov2", "digits")
+
+
+def open_network(name: str, weights: str | None, device: torch.device) -> FeatureNetwork:
+    """Open a feature network by name.
+
+    Args:
+        name: one of NETWORKS, or "module:name" for a function from uint8 images (n, h, w, 3) to features (n, d).
+        weights: of inception (a file) or dinov2 (a folder or hub id); by default the published ones.
+        device: for the network.
+
+    Raises:
+        ValueError: for an unknown name, or weights that are not the network's.
+        OSError, RuntimeError: when its weights or packages are missing.
+    """
+    if name == "inception":
+        return InceptionFeatures(weights, device)
+    if name == "dinov2":
+        return DinoFeatures(weights, device)
+    if weights is not None:
+        raise ValueError(f"--weights is for inception and dinov2; {name} brings its own")
+    if name == "digits":
+        return DigitFeatures()
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise unknown_name("feature network", name, NETWORKS)
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--features {name}: {error}; module:name is a function that Python can import") from error
+    return CallableFeatures(function, name)
