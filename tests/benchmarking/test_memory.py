@@ -46,6 +46,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("preset", "image_size", "batch", "checkpoint"), [
     ("s", 256, 4, False), ("b", 128, 8, False), ("b", 128, 8, True),
@@ -63,6 +64,7 @@ def test_the_estimate_is_within_fifteen_percent(preset, image_size, batch, check
     print(f"{preset} {image_size} px, batch {batch}: {estimate.peak:,} bytes estimated, {int(done.stdout):,} taken")
 
 
+@pytest.mark.slow
 def test_options_move_the_estimate_as_they_move_memory():
     config = UNetConfig.preset("s", image_size=256)
     plain = training_memory(config, 8)

@@ -33,6 +33,7 @@ def test_two_networks_take_turns():
     assert (ratio["model"], ratio["peer"], ratio["batch"]) == ("s", "dit-s-2", 2)
 
 
+@pytest.mark.slow
 def test_networks_that_do_not_fit_are_loaded_one_after_the_other(monkeypatch):
     monkeypatch.setattr(throughput, "free_memory", lambda device: 2**27)
     (row,) = measure(pair(mode="train")[:1], seconds=0)

@@ -300,6 +300,7 @@ class TestCompiled:
                    *(f"decoder.{stage}.{i}" for stage in range(4) for i in (0, 1)))
         return small_config(depths=(2, 1, 1, 1), removed_blocks=removed)
 
+    @pytest.mark.slow
     @pytest.mark.skipif(find_compiler("C++") is None, reason="needs a C++ compiler")
     def test_machine_code_agrees_with_eager(self):
         config = self.two_blocks()

@@ -32,6 +32,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_everything_under_the_interpreter")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_everything_under_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+pytestmark = pytest.mark.slow                                                   # minutes of compilation
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -25,6 +25,7 @@ if INTERPRETED:
 GRADIENTS = ("x", "dt", "B", "C", "W_dt", "b_dt", "A", "D")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_everything_under_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
