@@ -20,7 +20,7 @@ from lamamba.utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 
-LAMAMBA = [sys.executable, "-m", "lamamba.cli.main"]
+LAMAMBA = [sys.executable, "-m", "lamamba"]
 BENCH = [*LAMAMBA, "bench", "--models", "xl", "--peers", "dit-xl-2", "--dtype", "bfloat16", "--device", "cuda"]
 CPU_LOSS = ROOT / "benchmarks" / "results" / "digits-cpu.json"
 TRAINING_SECONDS = 120

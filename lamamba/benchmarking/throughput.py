@@ -183,7 +183,8 @@ class Runner:
     def _send(self, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):                              # _receive says what went wrong
-            print(json.dumps(request), file=self._process.stdin, flush=True)
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
 
     def _receive(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 from lamamba.cli.parse import parse
 from lamamba.options.base import options
@@ -22,12 +21,11 @@ class DoctorArguments(DoctorOptions):
     """Print JSON instead of text."""
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     chosen = parse(DoctorArguments, arguments, "doctor", DESCRIPTION)
 
     from lamamba.api.doctor import doctor
 
     result = doctor(chosen)
     print(json.dumps(result.to_dict(), indent=2) if chosen.json else result)
-    if not result.healthy:
-        sys.exit(1)
+    return 0 if result.healthy else 1

@@ -15,11 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lamamba.utils.errors import MainProcessError
+
 T = TypeVar("T")
-
-
-class MainProcessError(RuntimeError):
-    """The main process has refused or failed, and says so itself; the others stop without repeating it."""
 
 
 def pick_device(name: str) -> torch.device:
