@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lamamba.config import unknown_name
 from lamamba.data.autoencoder import pixels_per_latent
-from lamamba.data.codec import CodecConfig, to_grey_levels
+from lamamba.data.codec import CodecConfig, to_uint8
 from lamamba.data.labels import as_names, find_label
 from lamamba.diffusion.denoise import (
     SAMPLERS,
@@ -413,7 +413,7 @@ class LaMambaPipeline(DiffusionPipeline):
             z = self.codec_facts.to_latents(x0).to(self.vae.dtype)
             x0 = self.vae.decode(z, return_dict=False)[0].float()
         if output_type == "pil":
-            levels = to_grey_levels(x0)
+            levels = to_uint8(x0)
             return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in levels]
         shares = (x0 / 2 + 0.5).clamp(0, 1)
         return shares if output_type == "pt" else shares.permute(0, 2, 3, 1).cpu().numpy()

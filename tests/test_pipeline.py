@@ -67,7 +67,7 @@ def test_latents_are_decoded_as_they_were_made(kind, tmp_path):
         pictures = levels(pipe(1, num_inference_steps=2, generator=seeds(3)).images)
         decoder = LatentDecoder(tmp_path)
         if given:
-            decoder.facts = CodecConfig(codec="latents", **{**codec, "latents_mean": tuple(codec["latents_mean"]),
+            decoder.config = CodecConfig(codec="latents", **{**codec, "latents_mean": tuple(codec["latents_mean"]),
                                                            "latents_std": tuple(codec["latents_std"])})
         assert np.abs(pictures - decoder.decode(x0)).max() <= 1
         assert pictures.shape[1:3] == tuple(side * pipe.pixels_per_input for side in x0.shape[2:])

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import sys
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
-
-from lamamba._version import __version__
-from lamamba.benchmarking.environment import commit, device_name, version_of
+from lamamba.benchmarking.environment import environment
 from lamamba.benchmarking.peers import find_peer
-from lamamba.benchmarking.report import described, table
-from lamamba.benchmarking.throughput import MALLOC, Case, measure, multiply_adds, parse_model, ratios
-from lamamba.ops.selective_scan import OP
+from lamamba.benchmarking.report import describe, table
+from lamamba.benchmarking.throughput import Case, measure, multiply_adds, parse_model, ratios
 from lamamba.options.benchmark import BenchmarkOptions
 from lamamba.utils.distributed import pick_device
 from lamamba.utils.files import write_atomically
@@ -33,11 +24,14 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """Rows (one per network and size), ratios of speeds, and where they were measured."""
+    """Times, memory and operations of networks, and the environment in which they were measured."""
 
     rows: list[dict[str, Any]]
+    """One per network and image size: ms (median of a pass), ms_quartiles, images_per_second, peak_memory_bytes, ..."""
     ratios: list[dict[str, Any]]
-    environment: dict[str, Any]
+    """Images per second of each model over those of each peer."""
+    environment: dict[str, Any] = field(repr=False)
+    """Device, versions, commit, date and settings."""
     paths: tuple[Path, ...] = ()
     """Files that were written."""
 
@@ -46,38 +40,42 @@ class BenchmarkResult:
         return {"version": VERSION, "rows": self.rows, "ratios": self.ratios, "environment": self.environment}
 
     def to_markdown(self) -> str:
-        """A page with environment and table."""
-        lines = "\n".join(f"- {key}: {value}" for key, value in described(self.environment))
+        """The environment and the table as a Markdown page."""
+        lines = "\n".join(f"- {key}: {value}" for key, value in describe(self.environment))
         mode, dtype = self.rows[0]["mode"], self.rows[0]["dtype"]
         what = "training step" if mode == "train" else "forward pass"
         return f"# LaMamba beside DiT: {what}, {dtype}\n\n{lines}\n\n{table(self.rows, self.ratios)}\n"
 
     def __str__(self) -> str:
-        lines = [f"{key:<12}{value}" for key, value in described(self.environment)]
+        lines = [f"{key:<12}{value}" for key, value in describe(self.environment)]
         return "\n".join([*lines, "", table(self.rows, self.ratios), *(f"wrote {path}" for path in self.paths)])
 
 
 def benchmark(options: BenchmarkOptions, *, progress: ProgressOption = "auto") -> BenchmarkResult:
     """Time LaMamba presets beside DiT: same batch, precision and settings, in turns, each network in its own process.
 
+    Args:
+        options: networks, sizes and settings; files to write.
+        progress: "auto", a function of Progress values, or None.
+
     Raises:
         ValueError: for unknown networks or sizes that do not fit, before anything is built.
-        RuntimeError: when a network cannot be built or run, with its reason.
+        RuntimeError: when a network cannot be built or run, with the reason.
     """
     paths = tuple(path for path in (options.json, options.markdown, options.plot) if path)
     for path in paths:
         if not path.resolve().parent.is_dir():
             raise ValueError(f"{path}: the folder {path.resolve().parent} does not exist; make it first")
     groups = plan(options)
-    facts = environment(groups[0][0], options)
+    where = environment(groups[0][0], seconds=options.seconds, processes=options.processes)
     rows: list[dict[str, Any]] = []
     with reporting(progress) as report:
         for number, cases in enumerate(groups):
-            def tell(text: str, number: int = number) -> None:
+            def note(text: str, number: int = number) -> None:
                 report(Progress("timing", number, len(groups), unit="image sizes", note=text))
 
-            rows += measure(cases, seconds=options.seconds, processes=options.processes, on_progress=tell)
-            result = BenchmarkResult(rows, ratios(rows), facts, paths)
+            rows += measure(cases, seconds=options.seconds, processes=options.processes, on_progress=note)
+            result = BenchmarkResult(rows, ratios(rows), where, paths)
             if options.json:
                 write_atomically(options.json, json.dumps(result.to_dict(), indent=2) + "\n")
     if options.markdown:
@@ -88,7 +86,7 @@ def benchmark(options: BenchmarkOptions, *, progress: ProgressOption = "auto") -
 
 
 def plan(options: BenchmarkOptions) -> list[list[Case]]:
-    """For each image size, the networks that are timed in turns; all names and sizes are checked.
+    """The networks to time in turns, for each image size.
 
     Raises:
         ValueError: for an unknown network, or a size that does not fit.
@@ -114,31 +112,6 @@ def plan(options: BenchmarkOptions) -> list[list[Case]]:
         ]
         for size, batch in zip(options.image_sizes, batches, strict=True)
     ]
-
-
-def environment(case: Case, options: BenchmarkOptions) -> dict[str, Any]:
-    """Where and how the numbers were made."""
-    device, is_cpu = torch.device(case.device), case.device == "cpu"
-    x = torch.empty(0, device=device, dtype=getattr(torch, case.dtype))
-    states = parse_model(options.models[0], case.image_size, options.state_size).state_size
-    return {
-        "device": device_name(case.device),
-        "versions": {
-            "lamamba": __version__, "python": platform.python_version(), "torch": torch.__version__,
-            "diffusers": diffusers.__version__, "triton": version_of("triton"), "cuda": torch.version.cuda,
-            "system": platform.platform(),
-        },
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "settings": {
-            "backend": OP.choose(x, states), "threads": options.threads or torch.get_num_threads(),
-            "compile": options.compile, "seconds": options.seconds, "processes": options.processes,
-            "packed_weights": case.packs_weights, "attention": "scaled_dot_product_attention",
-            "malloc": MALLOC if is_cpu and sys.platform == "linux" else None,
-            "tf32": None if is_cpu else torch.backends.cuda.matmul.allow_tf32,
-            "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith("LAMAMBA_")},
-        },
-    }
 
 
 def _curves(groups: list[list[Case]]) -> dict[str, list[tuple[int, int]]]:

@@ -16,23 +16,40 @@ from lamamba.utils.progress import Progress, ProgressOption, Report, reporting
 logger = logging.getLogger("lamamba.api")
 
 NAMED = 20
-"""Bad files that are printed; the manifest has all of them."""
+"""Bad files in the text of a result; the manifest has all of them."""
 NAMED_CONVERTED = 3
-"""Files of each kind of conversion that are printed; the manifest has the first thousand."""
+"""Converted files of each kind in the text of a result; the manifest has the first thousand."""
 
 
 @dataclass(frozen=True)
 class CheckDataResult:
-    """What was found in a folder, in tars or in a data set of Hugging Face."""
+    """Files of a folder, of tars or of a data set of Hugging Face, each decoded once."""
 
     manifest: Manifest = field(repr=False)
-    """Counts, classes, bad files by kind."""
+    """As it was written."""
     path: Path
     """Of the manifest."""
 
     @property
+    def num_files(self) -> int:
+        """Files checked."""
+        return self.manifest.images
+
+    @property
     def num_good(self) -> int:
-        return self.manifest.images - len(self.manifest.bad)
+        """Files that training uses."""
+        return self.num_files - len(self.manifest.bad)
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """Number of files of each class, bad ones included; empty where there are no classes."""
+        return dict(zip(self.manifest.label_names, self.manifest.images_per_class, strict=False))
+
+    @property
+    def bad(self) -> dict[str, tuple[str, ...]]:
+        """Names of the bad files of each kind: "truncated", "too small", ..."""
+        kinds = Counter(file.kind for file in self.manifest.bad)
+        return {kind: tuple(file.file for file in self.manifest.bad if file.kind == kind) for kind in kinds}
 
     def __str__(self) -> str:
         return _summary(self.manifest, self.path)
@@ -40,7 +57,7 @@ class CheckDataResult:
 
 @dataclass(frozen=True)
 class CheckLatentsResult:
-    """A folder of latents whose shards all have the hashes that they were written with."""
+    """A folder of latents, each shard of which has its recorded hash."""
 
     folder: Path
     index: Index = field(repr=False)
@@ -61,12 +78,16 @@ autoencoder   {plan.codec.autoencoder} ({str(plan.codec.autoencoder_sha256)[:12]
 def check_data(
     options: CheckDataOptions, *, progress: ProgressOption = "auto"
 ) -> CheckDataResult | CheckLatentsResult:
-    """Decode every image and write a manifest of the bad ones; of a folder of latents, verify every shard.
+    """Decode every image and write a manifest of the bad ones; for a folder of latents, verify every shard.
+
+    Args:
+        options: the source, and what counts as bad.
+        progress: "auto", a function of Progress values, or None.
 
     Raises:
         FileNotFoundError, ValueError: when there is no such source, or a shard of latents is damaged.
         OSError: when the manifest cannot be written.
-        RuntimeError: when a decoding process dies, as it does without memory.
+        RuntimeError: when a decoding process dies, as it does when memory runs out.
     """
     folder = Path(options.source)
     with reporting(progress) as report:
@@ -90,7 +111,7 @@ def _check_images(options: CheckDataOptions, report: Report) -> CheckDataResult:
         path.parent.mkdir(parents=True, exist_ok=True)
         manifest.save(path)
     except OSError as error:
-        raise OSError(f"{error}; name a place that can be written with --manifest") from error
+        raise OSError(f"{error}; name a path that can be written with --manifest") from error
     if empty := getattr(source, "empty_folders", ()):
         named = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
         logger.warning(
@@ -104,7 +125,7 @@ def _check_latents(folder: Path, report: Report) -> CheckLatentsResult:
     return CheckLatentsResult(folder, check_latents(folder, report))
 
 
-def _summary(manifest: Manifest, place: Path) -> str:
+def _summary(manifest: Manifest, path: Path) -> str:
     counts = manifest.images_per_class
     classes = f"{len(manifest.label_names)} classes with {min(counts)} to {max(counts)} files" \
         if manifest.label_names else "no classes"
@@ -122,5 +143,5 @@ def _summary(manifest: Manifest, place: Path) -> str:
     empty = [name for name, number in zip(manifest.label_names, counts, strict=False) if not number]
     if empty:
         lines.append(f"warning: {len(empty)} classes have no file: {', '.join(empty[:5])}")
-    lines.append(f"manifest  {place}")
+    lines.append(f"manifest  {path}")
     return "\n".join(lines)

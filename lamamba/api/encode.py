@@ -13,7 +13,7 @@ from lamamba.data.autoencoder import Autoencoder
 from lamamba.data.encode import encode as encode_shards
 from lamamba.data.encode import excluded_at_start, make_plan
 from lamamba.data.latents import Index, Plan
-from lamamba.data.manifest import known_bad
+from lamamba.data.manifest import excluded_files
 from lamamba.data.sources import open_source
 from lamamba.options.encode import EncodeOptions
 from lamamba.utils.distributed import is_main_process, local_device
@@ -66,7 +66,7 @@ def encode(options: EncodeOptions, *, progress: ProgressOption = "auto") -> Enco
     """
     is_main, rank = is_main_process(), int(os.environ.get("RANK", "0"))
     source = open_source(options.source)
-    excluded, note = known_bad(source, options.manifest)
+    excluded, note = excluded_files(source, options.manifest)
     if note and is_main:
         logger.warning(note)
     newly_excluded: set[str] = set()

@@ -1,1 +1,1 @@
-"""What a network costs: multiply-adds and memory, counted without running it."""
+"""Cost of networks: multiply-adds and memory, counted on the meta device; time and memory, measured beside DiT."""

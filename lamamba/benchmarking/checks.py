@@ -1,4 +1,4 @@
-"""Back ends checked against the formulas in float64, as `lamamba.doctor` does it."""
+"""Checks of back ends against the reference implementations in float64, for `lamamba.doctor`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lamamba.ops.scan_paths import scan_paths
 from lamamba.ops.selective_scan import reference
 
 MAX_ERROR = 1e-4
-"""Largest error over largest value that float32 may have, forward or in a gradient; right back ends have about 1e-6."""
+"""Bound of the largest error over the largest value in float32, forward and gradients; measured: about 1e-6."""
 RESULTS = ("y", "x", "dt", "B", "C", "W_dt", "b_dt", "A", "D")
 
 
 def unsupported_reason(backend: Any, device: str, dtype: Any, state_size: int = 1) -> str | None:
-    """Why a back end cannot run, be it a reason of its own or a setting that cannot be obeyed."""
+    """Why a back end cannot run here: its own reason, or an invalid setting; None where it can."""
     try:
         return backend.unsupported_reason(device.split(":")[0], dtype, state_size)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
@@ -25,7 +25,17 @@ def unsupported_reason(backend: Any, device: str, dtype: Any, state_size: int = 
 
 
 def check_backend(op: Any, backend: Any, device: str) -> dict[str, Any] | None:
-    """Largest relative error of a back end, forward and in every gradient, in float32; None where it cannot run."""
+    """Largest relative error of a back end in float32, forward and in every gradient; None where it cannot run.
+
+    Args:
+        op: the operator.
+        backend: one of op.backends.
+        device: "cpu" or "cuda:i".
+
+    Returns:
+        op, backend, device, passed, and either error (text), or forward_error, gradient_error, worst (the output with
+        the largest error) and seconds.
+    """
     if unsupported_reason(backend, device, torch.float32, state_size=2):
         return None
     began = time.perf_counter()
@@ -41,7 +51,7 @@ def check_backend(op: Any, backend: Any, device: str) -> dict[str, Any] | None:
             name: float((result.cpu().double() - truth).abs().max() / truth.abs().max())
             for name, result, truth in zip(RESULTS, results, expected, strict=True)
         }
-    except Exception as error:                                                  # whatever it is, it is the finding
+    except Exception as error:                                                  # any error is a result of the check
         return {**found, "passed": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))              # NaN is the worst
     gradients = [errors[name] for name in RESULTS[1:]]
@@ -54,7 +64,7 @@ def check_backend(op: Any, backend: Any, device: str) -> dict[str, Any] | None:
 
 
 def check_layers(device: str) -> dict[str, Any]:
-    """Largest relative error of the layers as they are chosen on a device, without gradients, against the formulas."""
+    """Largest relative error in float32 of the layers that a device uses without gradients; fields as above."""
     began, random = time.perf_counter(), torch.Generator().manual_seed(0)
     (b, h, w, c), heads = (2, 5, 7, 20), 2
 
@@ -78,7 +88,7 @@ def check_layers(device: str) -> dict[str, Any]:
                 result = getattr(layers, name)(*there).cpu().double()
             errors[name] = float((result - truth).abs().max() / truth.abs().max())
         found["backend"] = layers.backend_for(torch.zeros((1, 1, 1, 1), device=device))
-    except Exception as error:                                                  # whatever it is, it is the finding
+    except Exception as error:                                                  # any error is a result of the check
         message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return {**found, "backend": "?", "passed": False, "error": message}
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
@@ -89,7 +99,7 @@ def check_layers(device: str) -> dict[str, Any]:
 
 
 def _small_inputs() -> tuple[list[Any], Any]:
-    """Inputs of the scan at the scale of a fresh network, on a grid whose sizes no vector width divides."""
+    """Inputs of the scan at the scale of an untrained network, on a grid whose sizes no vector width divides."""
     random = torch.Generator().manual_seed(0)
     (height, width), b, c, g, n, r = (5, 7), 2, 20, 4, 2, 3
 

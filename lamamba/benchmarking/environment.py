@@ -1,18 +1,25 @@
-"""Where figures were measured: device, versions, commit."""
+"""The environment of a measurement: device, versions, commit."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+import sys
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lamamba._version import __version__
+from lamamba.benchmarking.throughput import MALLOC, Case, Processes, parse_model
+from lamamba.ops.selective_scan import OP
+
 
 def device_name(device: str) -> str:
-    """The maker's name of a GPU or processor."""
+    """Model name of a GPU or processor."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -24,7 +31,7 @@ def device_name(device: str) -> str:
 
 
 def version_of(package: str) -> str | None:
-    """The version of an installed package, None where there is none."""
+    """Version of an installed package; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -32,9 +39,9 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this code lies in, "-dirty" with uncommitted changes; None outside of one.
+    """Commit of this checkout, with "-dirty" for uncommitted changes; None outside of a checkout.
 
-    Where the checkout has no .git, the variable LAMAMBA_COMMIT may name it.
+    Without a .git folder, the variable LAMAMBA_COMMIT may name it.
     """
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
@@ -46,3 +53,33 @@ def commit() -> str | None:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def environment(case: Case, *, seconds: float, processes: Processes) -> dict[str, Any]:
+    """Device, versions, commit, date and settings of a benchmark, as plain values.
+
+    Args:
+        case: a LaMamba network that is timed.
+        seconds, processes: as for `lamamba.benchmarking.throughput.measure`.
+    """
+    is_cpu = case.device == "cpu"
+    x = torch.empty(0, device=case.device, dtype=getattr(torch, case.dtype))
+    state_size = parse_model(case.model, case.image_size).state_size
+    return {
+        "device": device_name(case.device),
+        "versions": {
+            "lamamba": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            "diffusers": version_of("diffusers"), "triton": version_of("triton"), "cuda": torch.version.cuda,
+            "system": platform.platform(),
+        },
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "settings": {
+            "backend": OP.choose(x, state_size), "threads": case.threads or torch.get_num_threads(),
+            "compile": case.compile, "seconds": seconds, "processes": processes,
+            "packed_weights": case.packs_weights, "attention": "scaled_dot_product_attention",
+            "malloc": MALLOC if is_cpu and sys.platform == "linux" else None,
+            "tf32": None if is_cpu else torch.backends.cuda.matmul.allow_tf32,
+            "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith("LAMAMBA_")},
+        },
+    }

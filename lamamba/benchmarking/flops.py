@@ -15,12 +15,12 @@ from lamamba.models.unet import LaMambaUNet
 from lamamba.ops.selective_scan import projection_multiply_adds, scan_operations
 
 LAYER_NORM_OPERATIONS = 5
-"""Per element, in the paper's way of counting."""
+"""Per element, as the paper counts."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image costs in one forward pass. Counts are operations, memory is bytes."""
+    """Cost of one image and one forward pass: counts of operations, memory in bytes."""
 
     parameters: int
     matrix: int
@@ -30,16 +30,16 @@ class Cost:
     layer_norm: int
     """Operations of layer norms, 5 per element."""
     activation_bytes: int
-    """What a training forward keeps for its backward pass, parameters aside, in float32."""
+    """Saved for the backward pass, without parameters, in float32."""
 
     @property
     def paper_total(self) -> int:
-        """Everything together, the way the paper's tables count "GFLOPs": one multiply-add is one operation."""
+        """The "GFLOPs" of the paper's tables: the sum, with a multiply-add as one operation."""
         return self.matrix + self.scan + self.layer_norm
 
 
 class _Operations(FlopCounterMode):
-    """FlopCounterMode with the scan's own count split off, and with layer norms."""
+    """FlopCounterMode that counts scans and layer norms separately."""
 
     def __init__(self) -> None:
         self.scan = self.layer_norm = 0
@@ -60,7 +60,7 @@ class _Operations(FlopCounterMode):
 
 
 def count(config: UNetConfig) -> Cost:
-    """The cost of one image for a network of this configuration, on its own grid."""
+    """Cost of one image for a network of this configuration, at its input size."""
     with torch.device("meta"):
         model = LaMambaUNet(config)
         x = torch.empty(1, config.in_channels, *config.input_size)
@@ -79,14 +79,14 @@ def count(config: UNetConfig) -> Cost:
 
 
 def _saved_bytes(model: LaMambaUNet, *inputs: Any) -> int:
-    """Bytes that autograd keeps between forward and backward, each storage once, without the model's own."""
+    """Bytes that autograd saves for the backward pass, each storage once, without parameters and buffers."""
     own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage                                      # held, so that no address comes twice
+            kept[storage._cdata] = storage                                      # kept alive: its address stays unique
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -1,4 +1,4 @@
-"""How much memory a training step needs, counted on fake tensors: nothing is allocated or computed."""
+"""Memory of a training step, counted on fake tensors: nothing is allocated or computed."""
 
 from __future__ import annotations
 
@@ -16,53 +16,53 @@ from lamamba.models.unet import LaMambaUNet
 
 FLOAT = 4
 MOMENTS = 2
-"""AdamW's, per parameter."""
+"""Of AdamW, per parameter."""
 ALLOCATOR = 1.08
-"""What allocators round up, scatter and keep, measured on CPUs (tests hold the whole estimate to 15 %)."""
+"""Overhead of allocators, measured on CPUs (tests hold the whole estimate to 15 %)."""
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes on one device at the worst moment of a step."""
+    """Bytes on one device at the peak of a step."""
 
     state: int
-    """Weights, averages and AdamW's moments."""
+    """Weights, EMA copies and AdamW's moments."""
     peak: int
-    """Everything: the state, and what activations and gradients together reach during the backward pass."""
+    """The state, and the peak of activations and gradients during the backward pass."""
 
     @property
     def step(self) -> int:
-        """What a step needs besides the state."""
+        """Bytes besides the state."""
         return self.peak - self.state
 
 
 @dataclass
 class _Timeline:
-    """What a forward pass leaves for the backward pass, in the order of the layers."""
+    """What a forward pass saves for the backward pass, in the order of the layers."""
 
     saved: list[int]
-    """Bytes of each newly kept storage."""
+    """Bytes of each newly saved storage."""
     gradients: list[int]
-    """Bytes of parameters first used at that place; their gradients appear when the backward pass comes there."""
+    """Bytes of parameters first used there; the backward pass allocates their gradients when it gets there."""
     transient: int
-    """What the backward pass needs for a moment: gradients as large as the largest kept tensor, two at a time."""
+    """Temporary bytes of the backward pass: two gradients as large as the largest saved tensor."""
 
 
 def training_memory(
     config: UNetConfig, batch_size: int, *, num_averages: int = 1, processes: int = 1, sharded: bool = False,
     bfloat16: bool = False, checkpoint_activations: bool = False, accumulates: bool = False,
 ) -> TrainingMemory:
-    """An estimate for one device.
+    """Estimate the memory of a training step on one device.
 
     Args:
-        config: the network.
-        batch_size: images in one forward pass on this device.
-        num_averages: averaged copies of the weights.
-        processes: how many share the state, when sharded.
-        sharded: parameters, gradients, averages and moments are split among the processes.
-        bfloat16: products run in bfloat16 (autocast).
-        checkpoint_activations: blocks keep their inputs only.
-        accumulates: more than one forward pass for a step, so that gradients are there from the start.
+        config: of the network.
+        batch_size: images of one forward pass on this device.
+        num_averages: EMA copies of the weights.
+        processes: world size, for a sharded state.
+        sharded: parameters, gradients, EMA copies and moments are split among the processes.
+        bfloat16: autocast to bfloat16.
+        checkpoint_activations: blocks save their inputs only.
+        accumulates: several forward passes per step, so that gradients exist from the start.
     """
     parts = processes if sharded else 1
     timeline, parameters, largest_block = _run(config, batch_size, bfloat16, checkpoint_activations)
@@ -76,14 +76,14 @@ def training_memory(
             gradients += gradient
         peak = max(peak, kept + gradients // parts)
         kept -= saved
-    unsharded = 2 * largest_block * FLOAT if sharded else 0                     # one block in use, one on its way
+    unsharded = 2 * largest_block * FLOAT if sharded else 0                     # one block in use, one being gathered
     return TrainingMemory(state, round(ALLOCATOR * (state + peak + timeline.transient + unsharded)))
 
 
 def _run(config: UNetConfig, batch: int, bfloat16: bool, checkpoint: bool) -> tuple[_Timeline, int, int]:
-    label_rows = config.num_classes * config.condition_width                    # beside the row for "no class"
+    label_rows = config.num_classes * config.condition_width                    # without the null label's row
     with torch.device("meta"):
-        model = LaMambaUNet(config.replace(num_classes=0)).train()              # fake labels cannot be looked at
+        model = LaMambaUNet(config.replace(num_classes=0)).train()              # fake labels have no values
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         model.to_empty(device="cpu")
         if checkpoint:
@@ -104,7 +104,7 @@ def _run(config: UNetConfig, batch: int, bfloat16: bool, checkpoint: bool) -> tu
                     used.add(key)
                     _add(0, FLOAT * parameters[key])
             elif key not in own and key not in kept:
-                kept[key] = storage                                             # held, so that no address comes twice
+                kept[key] = storage                                             # kept alive: its address stays unique
                 _add(storage.nbytes(), 0)
             return tensor
 
@@ -119,7 +119,7 @@ def _run(config: UNetConfig, batch: int, bfloat16: bool, checkpoint: bool) -> tu
         _add(3 * output.nbytes, 0)                                              # of the loss: output, noise, difference
         late = FLOAT * (label_rows + sum(parameters.values()) - sum(parameters[key] for key in used))
         timeline.saved.insert(0, 0)
-        timeline.gradients.insert(0, late)                                      # used, not kept: biases, tables
+        timeline.gradients.insert(0, late)                                      # used, not saved: biases, tables
         blocks = [block for block in model.modules() if isinstance(block, LaMambaBlock)]
         largest_block = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
         if checkpoint:
@@ -128,7 +128,7 @@ def _run(config: UNetConfig, batch: int, bfloat16: bool, checkpoint: bool) -> tu
 
 
 def _block_bytes(model: LaMambaUNet, batch: int, cast: Any, own: set[int]) -> int:
-    """What the backward pass of a block on a fine grid needs, by running some by themselves."""
+    """Largest memory of the backward pass of one block, from running blocks of the finer grids alone."""
     largest = 0
     geometries = dict(zip((1, 2, 4), model.geometries, strict=True))
     c = torch.zeros(batch, model.architecture.condition_width)

@@ -1,7 +1,7 @@
-"""The transformers that LaMamba is measured against: DiT-S/2 to XL/2, with diffusers' blocks and DiT's parameter count.
+"""Peers of LaMamba: DiT-S/2 to XL/2 (arXiv 2212.09748), with diffusers' blocks and the paper's parameter count.
 
-diffusers' DiTTransformer2DModel gives each of its blocks an embedder of timestep and label of its own (749.8 M
-parameters for XL/2) and asks each of them anew; the paper's DiT has one (675 M), asked once. `DiT` here is that one.
+diffusers' DiTTransformer2DModel has an embedder of timestep and label in every block (749.8 M parameters for XL/2); the
+paper's DiT has one for all blocks (675 M), evaluated once. `DiT` here is the paper's.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ PEERS = {
 }
 
 
-class _Given(nn.Module):
-    """Stands where diffusers' blocks have an embedder: the "timestep" they are handed is the embedding already."""
+class _Identity(nn.Module):
+    """In place of the embedder of diffusers' blocks: their "timestep" is the embedding already."""
 
     def forward(self, timestep: Tensor, class_labels: Tensor | None, hidden_dtype: torch.dtype | None = None) -> Tensor:
         return timestep
 
 
 class DiT(nn.Module):
-    """DiT with one shared embedder. (b, in, h, w), (b,), (b,) -> (b, out, h, w), called as LaMambaUNet is.
+    """DiT with one shared embedder: (b, in_channels, h, w), (b,), (b,) -> (b, out_channels, h, w), as LaMambaUNet.
 
-    Labels run from 0 to num_classes, which means "no class"; the network itself drops none.
+    Labels are 0 .. num_classes; the last is the null label. The network drops no labels.
 
     Args:
-        size: width, depth, heads.
-        grid: side of the input, in its own pixels.
-        in_channels, out_channels, patch_size, num_classes: by default the paper's, on latents of ImageNet.
+        size: width, depth and heads.
+        grid: side of the input.
+        in_channels, out_channels, patch_size, num_classes: by default those of the paper, for latents of ImageNet.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class DiT(nn.Module):
         self.embedding = norms[0].emb
         self.embedding.class_embedder.dropout_prob = 0.0
         for norm in norms:
-            norm.emb = _Given()
+            norm.emb = _Identity()
 
     def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
         c = self.embedding(timestep, class_labels, hidden_dtype=x.dtype)                            # (b, width)
@@ -78,7 +78,7 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Weights as DiT begins its training with: every block the identity, the output zero (its Section 3.2)."""
+        """Initialise for training: every block is the identity and the output zero (adaLN-Zero, Section 3.2)."""
         transformer = self.transformer
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -100,10 +100,10 @@ class DiT(nn.Module):
 
 
 def find_peer(name: str) -> DiTSize:
-    """The size of this name.
+    """Size of a peer by name.
 
     Raises:
-        ValueError: for an unknown name; the nearest is named.
+        ValueError: for an unknown name, with the nearest one.
     """
     if name not in PEERS:
         raise unknown_name("peer", name, PEERS)
@@ -111,7 +111,7 @@ def find_peer(name: str) -> DiTSize:
 
 
 def build_peer(name: str, image_size: int, device: torch.device, dtype: torch.dtype) -> DiT:
-    """A peer with random weights, none of which is zero but biases; made in place, so that nothing else uses memory."""
+    """A peer with random weights (only biases are zero), allocated on its device and in its dtype at once."""
     size, grid = find_peer(name), image_size // LATENT_SCALE
     with torch.device("meta"):
         model = DiT(size, grid)
@@ -126,7 +126,7 @@ def build_peer(name: str, image_size: int, device: torch.device, dtype: torch.dt
 
 @functools.cache
 def peer_multiply_adds(name: str, image_size: int) -> int:
-    """Multiply-adds of one image in one forward pass (the papers' "GFLOPs"), from a run on the meta device."""
+    """Multiply-adds of one image and one forward pass (the paper's "GFLOPs"), counted on the meta device."""
     grid = image_size // LATENT_SCALE
     with torch.device("meta"):
         model = DiT(find_peer(name), grid)
@@ -137,10 +137,10 @@ def peer_multiply_adds(name: str, image_size: int) -> int:
 
 
 def peer_activation_bytes(name: str, image_size: int) -> int:
-    """Roughly what training keeps of one image for its backward pass, in float32: 23 widths for each token and block.
+    """Estimate of the bytes saved for the backward pass of one image in float32: 23 widths per token and block.
 
-    The input and the two normalised, modulated copies of it, q, k and v, the attention's result, two gated branches,
-    and the hidden layer of 4 widths before and after its activation, with what modulating and gating keep.
+    The input and its two normalised, modulated copies, q, k and v, the output of attention, two gated branches, and the
+    hidden layer of 4 widths before and after its activation, with what modulation and gates save.
     """
     size = find_peer(name)
     tokens = (image_size // LATENT_SCALE // PATCH_SIZE) ** 2

@@ -1,4 +1,4 @@
-"""What was timed, as a table, and where, in words."""
+"""Results of a benchmark as text: the table, and the environment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HEADINGS = (
 
 
 def table(rows: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> str:
-    """Rows as a Markdown table that is as easy to read on a terminal."""
+    """Markdown table of rows and ratios of `lamamba.benchmarking.throughput`, with aligned columns."""
     cells = [HEADINGS]
     for row in rows:
         same = [
@@ -38,8 +38,8 @@ def table(rows: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def described(environment: dict[str, Any]) -> list[tuple[str, str]]:
-    """The lines above a table: device, versions, commit, back end."""
+def describe(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, text) of device, versions, commit and back end, for the lines above a table."""
     settings, versions = environment["settings"], environment["versions"]
     backend = f"{settings['backend']}, {settings['threads']} threads{', compiled' if settings['compile'] else ''}"
     if settings["packed_weights"]:

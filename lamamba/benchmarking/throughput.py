@@ -1,4 +1,4 @@
-"""How fast LaMamba is beside DiT: both built alike, timed in turns, each in a process of its own."""
+"""Throughput of LaMamba beside DiT: networks built alike, timed in turns, each in its own process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lamamba.benchmarking.flops import Cost, count
-from lamamba.benchmarking.peers import PEERS, build_peer, find_peer, peer_activation_bytes, peer_multiply_adds
+from lamamba.benchmarking.peers import PEERS, DiT, build_peer, find_peer, peer_activation_bytes, peer_multiply_adds
 from lamamba.config import LATENT_SCALE, PRESETS, UNetConfig, unknown_name
 from lamamba.inference.packing import can_pack
 from lamamba.models.unet import LaMambaUNet
@@ -33,26 +33,26 @@ Processes = Literal["auto", "together", "apart"]
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456",
 }
-"""glibc keeps what it was given instead of returning it: fresh pages are dear, above all on virtual machines."""
+"""glibc keeps freed memory instead of returning it: page faults are slow, above all on virtual machines."""
 WARM_UP_PASSES = 2
-"""After the first one; a single one where that took longer than SLOW_PASS seconds."""
+"""After the first pass; only one where that took longer than SLOW_PASS seconds."""
 SLOW_PASS = 5
 MIN_PASSES = 3
 SHORTEST_TURN = 0.1
-"""Seconds that a network runs for before it is the other's turn; quick networks make several passes in a turn."""
+"""Shortest duration in seconds of a network's turn; fast networks make several passes in a turn."""
 MEMORY_SHARE = 0.85
-"""Of the free memory, what networks may be expected to need together."""
+"""Share of the free memory up to which networks are kept in memory together."""
 FORWARD_SHARE = 0.25
-"""Activations alive at once in a forward pass, of those that training keeps: an upper bound."""
+"""Upper bound of the activations alive at once in a forward pass, as a share of those that training saves."""
 NATIVE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One network at one size, as it is to be timed."""
+    """One network at one size, and how it is timed."""
 
     model: str
-    """A preset (s, b, l, xl), with -n16 behind it for 16 states; or a peer."""
+    """A preset (s, b, l, xl; xl-n16 has state size 16) or a peer."""
     image_size: int
     batch: int
     dtype: str
@@ -69,12 +69,12 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the network's finest grid, for one image."""
+        """Tokens of the finest grid, for one image."""
         return (self.image_size // LATENT_SCALE // (2 if self.is_peer else 1)) ** 2
 
     @property
     def packs_weights(self) -> bool:
-        """bfloat16 weights on CPUs are stored in oneDNN's own order once, instead of at every product."""
+        """Whether bfloat16 weights are stored in oneDNN's order once, instead of at every product."""
         return (
             self.packed and self.device == "cpu" and self.dtype == "bfloat16" and self.mode == "forward"
             and not self.compile and can_pack()
@@ -89,13 +89,11 @@ class Case:
     def parameters(self) -> int:
         if not self.is_peer:
             return _cost(parse_model(self.model, self.image_size)).parameters
-        from lamamba.benchmarking.peers import DiT
-
         with torch.device("meta"):
             return sum(p.numel() for p in DiT(find_peer(self.model), self.image_size // LATENT_SCALE).parameters())
 
     def memory_estimate(self) -> int:
-        """Bytes that the network will need, rather too many."""
+        """Upper estimate of the bytes that the network needs."""
         kept = (
             peer_activation_bytes(self.model, self.image_size) if self.is_peer
             else _cost(parse_model(self.model, self.image_size)).activation_bytes
@@ -106,10 +104,10 @@ class Case:
 
 
 def parse_model(name: str, image_size: int, state_size: int | None = None) -> UNetConfig:
-    """A preset's name, with -n16 behind it for 16 states, as a configuration.
+    """The configuration of a preset's name; "-n16" at its end is a state size of 16.
 
     Raises:
-        ValueError: for an unknown name (the nearest is named), or a size that does not fit.
+        ValueError: for an unknown name, with the nearest one, or a size that does not fit.
     """
     preset, states = name, state_size
     if match := re.fullmatch(r"(\w+)-n(\d+)", name):
@@ -148,7 +146,7 @@ def build(case: Case) -> nn.Module:
     model.to(device)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1 and not parameter.any():                     # or adaLN-Zero passes x through
+            if parameter.dim() > 1 and not parameter.any():                     # adaLN-Zero: x would pass
                 parameter.normal_(std=0.02)
     return model
 
@@ -167,7 +165,7 @@ class Runner:
     """A worker process that holds one network."""
 
     def __init__(self, case: Case):
-        self.case, self.times, self.facts = case, [], {}  # type: Case, list[float], dict[str, Any]
+        self.case, self.times, self.found = case, [], {}  # type: Case, list[float], dict[str, Any]
         package = str(Path(__file__).resolve().parents[2])
         paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": paths}
@@ -188,15 +186,16 @@ class Runner:
 
     def _receive(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        reply = json.loads(line) if line else {"error": self._last_words()}
+        while (line := self._process.stdout.readline()) and not line.startswith("{"):
+            pass                                                                # printed by a library at its import
+        reply = json.loads(line) if line else {"error": self._exit_message()}
         if "error" in reply:
             self.close()
             case = self.case
             raise RuntimeError(f"{case.model}, {case.image_size} px, batch {case.batch}, {case.mode}: {reply['error']}")
         return reply
 
-    def _last_words(self) -> str:
+    def _exit_message(self) -> str:
         status = self._process.wait()
         self._log.seek(0)
         lines = self._log.read().strip().splitlines()
@@ -204,26 +203,30 @@ class Runner:
         return f"its process ended with status {status}{killed}{': ' + lines[-1] if lines else ''}"
 
     def wait_until_built(self) -> None:
-        """Until it has run once; raises RuntimeError with the reason where it cannot."""
-        self.facts |= self._receive()
+        """Wait for the first pass.
+
+        Raises:
+            RuntimeError: when the network cannot be built or run, with the reason.
+        """
+        self.found |= self._receive()
 
     def warm_up(self) -> None:
-        """Let it run until it runs evenly, and find how many passes fill a turn."""
-        self._send({"passes": 1 if self.facts["first_pass_seconds"] > SLOW_PASS else WARM_UP_PASSES})
+        """Run warm-up passes, and choose the passes of a turn."""
+        self._send({"passes": 1 if self.found["first_pass_seconds"] > SLOW_PASS else WARM_UP_PASSES})
         warm = min(self._receive()["ms"])
         self.passes = max(1, math.ceil(1000 * SHORTEST_TURN / warm))
 
     def turn(self) -> None:
-        """One turn: as many passes as fill it, their times added to the list."""
+        """Run the passes of one turn, and append their times in milliseconds."""
         self._send({"passes": self.passes})
         self.times += self._receive()["ms"]
 
     def finish(self) -> None:
-        """End the process and keep the largest peak it reported."""
+        """End the process, and keep its peak memory."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         peak = self._receive()["peak_memory_bytes"]
-        self.facts["peak_memory_bytes"] = peak
+        self.found["peak_memory_bytes"] = peak
         self._process.wait()
         self.close()
 
@@ -238,7 +241,7 @@ class Runner:
 
 
 def free_memory(device: str) -> int | None:
-    """Bytes that are free on a device now, or None where the system does not tell."""
+    """Free bytes of a device, or None where the system does not report them."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(torch.device(device))[0]
     try:
@@ -249,7 +252,7 @@ def free_memory(device: str) -> int | None:
 
 
 def fit_together(cases: Sequence[Case]) -> bool:
-    """Whether the networks are expected to fit into the device's free memory at the same time."""
+    """Whether the networks are estimated to fit into the device's free memory together."""
     free = free_memory(cases[0].device)
     return free is None or sum(case.memory_estimate() for case in cases) < MEMORY_SHARE * free
 
@@ -260,11 +263,14 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Time networks in turns: one row for each case.
 
-    Networks that fit into memory together stay there and take turns pass by pass; others are loaded one after the
-    other, twice over, so that a machine that grows slower is slow for all.
+    Networks that fit into memory together take turns pass by pass; others are loaded one after the other, in two
+    rounds, so that a machine that slows down does so for all.
 
     Args:
-        seconds: how long each network runs, warm-up aside; at least MIN_PASSES passes all the same.
+        cases: the networks.
+        seconds: for which each network runs, without warm-up; MIN_PASSES passes at least.
+        processes: "together", "apart", or "auto" by `fit_together`.
+        on_progress: called with a line of text.
 
     Raises:
         RuntimeError: when a network cannot be built or run, with its reason.
@@ -276,8 +282,8 @@ def measure(
     for present in rounds:
         for runner in _take_turns(present, seconds * len(present) / (1 if together else 2), on_progress):
             times[runner.case] += runner.times
-            peaks = [f["peak_memory_bytes"] for f in (facts[runner.case], runner.facts) if f.get("peak_memory_bytes")]
-            facts[runner.case] |= {**runner.facts, "peak_memory_bytes": max(peaks, default=None)}
+            peaks = [f["peak_memory_bytes"] for f in (facts[runner.case], runner.found) if f.get("peak_memory_bytes")]
+            facts[runner.case] |= {**runner.found, "peak_memory_bytes": max(peaks, default=None)}
     return [_row(case, times[case], facts[case], together) for case in cases]
 
 
@@ -285,7 +291,7 @@ def _take_turns(cases: Sequence[Case], seconds: float, on_progress: Callable[[st
     with contextlib.ExitStack() as stack:
         runners = []
         for case in cases:
-            runners.append(Runner(case))                                        # they are built side by side
+            runners.append(Runner(case))                                        # they build at the same time
             stack.callback(runners[-1].close)
         for runner in runners:
             on_progress(f"{runner.case.model} {runner.case.image_size} px: building and warming up")
@@ -320,7 +326,7 @@ def _row(case: Case, times: Sequence[float], facts: dict[str, Any], together: bo
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Images per second of each model over each peer's, wherever both were timed alike."""
+    """Images per second of each model over those of each peer, where both were timed alike."""
     same = ("image_size", "batch", "dtype", "device", "mode")
     return [
         {

@@ -1,11 +1,10 @@
-"""One network in a process of its own, timed on demand: python -m lamamba.benchmarking.worker, one JSON object a line.
+"""A process with one network to time: python -m lamamba.benchmarking.worker, one JSON object per line.
 
-    -> the case, as throughput.Case              <- {"ready": true, ...}       built, run once, and what it found
+    -> the fields of throughput.Case             <- {"ready": true, ...}       after the first pass
     -> {"passes": 3}                             <- {"ms": [...]}              milliseconds of each pass
     -> (end of file)                             <- {"peak_memory_bytes": ...} before it ends
 
-A process for each network makes its peak memory its own, lets the runner start it with settings that the C library
-reads only at the start, and lets networks take turns that do not fit into memory together.
+One process per network separates their peak memory, and allows settings that the C library reads at its start.
 """
 
 from __future__ import annotations
@@ -14,19 +13,19 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-    from lamamba.benchmarking.throughput import Case
+from lamamba.benchmarking.throughput import Case, build, inputs
+from lamamba.inference.packing import pack_weights
 
 
 def main() -> None:
-    replies, sys.stdout = sys.stdout, sys.stderr                                # a library's chatter is no reply
+    replies, sys.stdout = sys.stdout, sys.stderr                                # replies alone on standard output
     try:
         _serve(sys.stdin, replies)
-    except Exception as error:                                                  # the parent raises it again, by name
+    except Exception as error:                                                  # the parent raises it
         message = " ".join(str(error).split())[:500]
         _reply(replies, error=f"{type(error).__name__}: {message}")
         raise
@@ -37,10 +36,6 @@ def _reply(replies: TextIO, **values: Any) -> None:
 
 
 def _serve(requests: TextIO, replies: TextIO) -> None:
-    import torch
-
-    from lamamba.benchmarking.throughput import Case, build
-
     case = Case(**json.loads(requests.readline()))
     if case.threads:
         torch.set_num_threads(case.threads)
@@ -70,12 +65,7 @@ def _serve(requests: TextIO, replies: TextIO) -> None:
 
 
 def prepare(case: Case, model: torch.nn.Module, device: torch.device) -> tuple[Callable[[], torch.Tensor], int]:
-    """What is timed, returning the network's output (or the loss), and the bytes of everything that stays in memory."""
-    import torch
-
-    from lamamba.benchmarking.throughput import inputs
-    from lamamba.inference.packing import pack_weights
-
+    """The function to time, which returns the output or the loss, and the bytes of weights or training state."""
     x, timestep, labels = inputs(case, device)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if case.packs_weights:
@@ -109,16 +99,14 @@ def prepare(case: Case, model: torch.nn.Module, device: torch.device) -> tuple[C
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
-        import torch
-
         torch.cuda.synchronize(device)
 
 
 class PeakMemory:
-    """The most memory that was in use at once since it was made: of the GPU's allocator, or of this process.
+    """Peak memory since it was made: of the GPU's allocator, or of this process.
 
-    On a CPU it is the high-water mark of resident memory less what was resident before, so it counts what a network
-    really occupies, with the allocator's waste; None where the system does not tell.
+    On a CPU it is the high-water mark of resident memory less the resident memory before, with the allocator's
+    overhead; None where the system does not report it.
     """
 
     def __init__(self, device: torch.device):
@@ -127,8 +115,6 @@ class PeakMemory:
 
     def bytes(self) -> int | None:
         if self._device.type == "cuda":
-            import torch
-
             return torch.cuda.max_memory_allocated(self._device)
         peak = resident_bytes("VmHWM")
         return peak - self._before if peak is not None and self._before is not None else None

@@ -114,13 +114,13 @@ def open_data(config: TrainConfig, out: Path | None = None) -> TrainingSet:
             data.source, mirror=data.mirror, image_size=data.image_size, autoencoder=data.autoencoder
         )
     from lamamba.data.images import Images
-    from lamamba.data.manifest import known_bad
+    from lamamba.data.manifest import excluded_files
     from lamamba.data.sources import open_source
     from lamamba.runs.folder import RunFolder
     from lamamba.utils.distributed import is_main_process, local_device
 
     source = open_source(data.source)
-    left_out, note = known_bad(source, data.manifest)
+    left_out, note = excluded_files(source, data.manifest)
     foreseen: set[str] = set()
     if out is not None and (began_without := RunFolder(out).left_out()) is not None:
         left_out, foreseen = began_without, set(left_out) - set(began_without)
@@ -130,8 +130,8 @@ def open_data(config: TrainConfig, out: Path | None = None) -> TrainingSet:
         print(f"{len(foreseen)} files that the manifest names now were not known to be bad when this run began: its "
               "order stays, and where they cannot be read the next good ones stand in", flush=True)
     images = Images(
-        source, data.image_size, data.channels, crop=data.crop, left_out=left_out, foreseen=foreseen,
-        max_bad_images=data.max_bad_images, ledger=None if out is None else RunFolder(out).bad_images,
+        source, data.image_size, data.channels, crop=data.crop, excluded=left_out, newly_excluded=foreseen,
+        max_bad_images=data.max_bad_images, bad_files=None if out is None else RunFolder(out).bad_images,
     )
     if data.autoencoder is None:
         return PixelSet(images, data.mirror)
@@ -163,7 +163,7 @@ class PlannedData:
         self.image_size = data.image_size
         self.input_size = data.image_size // LATENT_SCALE if is_latent else data.image_size
         self.channels = LATENT_CHANNELS if is_latent else data.channels
-        self.facts, self.draws_latents = CodecConfig(codec="latents" if is_latent else "pixels"), is_latent
+        self.codec, self.draws_latents = CodecConfig(codec="latents" if is_latent else "pixels"), is_latent
         self.label_names = tuple(str(label) for label in range(data.expected_classes or 0))
         self.fingerprint = ""
         self._count = data.expected_images or 0

@@ -1,1 +1,1 @@
-"""Where images come from and how they become what the network reads. Only the codec knows what pixels mean."""
+"""Data: sources of files, images, autoencoders, stored latents, training sets. codec.py alone scales pixels."""

@@ -1,4 +1,4 @@
-"""Autoencoders of diffusers, frozen: safely loaded, known by the hash of what they are, images to moments and back."""
+"""Frozen autoencoders of diffusers: loaded from safetensors alone, identified by a hash, images to moments and back."""
 
 from __future__ import annotations
 
@@ -10,20 +10,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers.utils import logging
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 KINDS = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
-"""Classes of diffusers that turn one image into one grid of latents."""
+"""Classes of diffusers whose latents are one grid per image."""
 WITH_POSTERIOR = ("AutoencoderKL", "AsymmetricAutoencoderKL")
-"""Those whose latents are drawn from a normal distribution; the others' are a function of the image."""
+"""Those whose latents are drawn from a normal posterior; the others are deterministic."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_NOT_IDENTITY = {"sample_size", "force_upcast"}
-"""Entries of a configuration that change no latent."""
+_IRRELEVANT = {"sample_size", "force_upcast"}
+"""Entries of a configuration that do not change latents."""
 
 
 def pixels_per_latent(config: Mapping[str, Any]) -> int:
-    """Side in image pixels of one latent, from an autoencoder's configuration: every stage but one halves the image."""
+    """Downsampling factor of an autoencoder, from its configuration: every stage but one halves the image.
+
+    Raises:
+        ValueError: for the configuration of another class.
+    """
     names = ("block_out_channels", "down_block_out_channels", "encoder_block_out_channels")
     stages = next((stages for name in names if (stages := config.get(name))), None)
     if stages is None:
@@ -32,13 +39,13 @@ def pixels_per_latent(config: Mapping[str, Any]) -> int:
 
 
 class Autoencoder:
-    """An autoencoder that is only used, never trained. Nothing is unpickled to load it.
+    """A frozen autoencoder. Nothing is unpickled to load it.
 
     Args:
-        name: a folder as diffusers saves it (or one of a pipeline, for its vae), or a hub id such as
+        name: a folder saved by diffusers (or that of a pipeline, for its vae), or a hub id such as
             stabilityai/sd-vae-ft-ema or owner/pipeline/vae.
-        device: where it works.
-        dtype: in which it works. Moments come out in float32 whatever it is.
+        device: of its weights.
+        dtype: of its weights and activations; moments are float32 always.
 
     Raises:
         FileNotFoundError, OSError: when there is no such autoencoder.
@@ -53,7 +60,7 @@ class Autoencoder:
         self.kind = type(network).__name__
         self._network: Any = network.requires_grad_(False).eval()
         self.sha256 = self._identity()
-        """Of weights and configuration: two copies of one autoencoder have the same, whatever their names."""
+        """Of weights and configuration; the same for copies under other names."""
         for tensor in [*self._network.parameters(), *self._network.buffers()]:
             tensor.data = tensor.data.clone()                                   # a file's alignment rounds otherwise
         self._network = nn.Module.to(self._network, self.device, dtype)         # diffusers' own warns of nothing
@@ -61,7 +68,7 @@ class Autoencoder:
         self.has_posterior = self.kind in WITH_POSTERIOR
 
     def _identity(self) -> str:
-        digest = hashlib.sha256(json.dumps([self.kind, _telling(type(self._network), self.config)]).encode())
+        digest = hashlib.sha256(json.dumps([self.kind, _non_default(type(self._network), self.config)]).encode())
         for key, tensor in sorted(self._network.state_dict().items()):
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
@@ -79,7 +86,7 @@ class Autoencoder:
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean and standard deviation (b, c, h, w) float32 of the latents of pixels (b, in_channels, H, W) in [-1, 1].
 
-        Autoencoders without a posterior give their latents as the mean, and None.
+        Autoencoders without a posterior return their latents and None.
         """
         encoded = self._network.encode(pixels.to(self.device, self.dtype))
         if self.has_posterior:
@@ -89,10 +96,10 @@ class Autoencoder:
 
     @functools.lru_cache(maxsize=8)                                             # noqa: B019 (few are ever made)
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """(c, h, w) of the latents of a square image; found by encoding a grey one.
+        """(c, h, w) of the latents of a square image of this side in pixels, from encoding one.
 
         Raises:
-            ValueError: when the autoencoder cannot take this size, or would give smaller images back.
+            ValueError: when the autoencoder cannot encode this size, or would decode to another one.
         """
         side = pixels_per_latent(self.config)
         advice = f"choose a multiple of {4 * side}"                             # the network halves latents twice
@@ -117,20 +124,18 @@ class Autoencoder:
         return self._network.decode(latents.to(self.device, self.dtype)).sample.float()
 
 
-def _telling(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a configuration that differ from its class's defaults, so that new entries change no identity."""
+def _non_default(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a configuration that differ from its class's defaults: new entries do not change the hash."""
     defaults = {key: value.default for key, value in inspect.signature(kind).parameters.items()}
     plain = json.loads(json.dumps({key: value for key, value in config.items() if not key.startswith("_")}))
     standard = json.loads(json.dumps(defaults, default=str))
     return {
         key: value for key, value in sorted(plain.items())
-        if key not in _NOT_IDENTITY and (key not in standard or value != standard[key])
+        if key not in _IRRELEVANT and (key not in standard or value != standard[key])
     }
 
 
 def _load(name: str) -> nn.Module:
-    from diffusers.utils import logging
-
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()                                               # what matters is checked below
     try:
@@ -140,9 +145,6 @@ def _load(name: str) -> nn.Module:
 
 
 def _load_checked(name: str) -> nn.Module:
-    import diffusers
-    from safetensors import SafetensorError
-
     place, options = _find(name)
     try:
         config = diffusers.AutoencoderKL.load_config(place, **options)
@@ -171,7 +173,7 @@ def _load_checked(name: str) -> nn.Module:
 
 
 def _find(name: str) -> tuple[str, dict[str, Any]]:
-    """Where from_pretrained finds an autoencoder, and with which options.
+    """Name and options for from_pretrained.
 
     Raises:
         FileNotFoundError: when a folder holds none.
@@ -180,7 +182,7 @@ def _find(name: str) -> tuple[str, dict[str, Any]]:
     path = Path(name)
     if path.is_file():
         if path.suffix in PICKLES:
-            raise ValueError(_refuse_pickle(name, path.name))
+            raise ValueError(_pickle_message(name, path.name))
         raise ValueError(f"{name} is a file; give the folder that holds config.json and the safetensors weights")
     if not path.is_dir():
         parts = name.split("/")
@@ -197,12 +199,12 @@ def _find(name: str) -> tuple[str, dict[str, Any]]:
     if not any(path.glob("*.safetensors")):
         pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLES]
         if pickles:
-            raise ValueError(_refuse_pickle(name, pickles[0]))
+            raise ValueError(_pickle_message(name, pickles[0]))
         raise FileNotFoundError(f"{name} holds no weights: there is no .safetensors file in it")
     return str(path), {"local_files_only": True}
 
 
-def _refuse_pickle(name: str, file: str) -> str:
+def _pickle_message(name: str, file: str) -> str:
     return (
         f"{name} has its weights as a pickle ({file}), which can run code when it is opened; it was not opened. Get "
         "the safetensors version, or make one where you trust the file: torch.load(..., weights_only=True), then "

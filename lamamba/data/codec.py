@@ -1,4 +1,4 @@
-"""Between pictures (uint8, 0 .. 255) and what the network reads: pixels in [-1, 1], or latents of an autoencoder."""
+"""Codecs between uint8 images and network inputs x0: pixels in [-1, 1], or latents of an autoencoder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor
 from lamamba.data.autoencoder import Autoencoder
 
 
-def to_grey_levels(x: Tensor) -> np.ndarray:
-    """Pixels (b, c, h, w) in [-1, 1] to uint8 (b, h, w, c), cut off rather than rounded: the field's protocol."""
+def to_uint8(x: Tensor) -> np.ndarray:
+    """Pixels (b, c, h, w) in [-1, 1] to uint8 (b, h, w, c): 127.5 x + 128, clamped, truncated (ADM's protocol)."""
     levels = (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def to_pixels(images: np.ndarray, mirror: np.ndarray | None = None) -> Tensor:
-    """uint8 images (b, c, h, w), some mirrored left to right (b,) bool, to float32 pixels in [-1, 1]."""
+    """uint8 images (b, c, h, w) to float32 pixels in [-1, 1], flipped left to right where mirror (b,) bool is true."""
     pixels = torch.from_numpy(np.ascontiguousarray(images))
     if mirror is not None:
         flags = torch.from_numpy(mirror).view(-1, 1, 1, 1)
@@ -32,7 +32,7 @@ def to_pixels(images: np.ndarray, mirror: np.ndarray | None = None) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    """What x0 is made of: all that is needed to make pictures of it again."""
+    """How x0 is made of pixels or latents, and so how to decode it."""
 
     codec: str = "pixels"
     """"pixels" (scaled to [-1, 1]) or "latents" (of an autoencoder)."""
@@ -52,13 +52,13 @@ class CodecConfig:
 
     @classmethod
     def of(cls, autoencoder: Autoencoder) -> CodecConfig:
-        """As the autoencoder's configuration says."""
-        facts = cls.of_config(autoencoder.config)
-        return dataclasses.replace(facts, autoencoder=autoencoder.name, autoencoder_sha256=autoencoder.sha256)
+        """From a loaded autoencoder."""
+        config = cls.of_config(autoencoder.config)
+        return dataclasses.replace(config, autoencoder=autoencoder.name, autoencoder_sha256=autoencoder.sha256)
 
     @classmethod
     def of_config(cls, values: Mapping[str, Any]) -> CodecConfig:
-        """As an autoencoder's configuration says, a file's or a loaded one's, whoever it is."""
+        """From an autoencoder's configuration; name and hash stay None."""
         return cls(
             codec="latents", scale=float(values.get("scaling_factor") or 1.0),
             shift=float(values.get("shift_factor") or 0.0),
@@ -72,44 +72,44 @@ class CodecConfig:
         return mean, self.scale / torch.tensor(self.latents_std, device=like.device).view(-1, 1, 1)
 
     def to_x0(self, latents: Tensor) -> Tensor:
-        """The autoencoder's latents (b, c, h, w) as the network reads them."""
+        """x0 of the autoencoder's latents (b, c, h, w)."""
         shift, scale = self._channelwise(latents)
         return (latents - shift) * scale
 
     def to_latents(self, x0: Tensor) -> Tensor:
-        """Undo `to_x0`."""
+        """Inverse of `to_x0`."""
         shift, scale = self._channelwise(x0)
         return x0 / scale + shift
 
 
 class Decoder(Protocol):
-    """What sampling needs of a codec."""
+    """Decodes x0 to images."""
 
     def decode(self, x0: Tensor) -> np.ndarray:
-        """The network's clean output (b, c, h, w) as uint8 images (b, H, W, channels)."""
+        """uint8 images (b, H, W, channels) of x0 (b, c, h, w)."""
         ...
 
 
 class PixelCodec:
-    """Pixels themselves, scaled to [-1, 1]: one pixel of the image is one pixel of the network's input."""
+    """x0 as pixels scaled to [-1, 1]."""
 
-    facts = CodecConfig()
+    config = CodecConfig()
 
     def encode(self, images: np.ndarray, mirror: np.ndarray | None = None) -> Tensor:
-        """uint8 images (b, c, h, w), some mirrored left to right (b,) bool, to float32 x0 in [-1, 1]."""
+        """x0 (b, c, h, w) float32 of uint8 images (b, c, h, w), flipped left to right where mirror (b,) is true."""
         return to_pixels(images, mirror)
 
     def decode(self, x0: Tensor) -> np.ndarray:
-        return to_grey_levels(x0)
+        return to_uint8(x0)
 
 
 class LatentDecoder:
-    """Latents through a diffusers autoencoder: a folder, a hub id such as stabilityai/sd-vae-ft-ema, or a loaded one.
+    """Decodes x0 by a diffusers autoencoder.
 
     Args:
-        autoencoder: AutoencoderKL, AutoencoderDC or AutoencoderTiny.
-        facts: how x0 was made of latents; by default as the autoencoder's configuration says.
-        device: where to decode, when it is not loaded yet.
+        autoencoder: a folder, a hub id such as stabilityai/sd-vae-ft-ema, or a loaded one.
+        config: how x0 was made of latents; by default by the autoencoder's configuration.
+        device: for one that is not loaded yet.
 
     Raises:
         OSError: when there is no such autoencoder.
@@ -117,13 +117,13 @@ class LatentDecoder:
     """
 
     def __init__(
-        self, autoencoder: str | Path | Autoencoder, facts: CodecConfig | None = None,
+        self, autoencoder: str | Path | Autoencoder, config: CodecConfig | None = None,
         device: torch.device | str = "cpu",
     ):
         self.autoencoder = autoencoder if isinstance(autoencoder, Autoencoder) else Autoencoder(autoencoder, device)
-        self.facts = facts or CodecConfig.of(self.autoencoder)
+        self.config = config or CodecConfig.of(self.autoencoder)
 
     def decode(self, x0: Tensor) -> np.ndarray:
         # one at a time: the decoder's activations are far larger than the network's
-        decode, to_latents = self.autoencoder.decode, self.facts.to_latents
-        return np.concatenate([to_grey_levels(decode(to_latents(x.float()))) for x in x0.split(1)])
+        decode, to_latents = self.autoencoder.decode, self.config.to_latents
+        return np.concatenate([to_uint8(decode(to_latents(x.float()))) for x in x0.split(1)])

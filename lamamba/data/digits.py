@@ -11,7 +11,7 @@ GREY_LEVELS = 16
 
 
 class Digits:
-    """The digits as an image set, enlarged to a multiple of 8 pixels on request.
+    """The digits as an image set, each pixel repeated where image_size is a larger multiple of 8.
 
     Raises:
         RuntimeError: when scikit-learn is not installed.

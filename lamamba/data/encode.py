@@ -103,7 +103,7 @@ def encode(
             their names.
         OSError: when the disk is full or broken; finished shards stay.
     """
-    images = Images(source, plan.image_size, autoencoder.in_channels, left_out=excluded, caches=False)
+    images = Images(source, plan.image_size, autoencoder.in_channels, excluded=excluded, caches=False)
     job = _EncodingJob(
         Path(folder), plan, images, autoencoder, frozenset(newly_excluded), max_bad_images, rank=rank, report=report
     )

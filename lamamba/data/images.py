@@ -1,4 +1,4 @@
-"""From image files to squares of pixels: what is a good file, how it is cropped, and what replaces a bad one.
+"""Images from files: decoding, checks, centre and random crops (ADM), and replacement of files that cannot be decoded.
 
 No torch here: processes that check images start quickly.
 """
@@ -31,14 +31,14 @@ DECODERS = 4
 """Threads that decode the images of one batch."""
 MAX_PIXELS = 178_956_970
 """More are a decompression bomb: a small file that fills the memory. Pillow's own bound."""
-MAX_STRETCH = 64
-"""Times as long as wide; more would be blown up to an enormous picture before the square is cut out of it."""
+MAX_ASPECT_RATIO = 64
+"""Long over short side; beyond it the resized image, from which the square is cropped, becomes enormous."""
 MIN_SIDE = 2
-"""Pixels on the short side; fewer are a tracking pixel or a line, no picture."""
+"""Pixels on the short side; smaller files are tracking pixels and lines."""
 MIN_CROP_SHARE = 0.8
-"""Of the short side that a random crop shows at least (ADM)."""
+"""Smallest share of the short side that a random crop shows (ADM)."""
 
-# once for all: warnings.catch_warnings in each thread would be a race. Our own bounds say it better.
+# for the whole process: warnings.catch_warnings in each thread would be a race. _check_size has bounds of its own.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")       # broken metadata beside good pixels
 
@@ -47,11 +47,16 @@ Kind = Literal[
     "empty", "not an image", "truncated", "damaged", "too small", "too narrow", "decompression bomb", "32-bit"
 ]
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
-"""How files of images begin; one that begins so and cannot be opened is broken, not something else."""
+"""First bytes of image files; a file that has them and cannot be opened is truncated, others are no images."""
 
 
 class BadImage(ValueError):
-    """A file that no image can be made of, and why."""
+    """A file that cannot be decoded, or not used.
+
+    Args:
+        kind: of the fault.
+        detail: more about it, in a few words.
+    """
 
     def __init__(self, kind: Kind, detail: str):
         super().__init__(f"{kind}: {detail}")
@@ -62,30 +67,40 @@ class BadImage(ValueError):
 
 
 class ImageSet(Protocol):
-    """Images that all have one size, and their classes."""
+    """Square images of one size, by index, and their classes."""
 
     name: str
     image_size: int
+    """Side in pixels."""
     channels: int
+    """1 for grey, 3 for RGB."""
     label_names: tuple[str, ...]
     """One name per class, in the order of the labels; empty where there are no classes."""
 
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Images (b, channels, size, size) uint8 and labels (b,) int64 (all 0 where there are no classes)."""
+        """Images (b, channels, image_size, image_size) uint8 and labels (b,) int64, 0 where there are no classes."""
         ...
 
 
 def decode(content: bytes, channels: int = 3, min_side: int = MIN_SIDE) -> tuple[Image.Image, str]:
-    """The image in a file, grey (1 channel) or RGB (3), and from what it was converted ("" if nothing to speak of).
+    """Decode an image file to grey or RGB with 8 bits.
 
     CMYK is converted as R = (1 - C)(1 - K) and so on, without a colour profile. 16-bit grey levels are divided by 257
-    (Pillow alone would cut them off at 255, which turns nearly all of them white); 16-bit colours keep their upper
-    byte. Transparency is dropped. 32-bit images are refused: nothing says which of their values is white.
+    (Pillow alone would clip them at 255, which turns nearly all of them white); 16-bit colours keep their upper byte.
+    Transparency is dropped. 32-bit images are bad: their range is unknown.
+
+    Args:
+        content: the file's bytes.
+        channels: 1 for grey, 3 for RGB.
+        min_side: images with fewer pixels on the short side are too small.
+
+    Returns:
+        The image, and the kind of conversion: "CMYK", "16-bit", or "" for none.
 
     Raises:
-        BadImage: when there is no whole image in it, or one that cannot be used.
+        BadImage: when the file holds no whole image, or one that cannot be used.
     """
     if not content:
         raise BadImage("empty", "0 bytes")
@@ -120,17 +135,17 @@ def _check_size(size: tuple[int, int], min_side: int) -> None:
         raise BadImage("too small", text)
     if size[0] * size[1] > MAX_PIXELS:
         raise BadImage("decompression bomb", text)
-    if max(size) > MAX_STRETCH * min(size):
+    if max(size) > MAX_ASPECT_RATIO * min(size):
         raise BadImage("too narrow", text)
 
 
 def _deep_colour(content: bytes) -> str:
-    """Whether a PNG has 16 bits per colour, which Pillow brings down to 8 without a word (byte 24 of its header)."""
+    """Whether a PNG has 16 bits per colour (byte 24 of its header); Pillow reads the upper 8 of them."""
     return "16-bit" if content.startswith(b"\x89PNG") and content[24:25] == b"\x10" else ""
 
 
 def _shrink(image: Image.Image, side: int) -> Image.Image:
-    """Bring the short side to `side`: halved by box filter while at least twice as long, then bicubic (ADM)."""
+    """Resize the short side to `side` pixels: halved by a box filter while at least twice as long, then bicubic."""
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = side / min(image.size)
@@ -138,9 +153,9 @@ def _shrink(image: Image.Image, side: int) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The centre square, size pixels wide, as ADM and DiT crop it.
+    """Centre crop of ADM (arXiv 2105.05233) and DiT, size x size pixels.
 
-    Halved by box filter while the short side is at least twice the size, then bicubic, then cut.
+    The image is halved by a box filter while its short side is at least twice the size, then resized bicubically.
     """
     image = _shrink(image, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
@@ -148,12 +163,12 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def random_crop(image: Image.Image, size: int, draws: Sequence[float] | np.ndarray) -> Image.Image:
-    """A square, size pixels wide, that shows 80 to 100 % of the short side, as ADM crops it.
+    """Random crop of ADM, size x size pixels that show 80 to 100 % of the short side.
 
     Args:
         image: of any size.
-        size: side of the square in pixels.
-        draws: three numbers in [0, 1): how much is shown, where from the top, where from the left.
+        size: side of the crop in pixels.
+        draws: three uniform numbers in [0, 1), for the scale and for the crop's top and left.
     """
     side = size + int(draws[0] * (math.ceil(size / MIN_CROP_SHARE) - size + 1))
     image = _shrink(image, side)
@@ -162,49 +177,48 @@ def random_crop(image: Image.Image, size: int, draws: Sequence[float] | np.ndarr
 
 
 class Images:
-    """The images of a source as squares of one size.
+    """The images of a source, cropped to squares of one size.
 
-    A file that cannot be decoded is replaced by the next good one in the source's order, whoever reads it, and
-    counted; known ones are left out from the start.
+    A file that cannot be decoded is replaced by the next good one in the source's order, and counted.
 
     Args:
-        source: where the files are.
+        source: of the files.
         image_size: side of the squares in pixels.
-        channels: 1 for grey, 3 for colour.
-        crop: "centre", or "random", which wants numbers with every image.
-        left_out: files known to be bad, by name (see lamamba.data.manifest).
-        foreseen: files found to be bad after a run had begun: replaced like others, so that its order stays, and not
-            counted.
-        max_bad_images: how many unforeseen bad files to bear before reading stops with their names.
-        ledger: a file that all processes share, where each writes the bad ones that it meets, so that they are counted
-            together and known after a restart. Without it, each process counts for itself.
+        channels: 1 for grey, 3 for RGB.
+        crop: "centre", or "random", which needs three random numbers for each image.
+        excluded: files known to be bad, by name (see lamamba.data.manifest); they have no index.
+        newly_excluded: files found to be bad after a run began: they keep their index, so that the run's order stays,
+            are replaced, and are not counted.
+        max_bad_images: how many bad files may be replaced; one more is an error.
+        bad_files: a file shared by all processes, to which each appends the bad files that it reads, so that they are
+            counted together and after a restart. Without it, each process counts its own.
         caches: keep decoded images in memory where all of them fit into CACHE_BYTES.
 
     Raises:
-        ValueError: when nothing is left.
+        ValueError: when every file is excluded.
     """
 
     def __init__(
         self, source: Source, image_size: int, channels: int = 3, *, crop: Crop = "centre",
-        left_out: Collection[str] = (), foreseen: Collection[str] = (), max_bad_images: int = 0,
-        ledger: Path | None = None, caches: bool = True,
+        excluded: Collection[str] = (), newly_excluded: Collection[str] = (), max_bad_images: int = 0,
+        bad_files: Path | None = None, caches: bool = True,
     ):
         self.name, self.label_names = source.name, source.label_names
         self.image_size, self.channels, self.crop = image_size, channels, crop
         self.max_bad_images = max_bad_images
-        self._source, self._left_out, self._foreseen = source, frozenset(left_out), frozenset(foreseen)
+        self._source, self._excluded, self._newly_excluded = source, frozenset(excluded), frozenset(newly_excluded)
         self._kept = np.arange(len(source))
-        if left_out:
-            kept = [k for k in range(len(source)) if source.file(k) not in self._left_out]
+        if excluded:
+            kept = [k for k in range(len(source)) if source.file(k) not in self._excluded]
             self._kept = np.array(kept, dtype=np.int64)
             if not len(self._kept):
-                raise ValueError(f"{self.name} has no good image: all {len(source)} are left out by its manifest")
+                raise ValueError(f"{self.name} has no good image: all {len(source)} are excluded by its manifest")
         self.labels = source.labels[self._kept]
         """(n,) int64."""
         self.bad: dict[str, str] = {}
-        """Unforeseen bad files met so far (by all processes, where there is a ledger), and what is wrong with them."""
-        self._is_bad: set[int] = set()
-        self._ledger = ledger
+        """Bad files replaced so far (by all processes, where they share `bad_files`), and what is wrong with them."""
+        self._bad_indices: set[int] = set()
+        self._bad_files = bad_files
         self._cache: dict[int, np.ndarray] | None = None
         if caches and crop == "centre" and len(self._kept) * channels * image_size**2 <= CACHE_BYTES:
             self._cache = {}
@@ -217,24 +231,24 @@ class Images:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the files' names, classes and order, without those left out."""
-        return fingerprint(self._source, self._left_out)
+        """SHA-256 of the files' names, classes and order, and of which are excluded."""
+        return fingerprint(self._source, self._excluded)
 
     @property
-    def left_out(self) -> tuple[str, ...]:
-        """Files that no index counts."""
-        return tuple(sorted(self._left_out))
+    def excluded(self) -> tuple[str, ...]:
+        """Names of the files without an index."""
+        return tuple(sorted(self._excluded))
 
     def files(self, indices: Sequence[int]) -> list[str]:
-        """The files of images, by name."""
+        """Names of the images' files."""
         return [self._source.file(int(self._kept[index])) for index in indices]
 
     def read(self, indices: Sequence[int], crops: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Images (b, channels, size, size) uint8 and labels (b,) int64, of the image itself where it replaces another.
+        """Images (b, channels, image_size, image_size) uint8 and labels (b,) int64; a replacement has its own label.
 
         Args:
-            indices: 0 .. len - 1, (b,).
-            crops: (b, 3) numbers in [0, 1), for random crops.
+            indices: (b,), 0 .. len - 1.
+            crops: (b, 3) uniform in [0, 1), for random crops.
 
         Raises:
             ValueError: naming the files, when more than max_bad_images cannot be decoded.
@@ -242,7 +256,7 @@ class Images:
         if self.crop == "random" and crops is None:
             raise ValueError("crop='random' needs three random numbers for every image; give them as crops")
         rows = [(index, None if crops is None else crops[row]) for row, index in enumerate(indices)]
-        read = list(self._threads().map(self._good, rows)) if len(rows) > 1 else [self._good(row) for row in rows]
+        read = [self._read(rows[0])] if len(rows) == 1 else list(self._threads().map(self._read, rows))
         return np.stack([pixels for pixels, _ in read]), self.labels[[index for _, index in read]]
 
     def _threads(self) -> ThreadPoolExecutor:
@@ -256,21 +270,21 @@ class Images:
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state, _lock=threading.Lock())
 
-    def _good(self, row: tuple[int, np.ndarray | None]) -> tuple[np.ndarray, int]:
-        """The pixels of an image or of the next good one, and which one it was."""
+    def _read(self, row: tuple[int, np.ndarray | None]) -> tuple[np.ndarray, int]:
+        """The pixels of an image, or of the next good one, and its index."""
         first, draws = row
         for offset in range(len(self)):
             index = (int(first) + offset) % len(self)
-            if index in self._is_bad:
+            if index in self._bad_indices:
                 continue
             try:
                 return self.pixels(index, draws), index
             except BadImage as error:
-                self._meet_bad(index, error)
+                self._replace(index, error)
         raise ValueError(f"{self.name} has no good image left")
 
     def pixels(self, index: int, draws: np.ndarray | None = None) -> np.ndarray:
-        """One image, (channels, size, size) uint8.
+        """One image, (channels, image_size, image_size) uint8.
 
         Raises:
             BadImage: when its file cannot be decoded.
@@ -288,43 +302,44 @@ class Images:
             self._cache[index] = pixels
         return pixels
 
-    def _meet_bad(self, index: int, error: BadImage) -> None:
+    def _replace(self, index: int, error: BadImage) -> None:
+        """Count a bad image, which is skipped from here on."""
         with self._lock:
             file = self.files([index])[0]
-            if index not in self._is_bad:
-                self._is_bad.add(index)
-                if file in self._foreseen:
+            if index not in self._bad_indices:
+                self._bad_indices.add(index)
+                if file in self._newly_excluded:
                     return
-                self._note_bad(file, str(error))
+                self._share(file, str(error))
                 if len(self.bad) <= self.max_bad_images:
-                    logger.warning("%s cannot be read as an image (%s); the next good one stands in", file, error)
+                    logger.warning("%s cannot be read as an image (%s); the next good one replaces it", file, error)
             if len(self.bad) > self.max_bad_images:
                 raise ValueError(explain_bad(self.name, self.bad, self.max_bad_images)) from error
 
-    def _note_bad(self, file: str, fault: str) -> None:
-        """Count a bad file, and those that other processes have met."""
+    def _share(self, file: str, fault: str) -> None:
+        """Add a bad file to the list that processes share, and theirs to `bad`."""
         self.bad[file] = fault
-        if self._ledger is None:
+        if self._bad_files is None:
             return
         try:
-            lines = self._ledger.read_text(encoding="utf-8").splitlines() if self._ledger.exists() else []
+            lines = self._bad_files.read_text(encoding="utf-8").splitlines() if self._bad_files.exists() else []
             known = dict(line.split("\t", 1) for line in lines if "\t" in line)
-            known = {name: found for name, found in known.items() if name not in self._foreseen}
+            known = {name: found for name, found in known.items() if name not in self._newly_excluded}
             if file not in known:
-                with self._ledger.open("a", encoding="utf-8") as ledger:        # one short write: lines stay whole
-                    ledger.write(f"{file}\t{fault}\n")
+                with self._bad_files.open("a", encoding="utf-8") as shared:     # one short write: lines stay whole
+                    shared.write(f"{file}\t{fault}\n")
         except OSError as error:                                                # a full disk: training can go on
-            logger.warning("%s cannot be written: %s", self._ledger, error)
+            logger.warning("%s cannot be written: %s", self._bad_files, error)
             return
         self.bad = {**known, file: fault}
 
 
-def explain_bad(name: str, bad: dict[str, str], bound: int, shown: int = 8) -> str:
-    """One line that names bad files and says what to do."""
+def explain_bad(name: str, bad: dict[str, str], allowed: int, shown: int = 8) -> str:
+    """The message of an error: the first bad files of a source, their faults, and what to do."""
     named = ", ".join(f"{file} ({fault})" for file, fault in sorted(bad.items())[:shown])
     more = f" and {len(bad) - shown} more" if len(bad) > shown else ""
     verb = "file cannot be read as an image" if len(bad) == 1 else "files cannot be read as images"
     return (
-        f"{len(bad)} {verb} in {name}, where {bound} are allowed: {named}{more}. `lamamba data check {name}` finds all "
-        "of them at once and writes a manifest by which training leaves them out"
+        f"{len(bad)} {verb} in {name}, where {allowed} are allowed: {named}{more}. `lamamba data check {name}` finds "
+        "all of them at once and writes a manifest by which training excludes them"
     )

@@ -1,4 +1,4 @@
-"""Names of classes: ImageNet's, and how a number or a name that somebody typed becomes a label."""
+"""Names of classes: those of ImageNet, and labels from numbers and names."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from importlib.resources import files
 
 @functools.cache
 def imagenet_names() -> tuple[str, ...]:
-    """The 1000 classes of ImageNet in their order; several words for one class stand with commas."""
+    """The 1000 classes of ImageNet in the order of their labels; synonyms are separated by commas."""
     text = (files("lamamba") / "data" / "imagenet_classes.txt").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     return tuple(line.split(" ", 1)[1] for line in lines)
 
 
 def short_names(names: Sequence[str]) -> tuple[str, ...]:
-    """The first word of each name ("tabby" of "tabby, tabby cat"), the whole name where that says too little."""
+    """The first synonym of each name ("tabby" of "tabby, tabby cat"), or the whole name where that is ambiguous."""
     first = [name.split(", ")[0] for name in names]
     return tuple(word if first.count(word) == 1 else name for word, name in zip(first, names, strict=True))
 
 
 def as_names(id2label: Mapping[int | str, str] | Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    """One name per class from what diffusers calls id2label, or a sequence; none for None or an empty one.
+    """One name per class from diffusers' id2label or a sequence; () for None or an empty one.
 
     Raises:
         ValueError: when there is not exactly one name for each of 0 .. num_classes - 1.
@@ -48,12 +48,12 @@ def as_names(id2label: Mapping[int | str, str] | Sequence[str] | None, num_class
 
 
 def find_label(wanted: int | str, names: Sequence[str], num_classes: int) -> int:
-    """The class of a number, of a name, or of one of the words in a name ("tabby" of "tabby, tabby cat").
+    """The label of a class number, a name, or a synonym in a name ("tabby" of "tabby, tabby cat").
 
-    Upper and lower case are the same unless two names differ by nothing else.
+    Case matters only where two names differ by nothing else.
 
     Raises:
-        ValueError: for a number out of range, an unknown name (near ones are named), or a word of several classes.
+        ValueError: for a number out of range, an unknown name (near ones are named), or a synonym of several classes.
     """
     if isinstance(wanted, bool) or not isinstance(wanted, int | str):
         try:

@@ -270,9 +270,9 @@ class LatentSet:
         self._check_fits(plan, image_size, autoencoder)
         for shard in index.shards:
             check_size(self._folder, shard)
-        self.plan, self.name, self.facts = plan, str(folder), plan.codec
+        self.plan, self.name, self.codec = plan, str(folder), plan.codec
         if autoencoder is not None:
-            self.facts = dataclasses.replace(plan.codec, autoencoder=autoencoder.name)
+            self.codec = dataclasses.replace(plan.codec, autoencoder=autoencoder.name)
         self.label_names, self.image_size = plan.label_names, plan.image_size
         self.channels, self.input_size = plan.shape[0], plan.shape[1]
         self.draws_latents = plan.parts == 2
@@ -332,7 +332,7 @@ class LatentSet:
         if self.plan.parts == 2:
             assert draws.latent is not None
             latents = latents.addcmul_(moments[:, 1].float(), draws.latent)
-        return self.facts.to_x0(latents), torch.from_numpy(self._labels[np.asarray(indices)])
+        return self.codec.to_x0(latents), torch.from_numpy(self._labels[np.asarray(indices)])
 
     def files(self, indices: Sequence[int]) -> list[str]:
         """File names of images; the index is read for them at each call."""

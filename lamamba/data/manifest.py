@@ -1,4 +1,4 @@
-"""Checking a source file by file, and the manifest that remembers which files are bad."""
+"""Decoding every file of a source, and the manifest: which files are bad, which are converted."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from lamamba.utils.files import read_json, write_atomically
 MANIFEST_VERSION = 1
 MANIFEST_NAME = "lamamba-manifest.json"
 CHUNK = 32
-"""Files that a process checks before it reports."""
+"""Files per task of a worker process."""
+NAMED_CONVERTED = 1000
+"""Converted files that a manifest lists."""
 
 
 @dataclass(frozen=True)
 class FoundFile:
-    """A file that a check has something to say of."""
+    """A bad or converted file, and what was found."""
 
     file: str
     kind: str
@@ -35,10 +37,10 @@ class FoundFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a check found."""
+    """What `lamamba data check` found in a source."""
 
     source: str
-    """As it was named."""
+    """The source's name."""
     fingerprint: str
     """SHA-256 of the names, classes and order of all files, bad ones included."""
     images: int
@@ -57,7 +59,7 @@ class Manifest:
     version: int = MANIFEST_VERSION
 
     def save(self, path: Path) -> None:
-        """Write the manifest so that it is always the old one or the new one."""
+        """Write the manifest, by an atomic rename."""
         write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
@@ -78,7 +80,7 @@ class Manifest:
 
 
 def manifest_path(source_name: str) -> Path:
-    """Where a source's manifest lies unless told otherwise: in its folder, or beside its tars, or here."""
+    """Default path of a source's manifest: in its folder, beside its tars, or in the working directory for a hub id."""
     path = Path(source_name)
     if path.is_dir():
         return path / MANIFEST_NAME
@@ -89,7 +91,7 @@ def manifest_path(source_name: str) -> Path:
 
 
 class CheckedFile(NamedTuple):
-    """What decoding a file has shown."""
+    """Result of decoding a file."""
 
     number: int
     kind: str = ""
@@ -100,7 +102,7 @@ class CheckedFile(NamedTuple):
 
 
 _checked: tuple[Source, int] | None = None
-"""Of a checking process: what it checks, and the least side."""
+"""In a worker process: the source and min_side."""
 
 
 def _begin(source: Source, min_side: int) -> None:
@@ -125,10 +127,15 @@ def _check_file(source: Source, index: int, min_side: int) -> CheckedFile:
 
 
 def check_files(source: Source, workers: int | None = None, min_side: int = MIN_SIDE) -> Iterator[CheckedFile]:
-    """Decode every file of a source, in order of the files, with several processes (by default one per core).
+    """Decode every file of a source by several processes, and yield the results in the order of the files.
+
+    Args:
+        source: of the files.
+        workers: processes; by default one per core.
+        min_side: images with fewer pixels on the short side are bad.
 
     Raises:
-        RuntimeError: when a process dies, as it does when the memory is full.
+        RuntimeError: when a process dies, as it does when memory runs out.
     """
     workers = workers or os.cpu_count() or 1
     if workers == 1 or len(source) <= CHUNK:
@@ -149,13 +156,17 @@ def check_files(source: Source, workers: int | None = None, min_side: int = MIN_
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-NAMED_CONVERTED = 1000
-
-
 def make_manifest(
     source: Source, checked: Iterable[CheckedFile], min_side: int = MIN_SIDE, *, strict: bool = False
 ) -> Manifest:
-    """Sum up what a check found; where strict, files that need a conversion are bad."""
+    """The manifest of a source from the results of `check_files`.
+
+    Args:
+        source: of the files.
+        checked: results; those of good files may be missing.
+        min_side: as the files were checked.
+        strict: files that need a conversion are bad.
+    """
     bad, converted, files = list[FoundFile](), Counter[str](), list[FoundFile]()
     for number, kind, detail, conversion in checked:
         if kind:
@@ -174,15 +185,15 @@ def make_manifest(
     )
 
 
-def known_bad(source: Source, manifest: str | Path | None = None) -> tuple[tuple[str, ...], str | None]:
-    """Files that a source's manifest excludes, and a note when the source has changed since it was written.
+def excluded_files(source: Source, manifest: str | Path | None = None) -> tuple[tuple[str, ...], str | None]:
+    """Names of the files that a source's manifest excludes, and a note where the source has changed since.
 
     Args:
-        source: what is about to be read.
-        manifest: the manifest; None: the one in the source's own place, where there is one.
+        source: of the files.
+        manifest: path; by default that of `manifest_path`, where it exists.
 
     Raises:
-        ValueError: when a manifest is damaged, or the one asked for is missing.
+        ValueError: when the manifest is damaged, or the given one is missing.
     """
     path = Path(manifest) if manifest is not None else manifest_path(source.name)
     if manifest is None and not path.is_file():

@@ -1,4 +1,7 @@
-"""What training asks of data, and two answers: pixels, and images encoded as they are read. Latents are the third."""
+"""Training sets: clean network inputs x0 with labels, from pixels or from images encoded as they are read.
+
+The third kind, stored latents, is in lamamba.data.latents.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ U = TypeVar("U")
 
 
 class SampleDraws(Protocol):
-    """The random numbers of b samples that concern data; where they come from is the training's affair."""
+    """Random numbers for reading b samples."""
 
     @property
     def mirror(self) -> np.ndarray:
@@ -30,35 +33,35 @@ class SampleDraws(Protocol):
 
     @property
     def crop(self) -> np.ndarray:
-        """(b, 3) uniform: the size and the place of a random crop."""
+        """(b, 3) uniform in [0, 1): scale, top and left of a random crop."""
 
     @property
     def latent(self) -> Tensor | None:
-        """(b, c, h, w) standard normal, where the set `draws_latents`."""
+        """(b, c, h, w) standard normal, for sets with `draws_latents`."""
 
 
 class TrainingSet(Protocol):
-    """Clean network inputs x0, all of one shape, by number."""
+    """Clean network inputs x0, all of one shape, by index."""
 
     name: str
     image_size: int
-    """Side in pixels of the images behind the samples."""
+    """Side of the images in pixels."""
     channels: int
     """Channels of x0."""
     input_size: int
-    """Side of x0: that of the images, or of their latents."""
+    """Side of x0: of the images, or of their latents."""
     label_names: tuple[str, ...]
     """One name per class, in the order of the labels; empty where there are no classes."""
-    facts: CodecConfig
-    """What x0 is made of, for whoever must make pictures of it."""
+    codec: CodecConfig
+    """How to decode x0 to images."""
     draws_latents: bool
-    """Whether `read` wants draws.latent."""
+    """Whether `read` needs draws.latent."""
 
     def __len__(self) -> int: ...
 
     @property
     def fingerprint(self) -> str:
-        """Which data this is: a run that resumes on other data would not be the same run."""
+        """Hash of the data; a run resumes only on the data that it began with."""
         ...
 
     def read(self, indices: Sequence[int], draws: SampleDraws) -> tuple[Tensor, Tensor]:
@@ -69,7 +72,7 @@ class TrainingSet(Protocol):
         ...
 
     def files(self, indices: Sequence[int]) -> list[str]:
-        """Names for people: the file of each sample."""
+        """Names of the samples' files."""
         ...
 
 
@@ -84,8 +87,8 @@ def _files(images: ImageSet, indices: Sequence[int]) -> list[str]:
     return named(indices) if named else [f"{images.name}[{index}]" for index in indices]
 
 
-def _left_out(images: ImageSet) -> tuple[str, ...]:
-    return getattr(images, "left_out", ())
+def _excluded(images: ImageSet) -> tuple[str, ...]:
+    return getattr(images, "excluded", ())
 
 
 def _fingerprint(*parts: object) -> str:
@@ -93,23 +96,28 @@ def _fingerprint(*parts: object) -> str:
 
 
 def _images_fingerprint(images: ImageSet) -> str:
-    """A set that does not say what it holds is known by name and length."""
-    told = getattr(images, "fingerprint", f"{images.name} {len(images)}")
-    return _fingerprint(told, images.image_size, images.channels, getattr(images, "crop", "centre"))
+    """Hash of an image set; one without a fingerprint of its own is identified by name and length."""
+    own = getattr(images, "fingerprint", f"{images.name} {len(images)}")
+    return _fingerprint(own, images.image_size, images.channels, getattr(images, "crop", "centre"))
 
 
 class PixelSet:
-    """An image set whose pixels are what the network reads, scaled to [-1, 1]."""
+    """An image set as x0: pixels scaled to [-1, 1].
 
-    facts, draws_latents = PixelCodec.facts, False
+    Args:
+        images: the image set.
+        mirror: flip the images left to right where draws.mirror is true.
+    """
+
+    codec, draws_latents = PixelCodec.config, False
 
     def __init__(self, images: ImageSet, mirror: bool = False):
-        self._images, self._mirror, self._codec = images, mirror, PixelCodec()
+        self._images, self._mirror, self._pixels = images, mirror, PixelCodec()
         self.name, self.label_names = images.name, images.label_names
         self.image_size = self.input_size = images.image_size
         self.channels = images.channels
-        self.left_out = _left_out(images)
-        """Files that no index counts."""
+        self.excluded = _excluded(images)
+        """Names of the files without an index."""
 
     def __len__(self) -> int:
         return len(self._images)
@@ -119,18 +127,23 @@ class PixelSet:
         return _images_fingerprint(self._images)
 
     def read(self, indices: Sequence[int], draws: SampleDraws) -> tuple[Tensor, Tensor]:
-        pictures, labels = _read_images(self._images, indices, draws)
-        return self._codec.encode(pictures, draws.mirror if self._mirror else None), torch.from_numpy(labels)
+        pixels, labels = _read_images(self._images, indices, draws)
+        return self._pixels.encode(pixels, draws.mirror if self._mirror else None), torch.from_numpy(labels)
 
     def files(self, indices: Sequence[int]) -> list[str]:
         return _files(self._images, indices)
 
 
 class EncodedSet:
-    """Images that a frozen autoencoder encodes whenever they are read: slow, but free to crop anew each time.
+    """Images encoded by a frozen autoencoder as they are read: slower than stored latents, but with random crops.
+
+    Args:
+        images: the image set.
+        autoencoder: on the device where it encodes.
+        mirror: flip the images left to right where draws.mirror is true.
 
     Raises:
-        ValueError: when images and autoencoder do not fit together.
+        ValueError: when the autoencoder does not take the images' channels or size.
     """
 
     def __init__(self, images: ImageSet, autoencoder: Autoencoder, mirror: bool = False):
@@ -141,11 +154,11 @@ class EncodedSet:
             )
         self._images, self._autoencoder, self._mirror = images, autoencoder, mirror
         self._process = os.getpid()
-        self.left_out = _left_out(images)
-        """Files that no index counts."""
+        self.excluded = _excluded(images)
+        """Names of the files without an index."""
         self.name, self.label_names, self.image_size = images.name, images.label_names, images.image_size
         self.channels, self.input_size, _ = autoencoder.latent_shape(images.image_size)
-        self.facts = CodecConfig.of(autoencoder)
+        self.codec = CodecConfig.of(autoencoder)
         self.draws_latents = autoencoder.has_posterior
 
     def __len__(self) -> int:
@@ -161,13 +174,13 @@ class EncodedSet:
                 "a process that reads ahead cannot use the autoencoder on the GPU; leave processes.data_workers at 0 "
                 "(threads read ahead), or encode the images once with lamamba encode"
             )
-        pictures, labels = _read_images(self._images, indices, draws)
-        mean, std = self._autoencoder.moments(to_pixels(pictures, draws.mirror if self._mirror else None))
+        pixels, labels = _read_images(self._images, indices, draws)
+        mean, std = self._autoencoder.moments(to_pixels(pixels, draws.mirror if self._mirror else None))
         latents = mean.cpu()
         if std is not None:
             assert draws.latent is not None
             latents = torch.addcmul(latents, std.cpu(), draws.latent)
-        return self.facts.to_x0(latents), torch.from_numpy(labels)
+        return self.codec.to_x0(latents), torch.from_numpy(labels)
 
     def files(self, indices: Sequence[int]) -> list[str]:
         return _files(self._images, indices)
@@ -176,13 +189,13 @@ class EncodedSet:
 def read_ahead(
     function: Callable[[T], U], items: Iterable[T], *, threads: int, depth: int | None = None
 ) -> Iterator[U]:
-    """function(item) of every item, in their order, worked out ahead by threads.
+    """function(item) of every item, in order, computed ahead by threads.
 
     Args:
         function: safe to call from several threads at once.
-        items: may go on for ever.
-        threads: how many.
-        depth: results that may wait to be fetched; by default twice the threads.
+        items: may be infinite.
+        threads: their number.
+        depth: results computed ahead at most; by default twice the threads.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
     waiting: deque[Future[U]] = deque()

@@ -1,6 +1,5 @@
-"""Where encoded image files come from: folders, WebDataset tars, Hugging Face datasets. Bytes, names and labels only.
+"""Sources of image files: folders, WebDataset tars, Hugging Face data sets. Bytes, names and labels, nothing decoded.
 
-A source knows no pixels: it hands out the bytes of file k, so that checking, training and encoding treat all alike.
 No torch here: processes that check images start quickly.
 """
 
@@ -21,14 +20,14 @@ DATASETS_PREFIX = "datasets:"
 
 
 class Source(Protocol):
-    """Image files by number, with their classes."""
+    """Image files by index, with their classes."""
 
     name: str
-    """What the user called it."""
+    """As the user gave it."""
     label_names: tuple[str, ...]
     """One name per class, in the order of the labels; empty where there are no classes."""
     labels: np.ndarray
-    """(n,) int64; all 0 where there are no classes."""
+    """(n,) int64; 0 where there are no classes."""
 
     def __len__(self) -> int: ...
 
@@ -37,17 +36,17 @@ class Source(Protocol):
         ...
 
     def read(self, index: int) -> bytes:
-        """The file as it is stored."""
+        """The file's bytes."""
         ...
 
 
 def open_source(name: str | Path) -> Source:
-    """A folder of images, a folder of tars or one tar or a pattern of tars, a `datasets` folder, or datasets:ID@SPLIT.
+    """Open a folder of images, a folder of tars, a tar, a pattern of tars, a `datasets` folder, or datasets:ID@SPLIT.
 
     Raises:
-        FileNotFoundError: when there is nothing of that name.
-        ValueError: when it holds no images, or is laid out in a way that leaves classes in doubt.
-        RuntimeError: when a package is missing that reads it.
+        FileNotFoundError: when it does not exist.
+        ValueError: when it holds no images, or its classes are ambiguous.
+        RuntimeError: when the package that reads it is missing.
     """
     text, path = str(name), Path(name)
     if text.startswith(DATASETS_PREFIX):
@@ -106,7 +105,7 @@ class FolderSource:
 
 
 def _images_in(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the images and of the subfolders directly in a folder, sorted. Asks nothing of each file itself."""
+    """Names of the images and of the subfolders directly in a folder, sorted, without a stat of each file."""
     files, folders = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -127,8 +126,8 @@ def _images_below(top: Path, folder: str) -> Iterable[str]:
 class TarSource:
     """Uncompressed WebDataset tars: files of one sample share a name up to its first dot (a.jpg, a.cls).
 
-    `.cls` holds the class, a number or a word. Tars are read in place: a table of where each image lies is made at
-    the start, so that images can be read in any order.
+    `.cls` holds the class, a number or a word. Tars are read in place: offset and size of each image are listed at the
+    start, so that images can be read in any order.
 
     Raises:
         FileNotFoundError: when there is no tar of that name.
@@ -158,7 +157,7 @@ class TarSource:
         if not rows:
             raise ValueError(f"{name} holds no images ({', '.join(EXTENSIONS)})")
         self._files = [row[1] for row in rows]
-        self._places = np.array([(row[0], row[2], row[3]) for row in rows], dtype=np.int64)     # tar, offset, size
+        self._locations = np.array([(row[0], row[2], row[3]) for row in rows], dtype=np.int64)     # tar, offset, size
         classes = [row[4] for row in rows]
         unlabelled = classes.count(None)
         if 0 < unlabelled < len(classes):
@@ -173,17 +172,17 @@ class TarSource:
         return len(self._files)
 
     def file(self, index: int) -> str:
-        return f"{os.path.basename(self._tars[self._places[index, 0]])}/{self._files[index]}"
+        return f"{os.path.basename(self._tars[self._locations[index, 0]])}/{self._files[index]}"
 
     def read(self, index: int) -> bytes:
-        tar, offset, size = self._places[index]
+        tar, offset, size = self._locations[index]
         with open(self._tars[tar], "rb") as file:
             file.seek(offset)
             return file.read(size)
 
 
 def _number_classes(classes: Sequence[str | None]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Numbers are labels as they are; words are numbered in the order of the alphabet."""
+    """Names and labels of classes: numbers are labels, words are numbered in alphabetical order."""
     words = {word for word in classes if word is not None}
     if not words:
         return (), np.zeros(len(classes), dtype=np.int64)
@@ -196,7 +195,7 @@ def _number_classes(classes: Sequence[str | None]) -> tuple[tuple[str, ...], np.
 
 
 def _read_table(tar: str) -> list[tuple[str, int, int, str | None]]:
-    """Of each image of a tar: its name, where its bytes begin, how many they are, its class."""
+    """(name, offset, size, class) of each image of a tar."""
     from webdataset.tariterators import base_plus_ext
 
     images, classes = [], {}
@@ -213,7 +212,7 @@ def _read_table(tar: str) -> list[tuple[str, int, int, str | None]]:
                     classes[key] = held.read().decode().strip() if held else ""
     except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{tar} is damaged, compressed or no tar ({error}); make it anew, without compression"
+            f"{tar} is damaged, compressed or no tar ({error}); write it again, without compression"
         ) from error
     return [(name, offset, size, classes.get(key)) for name, offset, size, key in images]
 
@@ -223,7 +222,7 @@ class DatasetSource:
 
     Raises:
         ValueError: when it has no column of images, or the split does not exist.
-        RuntimeError: when the package is not installed or the data set cannot be had.
+        RuntimeError: when the package is not installed or the data set cannot be loaded.
     """
 
     def __init__(self, name: str):
@@ -272,16 +271,16 @@ class DatasetSource:
         return held["bytes"] if held["bytes"] is not None else Path(held["path"]).read_bytes()
 
 
-def fingerprint(source: Source, left_out: Iterable[str] = ()) -> str:
-    """SHA-256 of which images a source holds: their names, classes and order, and which of them are left out.
+def fingerprint(source: Source, excluded: Iterable[str] = ()) -> str:
+    """SHA-256 of the names, classes and order of a source's files, and of which are excluded.
 
-    The files' contents are not read: a file that was replaced under its old name goes unnoticed.
+    The files' contents are not read: a file replaced under the same name does not change it.
     """
     digest = hashlib.sha256()
     for name in source.label_names:
         digest.update(name.encode() + b"\0")
     for index, label in enumerate(source.labels.tolist()):
         digest.update(f"{label}\t{source.file(index)}\n".encode())
-    for file in sorted(left_out):
+    for file in sorted(excluded):
         digest.update(file.encode() + b"\0")
     return digest.hexdigest()

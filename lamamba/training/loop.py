@@ -99,7 +99,7 @@ def describe(config: TrainConfig, data: ImageSet | TrainingSet) -> tuple[UNetCon
     )
     facts = ModelMetadata(
         objective=architecture.objective, image_size=samples.image_size, label_names=tuple(label_names),
-        guidance=config.sampling.guidance if label_names else None, **vars(samples.facts),
+        guidance=config.sampling.guidance if label_names else None, **vars(samples.codec),
     )
     return architecture, facts
 
@@ -129,7 +129,7 @@ def train(
     try:
         processes.together(lock.acquire)
         with precision_policy(config.precision), listening() as request:
-            left_out = getattr(samples, "left_out", ())                         # latents and digits know of none
+            left_out = getattr(samples, "excluded", ())                         # latents and digits know of none
             processes.together(lambda: run.create(config, architecture, facts, samples.fingerprint, left_out))
             return _Training(config, samples, architecture, facts, run, processes).run(callbacks, request)
     finally:

@@ -47,7 +47,7 @@ def test_latents_are_decoded_as_their_autoencoder_wants_them(saved, kind):
     latents = torch.randn(3, 4, 8, 8)
     decoder = LatentDecoder(saved / kind)
     scale, shift = {"AutoencoderKL": (0.5, 0.25), "AutoencoderTiny": (1.0, 0.0), "AutoencoderDC": (0.4, 0.0)}[kind]
-    assert (decoder.facts.scale, decoder.facts.shift) == (scale, shift)
+    assert (decoder.config.scale, decoder.config.shift) == (scale, shift)
     pictures = decoder.decode((latents - shift) * scale)
     assert pictures.shape == (3, 16, 16, 3)
     with torch.no_grad():

@@ -114,7 +114,7 @@ def test_odd_files_that_are_good_after_a_conversion(odd_files):
     assert np.abs(np.asarray(cyan)[5, 5].astype(int) - [0, 255, 255]).max() <= 3
 
 
-def test_unforeseen_bad_files_are_replaced_by_the_next_good_one_and_counted(tmp_path):
+def test_bad_files_are_replaced_by_the_next_good_one_and_counted(tmp_path):
     write_images(tmp_path / "a", 3)
     write_images(tmp_path / "b", 3)
     (tmp_path / "a" / "002.png").write_bytes(b"")
@@ -129,13 +129,13 @@ def test_unforeseen_bad_files_are_replaced_by_the_next_good_one_and_counted(tmp_
     strict.read([0, 1, 2])
     with pytest.raises(ValueError, match=r"2 files cannot.*1 are allowed: a/002.png \(empty.*b/002.png \(not an image"):
         strict.read([5])
-    shared = [Images(FolderSource(tmp_path), 16, max_bad_images=1, ledger=tmp_path / "bad.tsv") for _ in range(2)]
+    shared = [Images(FolderSource(tmp_path), 16, max_bad_images=1, bad_files=tmp_path / "bad.tsv") for _ in range(2)]
     shared[0].read([2])
     with pytest.raises(ValueError, match=r"2 files cannot.*a/002.png \(empty.*b/002.png"):
         shared[1].read([5])                                                     # counted together
     told = [line.split("\t")[0] for line in (tmp_path / "bad.tsv").read_text().splitlines()]
     assert told == ["a/002.png", "b/002.png"]
-    known = Images(FolderSource(tmp_path), 16, left_out=["a/002.png", "b/002.png"])
+    known = Images(FolderSource(tmp_path), 16, excluded=["a/002.png", "b/002.png"])
     assert (len(known), known.labels.tolist()) == (4, [0, 0, 1, 1])
     assert known.files([1, 2]) == ["a/001.png", "b/000.png"]
     assert known.fingerprint != strict.fingerprint

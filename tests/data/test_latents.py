@@ -119,7 +119,7 @@ def test_encoding_on_the_fly_is_the_same_up_to_storage(place, encoded):
     images = Images(FolderSource(place / "images"), 16)
     live, stored = EncodedSet(images, Autoencoder(place / "kl"), mirror=True), LatentSet(encoded, mirror=True)
     draws = draw(3, range(6), SHAPE, latent=True)
-    for name in ("facts", "channels", "input_size", "image_size", "label_names", "draws_latents"):
+    for name in ("codec", "channels", "input_size", "image_size", "label_names", "draws_latents"):
         assert getattr(live, name) == getattr(stored, name), name
     a, labels = live.read([0, 10, 3, 3, 7, 1], draws)
     b, same = stored.read([0, 10, 3, 3, 7, 1], draws)
@@ -139,8 +139,8 @@ def test_a_cache_of_another_autoencoder_or_size_is_refused_with_both_named(place
 
 def test_an_autoencoder_that_has_moved_is_found_where_training_says(place, encoded, tmp_path):
     make_kl().save_pretrained(tmp_path / "moved")
-    facts = LatentSet(encoded, autoencoder=str(tmp_path / "moved")).facts
-    assert facts == dataclasses.replace(LatentSet(encoded).facts, autoencoder=str(tmp_path / "moved"))
+    facts = LatentSet(encoded, autoencoder=str(tmp_path / "moved")).codec
+    assert facts == dataclasses.replace(LatentSet(encoded).codec, autoencoder=str(tmp_path / "moved"))
     with pytest.raises(OSError, match="--data.autoencoder, or train without them"):
         open_decoder(dataclasses.replace(facts, autoencoder=str(tmp_path / "gone")), torch.device("cpu"))
     assert open_decoder(facts, torch.device("meta")).autoencoder.device.type == "meta"
@@ -291,7 +291,7 @@ def test_pixels_have_a_fingerprint_too(place):
         return PixelSet(Images(FolderSource(place / "images"), **{"image_size": 16, **options}))
 
     assert make().fingerprint == make().fingerprint
-    others = [make(image_size=8), make(channels=1), make(crop="random"), make(left_out=["ant/001.png"])]
+    others = [make(image_size=8), make(channels=1), make(crop="random"), make(excluded=["ant/001.png"])]
     assert len({other.fingerprint for other in [make(), *others]}) == 5
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lamamba.data.images import Images
-from lamamba.data.manifest import Manifest, check_files, known_bad, make_manifest, manifest_path
+from lamamba.data.manifest import Manifest, check_files, excluded_files, make_manifest, manifest_path
 from lamamba.data.sources import FolderSource, fingerprint, open_source
 from tests.data.test_images import BAD, CONVERTED, write_images, write_odd_files
 
@@ -120,9 +120,9 @@ def test_a_check_names_every_bad_file_by_kind(tmp_path, workers):
     assert manifest.images == len(source) == (60 if workers == 2 else 3) + len(BAD) + len(CONVERTED)
     manifest.save(manifest_path(source.name))
     assert Manifest.load(tmp_path / "lamamba-manifest.json") == manifest
-    left_out, note = known_bad(source)
-    assert (sorted(left_out), note) == (sorted(BAD), None)
-    images = Images(source, 8, left_out=left_out)
+    excluded, note = excluded_files(source)
+    assert (sorted(excluded), note) == (sorted(BAD), None)
+    images = Images(source, 8, excluded=excluded)
     images.read(range(len(images)))                                             # all good
     assert images.bad == {}
 
@@ -139,17 +139,17 @@ def test_a_manifest_of_other_files_still_counts_and_says_so(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"")
     source = open_source(tmp_path)
     make_manifest(source, check_files(source, 1)).save(tmp_path / "m.json")
-    assert known_bad(source) == ((), None)                                      # not in its own place
-    assert known_bad(source, tmp_path / "m.json") == (("bad.png",), None)
+    assert excluded_files(source) == ((), None)                                      # not in its own place
+    assert excluded_files(source, tmp_path / "m.json") == (("bad.png",), None)
     write_images(tmp_path, 3)
-    left_out, note = known_bad(open_source(tmp_path), tmp_path / "m.json")
-    assert left_out == ("bad.png",)
+    excluded, note = excluded_files(open_source(tmp_path), tmp_path / "m.json")
+    assert excluded == ("bad.png",)
     assert "has changed since" in note
     assert "3 files then, 4 now" in note
     values = json.loads((tmp_path / "m.json").read_text())
     (tmp_path / "m.json").write_text(json.dumps({**values, "version": 9}))
     with pytest.raises(ValueError, match="format version 9"):
-        known_bad(source, tmp_path / "m.json")
+        excluded_files(source, tmp_path / "m.json")
     (tmp_path / "m.json").write_text(json.dumps(values)[:50])
     with pytest.raises(ValueError, match=r"m\.json is missing or damaged"):
-        known_bad(source, tmp_path / "m.json")
+        excluded_files(source, tmp_path / "m.json")

@@ -48,12 +48,12 @@ def test_corrupt_images_are_found_left_out_or_stop_the_run_with_their_names(plac
         for file in chosen:
             damage(tmp_path / f"{k}" / file, rng)
         named = {found.file for found in make_manifest(source, check_files(source, 1)).bad}
-        ledger = tmp_path / f"{k}.tsv"
-        state = train(settings, PixelSet(Images(source, 16, max_bad_images=3, ledger=ledger)), tmp_path / f"run{k}")
+        shared = tmp_path / f"{k}.tsv"
+        state = train(settings, PixelSet(Images(source, 16, max_bad_images=3, bad_files=shared)), tmp_path / f"run{k}")
         with pytest.raises(ValueError, match="3 files cannot be read as images") as caught:
             train(settings, PixelSet(Images(source, 16, max_bad_images=2)), tmp_path / f"strict{k}")
-        told = {line.split("\t")[0] for line in ledger.read_text().splitlines()}
-        left = PixelSet(Images(source, 16, left_out=chosen))
+        told = {line.split("\t")[0] for line in shared.read_text().splitlines()}
+        left = PixelSet(Images(source, 16, excluded=chosen))
         survived += (
             named == told == chosen and state.step == 2 and all(file in str(caught.value) for file in chosen)
             and train(settings, left, tmp_path / f"known{k}").step == 2

@@ -159,7 +159,7 @@ class Latents:
     """Random numbers of the official file's shape, as latents would be."""
 
     name, image_size, channels, input_size, fingerprint = "latents", 128, 4, 16, "random"
-    facts, draws_latents = CodecConfig(codec="latents", scale=0.18215), True
+    codec, draws_latents = CodecConfig(codec="latents", scale=0.18215), True
 
     def __init__(self, classes=6):
         self.label_names = tuple(map(str, range(classes)))
