@@ -1,7 +1,8 @@
-"""What `lamamba evaluate` looks at: images that are there, and networks that make some while they are judged."""
+"""Image sets to evaluate: existing ones, and those that networks sample while they are evaluated."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 
 from lamamba.diffusion.denoise import make_scheduler, samplers_for
-from lamamba.evaluation.images import DigitImages, FolderImages, GeneratedImages, Images, NpzImages
-from lamamba.options.evaluation import SampleOptions
+from lamamba.evaluation.images import ArrayImages, DigitImages, FolderImages, GeneratedImages, Images, NpzImages
+from lamamba.evaluation.reference import is_statistics, load_statistics
+from lamamba.options.evaluation import EvaluateOptions
 from lamamba.runs.folder import RunFolder
 from lamamba.runs.model import PIPELINE_INDEX, SHIPPED, Average, averages_at, find_shipped, open_model
 from lamamba.sampling import generate
@@ -20,26 +22,33 @@ from lamamba.sampling.labels import label_of
 from lamamba.sampling.plan import NPZ, SHARDS, UNFINISHED, find_plan
 from lamamba.utils.files import read_json
 
+NUM_IMAGES = 50_000
+"""Samples behind a published FID."""
 
-def open_images(name: str, image_size: int = 8, limit: int | None = None) -> Images:
-    """Images by name: "digits", an npz file, or a folder; at most `limit`, the first ones.
 
-    What `lamamba sample -n` has made carries its plan (model, sampler, guidance, seeds) into the protocol.
+def open_images(name: str | np.ndarray, image_size: int = 8, limit: int | None = None) -> Images:
+    """Open existing images. The plan of a folder that `lamamba sample -n` has filled becomes part of the protocol.
+
+    Args:
+        name: "digits", an npz file, a folder, or an array of images.
+        image_size: of "digits".
+        limit: use only so many, the first ones.
 
     Raises:
         FileNotFoundError, ValueError: when there are none, fewer than `limit`, or not all of them yet.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"--num-images {limit} must be at least 2")
-    if name == "digits":
-        images: Images = DigitImages(image_size, limit)
+    if not isinstance(name, str):
+        images: Images = ArrayImages(name, limit)
+        name = "the array"
+    elif name == "digits":
+        images = DigitImages(image_size, limit)
     else:
         folder = Path(name).parent if Path(name).name == NPZ else Path(name)
         if (folder / UNFINISHED).is_dir():
             raise ValueError(f"lamamba sample has not filled {folder} yet; run it again, it goes on where it was")
         made = NpzImages(name, limit=limit) if name.endswith(".npz") else FolderImages(name, limit)
         if (folder / SHARDS).is_file() and (plan := find_plan(folder)) is not None:
-            made.facts["made_by"] = plan.to_dict()
+            made.metadata["made_by"] = plan.to_dict()
         images = made
     if limit is not None and len(images) < limit:
         raise ValueError(f"{name} has {len(images):,} images, and --num-images {limit} asks for more; leave it out")
@@ -47,7 +56,7 @@ def open_images(name: str, image_size: int = 8, limit: int | None = None) -> Ima
 
 
 def is_model(path: Path) -> bool:
-    """Whether a folder is a run, a checkpoint, a saved network or a pipeline; "shipped" is one, too."""
+    """Whether a path is a run, a checkpoint, a saved network, a pipeline, or "shipped"."""
     names = ("checkpoints", "state.json", "sampling.json", PIPELINE_INDEX)
     return is_shipped(path) or any((path / name).exists() for name in names) or any(
         path.glob("diffusion_pytorch_model*")
@@ -55,7 +64,7 @@ def is_model(path: Path) -> bool:
 
 
 def is_shipped(path: Path) -> bool:
-    """Whether the model that comes with the package is meant, and not a folder of that name."""
+    """Whether the path names the model of the package, and not a folder called so."""
     return str(path) == SHIPPED and not path.exists()
 
 
@@ -66,18 +75,20 @@ class Candidate:
     name: str
     path: Path
     """Run, checkpoint or model, as the user named it."""
-    place: Path
+    folder: Path
     """Checkpoint or model."""
     step: int | None = None
     ema: Average | None = None
-    """None where there is no choice."""
+    """Which average; None for a model with one set of weights."""
 
 
 def find_candidates(path: Path, ema: Average | None = None, *, every: bool = False) -> list[Candidate]:
-    """The networks at a place: of a run's newest checkpoint or of all, its first average or all of them.
+    """The sets of weights of a run, checkpoint or model.
 
     Args:
-        ema: which average; by default the first, or, with every, each.
+        path: a run (its newest checkpoint), a checkpoint, a model, or "shipped".
+        ema: which average; by default the first, with `every` each.
+        every: all checkpoints of a run.
 
     Raises:
         FileNotFoundError, ValueError: when there is none, or not such an average.
@@ -87,67 +98,140 @@ def find_candidates(path: Path, ema: Average | None = None, *, every: bool = Fal
         names = run.names()
         if not names:
             raise FileNotFoundError(f"{path} is a run without a checkpoint yet; train it further")
-        places = [run.checkpoints / name for name in (names if every else names[-1:])]
+        folders = [run.checkpoints / name for name in (names if every else names[-1:])]
     elif every:
         raise ValueError(f"{path} is no run: --every-checkpoint scores the checkpoints of a run's folder")
     else:
-        places = [find_shipped() if is_shipped(path) else path]
+        folders = [find_shipped() if is_shipped(path) else path]
     found = []
-    for place in places:
-        kept = averages_at(place)
+    for folder in folders:
+        kept = averages_at(folder)
         if not kept:
             if ema is not None:
-                raise ValueError(f"{place} is a single network; --ema chooses among a checkpoint's averages")
-            found.append(Candidate(path.name or str(path), path, place))
+                raise ValueError(f"{folder} is a single network; --ema chooses among a checkpoint's averages")
+            found.append(Candidate(path.name or str(path), path, folder))
             continue
         if ema is not None and ema not in kept:
-            raise ValueError(f"{place} has no average {ema}; it has {', '.join(str(each) for each in kept)}")
-        step, averages = int(read_json(place / "state.json")["step"]), [each for each in kept if each != "none"]
-        for chosen in [ema] if ema is not None else averages if every else averages[:1]:
-            name = f"{step}" + (f" ema {chosen}" if every and len(averages) > 1 else "")
-            found.append(Candidate(name, path, place, step, chosen))
+            raise ValueError(f"{folder} has no average {ema}; it has {', '.join(str(each) for each in kept)}")
+        step, averages = int(read_json(folder / "state.json")["step"]), [each for each in kept if each != "none"]
+        for average in [ema] if ema is not None else averages if every else averages[:1]:
+            name = f"{step}" + (f" ema {average}" if every and len(averages) > 1 else "")
+            found.append(Candidate(name, path, folder, step, average))
     return found
 
 
 class Sampler:
-    """A network with all that makes pictures of its output.
+    """A network prepared for sampling.
+
+    Args:
+        candidate: which weights.
+        options: sampler, steps, labels, autoencoder and precision.
+        device: for network and autoencoder.
+        on_step: called with (sampling steps done, steps in all) of the current batch.
 
     Raises:
         FileNotFoundError, ValueError: when it is damaged, or the options do not fit it.
     """
 
-    def __init__(self, candidate: Candidate, options: SampleOptions, device: torch.device, batch_size: int):
-        self._model = open_model(candidate.place, options.autoencoder, device, candidate.ema)
-        self._options, self._batch_size = options, batch_size
+    def __init__(
+        self, candidate: Candidate, options: EvaluateOptions, device: torch.device,
+        on_step: Callable[[int, int], None] | None = None,
+    ):
+        self._model = open_model(candidate.folder, options.autoencoder, device, candidate.ema)
+        self._options, self._on_step = options, on_step
         config = self._model.network.architecture
         self._sampler = options.sampler or samplers_for(config.objective)[0]
         steps = len(make_scheduler(self._sampler, config.objective, options.steps).timesteps)
         decoder = self._model.decoder
         height, width = self._model.fit(None, None)[1]
         self._shape = (height, width, 3 if decoder else config.in_channels)
-        self._facts: dict[str, Any] = {
+        self._metadata: dict[str, Any] = {
             "name": f"{candidate.path}", "step": candidate.step, "ema": candidate.ema,
             "weights_sha256": self._model.sha256, "objective": config.objective, "sampler": self._sampler,
             "evaluations": steps, "dtype": options.dtype,
             "labels": options.labels if config.num_classes else "none",
             "autoencoder_sha256": decoder.autoencoder.sha256 if decoder else None,
         }
-        self._model.prepare(device, getattr(torch, options.dtype), compiled=False, images=batch_size)
+        self._model.prepare(device, getattr(torch, options.dtype), compiled=False, images=options.batch_size)
 
-    def images(
-        self, count: int, first_seed: int, guidance: float, on_step: Callable[[int, int], None] | None = None
-    ) -> GeneratedImages:
-        """So many images, made when they are read."""
+    def images(self, count: int, first_seed: int, guidance: float) -> GeneratedImages:
+        """Images of consecutive seeds, sampled when they are read."""
         classes = range(self._model.num_classes)
         if guidance != 1 and not classes:
-            raise ValueError(f"{self._facts['name']} is unconditional: guidance needs classes, leave --guidance out")
+            raise ValueError(f"{self._metadata['name']} is unconditional: guidance needs classes, leave --guidance out")
         seeds = range(first_seed, first_seed + count)
 
         def make(seeds: range, labels: Sequence[int] | None) -> np.ndarray:
             return generate(
                 self._model.network, labels, seeds, sampler=self._sampler, num_steps=self._options.steps,
-                guidance=guidance, batch_size=self._batch_size, decoder=self._model.decoder, on_step=on_step,
+                guidance=guidance, batch_size=self._options.batch_size, decoder=self._model.decoder,
+                on_step=self._on_step,
             )
 
         labels = [label_of(self._options.labels, k, seed, classes) for k, seed in enumerate(seeds)] if classes else None
-        return GeneratedImages(make, seeds, labels, facts={**self._facts, "guidance": guidance}, shape=self._shape)
+        metadata = {**self._metadata, "guidance": guidance}
+        return GeneratedImages(make, seeds, labels, metadata=metadata, shape=self._shape)
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """One set of weights at one guidance scale, or existing images."""
+
+    name: str
+    runs: list[Images]
+    """For each seed range."""
+    step: int | None = None
+    ema: Average | None = None
+    guidance: float | None = None
+
+
+def find_sample_sets(
+    options: EvaluateOptions, device: torch.device, on_step: Callable[[int, int], None] | None = None
+) -> list[Callable[[], SampleSet]]:
+    """Functions that open the image sets to evaluate, one after the other: a network is loaded when it is needed.
+
+    Args: as `Sampler`.
+
+    Raises:
+        FileNotFoundError, ValueError: when there are none, or the options do not fit them.
+    """
+    if not isinstance(options.samples, str) or not is_model(Path(options.samples)):
+        samples = _existing_images(options)
+        return [lambda: samples]
+    count = NUM_IMAGES if options.num_images is None else options.num_images
+    candidates = find_candidates(Path(options.samples), options.ema, every=options.every_checkpoint)
+    samplers: dict[Candidate, Sampler] = {}
+
+    def open_samples(candidate: Candidate, scale: float) -> SampleSet:
+        if candidate not in samplers:
+            samplers.clear()                                                    # one network in memory
+            samplers[candidate] = Sampler(candidate, options, device, on_step)
+        seeds = [options.seed + count * repeat for repeat in range(options.repeats)]
+        runs: list[Images] = [samplers[candidate].images(count, seed, scale) for seed in seeds]
+        name = f"guidance {scale:g}" if len(options.guidance) > 1 else candidate.name
+        return SampleSet(name, runs, candidate.step, candidate.ema, scale)
+
+    return [functools.partial(open_samples, candidate, scale) for candidate in candidates for scale in options.guidance]
+
+
+def _existing_images(options: EvaluateOptions) -> SampleSet:
+    """Images that are no model's; options that only a model has are refused."""
+    samples = options.samples
+    is_name = isinstance(samples, str)
+    name = samples if is_name else "the array"
+    if is_name and samples != "digits" and not Path(samples).exists():
+        raise FileNotFoundError(
+            f"{samples} does not exist; give a folder of images, an npz file, a run, a model, or \"shipped\""
+        )
+    defaults = {
+        "repeats": 1, "every_checkpoint": False, "ema": None, "guidance": (1.0,), "seed": 0, "sampler": None,
+        "steps": None, "autoencoder": None,
+    }
+    given = [f"--{key.replace('_', '-')}" for key, value in defaults.items() if getattr(options, key) != value]
+    if given:
+        raise ValueError(f"{name} holds images, not a model: {', '.join(given)} cannot change them")
+    size, reference = 8, options.reference
+    if is_name and samples == "digits" and is_statistics(reference):
+        size = (load_statistics(reference).image_shape or (size,))[0]
+    images = open_images(samples, size, options.num_images)
+    return SampleSet((Path(samples).stem or samples) if is_name else "array", [images])

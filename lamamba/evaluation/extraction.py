@@ -120,7 +120,7 @@ def extract(
     if min(shard_size, batch_size) < 1:
         raise ValueError(f"shard_size={shard_size} and batch_size={batch_size} must be at least 1")
     plan = _Plan({
-        "images": dict(images.facts), "count": len(images), "network": asdict(network.info), "shard": shard_size,
+        "images": dict(images.metadata), "count": len(images), "network": asdict(network.info), "shard": shard_size,
         "shape": list(images.shape),
     })
     place = Path(folder) / digest(plan.values)[:16]
@@ -154,7 +154,7 @@ class _ExtractionJob(ShardedJob[_Plan]):
                 check_features(values.reshape(len(values), -1), f"{name} of images {batch.start} .. {batch.stop - 1}")
             advance(batch.stop - indices.start)
         tensors = {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
-        classes = self._images.asked(indices)
+        classes = self._images.classes(indices)
         if classes is not None:
             tensors[REQUESTED] = classes.astype(np.int64)
         return {_file_name(number): save(tensors)}, {}

@@ -1,4 +1,4 @@
-"""All figures of a set of samples beside a reference."""
+"""All figures of a set of samples against a reference."""
 
 from __future__ import annotations
 
@@ -12,60 +12,62 @@ from lamamba.metrics.frechet import frechet_distance
 from lamamba.metrics.neighbours import density_coverage, precision_recall
 from lamamba.metrics.scores import inception_score, kernel_distance, softmax
 from lamamba.metrics.statistics import Statistics
-from lamamba.options.metrics import Settings
+from lamamba.options.metrics import MetricOptions
 
 Figures = dict[str, float]
 
 
 def moments(statistics: Statistics) -> Moments:
+    """Mean and covariance."""
     return statistics.mean, statistics.covariance()
 
 
-def judge(
-    samples: Features, statistics: dict[str, Statistics], reference: Reference, settings: Settings,
+def compute_figures(
+    samples: Features, statistics: dict[str, Statistics], reference: Reference, options: MetricOptions,
     *, has_class_logits: bool = False, on_progress: Callable[[str, float], None] | None = None,
 ) -> Figures:
-    """Every figure that these samples and this reference allow.
+    """Compute every figure that these samples and this reference allow.
 
     Args:
         samples: features on disk.
-        statistics: of "features", and of "spatial" where there are some; of all processes.
+        statistics: of "features", and of "spatial" where there are any; over all processes.
         reference: must fit (`Reference.check`).
-        has_class_logits: the network's logits are of the classes that images were asked to show.
-        on_progress: told what is being computed and the share done.
+        options: neighbours, subsets and splits.
+        has_class_logits: the network's logits are over the classes that images are conditioned on.
+        on_progress: called with the name of the computation and the share done, 0 .. 1.
 
     Returns:
         By name: frechet, frechet_spatial, inception_score and its spread over splits, precision, recall, density,
-        coverage, kernel and its spread over subsets, accuracy. Those that need what is missing are left out.
+        coverage, kernel and its spread over subsets, accuracy. Without those whose inputs are missing.
     """
-    tell = on_progress or (lambda what, share: None)
+    report = on_progress or (lambda task, share: None)
     names = samples.names()
-    tell("distances of distributions", 0)
+    report("distances of distributions", 0)
     figures = {"frechet": frechet_distance(*moments(statistics["features"]), *reference.features)}
     if reference.spatial is not None and "spatial" in statistics:
         figures["frechet_spatial"] = frechet_distance(*moments(statistics["spatial"]), *reference.spatial)
     if "logits" in names:
         logits = samples.rows("logits")
-        figures["inception_score"], spread = inception_score(softmax(logits), settings.split)
-        if len(logits) > settings.split:                                        # one split has no spread
+        figures["inception_score"], spread = inception_score(softmax(logits), options.split)
+        if len(logits) > options.split:                                         # one split has no spread
             figures["inception_score_spread"] = spread
         if REQUESTED in names and has_class_logits:
             figures["accuracy"] = float((logits.argmax(axis=1) == samples.rows(REQUESTED)).mean())
     if reference.rows is None:
         return figures
-    rows, mine = reference.rows, samples.rows()
-    fewest = min(len(rows), len(mine))
-    if fewest > settings.neighbours:
+    real, fake = reference.rows, samples.rows()
+    fewest = min(len(real), len(fake))
+    if fewest > options.neighbours:
         figures["precision"], figures["recall"] = precision_recall(
-            rows, mine, settings.neighbours, lambda share: tell("precision and recall", share)
+            real, fake, options.neighbours, lambda share: report("precision and recall", share)
         )
-    if fewest > settings.density_neighbours:
+    if fewest > options.density_neighbours:
         figures["density"], figures["coverage"] = density_coverage(
-            rows, mine, settings.density_neighbours, lambda share: tell("density and coverage", share)
+            real, fake, options.density_neighbours, lambda share: report("density and coverage", share)
         )
-    tell("kernel distance", 0)
+    report("kernel distance", 0)
     figures["kernel"], figures["kernel_spread"] = kernel_distance(
-        rows, mine, min(settings.kernel_subset, fewest), settings.kernel_subsets, settings.kernel_seed
+        real, fake, min(options.kernel_subset, fewest), options.kernel_subsets, options.kernel_seed
     )
     return figures
 

@@ -1,4 +1,4 @@
-"""Where judged images come from: folders, npz files, digits, a sampler. All are read by ranges and never kept whole."""
+"""Image sets to evaluate: folders, npz files, arrays, digits, a sampler. All are read by ranges of indices."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lamamba.data.sources import Source, open_source
 
 
 class Images(Protocol):
-    """A number of images of one size."""
+    """A set of images of one size."""
 
     @property
-    def facts(self) -> Mapping[str, Any]:
-        """What they are, for the protocol: at least "kind" and "fingerprint"."""
+    def metadata(self) -> Mapping[str, Any]:
+        """What identifies them in the protocol: at least "kind" and "fingerprint"."""
         ...
 
     @property
@@ -35,22 +35,22 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, places: range) -> np.ndarray:
+    def read(self, indices: range) -> np.ndarray:
         """uint8 (n, h, w, c)."""
         ...
 
-    def asked(self, places: range) -> np.ndarray | None:
-        """The classes that they should show, (n,), where somebody asked for some."""
+    def classes(self, indices: range) -> np.ndarray | None:
+        """Classes that they were conditioned on, (n,); None where there are none or they are unknown."""
         ...
 
 
 def digest(*parts: object) -> str:
-    """SHA-256 of things that print alike when they are alike."""
+    """SHA-256 of values by their JSON text."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class FolderImages:
-    """Image files below a folder (or in tars), by name.
+    """Image files below a folder (or in tars), sorted by name.
 
     Raises:
         FileNotFoundError, ValueError: when there are none.
@@ -66,7 +66,7 @@ class FolderImages:
             stat = file.stat() if file.is_file() else None                      # files in tars have none
             sizes.append((self._source.file(k), stat.st_size if stat else 0))
             times.append(stat.st_mtime_ns if stat else 0)
-        self.facts: dict[str, Any] = {
+        self.metadata: dict[str, Any] = {
             "kind": "files", "name": str(folder), "fingerprint": digest(sizes, self.shape), "changed": digest(times),
         }
 
@@ -82,10 +82,10 @@ class FolderImages:
             raise ValueError(f"{self._source.name}: {file} is no good image ({error}); take it out") from error
         return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, 1 if grey else 3)
 
-    def read(self, places: range) -> np.ndarray:
+    def read(self, indices: range) -> np.ndarray:
         with ThreadPoolExecutor(DECODERS) as pool:
-            images = list(pool.map(self._open, places))
-        for k, image in zip(places, images, strict=True):
+            images = list(pool.map(self._open, indices))
+        for k, image in zip(indices, images, strict=True):
             if image.shape != self.shape:
                 raise ValueError(
                     f"{self._source.name}: {self._source.file(k)} is {_words(image.shape)}, {self._source.file(0)} is "
@@ -93,12 +93,12 @@ class FolderImages:
                 )
         return np.stack(images)
 
-    def asked(self, places: range) -> None:
+    def classes(self, indices: range) -> None:
         return None
 
 
 def _is_grey(content: bytes) -> bool:
-    """Whether a file holds grey levels; what cannot be opened is left to `decode` to explain."""
+    """Whether a file holds grey levels; False for what cannot be opened, which `decode` then explains."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             return image.mode in ("L", "LA", "1") or image.mode.startswith("I")
@@ -111,7 +111,7 @@ def _words(shape: tuple[int, ...]) -> str:
 
 
 class NpzImages:
-    """The uint8 images of an npz file, as ADM's evaluator reads them: arr_0, (n, h, w, 3). Read piece by piece.
+    """The uint8 images of an npz file, as ADM's evaluator reads them: arr_0, (n, h, w, 3). Never loaded whole.
 
     Raises:
         FileNotFoundError: when it is missing.
@@ -130,33 +130,33 @@ class NpzImages:
         self._at = 0
         with zipfile.ZipFile(path) as archive:
             checksum = archive.getinfo(f"{name}.npy").CRC
-        self.facts: dict[str, Any] = {
+        self.metadata: dict[str, Any] = {
             "kind": "npz", "name": str(path), "fingerprint": digest(shape, checksum, self._count),
         }
 
     def __len__(self) -> int:
         return self._count
 
-    def read(self, places: range) -> np.ndarray:
+    def read(self, indices: range) -> np.ndarray:
         size = int(np.prod(self.shape))
         try:
-            if self._stream is None or self._at > places.start:
-                self._stream = zipfile.ZipFile(self._path).open(f"{self._name}.npy")  # noqa: SIM115 (read on later)
+            if self._stream is None or self._at > indices.start:
+                self._stream = zipfile.ZipFile(self._path).open(f"{self._name}.npy")  # noqa: SIM115 (kept open for the next range)
                 _header(self._stream)
                 self._at = 0
-            while self._at < places.start:                                      # compressed files can only be read on
-                skipped = min(places.start - self._at, 256)
+            while self._at < indices.start:                                      # compressed: no random access
+                skipped = min(indices.start - self._at, 256)
                 self._stream.read(skipped * size)
                 self._at += skipped
-            content = self._stream.read(len(places) * size)
+            content = self._stream.read(len(indices) * size)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
             raise ValueError(f"{self._path} is damaged near image {self._at} ({error}); fetch it again") from error
-        if len(content) != len(places) * size:
-            raise ValueError(f"{self._path} ends before image {places.stop}; make or fetch it again")
-        self._at = places.stop
-        return np.frombuffer(bytearray(content), dtype=np.uint8).reshape(len(places), *self.shape)
+        if len(content) != len(indices) * size:
+            raise ValueError(f"{self._path} ends before image {indices.stop}; make or fetch it again")
+        self._at = indices.stop
+        return np.frombuffer(bytearray(content), dtype=np.uint8).reshape(len(indices), *self.shape)
 
-    def asked(self, places: range) -> None:
+    def classes(self, indices: range) -> None:
         return None
 
 
@@ -202,109 +202,133 @@ def npz_array(path: str | Path, name: str) -> np.ndarray:
         raise ValueError(f"{path}: {name!r} is missing or damaged ({error}); make or fetch it again") from error
 
 
+class ArrayImages:
+    """Images in memory, uint8 (n, h, w, 1 or 3)."""
+
+    def __init__(self, images: np.ndarray, limit: int | None = None):
+        self._images = images[:limit]
+        self.shape = (images.shape[1], images.shape[2], images.shape[3])
+        content = hashlib.sha256(np.ascontiguousarray(self._images).data).hexdigest()
+        self.metadata = {"kind": "array", "name": "array", "fingerprint": digest(self._images.shape, content)}
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, indices: range) -> np.ndarray:
+        return self._images[indices.start : indices.stop]
+
+    def classes(self, indices: range) -> None:
+        return None
+
+
 class DigitImages:
-    """Real digits, enlarged to a multiple of 8 pixels: reference, or a best case to compare samples with."""
+    """Real digits, enlarged to a multiple of 8 pixels."""
 
     def __init__(self, image_size: int = 8, limit: int | None = None):
         digits = Digits(image_size)
         self._images, self._labels = digits.images.transpose(0, 2, 3, 1)[:limit], digits.labels[:limit]
         self.shape = (image_size, image_size, 1)
-        self.facts = {"kind": "digits", "name": "digits", "fingerprint": digest("digits", image_size, len(self))}
+        self.metadata = {"kind": "digits", "name": "digits", "fingerprint": digest("digits", image_size, len(self))}
 
     def __len__(self) -> int:
         return len(self._labels)
 
-    def read(self, places: range) -> np.ndarray:
-        return self._images[places.start : places.stop]
+    def read(self, indices: range) -> np.ndarray:
+        return self._images[indices.start : indices.stop]
 
-    def asked(self, places: range) -> np.ndarray:
-        return self._labels[places.start : places.stop]
+    def classes(self, indices: range) -> np.ndarray:
+        return self._labels[indices.start : indices.stop]
 
 
 class GeneratedImages:
-    """Images that a sampler makes when they are read.
+    """Images that are sampled when they are read.
 
     Args:
         generate: seeds and classes (None for unconditional models) to uint8 images (n, h, w, c).
         seeds: image k is made from seeds[k].
         labels: the class of each image; None for unconditional models.
-        facts: of the model and the sampler; together with seeds and labels they say all.
+        metadata: of the model and the sampler.
         shape: of one image.
     """
 
     def __init__(
         self, generate: Callable[[range, Sequence[int] | None], np.ndarray], seeds: range,
-        labels: Sequence[int] | None, *, facts: Mapping[str, Any], shape: tuple[int, int, int],
+        labels: Sequence[int] | None, *, metadata: Mapping[str, Any], shape: tuple[int, int, int],
     ):
         self._generate, self._seeds, self._labels, self.shape = generate, seeds, labels, shape
-        described = {**facts, "kind": "generated", "seeds": [seeds[0], seeds[-1]]}
-        self.facts = {**described, "fingerprint": digest(described, labels)}
+        described = {**metadata, "kind": "generated", "seeds": [seeds[0], seeds[-1]]}
+        self.metadata = {**described, "fingerprint": digest(described, labels)}
 
     def __len__(self) -> int:
         return len(self._seeds)
 
-    def read(self, places: range) -> np.ndarray:
-        chosen = slice(places.start, places.stop)
+    def read(self, indices: range) -> np.ndarray:
+        chosen = slice(indices.start, indices.stop)
         return self._generate(self._seeds[chosen], None if self._labels is None else self._labels[chosen])
 
-    def asked(self, places: range) -> np.ndarray | None:
-        return None if self._labels is None else np.array(self._labels[places.start : places.stop])
+    def classes(self, indices: range) -> np.ndarray | None:
+        return None if self._labels is None else np.array(self._labels[indices.start : indices.stop])
 
 
-class InGrey:
-    """Colour images whose channels are equal, as grey ones: npz files keep three of grey models, too."""
+class AsGrey:
+    """The first channel of colour images whose channels are equal: npz files hold three also of grey models."""
 
     def __init__(self, images: Images, network: str):
         self._images, self._network = images, network
         self.shape = (*images.shape[:2], 1)
-        self.facts = images.facts
+        self.metadata = images.metadata
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def read(self, places: range) -> np.ndarray:
-        images = self._images.read(places)
+    def read(self, indices: range) -> np.ndarray:
+        images = self._images.read(indices)
         if (images != images[..., :1]).any():
-            name = self.facts.get("name")
+            name = self.metadata.get("name")
             raise ValueError(f"{name} has colour images and {self._network} reads grey ones; choose other --features")
         return images[..., :1]
 
-    def asked(self, places: range) -> np.ndarray | None:
-        return self._images.asked(places)
+    def classes(self, indices: range) -> np.ndarray | None:
+        return self._images.classes(indices)
 
 
-class InColour:
-    """Grey images as colour ones with three equal channels."""
+class AsColour:
+    """Grey images with the channel three times."""
 
     def __init__(self, images: Images):
         self._images = images
         self.shape = (*images.shape[:2], 3)
-        self.facts = images.facts
+        self.metadata = images.metadata
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def read(self, places: range) -> np.ndarray:
-        return self._images.read(places).repeat(3, axis=3)
+    def read(self, indices: range) -> np.ndarray:
+        return self._images.read(indices).repeat(3, axis=3)
 
-    def asked(self, places: range) -> np.ndarray | None:
-        return self._images.asked(places)
+    def classes(self, indices: range) -> np.ndarray | None:
+        return self._images.classes(indices)
 
 
 def fit_channels(images: Images, channels: int, network: str, *, repeat_grey: bool) -> Images:
-    """Images as a feature network reads them.
+    """Images with the channels that a feature network takes.
+
+    Args:
+        images: at least two.
+        channels, network: of the feature network: 1 or 3, and its name.
+        repeat_grey: whether grey images may get three equal channels.
 
     Raises:
-        ValueError: when they are fewer than two, or do not have its channels and nobody allowed to repeat grey ones.
-            Images that are there and have three channels are found to be in colour only when they are read.
+        ValueError: when they are fewer than two, or their channels do not fit. Whether existing images of three
+            channels are grey is known only when they are read.
     """
-    name = images.facts.get("name", "the model's samples")
+    name = images.metadata.get("name", "the model's samples")
     if len(images) < 2:
         raise ValueError(f"{name} has {len(images)} image; distances between sets need at least 2 of each")
     if images.shape[2] == channels:
         return images
-    if images.shape[2] == 3 and images.facts.get("kind") != "generated":
-        return InGrey(images, network)
+    if images.shape[2] == 3 and images.metadata.get("kind") != "generated":
+        return AsGrey(images, network)
     if images.shape[2] == 3:
         raise ValueError(f"{name} has colour images and {network} reads grey ones; choose other --features")
     if not repeat_grey:
@@ -312,4 +336,4 @@ def fit_channels(images: Images, channels: int, network: str, *, repeat_grey: bo
             f"{name} has grey images and {network} reads colour; --grey repeat gives it three equal channels, which is "
             "not what published figures mean"
         )
-    return InColour(images)
+    return AsColour(images)

@@ -1,4 +1,4 @@
-"""What samples are compared with: ADM's reference files, images, or statistics saved earlier."""
+"""Reference statistics: ADM's files, pytorch-fid's, and our own, which also hold features of single images."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Moments = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of reference images, and features of some of them for the metrics that look at neighbours."""
+    """Statistics of reference images, and features of some of them for precision, recall, density, coverage and KID."""
 
     name: str
     fingerprint: str
-    """Of its contents."""
+    """Hash of its contents."""
     features: Moments
     spatial: Moments | None
     """For sFID."""
@@ -41,10 +41,14 @@ class Reference:
     image_shape: tuple[int, ...] | None
     """Height, width, channels, where known."""
     network: FeatureNetworkInfo | None
-    """What made the features; None: a file that does not say (ADM's, pytorch-fid's)."""
+    """Which network computed the features; None for files that do not say (ADM's, pytorch-fid's)."""
 
     def check(self, network: FeatureNetworkInfo, image_shape: tuple[int, ...]) -> None:
-        """Refuse samples that this reference does not fit.
+        """Check that samples fit this reference.
+
+        Args:
+            network: that computes the samples' features.
+            image_shape: of a sample: height, width, channels.
 
         Raises:
             ValueError: for another feature network, other weights of it, or images of another size.
@@ -65,8 +69,8 @@ class Reference:
             )
 
     def save(self, path: str | Path) -> None:
-        """As an npz file with ADM's names (mu, sigma, mu_s, sigma_s), readable by others; nothing in it is pickled."""
-        facts = {
+        """Write an npz file with ADM's names (mu, sigma, mu_s, sigma_s); nothing in it is pickled."""
+        metadata = {
             "version": VERSION, "lamamba": __version__, "name": self.name, "fingerprint": self.fingerprint,
             "count": self.count, "image_shape": self.image_shape,
             "network": dataclasses.asdict(self.network) if self.network else None,
@@ -76,7 +80,7 @@ class Reference:
             arrays |= {"mu_s": self.spatial[0], "sigma_s": self.spatial[1]}
         if self.rows is not None:
             arrays["features"] = self.rows
-        arrays[PROTOCOL] = np.array(json.dumps(facts))
+        arrays[PROTOCOL] = np.array(json.dumps(metadata))
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
@@ -86,43 +90,43 @@ class Reference:
         temporary.replace(path)
 
 
-def is_statistics(path: str | Path) -> bool:
-    """Whether an npz file holds statistics (and not images alone).
+def is_statistics(path: str | np.ndarray) -> bool:
+    """Whether a reference is an npz file that holds statistics (and not images alone).
 
     Raises:
         FileNotFoundError, ValueError: as `npz_entries`.
     """
-    return {"mu", "sigma"} <= npz_entries(path).keys()
+    return isinstance(path, str) and path.endswith(".npz") and {"mu", "sigma"} <= npz_entries(path).keys()
 
 
 def load_statistics(path: str | Path) -> Reference:
     """A reference from ADM's npz, pytorch-fid's, or one saved by `Reference.save`.
 
-    ADM's also has images, under arr_0: see `reference_images`.
+    ADM's also holds images, under arr_0: see `reference_images`.
 
     Raises:
         FileNotFoundError, ValueError: when it is missing, damaged, pickled, or of a newer format.
     """
     entries = npz_entries(path)
-    facts: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     if PROTOCOL in entries:
-        facts = json.loads(str(npz_array(path, PROTOCOL)))
-        if not isinstance(facts.get("version"), int) or facts["version"] > VERSION:
-            raise ValueError(f"{path} has format version {facts.get('version')}, this lamamba reads up to {VERSION}")
+        metadata = json.loads(str(npz_array(path, PROTOCOL)))
+        if not isinstance(metadata.get("version"), int) or metadata["version"] > VERSION:
+            raise ValueError(f"{path} has format version {metadata.get('version')}, this lamamba reads up to {VERSION}")
     features = _moments(path, entries, "mu", "sigma")
     spatial = _moments(path, entries, "mu_s", "sigma_s") if {"mu_s", "sigma_s"} <= entries.keys() else None
     rows = check_features(npz_array(path, "features"), f"{path}: features") if "features" in entries else None
-    shape = facts.get("image_shape") or (entries["arr_0"][0][1:] if "arr_0" in entries else None)
+    shape = metadata.get("image_shape") or (entries["arr_0"][0][1:] if "arr_0" in entries else None)
     return Reference(
-        name=str(facts.get("name") or path), fingerprint=str(facts.get("fingerprint") or _hash(features)),
-        features=features, spatial=spatial, rows=rows, count=facts.get("count"),
+        name=str(metadata.get("name") or path), fingerprint=str(metadata.get("fingerprint") or _hash(features)),
+        features=features, spatial=spatial, rows=rows, count=metadata.get("count"),
         image_shape=tuple(shape) if shape else None,
-        network=FeatureNetworkInfo(**facts["network"]) if facts.get("network") else None,
+        network=FeatureNetworkInfo(**metadata["network"]) if metadata.get("network") else None,
     )
 
 
 def reference_images(path: str | Path) -> Images | None:
-    """The images inside a statistics file, where there are some."""
+    """The images in a statistics file; None where there are none."""
     return NpzImages(path) if "arr_0" in npz_entries(path) else None
 
 

@@ -1,11 +1,14 @@
-"""What an evaluation leaves behind: figures with the whole protocol, to be compared, or refused as incomparable."""
+"""Result files of evaluations: figures with their protocol; tables of them, and which of them compare."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from lamamba.utils.files import write_atomically
 
 VERSION = 1
 """Of result files."""
@@ -17,19 +20,39 @@ MUST_AGREE = {
     "grey": "what is done with grey images",
     "settings": "neighbours, subsets and splits",
 }
-"""Parts of the protocol; results that differ in one of them are of different things."""
+"""Parts of the protocol; results that differ in one of them do not compare."""
 LABELS = {
     "frechet": "{distance}", "frechet_spatial": "s{distance}", "inception_score": "{score}",
     "precision": "precision", "recall": "recall", "density": "density", "coverage": "coverage",
     "kernel": "{kernel} x 1000", "accuracy": "accuracy",
 }
-"""How figures are called in a table, in its order."""
+"""Names of figures in a table, in its order."""
 WITHIN = {"inception_score": "inception_score_spread", "kernel": "kernel_spread"}
 """Figures that have a spread within one evaluation."""
 
 
-def read_result(path: str | Path) -> dict[str, Any]:
-    """A result file.
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Figures of one set of weights at one guidance scale, or of existing images."""
+
+    name: str
+    step: int | None = None
+    """Of the optimizer, for checkpoints."""
+    ema: float | str | None = None
+    """Decay of the average, or "none"."""
+    guidance: float | None = None
+    figures: dict[str, float]
+    """By name, as `compute_figures` returns them; means over the seed ranges."""
+    spread: dict[str, float] = field(default_factory=dict)
+    """Standard deviations over the seed ranges; empty for one."""
+    runs: list[dict[str, float]] = field(default_factory=list, repr=False)
+    """Figures of each seed range."""
+    protocol: dict[str, Any] = field(repr=False)
+    """Everything that the figures depend on."""
+
+
+def read_result(path: str | Path) -> list[Entry]:
+    """The entries of a result file.
 
     Raises:
         FileNotFoundError, ValueError: when it is missing, damaged, or of a newer format.
@@ -38,26 +61,25 @@ def read_result(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is no file; give a result that lamamba evaluate has written")
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
-        version, entries = result["version"], result["entries"]
-        if not entries or any(not {"figures", "protocol"} <= entry.keys() for entry in entries):
-            raise ValueError("it has no figures with a protocol")
+        version, entries = result["version"], [Entry(**entry) for entry in result["entries"]]
+        if not entries:
+            raise ValueError("it has no entries")
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is no result of lamamba evaluate, or damaged ({error})") from error
     if version != VERSION:
         raise ValueError(f"{path} has format version {version}, this lamamba reads {VERSION}; upgrade it")
-    return result
+    return entries
 
 
-def write_result(path: Path, entries: list[dict[str, Any]]) -> None:
-    """Write entries, each {"name", "figures", "spread", "runs", "protocol"}, so that a kill leaves no half file."""
+def write_result(path: Path, entries: Sequence[Entry]) -> None:
+    """Write a result file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps({"version": VERSION, "entries": entries}, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    values = {"version": VERSION, "entries": [asdict(entry) for entry in entries]}
+    write_atomically(path, json.dumps(values, indent=2) + "\n")
 
 
 def disagreements(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Why two protocols are of different things; empty when their figures may stand side by side."""
+    """In which parts that must agree two protocols differ; their figures compare when this is empty."""
     found = []
     for part, words in MUST_AGREE.items():
         mine, theirs = one.get(part), other.get(part)
@@ -75,7 +97,7 @@ def disagreements(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """What else differs: the very things that one compares, such as model, sampler and seeds."""
+    """Other differences: what one compares, such as model, sampler and seeds."""
     found = []
     for part in {**one, **other}:
         mine, theirs = one.get(part), other.get(part)
@@ -90,7 +112,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def _identity(reference: Any) -> Any:
-    """A reference without the name that somebody gave it."""
+    """A reference without its name, which does not matter."""
     return {k: v for k, v in reference.items() if k != "name"} if isinstance(reference, dict) else reference
 
 
@@ -99,17 +121,17 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:12]}.."
 
 
-def table(entries: list[dict[str, Any]]) -> str:
+def table(entries: Sequence[Entry]) -> str:
     """Figures as lines of text, one column for each entry (one line, for more than three); spreads after a ± sign."""
-    rows = [["", *(entry["name"] for entry in entries)]]
+    rows = [["", *(entry.name for entry in entries)]]
     for key, label in LABELS.items():
-        if not any(key in entry["figures"] for entry in entries):
+        if not any(key in entry.figures for entry in entries):
             continue
-        distance = entries[0]["protocol"].get("distance_name", "Fréchet distance")
+        distance = entries[0].protocol.get("distance_name", "Fréchet distance")
         score, kernel = ("Inception Score", "KID") if distance == "FID" else ("class score", "kernel distance")
         label = label.format(distance=distance, score=score, kernel=kernel)
         rows.append([label, *(_cell(entry, key) for entry in entries)])
-    if len(entries) > 3:                                                        # many results run down, not across
+    if len(entries) > 3:                                                        # many results: one line each
         rows = [list(column) for column in zip(*rows, strict=True)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
@@ -119,13 +141,13 @@ def table(entries: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(entry: Mapping[str, Any], key: str) -> str:
-    if key not in entry["figures"]:
+def _cell(entry: Entry, key: str) -> str:
+    if key not in entry.figures:
         return "-"
     scale = 1000 if key == "kernel" else 1
     digits = 3 if key == "kernel" else 4
-    text = f"{round(scale * entry['figures'][key], digits) + 0.0:.{digits}f}"     # no minus before 0
-    spread = entry.get("spread", {}).get(key)
-    if spread is None and key in WITHIN and not entry.get("spread"):
-        spread = entry["figures"].get(WITHIN[key])
+    text = f"{round(scale * entry.figures[key], digits) + 0.0:.{digits}f}"     # no minus before 0
+    spread = entry.spread.get(key)
+    if spread is None and key in WITHIN and not entry.spread:
+        spread = entry.figures.get(WITHIN[key])
     return text if spread is None else f"{text} ± {scale * spread:.{digits}f}"

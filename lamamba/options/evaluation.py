@@ -1,51 +1,68 @@
-"""How a network is sampled while it is judged. No torch here."""
+"""Options of `lamamba.evaluate`, `lamamba.compute_statistics` and `lamamba.compare`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+from pydantic import BeforeValidator
+from tyro.constructors import PrimitiveConstructorSpec
 
-from lamamba.options.metrics import Settings
+from lamamba.options.base import FilePath, Ge, Numbers, options
+from lamamba.options.metrics import MetricOptions
 
 
-@dataclass(frozen=True)
-class SampleOptions:
-    """What is judged, and how it is made where it is a model."""
+def _check_images(value: Any) -> Any:
+    """A name as it is, a path as a name, an array of images as it is."""
+    if isinstance(value, str | Path):
+        return str(value)
+    is_array = type(value).__module__ == "numpy" and hasattr(value, "shape")
+    if is_array and str(value.dtype) == "uint8" and value.ndim == 4 and value.shape[3] in (1, 3):
+        return value
+    what = f"{value.dtype} {value.shape}" if is_array else repr(value)
+    raise ValueError(f"{what} must be a name, a path, or uint8 images (n, height, width, 1 or 3)")
 
-    num_images: int | None = None
-    """Images: of a model 50,000 by default, the field's count, of each seed range; of images that are there, all."""
-    seed: int = 0
+
+ImageSet = Annotated[Any, BeforeValidator(_check_images), PrimitiveConstructorSpec(
+    nargs=1, metavar="STR", instance_from_str=lambda words: words[0],
+    is_instance=lambda value: isinstance(value, str), str_from_instance=lambda value: [value],
+)]
+"""Images by name or path (on the command line), or in Python also a NumPy array (n, h, w, c), uint8."""
+
+
+@options
+class EvaluateOptions:
+    """What to evaluate, against which reference, by which protocol."""
+
+    samples: Annotated[ImageSet, tyro.conf.Positional]
+    """Folder, npz file, "digits", run, checkpoint, model, or "shipped"."""
+    reference: ImageSet
+    """Npz file, folder, or "digits"."""
+    out: FilePath = Path("evaluation.json")
+    """The result: figures and protocol. A plot, where there is one, lies beside it."""
+    num_images: Annotated[int, Ge(2)] | None = None
+    """Images: of a model 50,000 by default, the field's count, of each seed range; of existing images, all."""
+    seed: Annotated[int, Ge(0)] = 0
     """Seed of the first image; image k is made from seed + k."""
     labels: Literal["random", "balanced"] = "random"
     """Classes drawn uniformly by each image's seed (as DiT), or in turn, equally many of each: those of `lamamba sample
     -n N --random-labels` or `--balanced`, and the same images."""
     sampler: str | None = None
     """As in lamamba sample; by default the objective's first."""
-    steps: int | None = None
+    steps: Annotated[int, Ge(1)] | None = None
     """Sampling steps; by default the sampler's (ddpm: 250, as in published tables)."""
-    guidance: str = "1"
-    """Classifier-free guidance scale; 1 is none. Several with commas are a sweep: 1,1.25,1.5,2."""
+    guidance: Numbers = (1.0,)
+    """Classifier-free guidance scale. 1, no guidance, is the protocol of published figures, and the default here
+    whatever the model's own scale. Several with commas are a sweep: 1,1.25,1.5,2."""
     autoencoder: str | None = None
     """For models of latents: folder or hub id; by default the one that made the latents."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the sampled network."""
     ema: float | Literal["none"] | None = None
     """Which average: its decay, as 0.999, or "none" for the trained weights; by default the first."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateArguments:
-    samples: Annotated[str, tyro.conf.Positional]
-    """Folder, npz file, "digits", run, checkpoint, model, or "shipped"."""
-    reference: str
-    """Npz file, folder, or "digits"."""
-    out: Path = Path("evaluation.json")
-    """The result: figures and protocol. A plot, where there is one, lies beside it."""
-    sampling: Annotated[SampleOptions, tyro.conf.arg(name="")] = field(default_factory=SampleOptions)
-    repeats: int = 1
+    repeats: Annotated[int, Ge(1)] = 1
     """Seed ranges, one after the other; more give a mean and a standard deviation. Only for models."""
     every_checkpoint: bool = False
     """Score all checkpoints and averages of a run, and plot the curve."""
@@ -54,43 +71,62 @@ class EvaluateArguments:
     weights: str | None = None
     """Of the feature network: a file (inception), a folder or hub id (dinov2)."""
     grey: Literal["refuse", "repeat"] = "refuse"
-    """What to do with grey images when the feature network reads colour: repeat makes three equal channels."""
-    metrics: Settings = field(default_factory=Settings)
-    batch_size: int = 64
-    """Images at a time, sampled and looked at; changes speed and memory, not the images."""
-    shard_size: int = 1000
+    """What to do with grey images when the feature network takes colour: repeat makes three equal channels."""
+    metrics: MetricOptions = MetricOptions()
+    batch_size: Annotated[int, Ge(1)] = 64
+    """Images per batch of the model and of the feature network; changes speed and memory, not the images."""
+    shard_size: Annotated[int, Ge(1)] = 1000
     """Images whose work a kill may lose."""
     keep_features: bool = False
     """Leave the features on disk at the end (in OUT.work)."""
     device: str = "auto"
     """"auto" (a GPU where there is one; under torchrun each process its own), or a PyTorch device."""
 
+    def __post_init__(self) -> None:
+        scales = self.guidance
+        if not scales or len(set(scales)) < len(scales) or not all(0 <= scale < math.inf for scale in scales):
+            raise ValueError(f"guidance={scales}: each scale once, finite and not negative")
+        if len(scales) > 1 and self.every_checkpoint:
+            raise ValueError("every_checkpoint and several guidance scales are two curves; draw one at a time")
 
-@dataclass(frozen=True, kw_only=True)
-class StatsArguments:
-    images: Annotated[str, tyro.conf.Positional]
+
+@options
+class StatisticsOptions:
+    """Which reference images, by which feature network."""
+
+    images: Annotated[ImageSet, tyro.conf.Positional]
     """Folder, npz file with arr_0, or "digits". All of one size, cropped as your training crops them."""
-    out: Path
+    out: FilePath
     """The npz file."""
     features: str = "inception"
     """inception, dinov2, digits, or module:name."""
     weights: str | None = None
     """Of the feature network."""
-    image_size: int = 8
+    image_size: Annotated[int, Ge(1)] = 8
     """Of "digits": enlarged to this."""
     grey: Literal["refuse", "repeat"] = "refuse"
-    """What to do with grey images when the feature network reads colour."""
-    rows: int = 10_000
+    """What to do with grey images when the feature network takes colour."""
+    rows: Annotated[int, Ge(1)] = 10_000
     """Images whose own features are saved, too, for precision, recall and KID; spread evenly."""
-    batch_size: int = 64
-    """Images at a time."""
-    shard_size: int = 1000
+    batch_size: Annotated[int, Ge(1)] = 64
+    """Images per batch of the feature network."""
+    shard_size: Annotated[int, Ge(1)] = 1000
     """Images whose work a kill may lose."""
     device: str = "auto"
     """"auto" or a PyTorch device."""
 
+    def __post_init__(self) -> None:
+        if self.out.suffix != ".npz":
+            raise ValueError(f"out={self.out} must end in .npz")
 
-@dataclass(frozen=True, kw_only=True)
-class CompareArguments:
-    results: Annotated[tuple[Path, ...], tyro.conf.Positional]
+
+@options
+class CompareOptions:
+    """Which results to compare."""
+
+    results: Annotated[tuple[FilePath, ...], tyro.conf.Positional]
     """Result files of lamamba evaluate."""
+
+    def __post_init__(self) -> None:
+        if len(self.results) < 2:
+            raise ValueError("name at least two result files, as in lamamba evaluate compare a.json b.json")

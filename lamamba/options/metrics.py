@@ -1,31 +1,27 @@
-"""What figures depend on beside images and feature network. No torch here, for the command line's help."""
+"""What figures depend on besides images and feature network."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from typing import Annotated
+
+from lamamba.options.base import Ge, options
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the figures depend on beside samples, reference and feature network; part of the protocol."""
+@options
+class MetricOptions:
+    """Neighbours, subsets and splits of the figures; part of the protocol."""
 
-    neighbours: int = 3
+    neighbours: Annotated[int, Ge(1)] = 3
     """k of precision and recall."""
-    density_neighbours: int = 5
+    density_neighbours: Annotated[int, Ge(1)] = 5
     """k of density and coverage."""
-    reference_rows: int = 10_000
-    """Reference images whose neighbours are looked at, spread evenly (ADM: 10,000)."""
-    kernel_subset: int = 1000
+    reference_rows: Annotated[int, Ge(1)] = 10_000
+    """Reference images for precision, recall, density, coverage and KID, spread evenly (ADM: 10,000)."""
+    kernel_subset: Annotated[int, Ge(1)] = 1000
     """Images in a subset of the kernel distance."""
-    kernel_subsets: int = 100
-    """How many subsets."""
-    kernel_seed: int = 0
+    kernel_subsets: Annotated[int, Ge(1)] = 100
+    """Number of subsets."""
+    kernel_seed: Annotated[int, Ge(0)] = 0
     """Of the subsets."""
-    split: int = 5000
+    split: Annotated[int, Ge(1)] = 5000
     """Images in a split of the Inception Score."""
-
-    def check(self) -> None:
-        """Raises ValueError for numbers that cannot be."""
-        for name, value in asdict(self).items():
-            if value < (0 if name == "kernel_seed" else 1):
-                raise ValueError(f"{name}={value} is too small")

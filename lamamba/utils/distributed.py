@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -118,10 +121,38 @@ class ProcessGroup:
         dist.all_reduce(box)
         return tuple(box.tolist())
 
+    def all_reduce(self, array: np.ndarray) -> np.ndarray:
+        """Elementwise sum of an array over all processes, in float64."""
+        if self.count == 1:
+            return array
+        total = torch.tensor(array, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.cpu().numpy()
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
             dist.barrier()
+
+
+@contextmanager
+def launched_group(timeout: timedelta) -> Iterator[ProcessGroup]:
+    """The processes that a launcher has started, connected by gloo for the time of the context.
+
+    A default group that exists already is used as it is, and left.
+
+    Args:
+        timeout: for a process that waits for the others.
+    """
+    world_size = launched_processes()
+    is_new = world_size > 1 and not dist.is_initialized()
+    if is_new:
+        dist.init_process_group("gloo", timeout=timeout)
+    try:
+        yield ProcessGroup(int(os.environ.get("RANK", "0")), world_size, torch.device("cpu"))
+    finally:
+        if is_new:
+            dist.destroy_process_group()
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ Figures are made without pyplot: nothing here changes the backend or the open fi
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,71 +201,46 @@ def _power_lines(axes: Axes, tokens: Sequence[float]) -> None:
     axes.set_ylim(limits[0] / 2, limits[1] * 2)
 
 
-def evaluation_curves(entries: list[dict[str, Any]], distance: str, path: Path) -> None:
-    """Draw what `lamamba evaluate` found: the distance over training, or over guidance and against recall.
+def evaluation_curves(entries: Sequence[Mapping[str, Any]], distance: str, path: Path) -> None:
+    """Draw the Fréchet distance over training, with precision and recall, or over guidance and against recall.
 
-    The best one is ringed and named. Bars are standard deviations over seed ranges.
+    The best entry is ringed and named. Bars are standard deviations over seed ranges.
 
     Args:
-        entries: of a result; all of one guidance scale, or all of one checkpoint.
-        distance: what the Fréchet distance is called.
+        entries: of a result of `lamamba.evaluate`, as dictionaries; all of one guidance scale, or of one checkpoint.
+        distance: name of the Fréchet distance.
         path: a PNG.
     """
     is_sweep = len({entry["guidance"] for entry in entries}) > 1
+    x = "guidance" if is_sweep else "step"
     has_recall = all("recall" in entry["figures"] for entry in entries)
-    where = "guidance" if is_sweep else "step"
     figure = Figure(figsize=(11 if has_recall else 6.5, 4.6))
-    panels = figure.subplots(1, 2 if has_recall else 1, squeeze=False)
-    left, right = panels[0][0], panels[0][-1]
+    panels = figure.subplots(1, 2 if has_recall else 1, squeeze=False)[0]
     best = min(entries, key=lambda entry: entry["figures"]["frechet"])
-    averages = list(dict.fromkeys(str(entry["ema"]) for entry in entries))
-    colors = _colors()
-    for number, average in enumerate(averages):
-        color = colors[number % len(colors)]
-        mine = sorted((e for e in entries if str(e["ema"]) == average), key=lambda e: e[where] or 0)
-        places = [entry[where] or 0 for entry in mine]
-        line = {"color": color, "marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.6}
-        name = "trained weights" if average == "none" else f"EMA {average}"
-        left.errorbar(places, *_with_spread(mine, "frechet"), **line, label=name)
-        if has_recall and is_sweep:
-            recalls, recall_spreads = _with_spread(mine, "recall")
-            right.errorbar(recalls, *_with_spread(mine, "frechet"), xerr=recall_spreads, **line)
-            for place, entry in zip(places, mine, strict=True):                 # outside of the curve's bend
-                spot = (entry["figures"]["recall"], entry["figures"]["frechet"])
-                offset, side = ((0, -20), "center") if entry is best else (
-                    ((-8, -11), "right") if place > best["guidance"] else ((8, -11), "left"))
-                right.annotate(f"{place:g}", spot, offset, textcoords="offset points", ha=side)
-        elif has_recall:                                                        # bars would hide each other
-            right.errorbar(places, _with_spread(mine, "precision")[0], **line)
-            right.errorbar(places, _with_spread(mine, "recall")[0], **{**line, "marker": "s"}, linestyle="--")
+    averages: dict[str, list[Mapping[str, Any]]] = {str(entry["ema"]): [] for entry in entries}
+    for entry in sorted(entries, key=lambda entry: entry[x] or 0):
+        averages[str(entry["ema"])].append(entry)
 
-    lowest, highest = best["figures"]["frechet"], max(entry["figures"]["frechet"] for entry in entries)
-    spots = [(left, best[where] or 0)] + ([(right, best["figures"]["recall"])] if has_recall and is_sweep else [])
-    for axes, place in spots:
-        axes.plot([place], [lowest], "o", markersize=12, markerfacecolor="none", markeredgecolor="black")
-        axes.set_ylabel(distance + (", lower is better" if axes is left else ""))
-        if lowest > 0 and highest > 20 * lowest:                                # the beginning would hide the end
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.minorticks_off()
-        else:
-            axes.set_ylim(0, 1.15 * max(e["figures"]["frechet"] + e["spread"].get("frechet", 0) for e in entries))
+    left = panels[0]
+    for (name, curve), style in zip(averages.items(), _curve_styles(), strict=False):
+        label = "trained weights" if name == "none" else f"EMA {name}"
+        left.errorbar([entry[x] or 0 for entry in curve], *_with_spread(curve, "frechet"), **style, label=label)
+    _ring_best(left, best[x] or 0, entries)
+    left.set_ylabel(f"{distance}, lower is better")
     at = f"guidance {best['guidance']:g}" if is_sweep else f"step {best['step'] or 0:,}"
     at += f", EMA {best['ema']}" if len(averages) > 1 and best["ema"] != "none" else ""
-    left.set(xlabel="guidance scale" if is_sweep else "optimizer step", title=f"ringed: {lowest:.4g} at {at}")
+    left.set(
+        xlabel="guidance scale" if is_sweep else "optimizer step",
+        title=f"ringed: {best['figures']['frechet']:.4g} at {at}",
+    )
     if len(averages) > 1:
         left.legend(frameon=False, fontsize="small")
     if has_recall and is_sweep:
-        right.set(xlabel="recall", title="numbers: guidance scale")
-        right.margins(x=0.12)
+        _draw_against_recall(panels[1], averages.values(), best, entries)
+        panels[1].set_ylabel(distance)
     elif has_recall:
-        right.set(xlabel="optimizer step", ylabel="share", title="quality (precision) and variety (recall)")
-        right.set_ylim(0, min(1.05, max(1.2 * right.get_ylim()[1], 0.1)))
-        for style, name in (("o-", "precision"), ("s--", "recall")):            # colours are those on the left
-            right.plot([], [], style, color="grey", markersize=4, label=name)
-        right.legend(frameon=False, fontsize="small", loc="upper left")
-    for axes in panels[0]:
+        _draw_precision_and_recall(panels[1], averages.values())
+    for axes in panels:
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 5, 10], integer=not is_sweep))
         axes.xaxis.set_major_formatter("{x:g}" if is_sweep else "{x:,.0f}")
         axes.grid(alpha=0.3)
@@ -272,7 +248,58 @@ def evaluation_curves(entries: list[dict[str, Any]], distance: str, path: Path) 
     _save(figure, path)
 
 
-def _with_spread(entries: list[dict[str, Any]], key: str) -> tuple[list[float], list[float] | None]:
+def _curve_styles() -> Iterator[dict[str, Any]]:
+    """Arguments of errorbar for one curve after the other."""
+    for color in itertools.cycle(_colors()):
+        yield {"color": color, "marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.6}
+
+
+def _ring_best(axes: Axes, x: float, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Ring the lowest distance, at x, and scale the axis of distances."""
+    distances = [entry["figures"]["frechet"] for entry in entries]
+    lowest, highest = min(distances), max(distances)
+    axes.plot([x], [lowest], "o", markersize=12, markerfacecolor="none", markeredgecolor="black")
+    if lowest > 0 and highest > 20 * lowest:                                    # the beginning would hide the end
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+    else:
+        axes.set_ylim(0, 1.15 * max(e["figures"]["frechet"] + e["spread"].get("frechet", 0) for e in entries))
+
+
+def _draw_against_recall(
+    axes: Axes, curves: Iterable[Sequence[Mapping[str, Any]]], best: Mapping[str, Any],
+    entries: Sequence[Mapping[str, Any]],
+) -> None:
+    """The distance against recall, with the guidance scale of each point."""
+    for curve, style in zip(curves, _curve_styles(), strict=False):
+        recalls, spreads = _with_spread(curve, "recall")
+        axes.errorbar(recalls, *_with_spread(curve, "frechet"), xerr=spreads, **style)
+        for entry in curve:                                                     # outside of the curve's bend
+            point = (entry["figures"]["recall"], entry["figures"]["frechet"])
+            offset, side = ((0, -20), "center") if entry is best else (
+                ((-8, -11), "right") if entry["guidance"] > best["guidance"] else ((8, -11), "left"))
+            axes.annotate(f"{entry['guidance']:g}", point, offset, textcoords="offset points", ha=side)
+    _ring_best(axes, best["figures"]["recall"], entries)
+    axes.set(xlabel="recall", title="numbers: guidance scale")
+    axes.margins(x=0.12)
+
+
+def _draw_precision_and_recall(axes: Axes, curves: Iterable[Sequence[Mapping[str, Any]]]) -> None:
+    """Both over the optimizer steps, in the colours of the distances; without bars, which would hide each other."""
+    for curve, style in zip(curves, _curve_styles(), strict=False):
+        steps = [entry["step"] or 0 for entry in curve]
+        axes.errorbar(steps, _with_spread(curve, "precision")[0], **style)
+        axes.errorbar(steps, _with_spread(curve, "recall")[0], **{**style, "marker": "s"}, linestyle="--")
+    axes.set(xlabel="optimizer step", ylabel="share", title="quality (precision) and variety (recall)")
+    axes.set_ylim(0, min(1.05, max(1.2 * axes.get_ylim()[1], 0.1)))
+    for line, name in (("o-", "precision"), ("s--", "recall")):
+        axes.plot([], [], line, color="grey", markersize=4, label=name)
+    axes.legend(frameon=False, fontsize="small", loc="upper left")
+
+
+def _with_spread(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float] | None]:
     """A figure of each entry, and its standard deviations; None where nothing was repeated."""
     spreads = [entry["spread"].get(key, 0.0) for entry in entries]
     return [entry["figures"][key] for entry in entries], spreads if any(spreads) else None

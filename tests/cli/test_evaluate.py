@@ -1,4 +1,4 @@
-"""lamamba evaluate: the same figures whatever the processes, results that compare or refuse, mistakes in one line."""
+"""lamamba evaluate: the same figures at any number of processes, results that compare or not, errors in one line."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from PIL import Image
 
 from lamamba.cli.main import main
 from lamamba.data.digits import Digits
-from lamamba.evaluation import Statistics, frechet_distance, inception_score, precision_recall
 from lamamba.evaluation import figures as evaluation_figures
+from lamamba.metrics import Statistics, frechet_distance, inception_score, precision_recall
 from lamamba.metrics.digits_network import DigitFeatures
 from lamamba.metrics.inception import Inception, InceptionFeatures
 from lamamba.metrics.scores import softmax
@@ -80,6 +80,7 @@ def test_figures_of_a_run_are_those_of_its_samples(lamamba, run):
     assert found["accuracy"] == pytest.approx(np.mean(outputs["logits"].argmax(1) == labels), abs=1 / 40)
     assert {"precision", "recall", "density", "coverage", "kernel", "inception_score"} <= found.keys()
     assert any(line.split() == ["FD-digits", f"{found['frechet']:.4f}"] for line in printed.splitlines())
+    assert "sampled at guidance 1, the protocol of published figures" in printed
     assert sorted(p.name for p in Path().iterdir()) == ["evaluation.json"]       # features are gone
     protocol = json.loads(Path("evaluation.json").read_text())["entries"][0]["protocol"]
     assert protocol["seeds"] == [[0, 39]]
@@ -93,7 +94,7 @@ def test_figures_of_a_run_are_those_of_its_samples(lamamba, run):
     assert len(protocol["network"]["sha256"]) == len(protocol["samples"]["weights_sha256"]) == 64
 
 
-def test_any_number_of_processes(lamamba, run):
+def test_figures_are_the_same_at_any_number_of_processes(lamamba, run):
     assert lamamba("evaluate", run, *SAMPLE, "--shard-size", 25)[0] == 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -102,7 +103,7 @@ def test_any_number_of_processes(lamamba, run):
         capture_output=True, text=True, env=environment,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("FD-digits") == 1                                  # one process speaks
+    assert done.stdout.count("FD-digits") == 1                                  # rank 0 prints
     one, two = figures("evaluation.json"), figures("two.json")
     assert two.keys() == one.keys()
     for name, value in one.items():
@@ -160,7 +161,7 @@ def test_repeats_checkpoints_and_sweeps(lamamba, run):
 
 
 @pytest.mark.parametrize("sweep", [True, False])
-def test_curves_ring_the_best_and_no_words_overlap(tmp_path, monkeypatch, sweep):
+def test_curves_ring_the_best_and_no_texts_overlap(tmp_path, monkeypatch, sweep):
     from matplotlib.figure import Figure
 
     drawn, save = [], Figure.savefig
@@ -191,7 +192,7 @@ def test_curves_ring_the_best_and_no_words_overlap(tmp_path, monkeypatch, sweep)
             assert not any(box.overlaps(other) for other in boxes[:k]), words[k].get_text()
 
 
-def test_a_run_of_one_checkpoint_has_no_curve_and_says_why(lamamba, run):
+def test_one_checkpoint_gives_no_curve_and_a_note(lamamba, run):
     for name in ("model", "ema"):
         shutil.copytree(run / "checkpoints" / "step_00000010" / name, f"one/checkpoints/step_00000010/{name}")
     place = Path("one/checkpoints/step_00000010")
@@ -205,8 +206,8 @@ def test_a_run_of_one_checkpoint_has_no_curve_and_says_why(lamamba, run):
     assert not Path("evaluation.png").exists()
 
 
-def test_finished_figures_are_not_those_of_files_changed_since(lamamba, colour):
-    """Kept features answer for files as they were: the same names and sizes with other pixels are judged anew."""
+def test_changed_files_are_evaluated_again(lamamba, colour):
+    """Cached features are of files as they were: other pixels under the same names and sizes have none."""
     names = sorted(Path("folder").glob("*.png"))
     for path in names:
         Image.open(path).save(path.with_suffix(".bmp"))
@@ -238,7 +239,7 @@ def colour(lamamba):
 
 
 def means(images):
-    """A feature network of five numbers, for the command line to import."""
+    """A feature network with five features, which the command line imports."""
     x = images.astype(np.float64) / 255
     return np.concatenate([x.mean(axis=(1, 2)), x.std(axis=(1, 2, 3))[:, None], x[:, 0, 0, :1]], axis=1)
 
@@ -283,9 +284,9 @@ def test_folders_and_npz_files_and_saved_statistics(lamamba, colour):
 
 def test_a_reference_of_adms_kind(lamamba, monkeypatch):
     """mu, sigma, mu_s, sigma_s of all images, and some of the images under arr_0."""
-    asked = []
+    calls = []
     monkeypatch.setattr(                                                        # takes seconds
-        evaluation_figures, "frechet_distance", lambda *given: asked.append(given) or len(given[0])
+        evaluation_figures, "frechet_distance", lambda *given: calls.append(given) or len(given[0])
     )
     torch.manual_seed(0)
     torch.save(Inception().state_dict(), "weights.pth")
@@ -302,7 +303,7 @@ def test_a_reference_of_adms_kind(lamamba, monkeypatch):
     assert status == 0, error
     found = figures("evaluation.json")
     assert (found["frechet"], found["frechet_spatial"]) == (2048, 2023)
-    for given, key, end in zip(asked, ("features", "spatial"), ("", "_s"), strict=True):
+    for given, key, end in zip(calls, ("features", "spatial"), ("", "_s"), strict=True):
         mu, sigma, reference_mu, reference_sigma = given
         np.testing.assert_allclose(mu, mine[key].mean(0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(sigma, np.cov(mine[key].T), rtol=1e-3, atol=1e-5)
@@ -321,7 +322,7 @@ def test_a_reference_of_adms_kind(lamamba, monkeypatch):
     assert "moments.npz has 7 features, Inception's pool3 2048" in error
 
 
-def test_mistakes_are_one_line(lamamba, colour, run, reference):
+def test_errors_are_one_line(lamamba, colour, run, reference):
     digits = Digits().images.transpose(0, 2, 3, 1)
     np.savez("one.npz", arr_0=colour[:1])
     np.savez("objects.npz", arr_0=np.array([{}, []], dtype=object))
@@ -360,12 +361,13 @@ def test_mistakes_are_one_line(lamamba, colour, run, reference):
         (["folder", *folder, "--repeats", 2, "--steps", 3], "holds images, not a model: --repeats, --steps cannot"),
         (["folder", "--reference", "folder", "--features", "incepton"], "did you mean 'inception'"),
         (["folder", "--reference", "folder", "--features", "json:nothing"], "has no attribute 'nothing'"),
-        (["folder", *folder, "--shard-size", 0], "--shard-size 0 must be at least 1"),
-        ([run, *SAMPLE, "--guidance", "1,x"], "--guidance '1,x': numbers with commas"),
+        (["folder", *folder, "--shard-size", 0], "shard_size=0 must be at least 1"),
+        ([run, *SAMPLE, "--guidance", "1,x"], "'1,x' is not a list of numbers with commas"),
         ([run, *SAMPLE, "--guidance", "1,2", "--every-checkpoint"], "two curves"),
+        ([run, *SAMPLE, "--guidance", "1,1"], "each scale once, finite and not negative"),
         ([run, *SAMPLE, "--ema", "0.5"], "has no average 0.5; it has 0.99, 0.9, none"),
         ([run, *SAMPLE, "--sampler", "ddpm"], "sampler 'ddpm' is for"),
-        ([run, *SAMPLE, "--num-images", 1], "--num-images 1 must be at least 2"),
+        ([run, *SAMPLE, "--num-images", 1], "num_images=1 must be at least 2"),
         (["compare", "nothing.json", "x.json"], "nothing.json is no file"),
         (["compare", "x.json"], "at least two result files"),
         (["compare", "folder/00.png", "folder/01.png"], "is no result of lamamba evaluate"),
@@ -377,8 +379,8 @@ def test_mistakes_are_one_line(lamamba, colour, run, reference):
         assert error.count("\n") == 1, error
 
 
-def test_what_sample_has_made_is_judged_as_if_it_were_sampled_now(lamamba, run):
-    """A folder of PNG files, and an npz file whose three channels are one: the same figures, with their plan."""
+def test_files_of_lamamba_sample_have_the_figures_of_the_model(lamamba, run):
+    """A folder of PNG files, and an npz file with three equal channels; the protocol holds their plan."""
     many = ["-n", 40, "--random-labels", "--steps", 2, "--guidance", 1, "--device", "cpu"]
     for kind, name in (("png", "folder"), ("npz", "packed")):
         status, _, error = lamamba("sample", run, *many, "--format", kind, "--out", name)
@@ -386,7 +388,7 @@ def test_what_sample_has_made_is_judged_as_if_it_were_sampled_now(lamamba, run):
     against = SAMPLE[:4]
     assert lamamba("evaluate", run, *SAMPLE)[0] == 0
     wanted = figures("evaluation.json")
-    del wanted["accuracy"]                                                      # files do not say what was asked for
+    del wanted["accuracy"]                                                      # files do not hold the classes
     for samples in ("folder", "packed/samples.npz"):
         status, _, error = lamamba("evaluate", samples, *against, "--out", "files.json")
         assert status == 0, error
@@ -401,7 +403,7 @@ def test_what_sample_has_made_is_judged_as_if_it_were_sampled_now(lamamba, run):
     assert (status, "lamamba sample has not filled folder yet" in error) == (2, True), error
 
 
-def test_the_model_of_the_package_has_a_name(lamamba):
+def test_the_model_of_the_package_is_evaluated_by_name(lamamba):
     status, _, error = lamamba("evaluate", "shipped", *SAMPLE)
     assert status == 0, error
     entry = json.loads(Path("evaluation.json").read_text())["entries"][0]

@@ -1,13 +1,14 @@
-"""Results that stand side by side, and those that must not."""
+"""Results that compare, and those that do not."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
-from lamamba.evaluation.results import differences, disagreements, read_result, table, write_result
-from lamamba.options.metrics import Settings
+from lamamba.evaluation.results import Entry, differences, disagreements, read_result, table, write_result
+from lamamba.options.metrics import MetricOptions
 
 PROTOCOL = {
     "distance_name": "FID", "network": {"name": "inception", "sha256": "a" * 64},
@@ -17,7 +18,7 @@ PROTOCOL = {
 }
 FIGURES = {"frechet": 2.27, "recall": 0.6, "inception_score": 250.0, "inception_score_spread": 3.5, "kernel": 0.001,
            "kernel_spread": 0.0002}
-ENTRY = {"name": "a", "figures": FIGURES, "spread": {}, "protocol": PROTOCOL}
+ENTRY = Entry(name="a", figures=FIGURES, protocol=PROTOCOL)
 
 
 @pytest.mark.parametrize(("change", "reason"), [
@@ -28,7 +29,7 @@ ENTRY = {"name": "a", "figures": FIGURES, "spread": {}, "protocol": PROTOCOL}
     ({"reference": {"name": "imagenet.npz", "fingerprint": "d" * 64, "count": 9}}, "the reference images (finger"),
     ({"grey": "repeat"}, "what is done with grey images"),
 ])
-def test_other_things_are_refused(change, reason):
+def test_protocols_that_must_agree_and_do_not(change, reason):
     (found,) = disagreements(PROTOCOL, {**PROTOCOL, **change})
     assert found.startswith(reason)
 
@@ -42,13 +43,13 @@ def test_models_samplers_and_names_may_differ():
 
 
 def test_a_table_across_and_down():
-    other = {**ENTRY, "name": "b", "figures": {"frechet": 3.0}, "spread": {"frechet": 0.25}}
+    other = Entry(name="b", figures={"frechet": 3.0}, spread={"frechet": 0.25}, protocol=PROTOCOL)
     lines = table([ENTRY, other]).splitlines()
     assert [line.split() for line in lines] == [
         ["a", "b"], ["FID", "2.2700", "3.0000", "±", "0.2500"], ["Inception", "Score", "250.0000", "±", "3.5000", "-"],
         ["recall", "0.6000", "-"], ["KID", "x", "1000", "1.000", "±", "0.200", "-"],
     ]
-    down = table([{**ENTRY, "name": f"step {k}"} for k in range(4)]).splitlines()
+    down = table([dataclasses.replace(ENTRY, name=f"step {k}") for k in range(4)]).splitlines()
     assert len(down) == 5
     assert down[1].startswith("step 0")
     assert len({len(line) for line in down}) == 1
@@ -57,7 +58,7 @@ def test_a_table_across_and_down():
 def test_files(tmp_path):
     path = tmp_path / "results" / "a.json"
     write_result(path, [ENTRY])
-    assert read_result(path)["entries"] == [ENTRY]
+    assert read_result(path) == [ENTRY]
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "version": 2}))
     with pytest.raises(ValueError, match="format version 2, this lamamba reads 1"):
@@ -67,7 +68,6 @@ def test_files(tmp_path):
         read_result(path)
 
 
-def test_settings_are_checked():
-    Settings().check()
-    with pytest.raises(ValueError, match="neighbours=0 is too small"):
-        Settings(neighbours=0).check()
+def test_metric_options_are_checked():
+    with pytest.raises(ValueError, match="neighbours=0 must be at least 1"):
+        MetricOptions(neighbours=0)

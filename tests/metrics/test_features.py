@@ -78,7 +78,7 @@ def test_shards_are_made_once_and_damaged_ones_again(tmp_path):
     expected = images.read(range(50)).reshape(50, -1)[:, :9]
     np.testing.assert_array_equal(features.rows(), expected)
     np.testing.assert_array_equal(features.rows(limit=5), expected[[0, 10, 20, 30, 40]])
-    np.testing.assert_array_equal(features.rows("asked"), images.asked(range(50)))
+    np.testing.assert_array_equal(features.rows("asked"), images.classes(range(50)))
     np.testing.assert_allclose(features.statistics().covariance(), np.cov(expected.T))
     features.path(1).write_bytes(features.path(1).read_bytes()[:-5])
     seen.clear()
@@ -116,15 +116,15 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
         shape = (4, 4, 3)
 
         def __init__(self, count):
-            self.count, self.facts = count, {"kind": "made up", "fingerprint": str(count)}
+            self.count, self.metadata = count, {"kind": "made up", "fingerprint": str(count)}
 
         def __len__(self):
             return self.count
 
-        def read(self, places):
-            return np.random.default_rng(places.start).integers(0, 256, (len(places), 4, 4, 3), dtype=np.uint8)
+        def read(self, indices):
+            return np.random.default_rng(indices.start).integers(0, 256, (len(indices), 4, 4, 3), dtype=np.uint8)
 
-        def asked(self, places):
+        def classes(self, indices):
             return None
 
     network = CallableFeatures(lambda images: images.reshape(len(images), -1), "pixels")
@@ -142,13 +142,13 @@ def test_samples_are_made_when_they_are_read():
     def make(seeds, labels):
         return np.stack([np.full((1, 1, 1), 10 * label + seed) for seed, label in zip(seeds, labels, strict=True)])
 
-    images = GeneratedImages(make, range(3, 9), [5, 4, 3, 2, 1, 0], facts={"name": "toy"}, shape=(1, 1, 1))
+    images = GeneratedImages(make, range(3, 9), [5, 4, 3, 2, 1, 0], metadata={"name": "toy"}, shape=(1, 1, 1))
     assert len(images) == 6
     assert images.read(range(1, 4)).ravel().tolist() == [44, 35, 26]
-    assert images.asked(range(1, 4)).tolist() == [4, 3, 2]
-    assert images.facts["seeds"] == [3, 8]
-    other = GeneratedImages(make, range(3, 9), [5, 4, 3, 2, 1, 1], facts={"name": "toy"}, shape=(1, 1, 1))
-    assert images.facts["fingerprint"] != other.facts["fingerprint"]
+    assert images.classes(range(1, 4)).tolist() == [4, 3, 2]
+    assert images.metadata["seeds"] == [3, 8]
+    other = GeneratedImages(make, range(3, 9), [5, 4, 3, 2, 1, 1], metadata={"name": "toy"}, shape=(1, 1, 1))
+    assert images.metadata["fingerprint"] != other.metadata["fingerprint"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,162 @@
+"""Evaluation by any number of processes: all of them compute features, rank 0 the figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lamamba.evaluation.candidates import SampleSet, open_images
+from lamamba.evaluation.extraction import Features, extract
+from lamamba.evaluation.figures import Figures, compute_figures, mean_and_spread, moments
+from lamamba.evaluation.images import Images, digest, fit_channels
+from lamamba.evaluation.reference import Reference, is_statistics, load_statistics, reference_images
+from lamamba.evaluation.results import Entry
+from lamamba.metrics.features import FeatureNetwork
+from lamamba.metrics.statistics import Statistics
+from lamamba.options.metrics import MetricOptions
+from lamamba.utils.distributed import ProcessGroup
+from lamamba.utils.files import write_atomically
+from lamamba.utils.progress import Progress, Report
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A feature network, the folder of cached features, and the processes that share both."""
+
+    network: FeatureNetwork
+    folder: Path
+    """Of cached features and finished entries: where a call was stopped, the next one goes on from them."""
+    group: ProcessGroup
+    report: Report
+    repeat_grey: bool
+    """Give grey images three equal channels where the network takes colour."""
+    batch_size: int
+    shard_size: int
+    """Images per file of features."""
+
+    def fit(self, images: Images) -> Images:
+        """Images with the network's channels; see `fit_channels`."""
+        info = self.network.info
+        return fit_channels(images, info.channels, info.name, repeat_grey=self.repeat_grey)
+
+    def extract(self, images: Images, task: str) -> Features:
+        """Features of images, computed by all processes; those on disk are not computed again."""
+        features = extract(
+            self.fit(images), self.network, self.folder, shard_size=self.shard_size, batch_size=self.batch_size,
+            rank=self.group.index, report=self.report, task=task,
+        )
+        self.group.wait()
+        return features
+
+    def statistics(self, features: Features) -> dict[str, Statistics]:
+        """Statistics of "features", and of "spatial" where there are any: each process sums a part of the shards."""
+        shards = range(features.num_shards)[self.group.index :: self.group.count]
+        names = [name for name in ("features", "spatial") if name in features.names()]
+        return {name: features.statistics(name, shards).reduce(self.group.all_reduce) for name in names}
+
+    def make_reference(self, images: Images, name: str, num_rows: int) -> Reference:
+        """A reference of images, with the features of at most `num_rows` of them."""
+        images = self.fit(images)
+        features = self.extract(images, "reference")
+        statistics = self.statistics(features)
+        return Reference(
+            name=name, fingerprint=str(images.metadata["fingerprint"]), features=moments(statistics["features"]),
+            spatial=moments(statistics["spatial"]) if "spatial" in statistics else None,
+            rows=features.rows(limit=num_rows), count=len(images), image_shape=tuple(images.shape),
+            network=self.network.info,
+        )
+
+    def open_reference(self, name: str | np.ndarray, image_shape: tuple[int, ...], num_rows: int) -> Reference:
+        """The reference of samples of this shape: from a file of statistics, or computed of images.
+
+        Raises:
+            FileNotFoundError, ValueError: when it is missing, damaged or does not fit.
+        """
+        if isinstance(name, str) and is_statistics(name):
+            return self._load_reference(name, image_shape, num_rows)
+        images = open_images(name, image_size=image_shape[0])
+        name = name if isinstance(name, str) else "array"
+        if images.shape[:2] != image_shape[:2]:
+            sizes = " and ".join(f"{s[0]} x {s[1]}" for s in (images.shape, image_shape))
+            raise ValueError(f"{name} and the samples are {sizes} pixels; another size is another data set")
+        return self.make_reference(images, name, num_rows)
+
+    def _load_reference(self, path: str, image_shape: tuple[int, ...], num_rows: int) -> Reference:
+        reference = load_statistics(path)
+        reference.check(self.network.info, image_shape)
+        images, rows = reference_images(path), reference.rows
+        if rows is None and images is not None:                                 # ADM's: moments of all, images of some
+            rows = self.extract(images, "reference").rows(limit=num_rows)
+        elif rows is not None and len(rows) > num_rows:
+            rows = rows[np.arange(num_rows) * len(rows) // num_rows]
+        size = len(reference.features[0])
+        if reference.network is None and self.network.info.name.startswith("inception") and size != 2048:
+            raise ValueError(f"{path} has {size} features, Inception's pool3 2048: another network made it")
+        return dataclasses.replace(reference, rows=rows)
+
+    def evaluate(
+        self, sample_set: SampleSet, reference: Reference, options: MetricOptions, protocol: dict[str, Any],
+        *, keep_features: bool,
+    ) -> Entry:
+        """Figures of all seed ranges, with mean and spread; the same on every rank.
+
+        An entry that was finished by an earlier, stopped call is read.
+        """
+        name = digest(protocol, [dict(run.metadata) for run in sample_set.runs])[:16]
+        path = self.folder / f"{name}.entry.json"
+        finished: Entry | None = self.group.broadcast(_read_entry(path))
+        if finished is not None:
+            return finished
+        runs, folders = [], []
+        for number, images in enumerate(sample_set.runs):
+            task = sample_set.name + (f", repeat {number + 1}" if len(sample_set.runs) > 1 else "")
+            features = self.extract(images, task)
+            statistics = self.statistics(features)
+            figures = functools.partial(self._compute_figures, features, statistics, reference, options)
+            runs.append(self.group.together(figures))
+            folders.append(features.folder)
+
+        def finish() -> Entry:
+            figures: list[Figures] = [run for run in runs if run is not None]
+            means, spread = mean_and_spread(figures)
+            entry = Entry(
+                name=sample_set.name, step=sample_set.step, ema=sample_set.ema, guidance=sample_set.guidance,
+                figures=means, spread=spread, runs=figures, protocol=protocol,
+            )
+            write_atomically(path, json.dumps(dataclasses.asdict(entry)))
+            for folder in folders if not keep_features else []:
+                shutil.rmtree(folder)
+            return entry
+
+        entry = self.group.broadcast(self.group.together(finish))
+        assert entry is not None
+        return entry
+
+    def _compute_figures(
+        self, features: Features, statistics: dict[str, Statistics], reference: Reference, options: MetricOptions
+    ) -> Figures:
+        return compute_figures(
+            features, statistics, reference, options, has_class_logits=self.network.has_class_logits,
+            on_progress=lambda task, share: self.report(Progress(task, round(100 * share), 100, "%")),
+        )
+
+    def clear(self) -> None:
+        """Remove cached features and finished entries, and nothing else."""
+        for path in self.folder.iterdir():
+            if (path / "plan.json").is_file():
+                shutil.rmtree(path)
+            elif path.name.endswith(".entry.json"):
+                path.unlink()
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
+def _read_entry(path: Path) -> Entry | None:
+    return Entry(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
