@@ -52,10 +52,8 @@ LONG_FUNCTIONS = {
     "pipeline.py:__call__",
     "runs/folder.py:save",
     "sampling/generate.py:generate",
-    "viz/curves.py:evaluation_curves",
 }
 PRINTING = {
-    "api/evaluate.py",
     "evaluation/quick_score.py",
     "utils/bars.py",
 }
@@ -63,18 +61,14 @@ UNFINISHED_VERBS = {
     "app",
     "convert",
     "demo",
-    "evaluate",
     "export",
     "plot",
     "sample",
     "train",
 }
 PRIVATE_FUNCTIONS = {
-    "compare",
-    "compute_statistics",
     "convert",
     "demo",
-    "evaluate",
     "export",
     "open_app",
     "plan",
