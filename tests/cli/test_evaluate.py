@@ -123,7 +123,8 @@ def test_a_kill_loses_at_most_one_shard(lamamba, run, reference):
     process.communicate()
     times = {shard: shard.stat().st_mtime_ns for shard in shards}
     assert lamamba(*command[3:])[0] == 0
-    assert all(shard.stat().st_mtime_ns == before for shard, before in times.items())
+    again = [shard for shard, before in times.items() if shard.stat().st_mtime_ns != before]
+    assert len(again) <= 1                                                      # renamed, but without its hash yet
     assert len(list(Path().glob("evaluation.work/*/shard_*.safetensors"))) == 30
     undisturbed = figures("evaluation.json")
     assert lamamba(*command[3:-1], "--out", "again.json", "--shard-size", 50)[0] == 0
