@@ -55,7 +55,6 @@ LONG_FUNCTIONS = {
 }
 PRINTING = {
     "evaluation/quick_score.py",
-    "utils/bars.py",
 }
 UNFINISHED_VERBS = {
     "app",

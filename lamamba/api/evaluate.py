@@ -54,7 +54,7 @@ class EvaluateResult:
     def __str__(self) -> str:
         count = self.entries[0].protocol["images"]
         lines = [table(self.entries), f"{count:,} images against {self.reference}; figures and protocol: {self.path}"]
-        if {entry.guidance for entry in self.entries} == {1.0}:
+        if all(e.guidance == 1 and e.protocol["samples"]["labels"] != "none" for e in self.entries):
             lines.append("sampled at guidance 1, the protocol of published figures; --guidance takes other scales")
         return "\n".join([*lines, f"curve: {self.curve}"] if self.curve else lines)
 

@@ -217,24 +217,18 @@ class ArrayImages:
     def read(self, indices: range) -> np.ndarray:
         return self._images[indices.start : indices.stop]
 
-    def classes(self, indices: range) -> None:
+    def classes(self, indices: range) -> np.ndarray | None:
         return None
 
 
-class DigitImages:
+class DigitImages(ArrayImages):
     """Real digits, enlarged to a multiple of 8 pixels."""
 
     def __init__(self, image_size: int = 8, limit: int | None = None):
         digits = Digits(image_size)
-        self._images, self._labels = digits.images.transpose(0, 2, 3, 1)[:limit], digits.labels[:limit]
-        self.shape = (image_size, image_size, 1)
+        super().__init__(digits.images.transpose(0, 2, 3, 1), limit)
+        self._labels = digits.labels
         self.metadata = {"kind": "digits", "name": "digits", "fingerprint": digest("digits", image_size, len(self))}
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def read(self, indices: range) -> np.ndarray:
-        return self._images[indices.start : indices.stop]
 
     def classes(self, indices: range) -> np.ndarray:
         return self._labels[indices.start : indices.stop]
@@ -270,16 +264,26 @@ class GeneratedImages:
         return None if self._labels is None else np.array(self._labels[indices.start : indices.stop])
 
 
-class AsGrey:
-    """The first channel of colour images whose channels are equal: npz files hold three also of grey models."""
+class _Converted:
+    """Images with other channels."""
 
-    def __init__(self, images: Images, network: str):
-        self._images, self._network = images, network
-        self.shape = (*images.shape[:2], 1)
-        self.metadata = images.metadata
+    def __init__(self, images: Images, channels: int):
+        self._images, self.metadata = images, images.metadata
+        self.shape = (*images.shape[:2], channels)
 
     def __len__(self) -> int:
         return len(self._images)
+
+    def classes(self, indices: range) -> np.ndarray | None:
+        return self._images.classes(indices)
+
+
+class AsGrey(_Converted):
+    """The first channel of colour images whose channels are equal: npz files hold three also of grey models."""
+
+    def __init__(self, images: Images, network: str):
+        super().__init__(images, 1)
+        self._network = network
 
     def read(self, indices: range) -> np.ndarray:
         images = self._images.read(indices)
@@ -288,26 +292,12 @@ class AsGrey:
             raise ValueError(f"{name} has colour images and {self._network} reads grey ones; choose other --features")
         return images[..., :1]
 
-    def classes(self, indices: range) -> np.ndarray | None:
-        return self._images.classes(indices)
 
-
-class AsColour:
+class AsColour(_Converted):
     """Grey images with the channel three times."""
-
-    def __init__(self, images: Images):
-        self._images = images
-        self.shape = (*images.shape[:2], 3)
-        self.metadata = images.metadata
-
-    def __len__(self) -> int:
-        return len(self._images)
 
     def read(self, indices: range) -> np.ndarray:
         return self._images.read(indices).repeat(3, axis=3)
-
-    def classes(self, indices: range) -> np.ndarray | None:
-        return self._images.classes(indices)
 
 
 def fit_channels(images: Images, channels: int, network: str, *, repeat_grey: bool) -> Images:
@@ -336,4 +326,4 @@ def fit_channels(images: Images, channels: int, network: str, *, repeat_grey: bo
             f"{name} has grey images and {network} reads colour; --grey repeat gives it three equal channels, which is "
             "not what published figures mean"
         )
-    return AsColour(images)
+    return AsColour(images, 3)

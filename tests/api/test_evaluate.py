@@ -10,7 +10,8 @@ import pytest
 import lamamba
 from lamamba.data.digits import Digits
 
-DIGITS = {"features": "digits", "device": "cpu"}
+NETWORK = {"features": "digits", "device": "cpu"}
+DIGITS = {**NETWORK, "metrics": lamamba.MetricOptions(kernel_subsets=2)}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_arrays_are_evaluated_as_files_are(tmp_path, digits):
 
 def test_statistics_stand_for_the_images(tmp_path, digits):
     statistics = lamamba.compute_statistics(
-        lamamba.StatisticsOptions(images="digits", out=tmp_path / "digits.npz", **DIGITS), progress=None)
+        lamamba.StatisticsOptions(images="digits", out=tmp_path / "digits.npz", **NETWORK), progress=None)
     assert str(statistics).startswith(f"{statistics.path}: 64 features of 1,797 images by digits")
     results = []
     for name, reference in (("images", "digits"), ("statistics", statistics.path)):
