@@ -24,22 +24,35 @@ if TYPE_CHECKING:
     from lamamba.api.doctor import DoctorResult, doctor
     from lamamba.api.encode import EncodeResult, encode
     from lamamba.api.evaluate import EvaluateResult, evaluate
+    from lamamba.api.convert import ConvertResult, convert
+    from lamamba.api.doctor import DoctorResult, doctor
+    from lamamba.api.encode import EncodeResult, encode
+    from lamamba.api.export import ExportResult, export
     from lamamba.api.info import InfoResult, info
+    from lamamba.api.open_app import AppResult, open_app
+    from lamamba.api.plot import PlotResult, plot
     from lamamba.api.sample_folder import SampleFolderResult, sample_folder
     from lamamba.config import UNetConfig
     from lamamba.models.official import load_official, to_official
     from lamamba.models.unet import LaMambaUNet
+    from lamamba.options.app import AppOptions
     from lamamba.options.benchmark import BenchmarkOptions
     from lamamba.options.check_data import CheckDataOptions
+    from lamamba.options.convert import ConvertOptions
     from lamamba.options.doctor import DoctorOptions
     from lamamba.options.encode import EncodeOptions
     from lamamba.options.evaluation import CompareOptions, EvaluateOptions, StatisticsOptions
     from lamamba.options.info import InfoOptions
     from lamamba.options.metrics import MetricOptions
+    from lamamba.options.export import ExportOptions
+    from lamamba.options.info import InfoOptions
+    from lamamba.options.plot import PlotOptions
     from lamamba.options.sample_folder import SampleFolderOptions
     from lamamba.pipeline import LaMambaPipeline
 
 _MODULES = {
+    "AppOptions": "options.app",
+    "AppResult": "api.open_app",
     "benchmark": "api.benchmark",
     "BenchmarkOptions": "options.benchmark",
     "BenchmarkResult": "api.benchmark",
@@ -51,6 +64,9 @@ _MODULES = {
     "CompareOptions": "options.evaluation",
     "CompareResult": "api.compare",
     "compute_statistics": "api.compute_statistics",
+    "convert": "api.convert",
+    "ConvertOptions": "options.convert",
+    "ConvertResult": "api.convert",
     "doctor": "api.doctor",
     "DoctorOptions": "options.doctor",
     "DoctorResult": "api.doctor",
@@ -60,6 +76,9 @@ _MODULES = {
     "evaluate": "api.evaluate",
     "EvaluateOptions": "options.evaluation",
     "EvaluateResult": "api.evaluate",
+    "export": "api.export",
+    "ExportOptions": "options.export",
+    "ExportResult": "api.export",
     "info": "api.info",
     "InfoOptions": "options.info",
     "InfoResult": "api.info",
@@ -67,6 +86,10 @@ _MODULES = {
     "LaMambaUNet": "models.unet",
     "load_official": "models.official",
     "MetricOptions": "options.metrics",
+    "open_app": "api.open_app",
+    "plot": "api.plot",
+    "PlotOptions": "options.plot",
+    "PlotResult": "api.plot",
     "sample_folder": "api.sample_folder",
     "SampleFolderOptions": "options.sample_folder",
     "SampleFolderResult": "api.sample_folder",
@@ -77,6 +100,8 @@ _MODULES = {
 }
 
 __all__ = [
+    "AppOptions",
+    "AppResult",
     "BenchmarkOptions",
     "BenchmarkResult",
     "CheckDataOptions",
@@ -84,17 +109,23 @@ __all__ = [
     "CheckLatentsResult",
     "CompareOptions",
     "CompareResult",
+    "ConvertOptions",
+    "ConvertResult",
     "DoctorOptions",
     "DoctorResult",
     "EncodeOptions",
     "EncodeResult",
     "EvaluateOptions",
     "EvaluateResult",
+    "ExportOptions",
+    "ExportResult",
     "InfoOptions",
     "InfoResult",
     "LaMambaPipeline",
     "LaMambaUNet",
     "MetricOptions",
+    "PlotOptions",
+    "PlotResult",
     "SampleFolderOptions",
     "SampleFolderResult",
     "StatisticsOptions",
@@ -108,8 +139,14 @@ __all__ = [
     "doctor",
     "encode",
     "evaluate",
+    "convert",
+    "doctor",
+    "encode",
+    "export",
     "info",
     "load_official",
+    "open_app",
+    "plot",
     "sample_folder",
     "to_official",
 ]

@@ -1,4 +1,4 @@
-"""The model that comes with the package is small, whole, and draws the digits that it is asked for."""
+"""The model that comes with the package is small, complete, and samples the digits of its labels."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def test_it_is_the_recipe():
     assert "_name_or_path" not in json.loads((shipped_model() / "config.json").read_text())
 
 
-def test_it_draws_what_it_is_asked_for():
+def test_its_samples_are_classified_as_their_labels():
     digits, (model, _) = Digits(), find_network(shipped_model())
-    asked = np.arange(20) % 10
-    samples = generate(model, asked.tolist(), range(500, 520), num_steps=10, guidance=1.75)
+    labels = np.arange(20) % 10
+    samples = generate(model, labels.tolist(), range(500, 520), num_steps=10, guidance=1.75)
     classifier = DigitClassifier(digits.images, digits.labels)
-    assert (classifier.classify(samples) == asked).sum() >= 18
+    assert (classifier.classify(samples) == labels).sum() >= 18
     assert nearest_distances(samples, digits.images).min() > 0.2                # none is a copy
 
 

@@ -26,7 +26,8 @@ LAYERS = [
     {"inference", "metrics", "viz"},
     {"runs"},
     {"training", "sampling"},
-    {"app", "pipeline", "benchmarking", "evaluation", "exporting"},
+    {"pipeline"},
+    {"app", "benchmarking", "evaluation", "exporting"},
     {"api"},
     {"cli"},
     {"__main__"},
@@ -47,8 +48,6 @@ PROGRAMS = {"__main__.py", "metrics/digits_network.py", "benchmarking/worker.py"
 # what is left to do; nothing is added here
 CIRCULAR: set[str] = set()
 LONG_FUNCTIONS = {
-    "app/page.py:build_page",
-    "exporting/model_card.py:model_card",
     "pipeline.py:__call__",
     "runs/folder.py:save",
     "sampling/generate.py:generate",
@@ -57,21 +56,13 @@ PRINTING = {
     "evaluation/quick_score.py",
 }
 UNFINISHED_VERBS = {
-    "app",
-    "convert",
     "demo",
-    "export",
-    "plot",
     "sample",
     "train",
 }
 PRIVATE_FUNCTIONS = {
-    "convert",
     "demo",
-    "export",
-    "open_app",
     "plan",
-    "plot",
     "sample",
     "train",
 }

@@ -1,1 +1,1 @@
-"""A page to play on: choose classes and settings, watch the denoising, keep the picture (`lamamba app`)."""
+"""The page in the browser (`lamamba app`): choose classes and settings, watch the denoising, save the picture."""

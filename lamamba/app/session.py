@@ -1,4 +1,4 @@
-"""What the page does, without the page: settings become pictures, step by step. No gradio here."""
+"""Sampling for the page, without the page: settings become images, step by step. No gradio here."""
 
 from __future__ import annotations
 
@@ -8,118 +8,119 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lamamba.config import unknown_name
-from lamamba.data.codec import LatentDecoder, PixelCodec
+from lamamba.data.codec import PixelCodec
 from lamamba.diffusion.denoise import SAMPLERS, samplers_for
 from lamamba.diffusion.guidance import Guidance
-from lamamba.models.unet import LaMambaUNet
-from lamamba.runs.metadata import ModelMetadata
-from lamamba.runs.model import fingerprint
+from lamamba.pretrained import DESCRIPTION
+from lamamba.runs.metadata import default_guidance
+from lamamba.runs.model import OpenModel, move, open_model
 from lamamba.sampling import generate
 from lamamba.sampling.settings import ImageMetadata, Settings
+from lamamba.utils.distributed import pick_device
 
 MAX_IMAGES = 100
-"""In one request: a page is for looking; many images are for lamamba sample."""
+"""In one request; lamamba sample makes any number."""
 MAX_GUIDANCE = 20.0
 MAX_SEED = 2**32 - 1
 """What fits a number field of a browser; the command line takes larger ones."""
 BATCH_TOKENS = 16_384
-"""Of the images that the network sees at once: 100 digits, 16 pictures of 256 pixels."""
-PAPER = 235
-"""Grey of images that have not been begun."""
-THREAD_NAME = "lamamba drawing"
+"""Tokens of a batch: 100 digits, or 16 images of 256 pixels."""
+BLANK = 235
+"""Grey level of images whose batch has not begun."""
+THREAD_NAME = "lamamba app: sampling"
 FRAMES_PER_SECOND = 12
-"""Intermediate pictures that are sent at most: eyes and connections need no more."""
+"""Of intermediate images, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What somebody asks for."""
+    """Settings of one sampling run."""
 
     classes: tuple[str, ...] = ()
     """Names, one row each; none for an unconditional model."""
-    num: int = 8
-    """Images of each class, or in all."""
+    num_images: int = 8
+    """Of each class, or in all for an unconditional model."""
     seed: int = 0
-    """Of the first image; the others follow."""
+    """Of the first image; the next ones follow."""
     sampler: str | None = None
     steps: int | None = None
     guidance: float = 1.0
     height: int | None = None
     width: int | None = None
-    """Pixels; by default what the network was made for."""
+    """In pixels; by default the size of the training."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A moment of the drawing."""
+    """The images after some of the steps."""
 
     images: np.ndarray
-    """(n, h, w, c) uint8: the clean images as the network sees them now; at the end, the images."""
+    """(n, h, w, c) uint8: x0 as predicted in this step; in the last frame, the samples."""
     done: int
     total: int
-    """Steps."""
+    """Steps, of all batches."""
     is_last: bool
     seconds: float
-    """Since the drawing began."""
+    """Since sampling began."""
 
 
 class Session:
-    """One network and its facts, drawing for one caller at a time."""
+    """One model that samples for one request at a time; others wait.
 
-    def __init__(
-        self, model: LaMambaUNet, facts: ModelMetadata, *, name: str, source: str, decoder: LatentDecoder | None = None
-    ):
-        """
-        Args:
-            model: on the device and in the precision it is to run in.
-            facts: of the model: names of its classes, kind of its images.
-            name: for the page's heading.
-            source: how the pictures' settings name it, for lamamba sample to find it again.
-            decoder: of latents; None for a model of pixels.
-        """
-        self.model, self.facts, self.name, self.source = model, facts, name, source
-        self._decoder, self._turn = decoder, threading.Lock()
-        config = model.architecture
-        named = len(facts.label_names) == config.num_classes
-        self.class_names = tuple(facts.label_names) if named else tuple(map(str, range(config.num_classes)))
+    Args:
+        model: its network on its device, in the dtype it is to run in.
+        title: for the page's heading.
+    """
+
+    def __init__(self, model: OpenModel, title: str):
+        self.model, self.title = model, title
+        self._lock = threading.Lock()
+        network, metadata = model.network, model.facts
+        config = network.architecture
+        has_names = len(metadata.label_names) == config.num_classes
+        self.class_names = tuple(metadata.label_names) if has_names else tuple(map(str, range(config.num_classes)))
         self.samplers = samplers_for(config.objective)
-        self.pixel = max(1, facts.image_size // config.input_size[0]) if decoder else 1
-        """Pixels of the picture for each of the network's own: 1, or a latent's."""
-        self.side_step = 4 * config.patch_size * self.pixel
-        """Sides are multiples of it."""
-        self.size = (config.input_size[0] * self.pixel, config.input_size[1] * self.pixel)
-        """Height and width that the network was made for."""
+        self.default_guidance = default_guidance(metadata.guidance, config.num_classes)
+        self.side_multiple = 4 * config.patch_size * model.factor
+        """Sides of images in pixels are multiples of it."""
+        self.size = (config.input_size[0] * model.factor, config.input_size[1] * model.factor)
+        """Height and width of the training's images in pixels."""
         self.max_side = 4 * max(self.size)
-        self.channels = config.in_channels if decoder is None else 3
-        self._fingerprint = fingerprint(model)
+        self.channels = config.in_channels if model.decoder is None else 3
 
     @property
-    def parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+    def device(self) -> str:
+        return str(self.model.network.device)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.network.parameters())
 
     def check(self, request: Request) -> None:
-        """Refuse what cannot be drawn, before anything is.
+        """Check a request before anything is sampled.
 
         Raises:
             ValueError: with what came, what fits, and what to do.
         """
-        config = self.model.architecture
+        config = self.model.network.architecture
         if config.num_classes and not request.classes:
             raise ValueError("no class is chosen: pick at least one")
         for name in request.classes:
             if name not in self.class_names:
                 raise unknown_name("class", name, self.class_names)
-        _check_whole("the number of images", request.num, 1, MAX_IMAGES)
+        _check_whole("the number of images", request.num_images, 1, MAX_IMAGES)
         _check_whole("the seed", request.seed, 0, MAX_SEED)
-        if (count := request.num * max(1, len(request.classes))) > MAX_IMAGES:
+        if (count := self._count(request)) > MAX_IMAGES:
             raise ValueError(
-                f"{len(request.classes)} classes with {request.num} pictures each are {count}; this page draws up to "
-                f"{MAX_IMAGES} at once: choose fewer of either (lamamba sample makes any number)"
+                f"{len(request.classes)} classes with {request.num_images} images each are {count}; this page makes up "
+                f"to {MAX_IMAGES} at once: choose fewer of either (lamamba sample makes any number)"
             )
         sampler = request.sampler or self.samplers[0]
         if sampler not in self.samplers:
@@ -131,27 +132,24 @@ class Session:
             raise ValueError(f"guidance {request.guidance!r} must be a number from 0 to {MAX_GUIDANCE}; 1 is none")
         if not config.num_classes and request.guidance != 1:
             raise ValueError(f"guidance {request.guidance:g} needs classes; this model has none: use 1")
-        for what, side in (("height", request.height), ("width", request.width)):
-            if side is not None:
-                _check_whole(f"the {what}", side, self.side_step, self.max_side)
-        config.fit_input(request.height, request.width, self.pixel)
+        for side, pixels in (("height", request.height), ("width", request.width)):
+            if pixels is not None:
+                _check_whole(f"the {side}", pixels, self.side_multiple, self.max_side)
+        self.model.fit(request.height, request.width)
 
-    def draw(self, request: Request) -> Iterator[Frame]:
-        """The drawing as it comes to be: some moments on the way, then the images.
-
-        Closing the iterator stops the drawing after the step it is in.
+    def sample(self, request: Request) -> Iterator[Frame]:
+        """Sample images: frames on the way, at last the images. Closing the iterator stops after the current step.
 
         Raises:
-            ValueError: as check does, before the first frame.
+            ValueError: see `check`; before the first frame.
         """
         self.check(request)
         frames: queue.Queue[Frame | BaseException] = queue.Queue()
-        is_watched = threading.Event()
-        is_watched.set()
-        worker = threading.Thread(
-            target=self._work, args=(request, frames, is_watched), name=THREAD_NAME, daemon=True
+        stopped = threading.Event()
+        thread = threading.Thread(
+            target=self._sample, args=(request, frames, stopped), name=THREAD_NAME, daemon=True
         )
-        worker.start()
+        thread.start()
         try:
             while True:
                 frame = frames.get()
@@ -161,25 +159,24 @@ class Session:
                 if frame.is_last:
                     return
         finally:
-            is_watched.clear()
-            worker.join()
+            stopped.set()
+            thread.join()
 
-    def facts_of(self, request: Request) -> ImageMetadata:
-        """All that repeats the drawing, for the PNG's metadata."""
+    def metadata_of(self, request: Request) -> ImageMetadata:
+        """All that reproduces the images, for the PNG's metadata."""
         height, width = self.size_of(request)
         sampler = request.sampler or self.samplers[0]
-        count = self._count(request)
-        autoencoder = self._decoder.autoencoder if self._decoder else None
+        autoencoder = self.model.decoder.autoencoder if self.model.decoder else None
         settings = Settings(
-            model=self.source, model_sha256=self._fingerprint, sampler=sampler,
+            model=self.model.name, model_sha256=self.model.sha256, sampler=sampler,
             steps=request.steps or SAMPLERS[sampler].default_steps, height=height, width=width,
             guidance=Guidance(float(request.guidance)), autoencoder=autoencoder.name if autoencoder else None,
             autoencoder_sha256=autoencoder.sha256 if autoencoder else None,
-            dtype=str(self.model.dtype).removeprefix("torch."),
+            dtype=str(self.model.network.dtype).removeprefix("torch."),
         )
         labels = self._labels(request)
         return ImageMetadata(
-            settings=settings, seeds=tuple(range(request.seed, request.seed + count)),
+            settings=settings, seeds=tuple(range(request.seed, request.seed + self._count(request))),
             labels=None if labels is None else tuple(labels), columns=self.columns_of(request),
             row_names=self.row_names_of(request), batch_size=self._batch_size(request),
         )
@@ -189,71 +186,83 @@ class Session:
         return request.height or self.size[0], request.width or self.size[1]
 
     def columns_of(self, request: Request) -> int:
-        """Images side by side in the picture: a row for each class; those of a single one about in a square."""
+        """Columns of the grid: a row for each class; images of a single class in about a square."""
         if len(request.classes) > 1:
-            return request.num
-        side = math.ceil(math.sqrt(request.num))
-        return next((columns for columns in range(side, 2 * side) if request.num % columns == 0), side)
+            return request.num_images
+        side = math.ceil(math.sqrt(request.num_images))
+        return next((columns for columns in range(side, 2 * side) if request.num_images % columns == 0), side)
 
     def row_names_of(self, request: Request) -> tuple[str, ...]:
-        """What stands to the left of the picture's rows."""
+        """Names to the left of the grid's rows."""
         return request.classes if len(request.classes) > 1 else ()
 
     def _labels(self, request: Request) -> list[int] | None:
         if not self.class_names:
             return None
-        return [self.class_names.index(name) for name in request.classes for _ in range(request.num)]
+        return [self.class_names.index(name) for name in request.classes for _ in range(request.num_images)]
 
     def _count(self, request: Request) -> int:
-        return request.num * max(1, len(request.classes))
+        return request.num_images * max(1, len(request.classes))
 
     def _batch_size(self, request: Request) -> int:
         height, width = self.size_of(request)
-        tokens = height * width // (self.pixel * self.model.architecture.patch_size) ** 2
+        tokens = height * width // (self.model.factor * self.model.network.architecture.patch_size) ** 2
         return max(1, min(MAX_IMAGES, BATCH_TOKENS // tokens))
 
-    def _work(self, request: Request, frames: queue.Queue[Frame | BaseException], is_watched: threading.Event) -> None:
-        """Draw, in a thread of its own, and put frames, and at last what went wrong if it did, into the queue."""
-        began, last_shown = time.perf_counter(), 0.0
+    def _sample(self, request: Request, frames: queue.Queue[Frame | BaseException], stopped: threading.Event) -> None:
+        """Put frames into the queue, or the exception that ended sampling; the target of a thread."""
+        began, last_frame = time.perf_counter(), 0.0
         height, width = self.size_of(request)
-        decoder = self._decoder or PixelCodec()
-        shown = np.full((self._count(request), height, width, self.channels), PAPER, np.uint8)
+        decoder = self.model.decoder or PixelCodec()
+        images = np.full((self._count(request), height, width, self.channels), BLANK, np.uint8)
         progress = (0, 1)
 
         def on_step(done: int, total: int) -> None:
             nonlocal progress
-            if not is_watched.is_set():
+            if stopped.is_set():
                 raise _Stopped
             progress = (done, total)
 
         def watch(batch: range, step: int, x0: Tensor) -> None:
-            nonlocal last_shown
+            nonlocal last_frame
             now = time.perf_counter()
-            if progress[0] > 1 and now - last_shown < 1 / FRAMES_PER_SECOND:
+            if progress[0] > 1 and now - last_frame < 1 / FRAMES_PER_SECOND:
                 return
-            shown[batch.start : batch.stop] = decoder.decode(x0)
-            last_shown = time.perf_counter()
-            # decoding latents takes its time: no more than a third of the whole
-            last_shown += 2 * (last_shown - now)
-            frames.put(Frame(shown.copy(), *progress, False, last_shown - began))
+            images[batch.start : batch.stop] = decoder.decode(x0)
+            decoded = time.perf_counter()
+            last_frame = decoded + 2 * (decoded - now)                          # decoding: a third of the time at most
+            frames.put(Frame(images.copy(), *progress, False, decoded - began))
 
         try:
-            with self._turn:
-                images = generate(
-                    self.model, self._labels(request), range(request.seed, request.seed + len(shown)),
+            with self._lock:
+                samples = generate(
+                    self.model.network, self._labels(request), range(request.seed, request.seed + len(images)),
                     sampler=request.sampler, num_steps=request.steps, guidance=float(request.guidance),
-                    input_size=(height // self.pixel, width // self.pixel), batch_size=self._batch_size(request),
-                    decoder=self._decoder, on_step=on_step, watch=watch,
+                    input_size=self.model.fit(height, width)[0], batch_size=self._batch_size(request),
+                    decoder=self.model.decoder, on_step=on_step, watch=watch,
                 )
-            frames.put(Frame(images, progress[1], progress[1], True, time.perf_counter() - began))
-        except BaseException as error:                                          # raised again where it is waited for
+            frames.put(Frame(samples, progress[1], progress[1], True, time.perf_counter() - began))
+        except BaseException as error:                                          # raised again by `sample`
             frames.put(error)
 
 
+def open_session(path: Path | None, autoencoder: str | None, device_name: str) -> Session:
+    """A session of the model in a folder, or of the one that comes with the package for None.
+
+    Raises:
+        OSError, ValueError: when there is no such model, autoencoder or device, or they do not fit together.
+    """
+    device = pick_device(device_name)
+    model = open_model(path, autoencoder, device)
+    move(model.network, device, torch.float32)
+    shipped = f"{DESCRIPTION.capitalize()}, the model that comes with the package"
+    return Session(model, shipped if path is None else str(path))
+
+
 class _Stopped(Exception):
-    """Whoever asked does not look any more."""
+    """The iterator was closed."""
 
 
-def _check_whole(what: str, value: object, least: int, most: int) -> None:
+def _check_whole(name: str, value: object, least: int, most: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{what} is {value!r}; it must be a whole number from {least} to {most:,}".replace(",", " "))
+        raise ValueError(f"{name} is {value!r}; it must be a whole number from {least} to {most:,}".replace(",", " "))

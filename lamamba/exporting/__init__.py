@@ -1,1 +1,1 @@
-"""Trained networks for other programs: diffusers pipeline folders, ONNX, model cards."""
+"""Trained networks in the formats of other programs: diffusers pipeline folders with model cards, ONNX."""

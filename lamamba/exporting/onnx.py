@@ -1,4 +1,4 @@
-"""A network as a graph for other programs: torch.export's, and ONNX's made of standard operations alone."""
+"""A network as a graph: torch.export's with our kernels, and ONNX's of standard operations alone."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def example_inputs(model: LaMambaUNet, batch: int = 2, seed: int = 0) -> tuple[T
 
 
 def export_program(model: LaMambaUNet) -> ExportedProgram:
-    """The network on its device, with whatever kernels run there, for batches of any size (torch.export).
+    """torch.export of the network on its device, with the kernels of its back end, for batches of any size.
 
-    Programs that call our kernels need `import lamamba.models.unet` where they are loaded. Under
-    lamamba.ops.use_backend("torch") only the scan is ours.
+    Loading a graph with our kernels needs `import lamamba.models.unet`. Under lamamba.ops.use_backend("torch") the
+    scan is the only custom operator.
     """
     inputs = example_inputs(model)
     batch = Dim("batch")
@@ -45,30 +45,30 @@ def export_program(model: LaMambaUNet) -> ExportedProgram:
 
 
 def require_onnx() -> None:
-    """Refuse early where ONNX files cannot be made and checked.
+    """Check that ONNX files can be written and run.
 
     Raises:
         RuntimeError: when onnx, onnxscript or onnxruntime are not installed.
     """
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not _is_there(name)]
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not _is_installed(name)]
     if missing:
         raise RuntimeError(f"ONNX needs {', '.join(missing)}: pip install lamamba-diff[export]")
 
 
-def _is_there(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ValueError:                                                          # it was imported, and not from a file
+    except ValueError:                                                          # imported, and not from a file
         return sys.modules.get(module) is not None
 
 
 def export_onnx(model: LaMambaUNet, path: Path) -> float:
-    """Write the network as ONNX, for batches of any size, and run it in onnxruntime beside PyTorch.
+    """Write the network as ONNX, for batches of any size, and compare onnxruntime's output with PyTorch's.
 
     Inputs x, timestep and (for a conditional network) class_labels; output "output", as of `LaMambaUNet.forward`.
 
     Returns:
-        The largest error over the largest value, over batches of 1, 2 and 5.
+        max |onnx - torch| / max |torch|, the largest over batches of 1, 2 and 5.
 
     Raises:
         RuntimeError: when onnx, onnxscript or onnxruntime are not installed, or onnxruntime's numbers differ.
@@ -97,7 +97,7 @@ def export_onnx(model: LaMambaUNet, path: Path) -> float:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Exporters warn of what is missing and unfinished in themselves."""
+    """Silence the exporters' warnings of their own unfinished parts."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -111,8 +111,8 @@ def _quietly() -> Iterator[None]:
 def _with_standard_operations(model: LaMambaUNet) -> ExportedProgram:
     with use_backend("torch"):
         program = export_program(model)
-    for node in program.graph.nodes:                                            # attention's plain form gives a result
-        if node.target is torch.ops.aten.view.default:                          # that lies in memory in another order
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.view.default:                          # decomposed attention has other strides
             node.target = torch.ops.aten.reshape.default
     program = program.run_decompositions({
         torch.ops.lamamba.selective_scan.default: _scan,

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lamamba.config import Objective
+from lamamba.config import LATENT_SCALE, Objective, UNetConfig
 from lamamba.data.codec import CodecConfig
 from lamamba.utils.files import read_json, write_json
 
+SD_VAE_CHANNELS, SD_VAE_SCALE = 4, 0.18215
+"""Of the latents of Stable Diffusion's autoencoder, on which the official models are trained: x0 = latents * scale."""
 SAMPLING_VERSION = 3
 """Of sampling.json. 1: of an autoencoder, the scale alone. 2: no guidance scale."""
 
@@ -55,3 +57,15 @@ def default_guidance(saved: float | None, num_classes: int) -> float:
     if saved is not None:
         return saved
     return 2.0 if num_classes else 1.0
+
+
+def assumed_metadata(config: UNetConfig) -> ModelMetadata:
+    """Metadata of a network that comes without: an official checkpoint, a folder of `LaMambaUNet.save_pretrained`.
+
+    Four channels are taken for latents of Stable Diffusion's autoencoder, any other number for pixels.
+    """
+    is_latent = config.in_channels == SD_VAE_CHANNELS
+    return ModelMetadata(
+        objective=config.objective, image_size=config.input_size[0] * (LATENT_SCALE if is_latent else 1),
+        codec="latents" if is_latent else "pixels", scale=SD_VAE_SCALE if is_latent else 1.0,
+    )

@@ -1,4 +1,4 @@
-"""A visitor in a real browser: picks a class, presses the button, sees a picture; and nothing is asked of elsewhere."""
+"""The page in a real browser: a class is picked, the button pressed, a picture shown; no request goes elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECONDS = 30_000
 
 @pytest.fixture
 def page(server):  # noqa: F811
-    """The page in headless Chromium, with everything it asked for and said."""
+    """The page in headless Chromium, with the addresses of its requests and its errors."""
     playwright = pytest.importorskip("playwright.sync_api", reason="a browser test needs playwright")
     browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser_path is None:
@@ -26,10 +26,10 @@ def page(server):  # noqa: F811
     with playwright.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         visit = browser.new_page(viewport={"width": 1280, "height": 900})
-        visit.asked_for, visit.complaints = [], []
-        visit.on("request", lambda request: visit.asked_for.append(request.url))
-        visit.on("pageerror", lambda error: visit.complaints.append(str(error)))
-        visit.goto(server[0])
+        visit.requested, visit.errors = [], []
+        visit.on("request", lambda request: visit.requested.append(request.url))
+        visit.on("pageerror", lambda error: visit.errors.append(str(error)))
+        visit.goto(server.url)
         visit.wait_for_selector("#go", timeout=SECONDS)
         yield visit
         browser.close()
@@ -54,15 +54,15 @@ def test_pick_a_class_press_the_button_and_a_picture_appears(page, tmp_path):
 
     with page.expect_download() as waiting:
         page.click("#keep")
-    waiting.value.save_as(tmp_path / "kept.png")
+    waiting.value.save_as(tmp_path / "saved.png")
     assert waiting.value.suggested_filename == "lamamba_3_seed0.png"
-    facts = read_png_facts(tmp_path / "kept.png")
+    facts = read_png_facts(tmp_path / "saved.png")
     assert facts.labels == (3,) * 8
     assert facts.seeds == tuple(range(8))
 
     home = page.url.rstrip("/")
-    assert page.complaints == []
-    assert [url for url in page.asked_for if not url.startswith((home, "data:", "blob:"))] == []
+    assert page.errors == []
+    assert [url for url in page.requested if not url.startswith((home, "data:", "blob:"))] == []
 
 
 def test_no_class_is_a_message_and_the_page_goes_on(page):
@@ -75,21 +75,21 @@ def test_no_class_is_a_message_and_the_page_goes_on(page):
     page.wait_for_function("document.querySelector('#status').innerText.includes('pictures in')", timeout=SECONDS)
 
 
-def test_stop_ends_a_long_drawing(page):
+def test_stop_ends_a_long_sampling(page):
     page.click("#more button")
     field = page.locator("#more input[type=number]").first
     field.fill("250")
     field.press("Tab")
     page.click("#go")
     page.wait_for_function("document.querySelector('#status').innerText.includes('of 250')", timeout=SECONDS)
-    assert is_drawing()
+    assert is_sampling()
     page.click("#stop")
     page.wait_for_selector("text=Stopped.", timeout=SECONDS)
     until = time.monotonic() + 10                                               # alone it would take twice as long
-    while is_drawing() and time.monotonic() < until:
+    while is_sampling() and time.monotonic() < until:
         page.wait_for_timeout(50)
-    assert not is_drawing()
+    assert not is_sampling()
 
 
-def is_drawing():
+def is_sampling():
     return any(thread.name == THREAD_NAME for thread in threading.enumerate())

@@ -1,4 +1,4 @@
-"""The page's server: what it sends, what it refuses, and many who ask at once."""
+"""The page's server: what it sends, what it refuses, and many requests at once."""
 
 from __future__ import annotations
 
@@ -12,30 +12,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lamamba.api.open_app import open_app
 from lamamba.app.session import Session
-from lamamba.cli.app import open_studio
 from lamamba.cli.main import main
+from lamamba.options.app import AppOptions
 from lamamba.runs.metadata import ModelMetadata
+from lamamba.runs.model import OpenModel, fingerprint
 from lamamba.sampling.settings import read_png_facts
 from lamamba.viz.grids import grid_picture
 from tests.networks import random_network, small_config
 
-VISITORS = 50
-
-
-def compose(images, columns, names, cell_pixels, crisp):
-    return grid_picture(images, columns, names, cell_pixels=cell_pixels, crisp=crisp)
+REQUESTS = 50
 
 
 @pytest.fixture(scope="module")
 def server():
-    """Address and studio of a page that listens to this computer."""
+    """A page that listens to this computer."""
     pytest.importorskip("gradio", reason="the page needs gradio")
-    from lamamba.app.page import serve
-
-    studio = open_studio(None, None, "cpu")
-    page = serve(studio, compose, host="127.0.0.1", port=None, in_background=True)
-    yield page.local_url, studio
+    page = open_app(AppOptions(device="cpu"), in_background=True)
+    yield page
     page.close()
 
 
@@ -43,16 +38,16 @@ def server():
 def client(server, tmp_path):
     from gradio_client import Client
 
-    return Client(server[0], verbose=False, download_files=str(tmp_path))
+    return Client(server.url, verbose=False, download_files=str(tmp_path))
 
 
-def ask(client, classes=("4",), num=1, seed=3, sampler="flow-euler", steps=3, guidance=1.0, height=8, width=8,
+def draw(client, classes=("4",), num=1, seed=3, sampler="flow-euler", steps=3, guidance=1.0, height=8, width=8,
         look="squares"):
     return client.predict(list(classes), num, seed, sampler, steps, guidance, height, width, look, api_name="/draw")
 
 
-def test_a_picture_comes_with_its_settings(client, server):
-    picture, status, *_ = ask(client, classes=("4", "9"), num=3, steps=5, guidance=1.5)
+def test_a_picture_comes_with_its_settings(client):
+    picture, status, *_ = draw(client, classes=("4", "9"), num=3, steps=5, guidance=1.5)
     facts = read_png_facts(picture)
     assert "6 pictures in" in status
     assert facts.labels == (4, 4, 4, 9, 9, 9)
@@ -71,7 +66,7 @@ def pixels_of(table, columns):
 
 
 def test_the_command_line_repeats_a_picture_of_the_page(client, tmp_path):
-    picture, *_ = ask(client, num=4, steps=5, guidance=1.5)
+    picture, *_ = draw(client, num=4, steps=5, guidance=1.5)
     assert main(["sample", "--like", str(picture), "--out", str(tmp_path / "again.png")]) == 0
     assert read_png_facts(tmp_path / "again.png") == read_png_facts(picture)
     expected = grid_picture(pixels_of(Image.open(picture), 2), 2)
@@ -81,7 +76,7 @@ def test_the_command_line_repeats_a_picture_of_the_page(client, tmp_path):
 
 def test_pixels_are_crisp(client):
     """Enlarged by a whole factor: every pixel of the 8 x 8 is one square of one colour."""
-    picture, *_ = ask(client)
+    picture, *_ = draw(client)
     image = np.asarray(Image.open(picture).convert("L"))[6:-6, 6:-6]
     factor = len(image) // 8
     squares = image.reshape(8, factor, 8, factor)
@@ -99,23 +94,23 @@ def test_pixels_are_crisp(client):
 ])
 def test_wrong_inputs_get_a_message_and_no_stack_trace(client, change, said):
     with pytest.raises(Exception, match=said) as caught:
-        ask(client, **change)
+        draw(client, **change)
     assert "Traceback" not in str(caught.value)
     assert str(Path(__file__).parent.parent.parent) not in str(caught.value)
 
 
-def test_fifty_at_once_are_all_served(server, tmp_path):
-    """One after the other, each with what it asked for."""
+def test_fifty_requests_at_once_are_all_served(server, tmp_path):
+    """One after the other, each with its own seed."""
     from gradio_client import Client
 
-    client = Client(server[0], verbose=False, download_files=str(tmp_path))
-    with ThreadPoolExecutor(VISITORS) as visitors:
-        answers = list(visitors.map(lambda seed: ask(client, seed=seed, steps=1)[0], range(VISITORS)))
-    assert [read_png_facts(answer).seeds for answer in answers] == [(seed,) for seed in range(VISITORS)]
+    client = Client(server.url, verbose=False, download_files=str(tmp_path))
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        answers = list(pool.map(lambda seed: draw(client, seed=seed, steps=1)[0], range(REQUESTS)))
+    assert [read_png_facts(answer).seeds for answer in answers] == [(seed,) for seed in range(REQUESTS)]
 
 
 def test_models_of_other_kinds_have_a_page_too(tmp_path):
-    """Without classes there is nothing to choose; a thousand of them are a list to search."""
+    """Without classes there is nothing to choose; a thousand classes are a list to search."""
     pytest.importorskip("gradio", reason="the page needs gradio")
     from gradio_client import Client
 
@@ -124,9 +119,8 @@ def test_models_of_other_kinds_have_a_page_too(tmp_path):
     sizes = dict(in_channels=3, objective="v", grid=(8, 16))
     for num_classes, first in ((0, []), (1000, [["17", "999"]])):
         network = random_network(small_config(**sizes, num_classes=num_classes))
-        facts = ModelMetadata(objective="v", image_size=8)
-        page = serve(Session(network, facts, name="toy", source="toy"), compose, host="127.0.0.1", port=None,
-                     in_background=True)
+        model = OpenModel("toy", network, ModelMetadata(objective="v", image_size=8), fingerprint(network), None)
+        page = serve(Session(model, "toy"), host="127.0.0.1", port=None)
         client = Client(page.local_url, verbose=False, download_files=str(tmp_path))
         picture, *_ = client.predict(*first, 2, 5, "ddim", 3, 1.0, 8, 16, "smooth", api_name="/draw")
         page.close()

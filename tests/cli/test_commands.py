@@ -140,7 +140,7 @@ def test_convert_there_and_back(lamamba, tmp_path):
     status, _, err = lamamba("sample", "model")
     assert (status, "--autoencoder" in err) == (2, True)
     torch.save(original, "bare.pt")
-    assert "scan kind cannot be known" in lamamba("convert", "bare.pt", "bare")[1]
+    assert "warning: the scan kind cannot be known" in lamamba("convert", "bare.pt", "bare")[2]
 
 
 def test_the_demo_from_start_to_report(lamamba, tmp_path):

@@ -1,4 +1,4 @@
-"""lamamba train as users start it: the plan of every recipe, launchers, a stop with its status; and lamamba plot."""
+"""lamamba train as users start it: the plan of every recipe, launchers, a stop with its status."""
 
 from __future__ import annotations
 
@@ -146,28 +146,6 @@ def test_a_check_in_the_middle_of_a_run_changes_none_of_its_images(lamamba, tmp_
     assert (status, "later: 4 images of photos" in out) == (0, True), err       # so does its restart without a manifest
 
 
-def write_run(folder, steps, *, speed=100.0, held_out=False):
-    folder.mkdir(parents=True)
-    lines = [
-        {"step": step, "loss": 1 / step**0.5, "grad_norm": 2.0, "images_per_second": speed,
-         **({"held_out_loss": 1.1 / step**0.5} if held_out and step % 50 == 0 else {})}
-        for step in range(1, steps + 1)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "lo')
-
-
-def test_plot_draws_one_or_several_runs(lamamba, tmp_path):
-    write_run(tmp_path / "a", 200, held_out=True)
-    write_run(tmp_path / "b", 100, speed=50.0)
-    status, out, err = lamamba("plot", "a", "--out", "one.png")
-    assert (status, out) == (0, "one.png: a to step 200\n"), err
-    assert lamamba("plot", "a", "b", "--out", "pictures/two.png")[0] == 0
-    one, two = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in ("one.png", "pictures/two.png"))
-    orange = [(np.abs(picture - (255, 127, 14)).sum(-1) < 30).sum() for picture in (one, two)]
-    assert orange[0] == 0                                                       # the second run's colour
-    assert orange[1] > 500
-
-
 def test_quick_scores_while_training_are_written_and_drawn(lamamba, tmp_path):
     asked = ["--score.every", 2, "--score.features", "digits", "--score.images", 20, "--sampling.num-steps", 2]
     status, out, err = lamamba("train", "digits", *TINY, *asked, "--score.reference", "digits", "--out", "run")
@@ -188,16 +166,3 @@ def test_quick_scores_while_training_are_written_and_drawn(lamamba, tmp_path):
     assert Image.open("scored.png").height > Image.open("plain.png").height     # a panel more
     status, _, err = lamamba("train", "digits", *TINY, *asked, "--out", "other")
     assert (status, "score.reference=None must be statistics" in err) == (2, True)
-
-
-@pytest.mark.parametrize(("arguments", "said"), [
-    ([], "name at least one run"),
-    (["nowhere"], "nowhere has no metrics.jsonl"),
-    (["empty"], "has no lines yet"),
-    (["empty", "--smooth", "2"], "must lie in [0, 1]"),
-])
-def test_what_cannot_be_plotted(lamamba, tmp_path, arguments, said):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "metrics.jsonl").touch()
-    status, _, err = lamamba("plot", *arguments)
-    assert (status, said in err, len(err.strip().splitlines())) == (2, True, 1), err

@@ -15,11 +15,11 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 BLOCKS = [f"{part}.{i}" for part, count in (
     ("encoder.1", 1), ("encoder.2", 1), ("encoder.3", 1), ("bottleneck", 1), ("decoder.0", 2), ("decoder.1", 2),
     ("decoder.2", 2), ("decoder.3", 3)) for i in range(count)]
-LEFT_OUT = (*(block for block in BLOCKS if block != "encoder.2.0"), "encoder.2.0.scan", "encoder.2.0.mlp",
+REMOVED = (*(block for block in BLOCKS if block != "encoder.2.0"), "encoder.2.0.scan", "encoder.2.0.mlp",
             "encoder.0.1.scan", "encoder.0.1.mlp")                              # exporters take seconds for each block
 SMALL = dict(
     width=8, depths=(2, 1, 1, 1), grid=(4, 8), in_channels=1, window_size=4,
-    removed_blocks=LEFT_OUT,
+    removed_blocks=REMOVED,
 )
 
 
@@ -36,7 +36,7 @@ def test_torch_export(device, tmp_path):
             assert relative_error(program(*inputs), expected) < 1e-5
 
 
-def test_torch_export_of_the_plain_formulas():
+def test_torch_export_of_the_torch_backend():
     model = random_network(small_config(objective="flow", num_classes=0, **SMALL))
     with use_backend("torch"):
         program = export_program(model)
@@ -50,7 +50,7 @@ def test_torch_export_of_the_plain_formulas():
 
 @pytest.mark.parametrize("length", [1, 2, 7, 16, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_doubling_scan_is_the_scan(length, dtype):
+def test_the_parallel_scan_equals_the_reference(length, dtype):
     b, g, c, n, r = 2, NUM_PATHS, 6, 3, 2
     torch.manual_seed(length)
     paths = torch.stack([torch.randperm(length) for _ in range(g)])

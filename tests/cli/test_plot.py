@@ -1,0 +1,53 @@
+"""lamamba plot, and lamamba.plot: one picture of one or several runs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lamamba as package
+
+
+def write_run(folder, steps, *, speed=100.0, held_out=False):
+    folder.mkdir(parents=True)
+    lines = [
+        {"step": step, "loss": 1 / step**0.5, "grad_norm": 2.0, "images_per_second": speed,
+         **({"held_out_loss": 1.1 / step**0.5} if held_out and step % 50 == 0 else {})}
+        for step in range(1, steps + 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "lo')
+
+
+def test_plot_draws_one_or_several_runs(lamamba, tmp_path):
+    write_run(tmp_path / "a", 200, held_out=True)
+    write_run(tmp_path / "b", 100, speed=50.0)
+    status, out, err = lamamba("plot", "a", "--out", "one.png")
+    assert (status, out) == (0, "one.png: a to step 200\n"), err
+    assert lamamba("plot", "a", "b", "--out", "pictures/two.png")[0] == 0
+    one, two = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in ("one.png", "pictures/two.png"))
+    orange = [(np.abs(picture - (255, 127, 14)).sum(-1) < 30).sum() for picture in (one, two)]
+    assert orange[0] == 0                                                       # the second run's colour
+    assert orange[1] > 500
+
+
+def test_plot_from_python_is_a_picture_in_a_notebook(tmp_path):
+    write_run(tmp_path / "a", 20)
+    result = package.plot(package.PlotOptions(runs=[tmp_path / "a"], out=tmp_path / "a.png", smooth=0))
+    assert result.last_steps == {str(tmp_path / "a"): 20}
+    assert result._repr_png_() == (tmp_path / "a.png").read_bytes()
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ([], "name at least one run"),
+    (["nowhere"], "nowhere has no metrics.jsonl"),
+    (["empty"], "has no lines yet"),
+    (["empty", "--smooth", "2"], "smooth=2.0 must be at most 1"),
+])
+def test_what_cannot_be_plotted(lamamba, tmp_path, arguments, said):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "metrics.jsonl").touch()
+    status, _, err = lamamba("plot", *arguments)
+    assert (status, said in err, len(err.strip().splitlines())) == (2, True, 1), err
