@@ -21,12 +21,10 @@ if TYPE_CHECKING:
     from lamamba.api.check_data import CheckDataResult, CheckLatentsResult, check_data
     from lamamba.api.compare import CompareResult, compare
     from lamamba.api.compute_statistics import StatisticsResult, compute_statistics
-    from lamamba.api.doctor import DoctorResult, doctor
-    from lamamba.api.encode import EncodeResult, encode
-    from lamamba.api.evaluate import EvaluateResult, evaluate
     from lamamba.api.convert import ConvertResult, convert
     from lamamba.api.doctor import DoctorResult, doctor
     from lamamba.api.encode import EncodeResult, encode
+    from lamamba.api.evaluate import EvaluateResult, evaluate
     from lamamba.api.export import ExportResult, export
     from lamamba.api.info import InfoResult, info
     from lamamba.api.open_app import AppResult, open_app
@@ -42,10 +40,9 @@ if TYPE_CHECKING:
     from lamamba.options.doctor import DoctorOptions
     from lamamba.options.encode import EncodeOptions
     from lamamba.options.evaluation import CompareOptions, EvaluateOptions, StatisticsOptions
-    from lamamba.options.info import InfoOptions
-    from lamamba.options.metrics import MetricOptions
     from lamamba.options.export import ExportOptions
     from lamamba.options.info import InfoOptions
+    from lamamba.options.metrics import MetricOptions
     from lamamba.options.plot import PlotOptions
     from lamamba.options.sample_folder import SampleFolderOptions
     from lamamba.pipeline import LaMambaPipeline
@@ -136,12 +133,10 @@ __all__ = [
     "check_data",
     "compare",
     "compute_statistics",
-    "doctor",
-    "encode",
-    "evaluate",
     "convert",
     "doctor",
     "encode",
+    "evaluate",
     "export",
     "info",
     "load_official",
