@@ -14,7 +14,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
@@ -28,19 +28,17 @@ from lamamba.diffusion.denoise import (
     Step,
     check_scheduler,
     default_steps,
-    denoise,
     first_step,
     make_scheduler,
     set_steps,
     slerp,
 )
-from lamamba.diffusion.guidance import Guidance, GuidedChannels, Network, check_guiding_model, guided
-from lamamba.inference.conditioning import ConditionedNetwork
+from lamamba.diffusion.guidance import Guidance, GuidedChannels
 from lamamba.models.unet import LaMambaUNet
+from lamamba.runs.metadata import default_guidance
+from lamamba.sampling.generate import Denoiser, resized
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-DEFAULT_GUIDANCE = 2.0
-"""Scale for models that have classes or another model to guide by, as on the command line."""
 PIPELINE_CODE = '''\
 """For diffusers: DiffusionPipeline.from_pretrained(this folder, trust_remote_code=True). Needs lamamba-diff."""
 
@@ -66,6 +64,7 @@ class LaMambaPipeline(DiffusionPipeline):
         id2label: names of the classes by number; several words for one class with commas.
         codec: scale, shift, latents_mean and latents_std of the latents that the network was trained with; by default
             as the vae's configuration says.
+        guidance_scale: the model's own, which calls take by default; None: 2 with classes, 1 without.
 
     Raises:
         ValueError: when network, vae and id2label do not fit together.
@@ -82,6 +81,7 @@ class LaMambaPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         id2label: dict | None = None,
         codec: dict | None = None,
+        guidance_scale: float | None = None,
     ):
         super().__init__()
         config = unet.config
@@ -89,7 +89,8 @@ class LaMambaPipeline(DiffusionPipeline):
         self._check_vae(unet, vae, codec)
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
         self.register_to_config(
-            id2label=dict(enumerate(names)) if names else None, codec=dict(codec) if codec else None
+            id2label=dict(enumerate(names)) if names else None, codec=dict(codec) if codec else None,
+            guidance_scale=guidance_scale,
         )
         self._names = names
         self._interrupt = False
@@ -246,8 +247,8 @@ class LaMambaPipeline(DiffusionPipeline):
             class_labels: class numbers or names, one or several; None for a network without classes.
             num_images_per_label: images of each label, side by side in the output.
             num_inference_steps: by default what the scheduler's kind usually takes.
-            guidance_scale: how far the label is exaggerated; 1 is none and costs half. By default 2 (for a network
-                without classes 1, unless it is guided by another).
+            guidance_scale: how far the label is exaggerated; 1 is none and costs half. By default the model's own, else
+                2 (for a network without classes 1, unless it is guided by another).
             guidance_channels: "all" (the paper's code) or "first-three" (DiT's).
             guidance_interval: guide only where timestep / 1000 lies between these; 1 is noise.
             guidance_rescale: 0 .. 1, how much of the conditional prediction's deviation each image gets back.
@@ -273,75 +274,63 @@ class LaMambaPipeline(DiffusionPipeline):
         Raises:
             ValueError: when labels, sizes, scheduler or the other arguments do not fit the model or each other.
         """
-        config = self.unet.config
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        for name in callback_on_step_end_tensor_inputs:
-            if name not in self._callback_tensor_inputs:
-                raise unknown_name("callback tensor", name, self._callback_tensor_inputs)
-        if output_type not in OUTPUT_TYPES:
-            raise unknown_name("output_type", str(output_type), OUTPUT_TYPES)
-        check_scheduler(self.scheduler, config["objective"])
-        if image is None and (mask_image is not None or strength != 1):
-            raise ValueError("strength and mask_image change an image: give image, too")
+        self._check_call(callback_on_step_end_tensor_inputs, output_type, image, strength, mask_image)
         labels, count = self._find_labels(class_labels, num_images_per_label, generator, latents)
         if guidance_scale is None:
-            guidance_scale = DEFAULT_GUIDANCE if labels or guidance_model is not None else 1.0
+            can_guide = bool(labels) or guidance_model is not None
+            guidance_scale = default_guidance(self.config.guidance_scale, can_guide)
         guidance = Guidance(guidance_scale, guidance_channels, guidance_interval, guidance_rescale)
-        if guidance_model is not None:
-            check_guiding_model(self.unet.architecture, guidance_model.architecture)
         size = self.unet.architecture.fit_input(height, width, self.pixels_per_input)
 
         device = self._execution_device
         noise = self._noise(count, size, generator, latents, device)
-        if variation_strength:
-            if variation_generator is None or not 0 <= variation_strength <= 1:
-                raise ValueError(
-                    f"variation_strength={variation_strength} must lie in 0 .. 1 and needs variation_generator"
-                )
-            noise = slerp(noise, self._noise(count, size, variation_generator, None, device), variation_strength)
+        noise = self._vary(noise, size, variation_generator, variation_strength)
         if num_inference_steps is None:
-            num_inference_steps = default_steps(self.scheduler, config["objective"])
+            num_inference_steps = default_steps(self.scheduler, self.unet.config["objective"])
         set_steps(self.scheduler, num_inference_steps)
-        start, known, first = None, None, 0
-        if image is not None:
-            start = self._encode(image, size, count, device)
-            first = first_step(self.scheduler, strength)
-            if mask_image is not None:
-                known = Known(start, self._mask(mask_image, size, count, device))
+        start = None if image is None else self._encode(image, size, count, device)
+        known = None if start is None or mask_image is None else Known(
+            start, self._mask(mask_image, size, count, device))
+        first = 0 if start is None else first_step(self.scheduler, strength)
 
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps, self._interrupt = len(timesteps) - first, False
-        networks = [self.unet] if guidance_model is None else [self.unet, guidance_model]
-        try:
-            for network in networks:
-                patch = network.config["patch_size"]
-                _set_grid(network, (size[0] // patch, size[1] // patch), device)
-            null = [config["num_classes"]] if labels is not None and guidance.scale != 1 else []
-            present = None if labels is None else [*labels, *null]
-            callers = [_caller(network, timesteps[first:].tolist(), present, device) for network in networks]
-            chosen = None if labels is None else torch.tensor(labels, device=device)
-            predict = guided(callers[0], chosen, guidance, config["num_classes"], guiding_model=(*callers, None)[1])
-            with self.progress_bar(total=self._num_timesteps) as bar:
+        timesteps = self.scheduler.timesteps[first:].tolist()
+        self._num_timesteps, self._interrupt = len(timesteps), False
+        denoiser = Denoiser(self.unet, timesteps, guidance, guiding_model=guidance_model, labels=labels)
+        with resized([self.unet, guidance_model], size), self.progress_bar(total=self._num_timesteps) as bar:
 
-                def on_step(step: Step) -> Tensor | None:
-                    bar.update()
-                    if callback_on_step_end is None:
-                        return None
-                    given = {"latents": step.x, "x0": step.x0}
-                    given = {name: given[name] for name in callback_on_step_end_tensor_inputs}
-                    return (callback_on_step_end(self, step.done - 1, step.timestep, given) or {}).get("latents")
+            def on_step(step: Step) -> Tensor | None:
+                bar.update()
+                return self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, step)
 
-                x0 = denoise(
-                    predict, self.scheduler, noise, generators=generator, first=first, start=start, known=known,
-                    on_step=on_step, interrupted=lambda: self._interrupt,
-                )
-        finally:
-            for network in networks:
-                _set_grid(network, network.architecture.token_grid, device)
+            x0 = denoiser(
+                self.scheduler, noise, labels, generators=generator, first=first, start=start, known=known,
+                on_step=on_step, interrupted=lambda: self._interrupt,
+            )
         images = self._finish(x0, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_call(
+        self, tensor_inputs: Sequence[str], output_type: str, image: Any, strength: float, mask_image: Any
+    ) -> None:
+        for name in tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                raise unknown_name("callback tensor", name, self._callback_tensor_inputs)
+        if output_type not in OUTPUT_TYPES:
+            raise unknown_name("output_type", str(output_type), OUTPUT_TYPES)
+        check_scheduler(self.scheduler, self.unet.config["objective"])
+        if image is None and (mask_image is not None or strength != 1):
+            raise ValueError("strength and mask_image change an image: give image, too")
+
+    def _call_back(self, callback: Callable[..., dict] | None, names: Sequence[str], step: Step) -> Tensor | None:
+        """Call a callback as diffusers does; the latents that it returns, if any."""
+        if callback is None:
+            return None
+        tensors = {"latents": step.x, "x0": step.x0}
+        given = {name: tensors[name] for name in names}
+        return (callback(self, step.done - 1, step.timestep, given) or {}).get("latents")
 
     def _find_labels(
         self, class_labels: Any, per_label: int, generator: Generators, latents: Tensor | None
@@ -375,6 +364,16 @@ class LaMambaPipeline(DiffusionPipeline):
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, {count} images of this size need {shape}")
         return latents.to(device, torch.float32)
+
+    def _vary(
+        self, noise: Tensor, size: tuple[int, int], generator: Generators, strength: float
+    ) -> Tensor:
+        """Noise between the given one (strength 0) and the generator's (1), along the sphere."""
+        if not strength:
+            return noise
+        if generator is None or not 0 <= strength <= 1:
+            raise ValueError(f"variation_strength={strength} must lie in 0 .. 1 and needs variation_generator")
+        return slerp(noise, self._noise(len(noise), size, generator, None, noise.device), strength)
 
     def _processor(self, **changes: Any) -> VaeImageProcessor:
         is_grey = changes.pop("is_grey")
@@ -423,26 +422,3 @@ def _repeated(images: Tensor, count: int, name: str) -> Tensor:
     if count % len(images):
         raise ValueError(f"{len(images)} of {name} came for {count} images; give one, or one for each")
     return images.repeat_interleave(count // len(images), dim=0)
-
-
-def _is_hooked(network: Any) -> bool:
-    """Whether accelerate or diffusers bring its weights to the device when they are needed."""
-    return hasattr(network, "_hf_hook") or hasattr(network, "_diffusers_hook")
-
-
-def _set_grid(network: LaMambaUNet, grid: tuple[int, int], device: torch.device) -> None:
-    if network.run_grid != grid:
-        network.set_grid(grid)
-        if _is_hooked(network):                                                 # its tables are new to the hooks
-            network.geometries.to(device)
-
-
-def _caller(network: Any, timesteps: list[float], labels: list[int] | None, device: torch.device) -> Network:
-    """The network with its conditioning made ahead, or as it is where hooks move its weights about."""
-    if not (_is_hooked(network) or is_compiled_module(network)):
-        return ConditionedNetwork(network, timesteps, labels)
-
-    def call(x: Tensor, t: Tensor, chosen: Tensor | None) -> Tensor:
-        return network(x.to(network.dtype), t.to(device), chosen).to(x.dtype)
-
-    return call

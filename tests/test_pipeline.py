@@ -268,8 +268,8 @@ def test_any_fitting_scheduler_of_diffusers_and_no_other():
     with pytest.raises(ValueError, match="did you mean"):
         pipe.set_sampler("unipcc")
     for wrong, said in (
-        (dict(num_inference_steps=2.5), "2.5 steps were asked for; whole numbers from 1"),
-        (dict(num_inference_steps=0), "0 steps were asked for"),
+        (dict(num_inference_steps=2.5), "num_steps=2.5 must be a whole number from 1"),
+        (dict(num_inference_steps=0), "num_steps=0 must be"),
         (dict(guidance_scale="3"), "guidance scale '3' is no finite number"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -48,9 +48,7 @@ PROGRAMS = {"__main__.py", "metrics/digits_network.py", "benchmarking/worker.py"
 # what is left to do; nothing is added here
 CIRCULAR: set[str] = set()
 LONG_FUNCTIONS = {
-    "pipeline.py:__call__",
     "runs/folder.py:save",
-    "sampling/generate.py:generate",
 }
 PRINTING = {
     "evaluation/quick_score.py",
@@ -128,7 +126,7 @@ def test_every_package_has_a_layer():
     assert packages(IMPORTS) <= LAYER_OF.keys(), "give it one in this file and in docs/architecture.md"
 
 
-@pytest.mark.parametrize("package", LAYER_OF)
+@pytest.mark.parametrize("package", sorted(LAYER_OF))
 def test_imports_point_down(package):
     for module in IMPORTS:
         if module.split(".")[1] == package:
@@ -212,7 +210,7 @@ def test_functions_are_short():
     holds_but_for({
         f"{name_of(file)}:{node.name}" for file in FILES if "triton" not in file.name for node in ast.walk(TREES[file])
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES
+        and node.end_lineno - node.lineno + 1 - len((ast.get_docstring(node) or "").splitlines()) > MAX_FUNCTION_LINES
     }, LONG_FUNCTIONS)
 
 

@@ -223,7 +223,7 @@ class Session:
                 raise _Stopped
             progress = (done, total)
 
-        def watch(batch: range, step: int, x0: Tensor) -> None:
+        def preview(batch: range, step: int, x0: Tensor) -> None:
             nonlocal last_frame
             now = time.perf_counter()
             if progress[0] > 1 and now - last_frame < 1 / FRAMES_PER_SECOND:
@@ -239,7 +239,7 @@ class Session:
                     self.model.network, self._labels(request), range(request.seed, request.seed + len(images)),
                     sampler=request.sampler, num_steps=request.steps, guidance=float(request.guidance),
                     input_size=self.model.fit(height, width)[0], batch_size=self._batch_size(request),
-                    decoder=self.model.decoder, on_step=on_step, watch=watch,
+                    decoder=self.model.decoder, on_step=on_step, preview=preview,
                 )
             frames.put(Frame(samples, progress[1], progress[1], True, time.perf_counter() - began))
         except BaseException as error:                                          # raised again by `sample`

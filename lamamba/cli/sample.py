@@ -178,7 +178,7 @@ def _sample_picture(chosen: SampleArguments, facts: ImageMetadata | None) -> Non
     evaluations = len(make_scheduler(settings.sampler, model.network.architecture.objective, settings.steps).timesteps)
     frames: dict[int, list[np.ndarray]] = {step: [] for step in chosen_frames(evaluations)} if walks else {}
 
-    def watch(batch: range, step: int, x0: torch.Tensor) -> None:
+    def keep_frame(batch: range, step: int, x0: torch.Tensor) -> None:
         if step in frames:
             frames[step].append(decoder.decode(x0))
 
@@ -187,7 +187,7 @@ def _sample_picture(chosen: SampleArguments, facts: ImageMetadata | None) -> Non
             model.network, asked.labels, asked.seeds, sampler=settings.sampler, num_steps=settings.steps,
             guidance=settings.guidance, guiding_model=guiding_model,
             input_size=model.fit(settings.height, settings.width)[0], batch_size=batch_size, decoder=decoder,
-            on_step=bar, watch=watch if walks else None,
+            on_step=bar, preview=keep_frame if walks else None,
         )
     if is_film:
         tables = [np.concatenate(parts) for parts in frames.values()] if walks else list(

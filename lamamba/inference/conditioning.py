@@ -1,66 +1,84 @@
-"""What a sampling run makes of its times and labels, made once for the whole run.
+"""Conditioning computed ahead of sampling, once for each time and label of a run.
 
-A network reads a third of its parameters to turn (time, label) into the vectors that tell its blocks what to do. All
-images of a step share their time, guided pairs share it too, and the steps are known beforehand: 64 guided images of 10
-classes in 50 steps are 6400 rows one by one, but only 550 different ones.
+A third of the parameters turns (time, label) into the modulations of the blocks. All images of a step share their time,
+guided pairs too, and the steps are known beforehand: 64 guided images of 10 classes in 50 steps need 6400 rows of
+modulations one by one, but only 550 different ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor
 
 from lamamba.inference.cuda_graph import RecordedNetwork, is_small, record
 from lamamba.models.unet import LaMambaUNet
 
 ROWS_BYTES = 256 << 20
-"""Memory for conditioning that is made ahead; a row of XL takes 0.7 MB in float32."""
+"""Memory for conditioning that is computed ahead; a row of XL takes 0.7 MB in float32."""
 
 
 class ConditionedNetwork:
-    """A network whose conditioning is made ahead, some steps at a time: called as the network is.
+    """A network whose conditioning is computed ahead, some steps at a time: called as the network is.
 
     On a GPU, passes over small batches are recorded as a CUDA graph and replayed.
 
     Args:
         model: the network; its weights must not change meanwhile.
         timesteps: the times of the run in the order of their use.
-        labels: every label of the run, "no class" among them where it is guided; None for an unconditional network.
-        rows_bytes: memory for what is made ahead; one step's rows are always made together.
-        mixtures: (m, num_classes + 1) places between labels, as weights of their embeddings; label num_classes + 1 + i
-            then means the i-th of them.
+        labels: see `prepare`.
+        rows_bytes: memory for what is computed ahead; one step's rows are always computed together.
     """
 
     def __init__(
-        self, model: LaMambaUNet, timesteps: Iterable[float], labels: Iterable[int] | None,
-        rows_bytes: int = ROWS_BYTES, mixtures: Tensor | None = None,
+        self, model: LaMambaUNet, timesteps: Iterable[float], labels: Collection[int] | None = None,
+        rows_bytes: int = ROWS_BYTES,
     ):
-        self._model = model
+        self._model, self._rows_bytes = model, rows_bytes
         self._times = list(dict.fromkeys(float(t) for t in timesteps))
+        self._row_bytes = model.condition_outputs * next(model.parameters()).element_size()
+        self._recorded: RecordedNetwork | None = None
+        self._records = True
+        self._prepare(None if labels is None else set(labels), None)
+
+    def fits(self, num_labels: int) -> bool:
+        """Whether the rows of so many labels can be kept for the whole run."""
+        return num_labels * len(self._times) * self._row_bytes <= self._rows_bytes
+
+    def prepare(self, labels: Collection[int] | None, mixtures: Tensor | None = None) -> None:
+        """Announce the labels of the next calls; rows that are there for them are kept.
+
+        Args:
+            labels: the null label among them where calls are guided by it; None for an unconditional network.
+            mixtures: (m, num_classes + 1) weights of label embeddings; label num_classes + 1 + i means the i-th.
+        """
+        wanted = None if labels is None else set(labels)
+        if mixtures is not None or (wanted is not None and not wanted <= (self._present or set())):
+            self._prepare(wanted, mixtures)
+
+    def _prepare(self, present: set[int] | None, mixtures: Tensor | None) -> None:
+        self._present = present if mixtures is None else None
         self._labels: Tensor | None = None
         self._row_of_label: Tensor | None = None
-        if labels is not None:
-            distinct = sorted(set(labels))
-            known = model.architecture.num_classes + 1
-            self._labels = torch.tensor(distinct, device=model.device)
+        if present is not None:
+            distinct, known = sorted(present), self._model.architecture.num_classes + 1
+            self._labels = torch.tensor(distinct, device=self._model.device)
             if mixtures is not None:
                 weights = torch.cat([torch.eye(known), mixtures.float()])
-                self._labels = weights[distinct].to(model.device)
+                self._labels = weights[distinct].to(self._model.device)
                 known += len(mixtures)
             rows = torch.zeros(known, dtype=torch.int64)
             rows[distinct] = torch.arange(len(distinct))
-            self._row_of_label = rows.to(model.device)
-        self._rows_per_step = 1 if self._labels is None else len(self._labels)
-        row_bytes = model.condition_outputs * next(model.parameters()).element_size()
-        self._steps_ahead = max(1, rows_bytes // (row_bytes * self._rows_per_step))
-        self._made: dict[float, Tensor] = {}
-        self._recorded: RecordedNetwork | None = None
-        self._records = True
+            self._row_of_label = rows.to(self._model.device)
+        self._rows_per_step = 1 if self._labels is None else max(1, len(self._labels))
+        self._steps_ahead = max(1, self._rows_bytes // (self._row_bytes * self._rows_per_step))
+        self._rows: dict[float, Tensor] = {}
 
     def __call__(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
-        """The network's output for images that share one time and have some of the run's labels.
+        """The network's output for images that share one time and have some of the announced labels.
 
         The network computes in its own precision; the output comes back in that of x.
         """
@@ -82,12 +100,37 @@ class ConditionedNetwork:
         return self._model(x, None, conditioning=conditioning)
 
     def _rows_at(self, time: float) -> Tensor:
-        if time not in self._made:
-            times, n = [time], self._rows_per_step                              # a time that nobody announced
+        if time not in self._rows:
+            times, n = [time], self._rows_per_step                              # a time that was not announced
             if time in self._times:
                 first = self._times.index(time)
                 times = self._times[first : first + self._steps_ahead]
             labels = None if self._labels is None else torch.cat([self._labels] * len(times))
             rows = self._model.condition(torch.tensor(times, device=self._model.device).repeat_interleave(n), labels)
-            self._made = dict(zip(times, rows.split(n), strict=True))
-        return self._made[time]
+            self._rows = dict(zip(times, rows.split(n), strict=True))
+        return self._rows[time]
+
+
+class UnpreparedNetwork:
+    """A network that computes its conditioning in every call, because hooks move its weights or it is compiled."""
+
+    def __init__(self, model: Any):
+        self._model = model
+
+    def prepare(self, labels: Collection[int] | None, mixtures: Tensor | None = None) -> None:
+        """Nothing to prepare."""
+
+    def __call__(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
+        return self._model(x.to(self._model.dtype), timestep.to(x.device), class_labels).to(x.dtype)
+
+
+def is_hooked(network: Any) -> bool:
+    """Whether hooks of accelerate or diffusers bring the network's weights to the device when they are needed."""
+    return hasattr(network, "_hf_hook") or hasattr(network, "_diffusers_hook")
+
+
+def conditional(network: Any, timesteps: Iterable[float]) -> ConditionedNetwork | UnpreparedNetwork:
+    """The network with its conditioning computed ahead wherever that is possible."""
+    if is_hooked(network) or is_compiled_module(network):
+        return UnpreparedNetwork(network)
+    return ConditionedNetwork(network, timesteps)

@@ -52,11 +52,16 @@ class ModelMetadata(CodecConfig):
             raise ValueError(f"{path} is incomplete: {error}") from error
 
 
-def default_guidance(saved: float | None, num_classes: int) -> float:
-    """The guidance scale where none is given: the one saved with the model, else 2, or 1 without classes."""
-    if saved is not None:
-        return saved
-    return 2.0 if num_classes else 1.0
+def default_guidance(saved: float | None, can_guide: int | bool) -> float:
+    """The guidance scale where none is given: the one saved with the model, else 2; 1 where nothing can guide.
+
+    Args:
+        saved: of the model's metadata.
+        can_guide: whether there are classes (their number), or a guiding model.
+    """
+    if not can_guide:
+        return 1.0
+    return 2.0 if saved is None else saved
 
 
 def assumed_metadata(config: UNetConfig) -> ModelMetadata:

@@ -1,105 +1,217 @@
-"""From seeds and labels to pictures. Image k depends on seed k alone, whatever the batch size."""
+"""From seeds and labels to images: the one path of the command line, the pipeline, the page and evaluation.
+
+Image k depends on seed k alone, whatever the batch size.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lamamba.config import Grid
+from lamamba.config import Grid, UNetConfig
 from lamamba.data.codec import Decoder, PixelCodec
 from lamamba.diffusion.denoise import SAMPLERS, Step, denoise, make_scheduler, samplers_for, slerp
 from lamamba.diffusion.guidance import Guidance, check_guiding_model, guided
-from lamamba.inference.conditioning import ConditionedNetwork
+from lamamba.inference.conditioning import ConditionedNetwork, conditional, is_hooked
 from lamamba.models.unet import LaMambaUNet
 from lamamba.sampling.settings import MAX_SEED, Interpolated
 
-Watch = Callable[[range, int, Tensor], None]
-"""Told in every step: places of a batch's images, steps done, and x0 (b, c, h, w) as the network sees it by then."""
+Preview = Callable[[range, int, Tensor], None]
+"""Called after every step: a batch's positions among the images, steps done, x0 (b, c, h, w) as it is predicted."""
 
 
-def generate(
-    model: LaMambaUNet,
-    labels: Sequence[int | Interpolated] | None,
-    seeds: Sequence[int | Interpolated],
-    *,
-    sampler: str | None = None,
-    num_steps: int | None = None,
-    guidance: Guidance | float = 1.0,
-    guiding_model: LaMambaUNet | None = None,
-    input_size: Grid | None = None,
-    batch_size: int = 64,
-    decoder: Decoder | None = None,
-    on_step: Callable[[int, int], None] | None = None,
-    watch: Watch | None = None,
-) -> np.ndarray:
-    """Sample one image per seed.
+class Denoiser:
+    """Guided denoising of batch after batch; what depends on times and labels alone is computed once.
+
+    Args:
+        model: the network.
+        timesteps: those that the scheduler will go through.
+        guidance: how far to guide.
+        guiding_model: a second network to guide by, in place of the first one with the null label (autoguidance).
+        labels: all labels of the run, where they are known: their conditioning is kept for all batches if it fits.
+
+    Raises:
+        ValueError: when the guiding model does not fit the network.
+    """
+
+    def __init__(
+        self, model: LaMambaUNet, timesteps: Sequence[float], guidance: Guidance, *,
+        guiding_model: LaMambaUNet | None = None, labels: Sequence[int] | None = None,
+    ):
+        self._num_classes, self._guidance = model.config["num_classes"], guidance
+        networks = [model]
+        if guiding_model is not None:
+            check_guiding_model(model.architecture, guiding_model.architecture)
+            networks.append(guiding_model)
+        self._networks = [conditional(network, timesteps) for network in networks]
+        for network in self._networks:
+            if labels is not None and isinstance(network, ConditionedNetwork) and network.fits(len(set(labels)) + 1):
+                network.prepare(self._with_null(labels))
+
+    def _with_null(self, labels: Sequence[int]) -> list[int]:
+        needs_null = self._guidance.scale != 1 and len(self._networks) == 1
+        return [*labels, self._num_classes] if needs_null else list(labels)
+
+    def __call__(
+        self, scheduler: Any, noise: Tensor, labels: Sequence[int] | None, mixtures: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Denoise one batch: x0 (b, c, h, w).
+
+        Args:
+            scheduler: with its timesteps set; see `make_scheduler`.
+            noise: (b, c, h, w) standard normal.
+            labels: one per image; None for an unconditional network.
+            mixtures: (m, num_classes + 1) weights of label embeddings; label num_classes + 1 + i means the i-th.
+            options: of `denoise`: generators, first, start, known, on_step, interrupted.
+        """
+        if labels is not None:
+            for network in self._networks:
+                network.prepare(self._with_null(labels), mixtures)
+        predict = guided(
+            self._networks[0], None if labels is None else torch.tensor(labels, device=noise.device), self._guidance,
+            self._num_classes, guiding_model=(*self._networks[1:], None)[0],
+        )
+        return denoise(predict, scheduler, noise, **options)
+
+
+@contextmanager
+def resized(networks: Sequence[LaMambaUNet | None], input_size: Grid) -> Iterator[None]:
+    """Run networks on another input size (height, width) for a while.
+
+    Raises:
+        ValueError: when the size does not split into patches.
+    """
+    changed = [network for network in networks if network is not None
+               and tuple(network.architecture.input_size) != tuple(input_size)]
+    for network in changed:
+        p = network.architecture.patch_size
+        if input_size[0] % p or input_size[1] % p:
+            raise ValueError(
+                f"input_size={tuple(input_size)} does not split into patches of {p}: see UNetConfig.fit_input"
+            )
+        _set_grid(network, (input_size[0] // p, input_size[1] // p))
+    try:
+        yield
+    finally:
+        for network in changed:
+            _set_grid(network, network.architecture.token_grid)
+
+
+def _set_grid(network: Any, grid: Grid) -> None:
+    device = network.geometries[0].paths.device
+    network.set_grid(grid)
+    if is_hooked(network):                                                      # its buffers are new to the hooks
+        network.geometries.to(device)
+
+
+class ImageGenerator:
+    """Seeds and labels to images, call after call with the same settings.
 
     Args:
         model: the network; its objective decides which samplers fit.
-        labels: one class per seed, 0 .. num_classes - 1, or a place between two; None for an unconditional network.
-        seeds: each image's own, 0 .. 2^63 - 1, or a place between two: their noises, mixed on the arc between them.
         sampler: a name from lamamba.diffusion.denoise.SAMPLERS; by default the objective's first.
         num_steps: sampling steps; by default the sampler's.
         guidance: how far to guide, or its scale alone; 1 is none, and costs half.
-        guiding_model: a second network to guide by, instead of the first one without labels (autoguidance).
+        guiding_model: a second network to guide by, in place of the first one with the null label (autoguidance).
         input_size: height and width of the network's input; by default what it was made for.
         batch_size: images at a time; changes nothing but speed and memory.
-        decoder: makes pictures of the network's clean output; by default its pixels are the picture's.
-        on_step: told (steps done, steps in all) over the whole call.
-        watch: told what the images look like on the way.
+        decoder: makes images of the network's clean output; by default that is the image's pixels.
+        labels: all labels of the calls, where they are known: their conditioning is kept between calls if it fits.
 
-    Returns:
-        uint8 images, (len(seeds), h, w, c).
+    Raises:
+        ValueError: when sampler, size, guidance or the guiding model do not fit the network.
+    """
+
+    def __init__(
+        self, model: LaMambaUNet, *, sampler: str | None = None, num_steps: int | None = None,
+        guidance: Guidance | float = 1.0, guiding_model: LaMambaUNet | None = None, input_size: Grid | None = None,
+        batch_size: int = 64, decoder: Decoder | None = None, labels: Sequence[int] | None = None,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        config = model.architecture
+        self._model, self._guiding_model, self._batch_size = model, guiding_model, batch_size
+        self._sampler, self._num_steps = sampler or samplers_for(config.objective)[0], num_steps
+        self._input_size, self._decoder = input_size or config.input_size, decoder or PixelCodec()
+        self._guidance = guidance if isinstance(guidance, Guidance) else Guidance(float(guidance))
+        self._denoiser: Denoiser | None = None
+        self._labels = labels
+        if guiding_model is not None:
+            check_guiding_model(config, guiding_model.architecture)
+
+    def __call__(
+        self, labels: Sequence[int | Interpolated] | None, seeds: Sequence[int | Interpolated], *,
+        on_step: Callable[[int, int], None] | None = None, preview: Preview | None = None,
+    ) -> np.ndarray:
+        """One image per seed: uint8 (len(seeds), h, w, c).
+
+        Args:
+            labels: one class per seed, 0 .. num_classes - 1, or between two; None for an unconditional network.
+            seeds: each image's own, 0 .. 2^63 - 1, or between two: their noises, mixed along the sphere.
+            on_step: called with (steps done, steps in all) of this call.
+            preview: called with what the images look like on the way.
+
+        Raises:
+            ValueError: when labels or seeds do not fit the network.
+        """
+        _check(self._model.architecture, labels, seeds, self._sampler)
+        starts = range(0, len(seeds), self._batch_size)
+        batches = [range(start, min(start + self._batch_size, len(seeds))) for start in starts]
+        with resized([self._model, self._guiding_model], self._input_size):
+            images = [
+                self._generate(batch, number, len(batches), labels, seeds, on_step, preview)
+                for number, batch in enumerate(batches)
+            ]
+        return np.concatenate(images)
+
+    def _generate(
+        self, batch: range, number: int, num_batches: int, labels: Sequence[int | Interpolated] | None,
+        seeds: Sequence[int | Interpolated], on_step: Callable[[int, int], None] | None, preview: Preview | None,
+    ) -> np.ndarray:
+        config = self._model.architecture
+        shape = (config.in_channels, *self._input_size)
+        noise = torch.stack([noise_of(seeds[k], shape) for k in batch]).to(self._model.device)
+        generators = [_generator_after(seeds[k], shape) for k in batch]
+        scheduler = make_scheduler(self._sampler, config.objective, self._num_steps)
+        if self._denoiser is None:
+            self._denoiser = Denoiser(
+                self._model, scheduler.timesteps.tolist(), self._guidance, guiding_model=self._guiding_model,
+                labels=self._labels,
+            )
+
+        def report(step: Step) -> None:
+            if on_step:
+                on_step(number * step.total + step.done, step.total * num_batches)
+            if preview:
+                preview(batch, step.done, step.x0)
+
+        numbers, mixtures = _as_numbers(None if labels is None else [labels[k] for k in batch], config.num_classes)
+        return self._decoder.decode(
+            self._denoiser(scheduler, noise, numbers, mixtures, generators=generators, on_step=report)
+        )
+
+
+def generate(
+    model: LaMambaUNet, labels: Sequence[int | Interpolated] | None, seeds: Sequence[int | Interpolated], *,
+    on_step: Callable[[int, int], None] | None = None, preview: Preview | None = None, **settings: Any,
+) -> np.ndarray:
+    """Sample one image per seed: uint8 (len(seeds), h, w, c). Image k depends on seed k alone.
+
+    Args:
+        model, labels, seeds, on_step, preview: as of `ImageGenerator`.
+        settings: of `ImageGenerator`: sampler, num_steps, guidance, guiding_model, input_size, batch_size, decoder.
 
     Raises:
         ValueError: when labels, seeds, sampler, size, guidance or the guiding model do not fit the network.
     """
-    config = model.architecture
-    sampler = sampler or samplers_for(config.objective)[0]
-    if not isinstance(guidance, Guidance):
-        guidance = Guidance(float(guidance))
-    _check(model, labels, seeds, sampler, guiding_model)
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-
-    input_size = input_size or config.input_size
-    shape = (config.in_channels, *input_size)
-    decoder, images = decoder or PixelCodec(), []
-    batches = [range(start, min(start + batch_size, len(seeds))) for start in range(0, len(seeds), batch_size)]
-    networks = [model] if guiding_model is None else [model, guiding_model]
-    with _resized(networks, input_size):
-        for number, batch in enumerate(batches):
-            chosen_seeds = [seeds[k] for k in batch]
-            noise = torch.stack([noise_of(seed, shape) for seed in chosen_seeds]).to(model.device)
-            generators = [_generator_after(seed, shape) for seed in chosen_seeds]
-            scheduler = make_scheduler(sampler, config.objective, num_steps)
-            steps = len(scheduler.timesteps)
-
-            def report(step: Step, batch: range = batch, before: int = number * steps) -> None:
-                if on_step:
-                    on_step(before + step.done, step.total * len(batches))
-                if watch:
-                    watch(batch, step.done, step.x0)
-
-            chosen = None if labels is None else [labels[k] for k in batch]
-            null = [config.num_classes] if guidance.scale != 1 and guiding_model is None else []
-            numbers, mixtures = _as_numbers(chosen, config.num_classes)
-            present = None if numbers is None else [*numbers, *null]
-            first, *others = [
-                ConditionedNetwork(network, scheduler.timesteps.tolist(), present, mixtures=mixtures)
-                for network in networks
-            ]
-            predict = guided(
-                first, None if numbers is None else torch.tensor(numbers, device=model.device), guidance,
-                config.num_classes, guiding_model=others[0] if others else None,
-            )
-            x0 = denoise(predict, scheduler, noise, generators=generators, on_step=report)
-            images.append(decoder.decode(x0))
-    return np.concatenate(images)
+    numbers = [label for label in labels or () if not isinstance(label, Interpolated)]
+    return ImageGenerator(model, labels=numbers or None, **settings)(labels, seeds, on_step=on_step, preview=preview)
 
 
 def noise_of(seed: int | Interpolated, shape: Sequence[int]) -> Tensor:
@@ -138,10 +250,8 @@ def _as_numbers(
 
 
 def _check(
-    model: LaMambaUNet, labels: Sequence[int | Interpolated] | None, seeds: Sequence[int | Interpolated], sampler: str,
-    guiding_model: LaMambaUNet | None,
+    config: UNetConfig, labels: Sequence[int | Interpolated] | None, seeds: Sequence[int | Interpolated], sampler: str
 ) -> None:
-    config = model.architecture
     if not seeds:
         raise ValueError("no seeds were given; one image is made per seed")
     for seed in seeds:
@@ -162,23 +272,3 @@ def _check(
             f"sampler {sampler!r} draws noise on the way, so there is no path between two seeds; use "
             f"{' or '.join(quiet)}"
         )
-    if guiding_model is not None:
-        check_guiding_model(config, guiding_model.architecture)
-
-
-@contextmanager
-def _resized(networks: Sequence[LaMambaUNet], input_size: Grid) -> Iterator[None]:
-    """Networks on another input size for a while."""
-    changed = [network for network in networks if tuple(network.architecture.input_size) != tuple(input_size)]
-    for network in changed:
-        p = network.architecture.patch_size
-        for side in input_size:
-            if side % p:
-                raise ValueError(f"input_size={tuple(input_size)} does not split into patches of {p}: see "
-                                 "UNetConfig.fit_input")
-        network.set_grid((input_size[0] // p, input_size[1] // p))
-    try:
-        yield
-    finally:
-        for network in changed:
-            network.set_grid(None)

@@ -158,6 +158,6 @@ def test_a_watcher_sees_every_step_of_every_batch():
     model = random_network(small_config(in_channels=1, objective="flow", width=8))
     seen = []
     images = generate(model, [0] * 3, range(3), num_steps=2, batch_size=2,
-                      watch=lambda places, step, x0: seen.append((places, step, to_uint8(x0))))
+                      preview=lambda places, step, x0: seen.append((places, step, to_uint8(x0))))
     assert [(list(places), step) for places, step, _ in seen] == [([0, 1], 1), ([0, 1], 2), ([2], 1), ([2], 2)]
     np.testing.assert_array_equal(seen[1][2], images[:2])                       # the last step ends where x0 was seen
