@@ -296,18 +296,16 @@ class LaMambaPipeline(DiffusionPipeline):
         first = 0 if start is None else first_step(self.scheduler, strength)
 
         timesteps = self.scheduler.timesteps[first:].tolist()
-        self._num_timesteps, self._interrupt = len(timesteps), False
         denoiser = Denoiser(self.unet, timesteps, guidance, guiding_model=guidance_model, labels=labels)
+        self._num_timesteps, self._interrupt = len(timesteps), False
         with resized([self.unet, guidance_model], size), self.progress_bar(total=self._num_timesteps) as bar:
 
             def on_step(step: Step) -> Tensor | None:
                 bar.update()
                 return self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, step)
 
-            x0 = denoiser(
-                self.scheduler, noise, labels, generators=generator, first=first, start=start, known=known,
-                on_step=on_step, interrupted=lambda: self._interrupt,
-            )
+            x0 = denoiser(self.scheduler, noise, labels, generators=generator, first=first, start=start, known=known,
+                          on_step=on_step, interrupted=lambda: self._interrupt)
         images = self._finish(x0, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
