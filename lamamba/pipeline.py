@@ -274,9 +274,8 @@ class LaMambaPipeline(DiffusionPipeline):
         Raises:
             ValueError: when labels, sizes, scheduler or the other arguments do not fit the model or each other.
         """
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._check_call(callback_on_step_end_tensor_inputs, output_type, image, strength, mask_image)
+        self._check_call(output_type, image, strength, mask_image)
+        names = self._tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         labels, count = self._find_labels(class_labels, num_images_per_label, generator, latents)
         if guidance_scale is None:
             can_guide = bool(labels) or guidance_model is not None
@@ -291,10 +290,9 @@ class LaMambaPipeline(DiffusionPipeline):
             num_inference_steps = default_steps(self.scheduler, self.unet.config["objective"])
         set_steps(self.scheduler, num_inference_steps)
         start = None if image is None else self._encode(image, size, count, device)
-        known = None if start is None or mask_image is None else Known(
-            start, self._mask(mask_image, size, count, device))
+        mask = None if mask_image is None else self._mask(mask_image, size, count, device)
+        known = None if start is None or mask is None else Known(start, mask)
         first = 0 if start is None else first_step(self.scheduler, strength)
-
         timesteps = self.scheduler.timesteps[first:].tolist()
         denoiser = Denoiser(self.unet, timesteps, guidance, guiding_model=guidance_model, labels=labels)
         self._num_timesteps, self._interrupt = len(timesteps), False
@@ -302,7 +300,7 @@ class LaMambaPipeline(DiffusionPipeline):
 
             def on_step(step: Step) -> Tensor | None:
                 bar.update()
-                return self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, step)
+                return self._call_back(callback_on_step_end, names, step)
 
             x0 = denoiser(self.scheduler, noise, labels, generators=generator, first=first, start=start, known=known,
                           on_step=on_step, interrupted=lambda: self._interrupt)
@@ -310,12 +308,16 @@ class LaMambaPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _check_call(
-        self, tensor_inputs: Sequence[str], output_type: str, image: Any, strength: float, mask_image: Any
-    ) -> None:
-        for name in tensor_inputs:
+    def _tensor_inputs(self, callback: Any, names: Sequence[str]) -> Sequence[str]:
+        """The tensors that a callback is given: what it says itself, or names."""
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            names = callback.tensor_inputs
+        for name in names:
             if name not in self._callback_tensor_inputs:
                 raise unknown_name("callback tensor", name, self._callback_tensor_inputs)
+        return names
+
+    def _check_call(self, output_type: str, image: Any, strength: float, mask_image: Any) -> None:
         if output_type not in OUTPUT_TYPES:
             raise unknown_name("output_type", str(output_type), OUTPUT_TYPES)
         check_scheduler(self.scheduler, self.unet.config["objective"])
