@@ -63,10 +63,11 @@ def _word(item: type) -> PrimitiveConstructorSpec[Any]:
 PositiveInts = Annotated[tuple[Annotated[int, Ge(1)], ...], _split(int), Strict(False), _word(int)]
 Numbers = Annotated[tuple[float, ...], _split(float), Strict(False), _word(float)]
 Words = Annotated[tuple[str, ...], _split(str), Strict(False), _word(str)]
+Labels = Annotated[tuple[int | str, ...], _split(str), Strict(False), _word(str)]
 """Several values; the command line reads them from one word with commas: 256,512."""
 
 __all__ = [
-    "FilePath", "Ge", "Gt", "Le", "Lt", "Numbers", "OrInfinity", "PositiveInts", "Words", "from_dict", "options",
+    "FilePath", "Ge", "Gt", "Labels", "Le", "Lt", "Numbers", "OrInfinity", "PositiveInts", "Words", "from_dict", "options",
     "read_toml",
 ]
 

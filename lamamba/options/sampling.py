@@ -1,4 +1,4 @@
-"""What every call that samples takes: model, sampler, guidance, size, precision."""
+"""What every call that samples takes (sampler, guidance, size, precision), and the options of `lamamba.sample`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lamamba.options.base import FilePath, Ge, options
+from lamamba.options.base import FilePath, Ge, Gt, Labels, Le, options
+
+PICTURE_SUFFIXES = (".png", ".gif", ".mp4")
 
 
 @options
@@ -27,19 +29,20 @@ class SamplerOptions(DenoisingOptions):
     """How to sample; None is the model's or the sampler's default, or with `like` the picture's value."""
 
     model: Annotated[FilePath | None, tyro.conf.Positional] = None
-    """Run folder, checkpoint, or saved model; by default the digits model that ships with the package."""
+    """Run folder, checkpoint, saved model or exported pipeline; by default the digits model that ships with the
+    package."""
     like: FilePath | None = None
-    """A PNG made by lamamba: whatever is not said here is done as it was done there."""
-    classes: str | None = None
-    """Classes by number or name, with commas; by default the first ten (for many images: all). Not for unconditional
-    models."""
+    """A PNG made by lamamba: options that are not given here are taken from it."""
+    classes: Labels | None = None
+    """Classes by number or name, with commas; by default the first ten (for a folder of images: all). Not for
+    unconditional models."""
     seed: Annotated[int, Ge(0)] | None = None
     """Seed of the first image; by default 0."""
     guidance_channels: Literal["all", "first-three"] | None = None
     """Guide all channels (the paper's code, and the default) or the first three (DiT's)."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only between these times, 0 (clean) to 1 (noise)."""
-    guidance_rescale: float | None = None
+    guidance_rescale: Annotated[float, Ge(0), Le(1)] | None = None
     """0 (off) to 1: how much of the contrast that guidance adds is taken back."""
     autoguidance: FilePath | None = None
     """A guiding model (smaller, or an earlier checkpoint), in place of the model without labels."""
@@ -58,3 +61,21 @@ class SamplerOptions(DenoisingOptions):
     """Precision of the network, by default float32 (the sampler's own arithmetic always is)."""
     compile: bool = False
     """torch.compile the network first: worth its minute or two for many images, not for a few."""
+
+
+@options
+class SampleOptions(SamplerOptions):
+    """Which images, on one picture or in a film."""
+
+    out: FilePath | None = None
+    """A picture (.png) or a film of the denoising or the interpolation (.gif, .mp4); in Python None writes no file."""
+    num: Annotated[Annotated[int, Ge(1)] | None, tyro.conf.arg(aliases=["-n"])] = None
+    """Images of each class (or in all, for an unconditional model). By default 8."""
+    interpolate: str | None = None
+    """seeds:A:B or classes:A:B: --num images on the way from one seed to another, or from one class to another."""
+    fps: Annotated[float, Gt(0), Le(50)] = 12
+    """Frames per second of a film."""
+
+    def __post_init__(self) -> None:
+        if self.out is not None and self.out.suffix.lower() not in PICTURE_SUFFIXES:
+            raise ValueError(f"out={self.out}: pictures are .png, films .gif or .mp4; lamamba.sample_folder fills folders")
