@@ -28,6 +28,7 @@ from lamamba.diffusion.denoise import (
     Step,
     check_scheduler,
     default_steps,
+    denoise,
     first_step,
     make_scheduler,
     set_steps,
@@ -36,7 +37,7 @@ from lamamba.diffusion.denoise import (
 from lamamba.diffusion.guidance import Guidance, GuidedChannels
 from lamamba.models.unet import LaMambaUNet
 from lamamba.runs.metadata import default_guidance
-from lamamba.sampling.generate import Denoiser, resized
+from lamamba.sampling.generate import GuidedModel, resized
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PIPELINE_CODE = '''\
@@ -278,8 +279,7 @@ class LaMambaPipeline(DiffusionPipeline):
         names = self._tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         labels, count = self._find_labels(class_labels, num_images_per_label, generator, latents)
         if guidance_scale is None:
-            can_guide = bool(labels) or guidance_model is not None
-            guidance_scale = default_guidance(self.config.guidance_scale, can_guide)
+            guidance_scale = default_guidance(self.config.guidance_scale, bool(labels) or guidance_model is not None)
         guidance = Guidance(guidance_scale, guidance_channels, guidance_interval, guidance_rescale)
         size = self.unet.architecture.fit_input(height, width, self.pixels_per_input)
 
@@ -294,22 +294,24 @@ class LaMambaPipeline(DiffusionPipeline):
         known = None if start is None or mask is None else Known(start, mask)
         first = 0 if start is None else first_step(self.scheduler, strength)
         timesteps = self.scheduler.timesteps[first:].tolist()
-        denoiser = Denoiser(self.unet, timesteps, guidance, guiding_model=guidance_model, labels=labels)
+        model = GuidedModel(self.unet, timesteps, guidance, guiding_model=guidance_model)
         self._num_timesteps, self._interrupt = len(timesteps), False
-        with resized([self.unet, guidance_model], size), self.progress_bar(total=self._num_timesteps) as bar:
+        with resized([self.unet, guidance_model], size, device), self.progress_bar(total=self._num_timesteps) as bar:
 
             def on_step(step: Step) -> Tensor | None:
                 bar.update()
                 return self._call_back(callback_on_step_end, names, step)
 
-            x0 = denoiser(self.scheduler, noise, labels, generators=generator, first=first, start=start, known=known,
-                          on_step=on_step, interrupted=lambda: self._interrupt)
+            x0 = denoise(
+                model.predictor(labels, device), self.scheduler, noise, generators=generator, first=first, start=start,
+                known=known, on_step=on_step, interrupted=lambda: self._interrupt,
+            )
         images = self._finish(x0, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _tensor_inputs(self, callback: Any, names: Sequence[str]) -> Sequence[str]:
-        """The tensors that a callback is given: what it says itself, or names."""
+        """The tensors that a callback takes: those that it names itself, else the given names."""
         if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
             names = callback.tensor_inputs
         for name in names:

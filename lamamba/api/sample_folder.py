@@ -26,7 +26,7 @@ from lamamba.sampling.labels import LabelRule
 from lamamba.sampling.plan import NPZ, FileKind, Plan, find_plan
 from lamamba.sampling.prepare import as_in_picture, prepare, to_device
 from lamamba.sampling.settings import ImageMetadata, read_png_facts
-from lamamba.sampling.table import parse_classes
+from lamamba.sampling.table import find_labels
 from lamamba.utils.distributed import is_main_process, local_device
 from lamamba.utils.progress import ProgressOption, reporting
 from lamamba.utils.repeatable import repeatable
@@ -133,7 +133,7 @@ def _labels(options: SampleFolderOptions, model: OpenModel) -> tuple[LabelRule, 
     if not (options.balanced or options.random_labels):
         raise ValueError("say which classes the images shall show: --balanced (in turn) or --random-labels")
     every = range(model.num_classes)
-    classes = every if options.classes is None else parse_classes(
+    classes = every if options.classes is None else find_labels(
         options.classes, model.facts.label_names, model.num_classes)
     return "balanced" if options.balanced else "random", tuple(classes)
 

@@ -215,9 +215,10 @@ def _asked(chosen: SampleArguments, facts: ImageMetadata | None, model: OpenMode
     before = _before(facts) if facts is not None else {}
     num = chosen.num or before.get("num") or DEFAULT_COLUMNS
     seed = before.get("seed", 0) if chosen.seed is None else chosen.seed
-    classes = before.get("classes") if chosen.classes is None else chosen.classes
+    given: Any = chosen.classes.split(",") if isinstance(chosen.classes, str) else chosen.classes
+    classes = before.get("classes") if given is None else given
     if chosen.interpolate:
-        return path_between(model, chosen.interpolate, chosen.classes, num, seed)
+        return path_between(model, chosen.interpolate, given, num, seed)
     return table(model, classes, num, seed)
 
 
@@ -233,7 +234,7 @@ def _before(facts: ImageMetadata) -> dict[str, Any]:
         raise ValueError("that picture shows a path: give --interpolate again with other seeds, classes or numbers")
     rows = facts.labels[:: facts.columns or 1] if facts.labels else ()
     return {
-        "classes": ",".join(map(str, rows)) or None, "seed": facts.seeds[0],
+        "classes": rows or None, "seed": facts.seeds[0],
         "num": facts.columns or 1 if facts.labels else len(facts.seeds),
     }
 

@@ -42,25 +42,26 @@ class ConditionedNetwork:
         self._row_bytes = model.condition_outputs * next(model.parameters()).element_size()
         self._recorded: RecordedNetwork | None = None
         self._records = True
-        self._prepare(None if labels is None else set(labels), None)
+        self._present: frozenset[int] | None = None
+        self._set_labels(None if labels is None else frozenset(labels), None)
 
-    def fits(self, num_labels: int) -> bool:
-        """Whether the rows of so many labels can be kept for the whole run."""
-        return num_labels * len(self._times) * self._row_bytes <= self._rows_bytes
+    def fits(self, labels: Collection[int]) -> bool:
+        """Whether the rows of these labels at all timesteps of the run fit into memory."""
+        return len(labels) * len(self._times) * self._row_bytes <= self._rows_bytes
 
     def prepare(self, labels: Collection[int] | None, mixtures: Tensor | None = None) -> None:
-        """Announce the labels of the next calls; rows that are there for them are kept.
+        """Announce the labels of the next calls; rows that exist for the same labels are kept.
 
         Args:
             labels: the null label among them where calls are guided by it; None for an unconditional network.
             mixtures: (m, num_classes + 1) weights of label embeddings; label num_classes + 1 + i means the i-th.
         """
-        wanted = None if labels is None else set(labels)
-        if mixtures is not None or (wanted is not None and not wanted <= (self._present or set())):
-            self._prepare(wanted, mixtures)
+        present = None if labels is None else frozenset(labels)
+        if present != self._present or mixtures is not None:
+            self._set_labels(present, mixtures)
 
-    def _prepare(self, present: set[int] | None, mixtures: Tensor | None) -> None:
-        self._present = present if mixtures is None else None
+    def _set_labels(self, present: frozenset[int] | None, mixtures: Tensor | None) -> None:
+        self._present = present if mixtures is None else None                   # mixtures are never kept
         self._labels: Tensor | None = None
         self._row_of_label: Tensor | None = None
         if present is not None:
@@ -103,7 +104,7 @@ class ConditionedNetwork:
         if time not in self._rows:
             times, n = [time], self._rows_per_step                              # a time that was not announced
             if time in self._times:
-                first = self._times.index(time)
+                first = self._times.index(time) // self._steps_ahead * self._steps_ahead
                 times = self._times[first : first + self._steps_ahead]
             labels = None if self._labels is None else torch.cat([self._labels] * len(times))
             rows = self._model.condition(torch.tensor(times, device=self._model.device).repeat_interleave(n), labels)
@@ -117,8 +118,14 @@ class UnpreparedNetwork:
     def __init__(self, model: Any):
         self._model = model
 
+    def fits(self, labels: Collection[int]) -> bool:
+        """True: nothing is kept."""
+        return True
+
     def prepare(self, labels: Collection[int] | None, mixtures: Tensor | None = None) -> None:
-        """Nothing to prepare."""
+        """Nothing is computed ahead."""
+        if mixtures is not None:
+            raise ValueError("a network that is compiled or offloaded by hooks cannot interpolate between classes")
 
     def __call__(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
         return self._model(x.to(self._model.dtype), timestep.to(x.device), class_labels).to(x.dtype)
@@ -129,7 +136,7 @@ def is_hooked(network: Any) -> bool:
     return hasattr(network, "_hf_hook") or hasattr(network, "_diffusers_hook")
 
 
-def conditional(network: Any, timesteps: Iterable[float]) -> ConditionedNetwork | UnpreparedNetwork:
+def conditioned(network: Any, timesteps: Iterable[float]) -> ConditionedNetwork | UnpreparedNetwork:
     """The network with its conditioning computed ahead wherever that is possible."""
     if is_hooked(network) or is_compiled_module(network):
         return UnpreparedNetwork(network)

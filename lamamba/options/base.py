@@ -67,8 +67,8 @@ Labels = Annotated[tuple[int | str, ...], _split(str), Strict(False), _word(str)
 """Several values; the command line reads them from one word with commas: 256,512."""
 
 __all__ = [
-    "FilePath", "Ge", "Gt", "Labels", "Le", "Lt", "Numbers", "OrInfinity", "PositiveInts", "Words", "from_dict", "options",
-    "read_toml",
+    "FilePath", "Ge", "Gt", "Labels", "Le", "Lt", "Numbers", "OrInfinity", "PositiveInts", "Words", "from_dict",
+    "options", "read_toml",
 ]
 
 

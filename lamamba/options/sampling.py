@@ -78,4 +78,4 @@ class SampleOptions(SamplerOptions):
 
     def __post_init__(self) -> None:
         if self.out is not None and self.out.suffix.lower() not in PICTURE_SUFFIXES:
-            raise ValueError(f"out={self.out}: pictures are .png, films .gif or .mp4; lamamba.sample_folder fills folders")
+            raise ValueError(f"out={self.out}: pictures are .png, films .gif or .mp4; for a folder see sample_folder")

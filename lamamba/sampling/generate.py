@@ -5,9 +5,8 @@ Image k depends on seed k alone, whatever the batch size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,24 +15,27 @@ from torch import Tensor
 from lamamba.config import Grid, UNetConfig
 from lamamba.data.codec import Decoder, PixelCodec
 from lamamba.diffusion.denoise import SAMPLERS, Step, denoise, make_scheduler, samplers_for, slerp
-from lamamba.diffusion.guidance import Guidance, check_guiding_model, guided
-from lamamba.inference.conditioning import ConditionedNetwork, conditional, is_hooked
+from lamamba.diffusion.guidance import Guidance, Predict, check_guiding_model, guided
+from lamamba.inference.conditioning import conditioned, is_hooked
 from lamamba.models.unet import LaMambaUNet
 from lamamba.sampling.settings import MAX_SEED, Interpolated
 
+DEFAULT_BATCH_SIZE = 64
+"""Images at a time."""
 Preview = Callable[[range, int, Tensor], None]
 """Called after every step: a batch's positions among the images, steps done, x0 (b, c, h, w) as it is predicted."""
 
 
-class Denoiser:
-    """Guided denoising of batch after batch; what depends on times and labels alone is computed once.
+class GuidedModel:
+    """A network with its guidance, for batch after batch; conditioning is computed once for all of them.
 
     Args:
         model: the network.
         timesteps: those that the scheduler will go through.
         guidance: how far to guide.
         guiding_model: a second network to guide by, in place of the first one with the null label (autoguidance).
-        labels: all labels of the run, where they are known: their conditioning is kept for all batches if it fits.
+        labels: all labels of the run. Where the rows of all of them fit into memory they are kept for all batches;
+            otherwise each batch has its own.
 
     Raises:
         ValueError: when the guiding model does not fit the network.
@@ -41,73 +43,76 @@ class Denoiser:
 
     def __init__(
         self, model: LaMambaUNet, timesteps: Sequence[float], guidance: Guidance, *,
-        guiding_model: LaMambaUNet | None = None, labels: Sequence[int] | None = None,
+        guiding_model: LaMambaUNet | None = None, labels: Iterable[int] = (),
     ):
         self._num_classes, self._guidance = model.config["num_classes"], guidance
         networks = [model]
         if guiding_model is not None:
             check_guiding_model(model.architecture, guiding_model.architecture)
             networks.append(guiding_model)
-        self._networks = [conditional(network, timesteps) for network in networks]
-        for network in self._networks:
-            if labels is not None and isinstance(network, ConditionedNetwork) and network.fits(len(set(labels)) + 1):
-                network.prepare(self._with_null(labels))
+        self._networks = [conditioned(network, timesteps) for network in networks]
+        self._run_labels = self._with_null(labels)
 
-    def _with_null(self, labels: Sequence[int]) -> list[int]:
+    def _with_null(self, labels: Iterable[int]) -> frozenset[int]:
         needs_null = self._guidance.scale != 1 and len(self._networks) == 1
-        return [*labels, self._num_classes] if needs_null else list(labels)
+        return frozenset(labels) | ({self._num_classes} if needs_null else set())
 
-    def __call__(
-        self, scheduler: Any, noise: Tensor, labels: Sequence[int] | None, mixtures: Tensor | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """Denoise one batch: x0 (b, c, h, w).
+    def predictor(
+        self, labels: Sequence[int] | None, device: torch.device, mixtures: Tensor | None = None
+    ) -> Predict:
+        """The guided prediction for a batch with these labels, as a function of (x, t) for `denoise`.
 
         Args:
-            scheduler: with its timesteps set; see `make_scheduler`.
-            noise: (b, c, h, w) standard normal.
             labels: one per image; None for an unconditional network.
+            device: of x.
             mixtures: (m, num_classes + 1) weights of label embeddings; label num_classes + 1 + i means the i-th.
-            options: of `denoise`: generators, first, start, known, on_step, interrupted.
         """
         if labels is not None:
+            present = self._with_null(labels)
             for network in self._networks:
-                network.prepare(self._with_null(labels), mixtures)
-        predict = guided(
-            self._networks[0], None if labels is None else torch.tensor(labels, device=noise.device), self._guidance,
-            self._num_classes, guiding_model=(*self._networks[1:], None)[0],
+                keeps_all = mixtures is None and present <= self._run_labels and network.fits(self._run_labels)
+                network.prepare(self._run_labels if keeps_all else present, mixtures)
+        return guided(
+            self._networks[0], None if labels is None else torch.tensor(labels, device=device), self._guidance,
+            self._num_classes, guiding_model=self._networks[1] if len(self._networks) > 1 else None,
         )
-        return denoise(predict, scheduler, noise, **options)
 
 
 @contextmanager
-def resized(networks: Sequence[LaMambaUNet | None], input_size: Grid) -> Iterator[None]:
+def resized(
+    networks: Sequence[LaMambaUNet | None], input_size: Grid, device: torch.device | None = None
+) -> Iterator[None]:
     """Run networks on another input size (height, width) for a while.
+
+    Args:
+        networks: those that are None are skipped.
+        input_size: sides of the networks' input.
+        device: where hooked networks run (`is_hooked`).
 
     Raises:
         ValueError: when the size does not split into patches.
     """
-    changed = [network for network in networks if network is not None
-               and tuple(network.architecture.input_size) != tuple(input_size)]
-    for network in changed:
-        p = network.architecture.patch_size
-        if input_size[0] % p or input_size[1] % p:
-            raise ValueError(
-                f"input_size={tuple(input_size)} does not split into patches of {p}: see UNetConfig.fit_input"
-            )
-        _set_grid(network, (input_size[0] // p, input_size[1] // p))
+    before: list[tuple[LaMambaUNet, Grid]] = []
     try:
+        for network in filter(None, networks):
+            p = network.config["patch_size"]
+            if input_size[0] % p or input_size[1] % p:
+                raise ValueError(
+                    f"input_size={tuple(input_size)} does not split into patches of {p}: see UNetConfig.fit_input"
+                )
+            before.append((network, network.run_grid))
+            _set_grid(network, (input_size[0] // p, input_size[1] // p), device)
         yield
     finally:
-        for network in changed:
-            _set_grid(network, network.architecture.token_grid)
+        for network, grid in before:
+            _set_grid(network, grid, device)
 
 
-def _set_grid(network: Any, grid: Grid) -> None:
-    device = network.geometries[0].paths.device
-    network.set_grid(grid)
-    if is_hooked(network):                                                      # its buffers are new to the hooks
-        network.geometries.to(device)
+def _set_grid(network: LaMambaUNet, grid: Grid, device: torch.device | None) -> None:
+    if network.run_grid != grid:
+        network.set_grid(grid)
+        if device is not None and is_hooked(network):                           # its buffers are new to the hooks
+            network.geometries.to(device)
 
 
 class ImageGenerator:
@@ -122,7 +127,7 @@ class ImageGenerator:
         input_size: height and width of the network's input; by default what it was made for.
         batch_size: images at a time; changes nothing but speed and memory.
         decoder: makes images of the network's clean output; by default that is the image's pixels.
-        labels: all labels of the calls, where they are known: their conditioning is kept between calls if it fits.
+        labels: all labels of the calls, where they are known: their conditioning is kept between batches and calls.
 
     Raises:
         ValueError: when sampler, size, guidance or the guiding model do not fit the network.
@@ -131,7 +136,7 @@ class ImageGenerator:
     def __init__(
         self, model: LaMambaUNet, *, sampler: str | None = None, num_steps: int | None = None,
         guidance: Guidance | float = 1.0, guiding_model: LaMambaUNet | None = None, input_size: Grid | None = None,
-        batch_size: int = 64, decoder: Decoder | None = None, labels: Sequence[int] | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE, decoder: Decoder | None = None, labels: Iterable[int] = (),
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -140,8 +145,8 @@ class ImageGenerator:
         self._sampler, self._num_steps = sampler or samplers_for(config.objective)[0], num_steps
         self._input_size, self._decoder = input_size or config.input_size, decoder or PixelCodec()
         self._guidance = guidance if isinstance(guidance, Guidance) else Guidance(float(guidance))
-        self._denoiser: Denoiser | None = None
         self._labels = labels
+        self._guided: GuidedModel | None = None
         if guiding_model is not None:
             check_guiding_model(config, guiding_model.architecture)
 
@@ -162,56 +167,68 @@ class ImageGenerator:
         """
         _check(self._model.architecture, labels, seeds, self._sampler)
         starts = range(0, len(seeds), self._batch_size)
-        batches = [range(start, min(start + self._batch_size, len(seeds))) for start in starts]
+        images = []
         with resized([self._model, self._guiding_model], self._input_size):
-            images = [
-                self._generate(batch, number, len(batches), labels, seeds, on_step, preview)
-                for number, batch in enumerate(batches)
-            ]
+            for number, start in enumerate(starts):
+                batch = range(start, min(start + self._batch_size, len(seeds)))
+
+                def report(step: Step, batch: range = batch, before: int = number) -> None:
+                    if on_step:
+                        on_step(before * step.total + step.done, step.total * len(starts))
+                    if preview:
+                        preview(batch, step.done, step.x0)
+
+                chosen = None if labels is None else [labels[k] for k in batch]
+                images.append(self._generate(chosen, [seeds[k] for k in batch], report))
         return np.concatenate(images)
 
     def _generate(
-        self, batch: range, number: int, num_batches: int, labels: Sequence[int | Interpolated] | None,
-        seeds: Sequence[int | Interpolated], on_step: Callable[[int, int], None] | None, preview: Preview | None,
+        self, labels: Sequence[int | Interpolated] | None, seeds: Sequence[int | Interpolated],
+        on_step: Callable[[Step], None],
     ) -> np.ndarray:
-        config = self._model.architecture
+        """One batch."""
+        config, device = self._model.architecture, self._model.device
         shape = (config.in_channels, *self._input_size)
-        noise = torch.stack([noise_of(seeds[k], shape) for k in batch]).to(self._model.device)
-        generators = [_generator_after(seeds[k], shape) for k in batch]
+        noise = torch.stack([noise_of(seed, shape) for seed in seeds]).to(device)
         scheduler = make_scheduler(self._sampler, config.objective, self._num_steps)
-        if self._denoiser is None:
-            self._denoiser = Denoiser(
+        if self._guided is None:
+            self._guided = GuidedModel(
                 self._model, scheduler.timesteps.tolist(), self._guidance, guiding_model=self._guiding_model,
                 labels=self._labels,
             )
-
-        def report(step: Step) -> None:
-            if on_step:
-                on_step(number * step.total + step.done, step.total * num_batches)
-            if preview:
-                preview(batch, step.done, step.x0)
-
-        numbers, mixtures = _as_numbers(None if labels is None else [labels[k] for k in batch], config.num_classes)
-        return self._decoder.decode(
-            self._denoiser(scheduler, noise, numbers, mixtures, generators=generators, on_step=report)
+        numbers, mixtures = _as_numbers(labels, config.num_classes)
+        x0 = denoise(
+            self._guided.predictor(numbers, device, mixtures), scheduler, noise,
+            generators=[_generator_after(seed, shape) for seed in seeds], on_step=on_step,
         )
+        return self._decoder.decode(x0)
 
 
 def generate(
-    model: LaMambaUNet, labels: Sequence[int | Interpolated] | None, seeds: Sequence[int | Interpolated], *,
-    on_step: Callable[[int, int], None] | None = None, preview: Preview | None = None, **settings: Any,
+    model: LaMambaUNet,
+    labels: Sequence[int | Interpolated] | None,
+    seeds: Sequence[int | Interpolated],
+    *,
+    sampler: str | None = None,
+    num_steps: int | None = None,
+    guidance: Guidance | float = 1.0,
+    guiding_model: LaMambaUNet | None = None,
+    input_size: Grid | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    decoder: Decoder | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    preview: Preview | None = None,
 ) -> np.ndarray:
     """Sample one image per seed: uint8 (len(seeds), h, w, c). Image k depends on seed k alone.
 
-    Args:
-        model, labels, seeds, on_step, preview: as of `ImageGenerator`.
-        settings: of `ImageGenerator`: sampler, num_steps, guidance, guiding_model, input_size, batch_size, decoder.
-
-    Raises:
-        ValueError: when labels, seeds, sampler, size, guidance or the guiding model do not fit the network.
+    Arguments and errors are those of `ImageGenerator` and of its call.
     """
-    numbers = [label for label in labels or () if not isinstance(label, Interpolated)]
-    return ImageGenerator(model, labels=numbers or None, **settings)(labels, seeds, on_step=on_step, preview=preview)
+    numbers = {label for label in labels or () if not isinstance(label, Interpolated)}
+    images = ImageGenerator(
+        model, sampler=sampler, num_steps=num_steps, guidance=guidance, guiding_model=guiding_model,
+        input_size=input_size, batch_size=batch_size, decoder=decoder, labels=numbers,
+    )
+    return images(labels, seeds, on_step=on_step, preview=preview)
 
 
 def noise_of(seed: int | Interpolated, shape: Sequence[int]) -> Tensor:

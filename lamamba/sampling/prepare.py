@@ -13,6 +13,7 @@ from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
 from lamamba.diffusion.guidance import Guidance
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.sampling import SamplerOptions
+from lamamba.runs.metadata import default_guidance
 from lamamba.runs.model import SHIPPED, OpenModel, find_shipped, fingerprint, move, open_model, open_network
 from lamamba.sampling.settings import ImageMetadata, Settings
 from lamamba.utils.distributed import is_main_process
@@ -73,7 +74,8 @@ def prepare(
     sampler = options.sampler or samplers_for(objective)[0]
     make_scheduler(sampler, objective, options.steps)                           # refused before any work
     guiding_model = None if options.autoguidance is None else open_network(options.autoguidance)[0]
-    scale = (2.0 if model.num_classes or guiding_model else 1.0) if options.guidance is None else options.guidance
+    can_guide = bool(model.num_classes or guiding_model)
+    scale = default_guidance(model.facts.guidance, can_guide) if options.guidance is None else options.guidance
     guidance = Guidance(
         scale, options.guidance_channels or "all", options.guidance_interval or (0.0, 1.0),
         options.guidance_rescale or 0.0,

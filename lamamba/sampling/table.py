@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lamamba.data.labels import find_label
@@ -21,18 +22,18 @@ class Asked:
     row_names: tuple[str, ...]
 
 
-def parse_classes(text: str | None, label_names: tuple[str, ...], num_classes: int) -> list[int]:
-    """ "3,tabby" as labels.
+def find_labels(classes: Sequence[int | str] | None, label_names: Sequence[str], num_classes: int) -> list[int]:
+    """Labels of class numbers or names; the first ten of None.
 
     Raises:
         ValueError: for a number out of range or an unknown name; the nearest is named.
     """
-    if text is None:
+    if classes is None:
         return list(range(min(DEFAULT_CLASSES, num_classes)))
-    return [find_label(word.strip(), label_names, num_classes) for word in text.split(",")]
+    return [find_label(each, label_names, num_classes) for each in classes]
 
 
-def table(model: OpenModel, classes: str | None, num: int, seed: int) -> Asked:
+def table(model: OpenModel, classes: Sequence[int | str] | None, num: int, seed: int) -> Asked:
     """One row for each class (or rows of eight, of an unconditional model), one seed for each image.
 
     Raises:
@@ -42,13 +43,13 @@ def table(model: OpenModel, classes: str | None, num: int, seed: int) -> Asked:
         if classes is not None:
             raise ValueError(f"{model.name} is unconditional: it knows no classes, leave --classes out")
         return Asked(tuple(range(seed, seed + num)), None, min(num, DEFAULT_COLUMNS), ())
-    rows = parse_classes(classes, model.facts.label_names, model.num_classes)
+    rows = find_labels(classes, model.facts.label_names, model.num_classes)
     labels = tuple(label for label in rows for _ in range(num))
     names = tuple(model.name_of(label) for label in rows)
     return Asked(tuple(range(seed, seed + len(labels))), labels, num, names)
 
 
-def path_between(model: OpenModel, text: str, classes: str | None, num: int, seed: int) -> Asked:
+def path_between(model: OpenModel, text: str, classes: Sequence[int | str] | None, num: int, seed: int) -> Asked:
     """A walk in `num` columns: "seeds:3:7" for each class, "classes:3:8" from a few seeds.
 
     Raises:
