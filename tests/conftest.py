@@ -1,6 +1,10 @@
-"""Back ends of the scan that run on CPUs, for whoever tests with each of them."""
+"""Fixtures of all tests: the back ends of the scan that run on CPUs, a temporary folder that is removed."""
 
 from __future__ import annotations
+
+import os
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -26,3 +30,18 @@ def backend(request, monkeypatch):
     yield name
     monkeypatch.undo()
     native.load.cache_clear()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_folder():
+    """One folder for all that tests, launchers, compilers and gradio put into the temporary directory; then it goes."""
+    folder = tempfile.mkdtemp(prefix="lamamba-")                                # short: sockets are made in it
+    before, tempfile.tempdir = os.environ.get("TMPDIR"), folder
+    os.environ["TMPDIR"] = folder
+    yield
+    tempfile.tempdir = None
+    if before is None:
+        del os.environ["TMPDIR"]
+    else:
+        os.environ["TMPDIR"] = before
+    shutil.rmtree(folder, ignore_errors=True)
