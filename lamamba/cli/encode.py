@@ -21,7 +21,7 @@ same command goes on where they were. At the end every shard is verified."""
 
 
 def main(arguments: list[str]) -> None:
-    options = parse(EncodeOptions, arguments, "encode", DESCRIPTION, aliases=("--batch",))
+    options = parse(EncodeOptions, arguments, "encode", DESCRIPTION)
 
     from lamamba.api.encode import encode
     from lamamba.utils.distributed import is_main_process

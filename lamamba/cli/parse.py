@@ -1,4 +1,4 @@
-"""From the words of a command line to options: tyro, with errors in one line."""
+"""Options from the command line: tyro, with errors in one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import io
 import re
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 import tyro
 
@@ -18,25 +18,24 @@ def parse(
     cls: type[T], arguments: list[str], verb: str, description: str, default: T | None = None,
     aliases: tuple[str, ...] = (),
 ) -> T:
-    """Fill options from arguments. Prints help and exits where that is asked for.
+    """Parse arguments into options. For --help, print it and exit with status 0.
 
     Args:
-        cls: of the options.
+        cls: class of the options.
         arguments: the words after the verb.
         verb, description: for the help.
-        default: values of what is not given; by default the class's own.
-        aliases: further names of options, from their tyro.conf.arg.
+        default: options whose values replace the defaults of the class.
+        aliases: further names of options, besides those of the class's tyro.conf.arg.
 
     Raises:
-        ValueError: in one line, naming the nearest option for an unknown one, or the value that does not fit.
+        ValueError: in one line: the nearest option for an unknown one, or the value that does not fit.
     """
     extra: dict[str, Any] = {} if default is None else {"default": default}
     errors, hint = io.StringIO(), f"(lamamba {verb} --help lists all options)"
     known = [*_names(cls), *aliases, "--help"]
     for word in arguments:
         if word.startswith("--") and (name := word.split("=")[0].replace("_", "-")) not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-            raise ValueError(f"Unrecognized options: {name}; did you mean {near}? {hint}")
+            raise ValueError(f"Unrecognized options: {name}; did you mean {_nearest(name, known)}? {hint}")
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(
@@ -50,7 +49,7 @@ def parse(
 
 
 def _one_line(message: str) -> str:
-    """tyro's message without its box, its title and the hints below its rule."""
+    """tyro's message without its box, its title and the hints below its rule. (tyro has no public error events.)"""
     lines = [line.strip("│╭╮╰╯ ") for line in message.splitlines()]
     rules = [number for number, line in enumerate(lines) if line and line.strip("-─") == ""]
     first = 1 if "╭" in message else rules[0] + 1
@@ -58,13 +57,24 @@ def _one_line(message: str) -> str:
     return re.sub(r"^Error parsing [A-Z]\w*: ", "", " ".join(lines[first:last]))
 
 
+def _nearest(unknown: str, names: list[str]) -> str:
+    """The most similar name, in whatever order its words are: --data.no-labels for --no-data.labels."""
+    def similarity(name: str) -> float:
+        one, other = (" ".join(sorted(re.split(r"[-._]+", text))) for text in (unknown, name))
+        return difflib.SequenceMatcher(None, one, other).ratio()
+
+    return max(names, key=similarity)
+
+
 def _names(cls: Any, prefix: str = "") -> list[str]:
-    """The options of a dataclass as the command line writes them."""
+    """Names of a dataclass's options on the command line, with their aliases."""
     names = []
-    for field, hint in get_type_hints(cls).items():
-        name = prefix + field.replace("_", "-")
-        if dataclasses.is_dataclass(hint):
-            names += _names(hint, f"{name}.")
+    for field, hint in get_type_hints(cls, include_extras=True).items():
+        kind, *more = (hint.__origin__, *hint.__metadata__) if get_origin(hint) is Annotated else (hint,)
+        name = field.replace("_", "-")
+        if dataclasses.is_dataclass(kind):
+            names += _names(kind, f"{prefix}{name}.")
         else:
-            names += [f"--{name}"] + ([f"--{prefix}no-{field.replace('_', '-')}"] if hint is bool else [])
+            names += [f"--{prefix}{name}"] + ([f"--{prefix}no-{name}"] if kind is bool else [])
+        names += [alias for item in more for alias in getattr(item, "aliases", None) or ()]
     return names

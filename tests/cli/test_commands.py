@@ -189,7 +189,7 @@ def test_mistakes_are_answered_in_one_line(lamamba, tmp_path, arguments, said):
     (["--classes", "seven"], "label 'seven' is unknown"),
     (["--sampler", "ddpm"], "use flow-euler or flow-heun"),
     (["--num", "0"], "--num 0 must be at least 1"),
-    (["--steps", "0"], "takes 1 to 1000 steps, not 0"),
+    (["--steps", "0"], "steps=0 must be at least 1"),
     (["--autoencoder", "x"], "leave --autoencoder out"),
 ])
 def test_sampling_mistakes_leave_the_old_picture(trained, lamamba, tmp_path, arguments, said):
