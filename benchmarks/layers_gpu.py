@@ -102,11 +102,11 @@ def main() -> None:
         with use_backend("triton" if way == "kernel" else "torch"):
             forward, backward = measure(function, inputs, options.repeats)
         channels = width * (2 if layer in ("gated_norm", "local_mixing") else 1)
-        floors = [1000 * IMAGES * side * side * channels * size / (options.terabytes * 1e12) for size in BYTES[name]]
-        print(f"{name:26} {side:4} {channels:5} {way:9} {forward:8.3f} {floors[0]:7.3f} {backward:8.3f} "
-              f"{floors[1]:7.3f}", flush=True)
+        bounds = [1000 * IMAGES * side * side * channels * size / (options.terabytes * 1e12) for size in BYTES[name]]
+        print(f"{name:26} {side:4} {channels:5} {way:9} {forward:8.3f} {bounds[0]:7.3f} {backward:8.3f} "
+              f"{bounds[1]:7.3f}", flush=True)
         rows.append({"layer": name, "b": IMAGES, "side": side, "c": channels, "way": way, "forward_ms": forward,
-                     "backward_ms": backward, "forward_bytes_ms": floors[0], "backward_bytes_ms": floors[1]})
+                     "backward_ms": backward, "forward_bytes_ms": bounds[0], "backward_bytes_ms": bounds[1]})
         if options.json:
             result = {"device": torch.cuda.get_device_name(), "rows": rows}
             options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

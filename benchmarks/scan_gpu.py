@@ -4,7 +4,7 @@
 
 bfloat16 tokens, float32 parameters, at the stages of LaMamba-XL: 256 pixels and batch 64, 512 and 16, 1024 and 4;
 milliseconds. The bounds are derived in docs/gpu-scan.md, with an H200's rates or those given as options; the copy rate
-is also measured. "of floor" is the larger bound divided by the time: 80 % is the aim.
+is also measured. "of bound" is the larger bound divided by the time: 80 % is the aim.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def milliseconds(function: Callable[[], object], repeats: int) -> float:
     return statistics.median(before.elapsed_time(after) for before, after in marks)
 
 
-def floors(b: int, l: int, c: int, r: int, n: int, what: str, rates: argparse.Namespace) -> dict[str, float]:
+def lower_bounds(b: int, l: int, c: int, r: int, n: int, what: str, rates: argparse.Namespace) -> dict[str, float]:
     """Milliseconds of the memory traffic and of the special functions alone (docs/gpu-scan.md)."""
     numbers = b * l * c
     moved, special = {
@@ -91,8 +91,8 @@ def main() -> None:
 
     rate = copying_rate()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copying {rate:.2f} TB/s, "
-          f"floors for {options.terabytes} TB/s and {options.tera_special} T special functions a second")
-    print(f"{'b':>3} {'l':>6} {'c':>5} {'n':>3}  {'':8} {'ms':>8} {'bytes':>8} {'special':>8} {'of floor':>9}")
+          f"lower bounds for {options.terabytes} TB/s and {options.tera_special} T special functions a second")
+    print(f"{'b':>3} {'l':>6} {'c':>5} {'n':>3}  {'':8} {'ms':>8} {'bytes':>8} {'special':>8} {'of bound':>9}")
     rows = []
     for b, full in IMAGES_AND_SIDES:
         for scale, c, r in STAGES[: 1 if options.quick else None]:
@@ -104,12 +104,12 @@ def main() -> None:
                          "backward": lambda x=inputs, gy=grad_y: kernels.backward(gy, *x)}
                 for what, call in calls.items():
                     ms = milliseconds(call, options.repeats)
-                    floor = floors(b, side * side, c, r, n, what, options)
-                    share = max(floor.values()) / ms
-                    rows.append({"b": b, "l": side * side, "c": c, "r": r, "n": n, "pass": what, "ms": ms, **floor,
+                    bound = lower_bounds(b, side * side, c, r, n, what, options)
+                    share = max(bound.values()) / ms
+                    rows.append({"b": b, "l": side * side, "c": c, "r": r, "n": n, "pass": what, "ms": ms, **bound,
                                  "share_of_floor": share})
-                    print(f"{b:3} {side * side:6} {c:5} {n:3}  {what:8} {ms:8.3f} {floor['bytes_ms']:8.3f} "
-                          f"{floor['special_ms']:8.3f} {share:9.0%}", flush=True)
+                    print(f"{b:3} {side * side:6} {c:5} {n:3}  {what:8} {ms:8.3f} {bound['bytes_ms']:8.3f} "
+                          f"{bound['special_ms']:8.3f} {share:9.0%}", flush=True)
     if options.json:
         result = {"device": torch.cuda.get_device_name(), "copying_terabytes": rate, "rows": rows}
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -24,7 +24,7 @@ PACKAGES = ("diffusers", "accelerate", "safetensors", "numpy", "triton")
 
 @dataclass(frozen=True)
 class DoctorResult:
-    """What was found, as plain values: versions, devices, ops, layers, compilers, missing, checks, environment."""
+    """Findings as plain values: versions, devices, ops, layers, compilers, missing, checks, environment."""
 
     findings: dict[str, Any]
 
@@ -42,9 +42,10 @@ class DoctorResult:
 
 
 def doctor(options: DoctorOptions | None = None) -> DoctorResult:
-    """Find versions, devices and compilers, the back end of each op and why, and check every back end that runs here.
+    """Versions, devices, compilers, the back end of each operator and why; checks of every back end that runs here.
 
-    Back ends are compared with the recurrence in float64, forward and every gradient; layers with their formulas.
+    Back ends of the scan are compared with the reference in float64, forward and every gradient, layers without
+    gradients. A failed check is a finding, not an exception.
     """
     devices = _devices()
     compilers = {language: find_compiler(language) for language in ("C", "C++")}
@@ -81,7 +82,7 @@ def _cpu_kernels() -> dict[str, Any]:
 
 
 def _choice(op: Any, device: str, dtype: str) -> dict[str, Any]:
-    """The back end that an op will use, and for each of them why not."""
+    """The back end that an operator uses, and the reasons of those that cannot run."""
     precision = getattr(torch, dtype)
     refusals = {backend.name: unsupported_reason(backend, device, precision) for backend in op.backends}
     found: dict[str, Any] = {"op": op.name, "device": device, "dtype": dtype, "refusals": refusals}
@@ -101,14 +102,14 @@ def _choice(op: Any, device: str, dtype: str) -> dict[str, Any]:
 
 
 def _layers_choice(device: str, dtype: str) -> dict[str, Any]:
-    """What runs norms, gates, windows and the convolution, without gradients and with them."""
+    """Back ends of norms, gates, windows and the convolution, for inference and training."""
     x = torch.zeros((1, 1, 1, 1), device=device, dtype=getattr(torch, dtype))
     return {"device": device, "dtype": dtype, "inference": backend_for(x),
             "training": backend_for(x.requires_grad_())}
 
 
 def _missing(devices: dict[str, str], compilers: dict[str, str | None]) -> list[str]:
-    """What would make more things run, or run faster."""
+    """What to install for more or faster back ends."""
     missing = []
     has_gpu = any(device.startswith("cuda") for device in devices)
     if has_gpu and version_of("triton") is None:
@@ -164,7 +165,7 @@ def _report(findings: dict[str, Any]) -> str:
 
 
 def _absence(package: str) -> str:
-    """Why there is no version to print."""
+    """Text in place of a missing version."""
     if package == "triton":
         return "not installed: only GPUs need it"
     if package == "cuda":

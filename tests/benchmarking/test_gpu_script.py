@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh: answers in one line where there is no GPU, and its floors are those of docs/gpu-scan.md."""
+"""benchmarks/gpu.sh: one line where there is no GPU, and the lower bounds are those of docs/gpu-scan.md."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_steps_fit_into_nine_minutes():
     assert sum(limit for _, limit, _ in steps.values()) < 9 * 60
 
 
-def test_a_step_that_fails_or_hangs_is_told():
+def test_a_step_that_fails_or_hangs_is_reported():
     run = load("gpu").run
     assert run([sys.executable, "-c", "print(1)"], 20)["last_lines"] == ["1"]
     assert run([sys.executable, "-c", "1 / 0"], 20)["verdict"] == "failed"
@@ -44,7 +44,7 @@ def test_a_step_that_fails_or_hangs_is_told():
 @pytest.mark.parametrize(("what", "n", "bytes_ms", "special_ms"), [
     ("forward", 1, 0.22, 0.14), ("forward", 16, 0.22, 0.82), ("backward", 1, 0.59, 0.32), ("backward", 16, 1.5, 1.7),
 ])
-def test_floors_are_those_of_the_page(what, n, bytes_ms, special_ms):
-    found = load("scan_gpu").floors(64, 1024, 640, 20, n, what, Namespace(terabytes=4.3, tera_special=3.7))
+def test_lower_bounds_are_those_of_the_page(what, n, bytes_ms, special_ms):
+    found = load("scan_gpu").lower_bounds(64, 1024, 640, 20, n, what, Namespace(terabytes=4.3, tera_special=3.7))
     assert found["bytes_ms"] == pytest.approx(bytes_ms, rel=0.04)
     assert found["special_ms"] == pytest.approx(special_ms, rel=0.04)

@@ -70,7 +70,7 @@ def test_training_begins_with_blocks_that_change_nothing_and_an_output_of_zero()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fresh_peer_says_something(dtype):
+def test_an_untrained_peer_has_an_output_that_is_not_zero(dtype):
     model = build_peer("dit-s-2", 32, CPU, dtype)
     with torch.no_grad():
         output = model(torch.randn(2, 4, 4, 4, dtype=dtype), torch.tensor([10.0, 900.0]), torch.tensor([1, 1000]))

@@ -1,4 +1,4 @@
-"""Networks are timed in turns, each with a peak memory of its own; what fails says why."""
+"""Networks are timed in turns, each with a peak memory of its own; failures have their reason."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def test_networks_that_do_not_fit_are_loaded_one_after_the_other(monkeypatch):
     assert row["peak_memory_bytes"] > 15 * row["parameters"]                    # weights, gradients, two moments
 
 
-def test_what_fails_says_why(monkeypatch):
+def test_failures_have_their_reason(monkeypatch):
     monkeypatch.setenv("LAMAMBA_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="s, 32 px, batch 2, forward: RuntimeError: .* back end 'triton'"):
         measure(pair()[:1], seconds=0)
 
 
-def test_memory_is_estimated_on_the_safe_side():
+def test_memory_estimates_are_upper_bounds():
     small, large = (sum(case.memory_estimate() for case in pair(image_size=size)) for size in (64, 256))
     assert 4 * 59e6 < small < large
     assert sum(case.memory_estimate() for case in pair(mode="train")) > 16 * 59e6
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_fresh_network_says_something(index):
+def test_an_untrained_network_has_an_output_that_is_not_zero(index):
     case = pair(dtype="bfloat16")[index]
     model = build(case).eval()
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())

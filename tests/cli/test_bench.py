@@ -1,4 +1,4 @@
-"""lamamba bench: a table, a file of fixed form, a picture; mistakes in one line before anything is built."""
+"""lamamba bench: table, JSON file and picture; user errors in one line before anything is built."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_table():
     (["--state-size", "0"], "state_size=0 must be at least 1"),
     (["--json", "nowhere/b.json"], "does not exist"),
 ])
-def test_mistakes_are_answered_in_one_line(capsys, monkeypatch, tmp_path, arguments, said):
+def test_user_errors_are_one_line(capsys, monkeypatch, tmp_path, arguments, said):
     monkeypatch.chdir(tmp_path)
     status = main(["bench", *arguments])
     err = capsys.readouterr().err

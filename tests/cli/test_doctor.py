@@ -1,4 +1,4 @@
-"""lamamba doctor: says what runs and why, and fails when a back end is wrong."""
+"""lamamba doctor: which back ends run and why; status 1 when one is wrong."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_json(doctor):
     assert first["reason"] == "the fastest that can run here"
 
 
-def test_a_forced_back_end_is_said(doctor, monkeypatch):
+def test_a_forced_back_end_is_reported(doctor, monkeypatch):
     monkeypatch.setenv("LAMAMBA_BACKEND", "reference")
     status, out = doctor()
     assert status == 0

@@ -1,4 +1,4 @@
-"""Autoencoders: safely loaded, known by what they are, there and back for each kind."""
+"""Autoencoders: loaded from safetensors alone, identified by a hash, moments and decoding of each class."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_moments_are_the_autoencoders_own(saved, kind):
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_latents_are_decoded_as_their_autoencoder_wants_them(saved, kind):
+def test_latents_are_decoded_by_their_autoencoders_scale_and_shift(saved, kind):
     theirs = MAKERS[kind]()
     latents = torch.randn(3, 4, 8, 8)
     decoder = LatentDecoder(saved / kind)
@@ -64,7 +64,7 @@ def test_scaling_by_channel_and_back(tmp_path):
     torch.testing.assert_close(facts.to_latents(x0), latents)
 
 
-def test_identity_is_what_it_is_not_what_it_is_called(saved, tmp_path):
+def test_the_hash_is_of_weights_and_configuration_not_of_the_name(saved, tmp_path):
     first = Autoencoder(saved / "AutoencoderKL")
     shutil.copytree(saved / "AutoencoderKL", tmp_path / "copy")
     config = json.loads((tmp_path / "copy" / "config.json").read_text())

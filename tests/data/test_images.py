@@ -1,4 +1,4 @@
-"""Folders of images, the digits, and what a codec makes of pixels."""
+"""Folders of images, decoding and crops, the digits, pixels and x0."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def test_what_makes_a_file_bad(odd_files, file, kind):
 
 def test_odd_files_that_are_good_after_a_conversion(odd_files):
     for file, note in CONVERTED.items():
-        image, told = decode((odd_files / file).read_bytes())
-        assert (image.mode, told) == ("RGB", note)
+        image, conversion = decode((odd_files / file).read_bytes())
+        assert (image.mode, conversion) == ("RGB", note)
     grey, _ = decode((odd_files / "grey16.png").read_bytes(), channels=1)
     assert np.array_equal(np.asarray(grey)[0, :3], [0, 1, 2])                   # v / 257, not cut off at 255
     assert np.asarray(grey).max() == 255
@@ -133,8 +133,8 @@ def test_bad_files_are_replaced_by_the_next_good_one_and_counted(tmp_path):
     shared[0].read([2])
     with pytest.raises(ValueError, match=r"2 files cannot.*a/002.png \(empty.*b/002.png"):
         shared[1].read([5])                                                     # counted together
-    told = [line.split("\t")[0] for line in (tmp_path / "bad.tsv").read_text().splitlines()]
-    assert told == ["a/002.png", "b/002.png"]
+    listed = [line.split("\t")[0] for line in (tmp_path / "bad.tsv").read_text().splitlines()]
+    assert listed == ["a/002.png", "b/002.png"]
     known = Images(FolderSource(tmp_path), 16, excluded=["a/002.png", "b/002.png"])
     assert (len(known), known.labels.tolist()) == (4, [0, 0, 1, 1])
     assert known.files([1, 2]) == ["a/001.png", "b/000.png"]
@@ -142,7 +142,7 @@ def test_bad_files_are_replaced_by_the_next_good_one_and_counted(tmp_path):
 
 
 def test_an_image_set_survives_a_fork(tmp_path):
-    """Threads do not: a worker of a data loader makes its own."""
+    """Threads do not survive it: a worker of a data loader starts its own."""
     write_images(tmp_path, 8)
     images = Images(FolderSource(tmp_path), 16)
     expected, _ = images.read(range(8))
@@ -192,7 +192,7 @@ def test_centre_crop_halves_by_box_and_ends_bicubic():
 
 
 def test_random_crop_shows_80_to_100_percent():
-    """Of a picture whose pixels tell where they are."""
+    """Of an image whose pixels are their column."""
     ramp = np.broadcast_to(np.arange(256, dtype=np.uint8), (256, 256))
     image = Image.fromarray(np.ascontiguousarray(ramp))
     shown = {}

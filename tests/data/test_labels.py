@@ -1,4 +1,4 @@
-"""Names of classes: ImageNet's are whole and in order, and what people type finds its class or the nearest."""
+"""Names of classes: those of ImageNet are complete and in order; names and synonyms find their label."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KNOWN = {
 }
 
 
-def test_imagenets_classes_are_whole_and_in_order():
+def test_imagenet_classes_are_complete_and_in_order():
     text = (files("lamamba") / "data" / "imagenet_classes.txt").read_text(encoding="utf-8")
     synsets = [line.split()[0] for line in text.splitlines() if not line.startswith("#")]
     assert len(synsets) == 1000
@@ -51,7 +51,7 @@ def test_numbers_names_and_single_words_find_their_class():
     (1000, "out of range; this model knows 0 .. 999"), ("-1", "out of range"),
     ("horn", "is several classes"), (1.5, "neither a class number nor a name"),
 ])
-def test_what_finds_nothing_says_what_is_near(wanted, said):
+def test_an_unknown_name_is_answered_with_near_ones(wanted, said):
     with pytest.raises(ValueError, match=said):
         find_label(wanted, imagenet_names(), 1000)
 

@@ -1,4 +1,4 @@
-"""Folders, tars and Hugging Face data sets say the same of the same images; checks remember what is bad."""
+"""Folders, tars and Hugging Face data sets of the same images agree; manifests name the bad files."""
 
 from __future__ import annotations
 
@@ -127,14 +127,14 @@ def test_a_check_names_every_bad_file_by_kind(tmp_path, workers):
     assert images.bad == {}
 
 
-def test_the_least_side_is_a_choice(tmp_path):
+def test_min_side_bounds_the_short_side(tmp_path):
     Image.new("L", (10, 90)).save(tmp_path / "a.png")
     source = open_source(tmp_path)
     assert [kind for _, kind, _, _ in check_files(source, 1)] == [""]
     assert [kind for _, kind, _, _ in check_files(source, 1, min_side=16)] == ["too small"]
 
 
-def test_a_manifest_of_other_files_still_counts_and_says_so(tmp_path):
+def test_a_manifest_of_changed_files_still_counts_with_a_note(tmp_path):
     write_images(tmp_path, 2)
     (tmp_path / "bad.png").write_bytes(b"")
     source = open_source(tmp_path)
