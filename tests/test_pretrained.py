@@ -32,8 +32,10 @@ def test_it_is_small_and_in_bfloat16():
 def test_it_is_the_recipe():
     """Whoever trains the recipe gets a network of the same shape."""
     model, facts = find_network(shipped_model())
-    expected = load_recipe("digits_small").model.build(channels=1, num_classes=10, input_size=facts.image_size)
+    recipe = load_recipe("digits_small")
+    expected = recipe.model.build(channels=1, num_classes=10, input_size=facts.image_size)
     assert model.architecture == expected
+    assert facts.guidance == recipe.sampling.guidance
     assert "_name_or_path" not in json.loads((shipped_model() / "config.json").read_text())
 
 

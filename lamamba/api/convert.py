@@ -88,7 +88,8 @@ def _to_official(source: Path, target: Path) -> ConvertResult:
     state = to_official(model)
     temporary = temporary_name(target)
     try:
-        torch.save({"model": state, "ema": state}, temporary)
+        with temporary.open("wb") as file:                                      # a path would be written into the file
+            torch.save({"model": state, "ema": state}, file)
         temporary.rename(target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -283,7 +283,7 @@ def _file_name(request: Request) -> str:
 
 
 def _command(name: str) -> str:
-    return f"The file knows how it was made: `lamamba sample --like {shlex.quote(name)} --out again.png`"
+    return f"The file holds its settings; to make it again: `lamamba sample --like {shlex.quote(name)} --out again.png`"
 
 
 def _whole(value: Any) -> Any:

@@ -62,8 +62,7 @@ def test_the_metadata_reproduces_the_images(session):
 
 
 def test_the_default_guidance_is_the_models_own(session):
-    saved = session.model.facts.guidance
-    assert session.default_guidance == (2 if saved is None else saved)
+    assert session.default_guidance == session.model.facts.guidance == 1.75
     metadata = dataclasses.replace(session.model.facts, guidance=3.5)
     assert Session(dataclasses.replace(session.model, facts=metadata), "digits").default_guidance == 3.5
 
