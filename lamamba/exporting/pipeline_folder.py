@@ -110,7 +110,8 @@ def build_pipeline(
     for part in (model, vae):
         if part is not None:
             part.register_to_config(_name_or_path="")
-    return LaMambaPipeline(model, vae, scheduler, dict(enumerate(names)) if names else None, codec)
+    id2label = dict(enumerate(names)) if names else None
+    return LaMambaPipeline(model, vae, scheduler, id2label, codec, metadata.guidance)
 
 
 def _find_vae(metadata: ModelMetadata, given: str | None) -> tuple[Any, dict[str, Any] | None]:

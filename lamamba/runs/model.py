@@ -137,6 +137,7 @@ def _find_in_pipeline(path: Path) -> tuple[LaMambaUNet, ModelMetadata]:
     return model, ModelMetadata(
         **dataclasses.asdict(facts), objective=config.objective, image_size=config.input_size[0] * pixels,
         label_names=short_names(as_names(index.get("id2label"), config.num_classes)),
+        guidance=index.get("guidance_scale"),
     )
 
 

@@ -1,4 +1,4 @@
-"""A run becomes a pipeline folder that loads, samples, says what it is, and is written whole or not at all."""
+"""A run becomes a pipeline folder that loads, samples, has a model card, and is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lamamba import LaMambaPipeline
+from lamamba import ExportOptions, LaMambaPipeline, export
 from lamamba.cli.main import main
 from lamamba.runs.folder import MANIFEST
 from lamamba.runs.metadata import ModelMetadata
@@ -99,6 +99,20 @@ def test_names_from_a_file_and_imagenets(tmp_path, capsys):
     assert main(["export", str(tmp_path / "large"), str(tmp_path / "imagenet"), "--images", "1", "--steps", "1",
                  "--labels", "imagenet"]) == 0
     assert LaMambaPipeline.from_pretrained(tmp_path / "imagenet").get_label_ids("tabby") == [281]
+
+
+def test_the_models_own_guidance_scale_goes_along(tmp_path):
+    metadata = ModelMetadata(objective="flow", image_size=8, guidance=3.5)
+    saved_model(tmp_path / "model", metadata)
+    result = export(
+        ExportOptions(source=tmp_path / "model", target=tmp_path / "out", images=1, steps=1, device="cpu"),
+        progress=None,
+    )
+    assert "guidance 3.5" in (tmp_path / "out" / "README.md").read_text()
+    assert LaMambaPipeline.from_pretrained(tmp_path / "out").config.guidance_scale == 3.5
+    assert find_network(tmp_path / "out")[1].guidance == 3.5
+    assert result._repr_png_()[1:4] == b"PNG"
+    assert f"{result.num_bytes / 1e6:.1f} MB" in str(result)
 
 
 def test_one_of_several_averages(tmp_path, capsys):
