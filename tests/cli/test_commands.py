@@ -134,6 +134,7 @@ def test_convert_there_and_back(lamamba, tmp_path):
     assert "window 8, state size 1, continuous scan" in out
     assert lamamba("info", "model")[0] == 0
     assert lamamba("convert", "model", "back.pt")[0] == 0
+    assert b"back.pt" not in (tmp_path / "back.pt").read_bytes()                # nor any other name of this disk
     original, back = read_official(checkpoint)["ema"], read_official(tmp_path / "back.pt")["ema"]
     assert original.keys() == back.keys()
     assert all(torch.equal(original[key].to(back[key].dtype), back[key]) for key in back)
