@@ -177,5 +177,5 @@ def _follow(cls: Any, location: tuple[int | str, ...]) -> tuple[Any, str]:
 
 
 def _words(hint: Any) -> list[str]:
-    """The words that a Literal takes, alone or in a union or tuple."""
-    return [word for part in get_args(hint) for word in ([part] if isinstance(part, str) else _words(part))]
+    """What a Literal takes, alone or in a union or tuple."""
+    return [word for part in get_args(hint) for word in ([str(part)] if isinstance(part, str | int) else _words(part))]

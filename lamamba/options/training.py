@@ -8,24 +8,34 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
-from lamamba.config import PRESETS, Objective, UNetConfig, unknown_name
+import tyro
+from typing_extensions import Self
 
-RUN_VERSION = 2
+from lamamba.config import Objective, UNetConfig, unknown_name
+from lamamba.options.base import FilePath, Ge, Gt, Lt, OrInfinity, from_dict, options, read_toml
+from lamamba.options.sampling import DenoisingOptions
+
+RUN_VERSION = 3
 """Raised when a run's config.json can no longer be read by older code; old versions stay readable.
 
-1: one process, one average of the weights. 2: several of both, and what was left out of the data.
+1: one process, one average of the weights. 2: several of both, and the excluded files of the data; sampling.num_steps.
 """
 
+Count = Annotated[int, Ge(0)]
+Positive = Annotated[int, Ge(1)]
+Above0 = Annotated[float, Gt(0)]
+Share = Annotated[float, Ge(0), Lt(1)]
 
-@dataclass(frozen=True, kw_only=True)
+
+@options
 class ModelOptions:
     """The network: a preset, and what differs from it. Input size, channels and classes follow the data."""
 
-    preset: str = "s"
+    preset: Literal["s", "b", "l", "xl"] = "s"
     """Size to start from: s, b, l or xl."""
     width: int | None = None
     """Channels of the first stage (a multiple of 4 that num_heads divides)."""
@@ -38,7 +48,7 @@ class ModelOptions:
     window_size: int | None = None
     """Side of an attention window in tokens."""
     state_size: int | None = None
-    """Memory of the scan in numbers per channel: 1 as released, 16 as in the paper's tables."""
+    """State size N of the scan: 1 as released, 16 as in the paper's tables."""
     patch_size: int | None = None
     """Side in input pixels of one token."""
     scan: Literal["continuous", "cross"] | None = None
@@ -53,8 +63,6 @@ class ModelOptions:
         Raises:
             ValueError: when sizes do not fit together.
         """
-        if self.preset not in PRESETS:
-            raise unknown_name("model.preset", self.preset, PRESETS)
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None and k != "preset"}
         patch = self.patch_size or 1
         if input_size % (4 * patch):
@@ -68,7 +76,7 @@ class ModelOptions:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class DataOptions:
     """The images."""
 
@@ -77,7 +85,7 @@ class DataOptions:
     subfolder per class, or flat), WebDataset tars, datasets:ID@SPLIT of Hugging Face."""
     kind: Literal["auto", "images", "latents"] = "auto"
     """What the source is. "auto" looks; a recipe says it, so that --dry-run can plan where the data is missing."""
-    image_size: int = 8
+    image_size: Annotated[int, Ge(4)] = 8
     """Side in pixels; images are cropped to squares and scaled. Of latents, the size they must have been made for."""
     channels: Literal[1, 3] = 1
     """1 for grey, 3 for colour. Latents have their own."""
@@ -90,38 +98,42 @@ class DataOptions:
     """Mirror every other image left to right (not for digits or text)."""
     manifest: str | None = None
     """Of lamamba data check, whose bad files are left out; by default SOURCE/lamamba-manifest.json where it exists."""
-    max_bad_images: int = 10
+    max_bad_images: Count = 10
     """Unforeseen bad files, met by all processes together, to replace by their neighbours before training stops with
     their names."""
     use_labels: bool = True
     """Train class by class where the data has classes; no: an unconditional model."""
-    expected_images: int | None = None
+    expected_images: Positive | None = None
     """Images that a recipe was written for: the plan of --dry-run, where the data is not there yet."""
-    expected_classes: int | None = None
+    expected_classes: Count | None = None
     """Classes that a recipe was written for; data with another number is refused."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class OptimizerOptions:
     """AdamW."""
 
-    learning_rate: float = 1e-4
+    learning_rate: Above0 = 1e-4
     """The highest; reached after the warm-up."""
-    warmup_steps: int = 0
+    warmup_steps: Count = 0
     """Steps over which the learning rate rises from zero."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant (the paper), or half a cosine down to zero at the run's last step."""
-    cooldown_share: float = 0.0
+    cooldown_share: Share = 0.0
     """Share of a constant run, at its end, over which the learning rate falls to zero along a line."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Ge(0)] = 0.0
     """0 as in DiT; the official LaMamba-Diff script leaves PyTorch's 0.01."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     """Decay of the gradient's running mean and of its square's."""
-    max_grad_norm: float = math.inf
+    max_grad_norm: Annotated[float, Gt(0), OrInfinity] = math.inf
     """Clip the gradient to this norm; inf: only measure it."""
 
+    def __post_init__(self) -> None:
+        if self.schedule == "cosine" and self.cooldown_share:
+            raise ValueError("cooldown_share is for constant schedules; a cosine ends at zero by itself")
 
-@dataclass(frozen=True, kw_only=True)
+
+@options
 class LossOptions:
     """Which times are drawn, and how much each counts."""
 
@@ -129,36 +141,40 @@ class LossOptions:
     """How times are drawn; by default evenly for noise and v, logit-normal (Stable Diffusion 3) for flow."""
     logit_mean: float = 0.0
     """Of logit-normal times: below 0 more often near the image, above 0 more often near the noise."""
-    logit_deviation: float = 1.0
+    logit_deviation: Above0 = 1.0
     """Of logit-normal times: how widely they spread."""
     weighting: Literal["none", "min-snr"] = "none"
     """"min-snr": times with little noise count less (Hang et al., 2023); for noise and v."""
-    min_snr_gamma: float = 5.0
+    min_snr_gamma: Above0 = 5.0
     """Signal-to-noise ratio above which min-snr turns the weight down."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ProcessOptions:
-    """How the work is spread. Nothing here changes what is learned, beyond rounding."""
+    """How the work is distributed. Nothing here changes what is learned, beyond rounding."""
 
     sharding: Literal["none", "full"] = "none"
     """"none": every process holds the whole network (DDP); "full": parameters, gradients, optimizer and averages are
     split among the processes (FSDP2)."""
-    accumulation_steps: int = 1
-    """Pieces into which a process cuts its share of the batch, one after the other, to save memory."""
+    accumulation_steps: Positive = 1
+    """Micro-batches into which a process splits its part of the batch, one after the other, to save memory."""
     checkpoint_activations: bool = False
     """Keep only the blocks' inputs and compute the rest again for the backward pass: less memory, a third more time."""
     compile: bool = False
     """torch.compile the network: minutes at the start, faster steps on GPUs. Not with sharding."""
-    data_workers: int = 0
-    """Processes that read ahead, for each training process; 0: threads do, or nobody."""
-    data_threads: int | None = None
+    data_workers: Count = 0
+    """Worker processes that read ahead, for each training process; 0: threads do, or nothing."""
+    data_threads: Count | None = None
     """Threads that read ahead where no processes do; by default 4 for a GPU, on a CPU 0: read between the steps."""
-    timeout_minutes: float = 30.0
+    timeout_minutes: Above0 = 30.0
     """How long processes wait for one another before they give up."""
 
+    def __post_init__(self) -> None:
+        if self.compile and self.sharding != "none":
+            raise ValueError("compile does not go with sharding='full' yet; leave one of them out")
 
-@dataclass(frozen=True, kw_only=True)
+
+@options
 class PrecisionOptions:
     """How numbers are rounded. Recorded with the run; part of what a run is, so a restart cannot change it."""
 
@@ -170,31 +186,31 @@ class PrecisionOptions:
     """Only operations that give the same bits every time (torch.use_deterministic_algorithms); slower on GPUs."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class FaultOptions:
     """What happens when a loss or a gradient is not finite. The weights are never touched by such a step."""
 
     on_non_finite: Literal["stop", "skip", "back"] = "stop"
-    """"stop" with a report; "skip" the batch; go "back" to the last checkpoint and leave out all batches since."""
-    max_skips: int = 10
+    """"stop" with a report; "skip" the batch; go "back" to the last checkpoint and omit all batches since."""
+    max_skips: Count = 10
     """How often a run may skip or go back before it stops."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class WatchOptions:
     """What is measured and shown besides the training loss."""
 
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where metrics go besides metrics.jsonl. A tracker that cannot be reached is left out; the run goes on."""
+    """Where metrics go besides metrics.jsonl. A tracker that cannot be reached is dropped; the run goes on."""
     project: str = "lamamba"
     """The trackers' name for a group of runs."""
-    held_out: int = 0
+    held_out: Count = 0
     """Images that are never trained on, to measure the averaged network's loss at fixed times and noise."""
-    held_out_every: int = 1000
+    held_out_every: Positive = 1000
     """Steps between measurements of the held-out loss."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class StartOptions:
     """What training starts from, when not from fresh weights."""
 
@@ -206,32 +222,35 @@ class StartOptions:
     replace_labels: bool = False
     """Give the data's classes a fresh label table; needed when they are not the classes of the source."""
 
+    def __post_init__(self) -> None:
+        if self.mode == "everything" and (self.source is None or self.replace_labels):
+            raise ValueError(
+                "mode='everything' continues an official training checkpoint as it is: give it as start.source, "
+                "without start.replace_labels"
+            )
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """The picture that training shows now and then."""
 
-    every: int = 500
+@options
+class SampleGridOptions(DenoisingOptions):
+    """A picture of samples now and then. Its guidance is saved with the model as the model's own."""
+
+    steps: Annotated[Positive | None, tyro.conf.arg(aliases=("--sampling.num-steps",))] = None
+    """Sampling steps; by default the sampler's."""
+    every: Count = 500
     """Steps between sample grids; 0: none."""
-    sampler: str | None = None
-    """By default the objective's own: ddpm or flow-euler."""
-    num_steps: int = 25
-    """Sampling steps."""
-    guidance: float = 1.5
-    """Classifier-free guidance scale; 1 for none. Unconditional models use 1."""
-    per_class: int = 4
+    per_class: Positive = 4
     """Images per class in a grid (of the first ten classes)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ScoreOptions:
     """A quick Frechet distance while training goes on, with the sampler of the sample grids."""
 
-    every: int = 0
+    every: Count = 0
     """Steps between scores; 0: none. Lines go into scores.jsonl, and lamamba plot draws them."""
     reference: str | None = None
     """Statistics that lamamba evaluate stats has made (.npz), or "digits"."""
-    images: int = 1000
+    images: Annotated[int, Ge(2)] = 1000
     """Images that are drawn for it. Fewer give larger distances: compare equal numbers only."""
     features: str = "inception"
     """The feature network, as in lamamba evaluate: inception, dinov2, digits, module:function."""
@@ -239,7 +258,7 @@ class ScoreOptions:
     """File of the feature network's weights, where it is not downloaded."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class TrainConfig:
     """A training run. Every option has this place in a TOML recipe, too."""
 
@@ -252,65 +271,31 @@ class TrainConfig:
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
     faults: FaultOptions = field(default_factory=FaultOptions)
     watch: WatchOptions = field(default_factory=WatchOptions)
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    sampling: SampleGridOptions = field(default_factory=SampleGridOptions)
     score: ScoreOptions = field(default_factory=ScoreOptions)
-    batch_size: int = 64
+    batch_size: Positive = 64
     """Images per optimizer step, over all processes together."""
-    steps: int = 1000
+    steps: Positive = 1000
     """Optimizer steps of the whole run."""
-    ema_decays: tuple[float, ...] = (0.9999,)
+    ema_decays: Annotated[tuple[Share, ...], tyro.conf.arg(aliases=("--ema-decay",))] = (0.9999,)
     """Weight of the past in the running mean of the weights, constant; short runs need less. One mean is kept for each
     number; the first one is what samples come from."""
-    label_dropout: float = 0.1
+    label_dropout: Share = 0.1
     """Probability of training a sample without its label, which guidance needs."""
-    seed: int = 0
+    seed: Count = 0
     """Decides initial weights, order of images, noise, times, mirrors and dropped labels."""
-    log_every: int = 10
+    log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
-    checkpoint_every: int = 500
+    checkpoint_every: Positive = 500
     """Steps between checkpoints; the last step always writes one."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Positive = 2
     """Newest checkpoints kept on disk."""
-    keep_every: int = 0
+    keep_every: Count = 0
     """Checkpoints at multiples of so many steps are kept for good; 0: none. A multiple of checkpoint_every."""
     device: str = "auto"
     """"auto" (a GPU where there is one), or a PyTorch device such as cpu or cuda:1."""
 
     def __post_init__(self) -> None:
-        _check_choices(self, "")
-        limits = {
-            "batch_size": (self.batch_size, 1), "steps": (self.steps, 1), "log_every": (self.log_every, 1),
-            "checkpoint_every": (self.checkpoint_every, 1), "keep_checkpoints": (self.keep_checkpoints, 1),
-            "keep_every": (self.keep_every, 0), "seed": (self.seed, 0),
-            "sampling.every": (self.sampling.every, 0), "sampling.num_steps": (self.sampling.num_steps, 1),
-            "score.every": (self.score.every, 0), "score.images": (self.score.images, 2),
-            "sampling.per_class": (self.sampling.per_class, 1), "data.image_size": (self.data.image_size, 4),
-            "optimizer.warmup_steps": (self.optimizer.warmup_steps, 0),
-            "processes.accumulation_steps": (self.processes.accumulation_steps, 1),
-            "processes.data_workers": (self.processes.data_workers, 0),
-            "processes.data_threads": (self.processes.data_threads or 0, 0),
-            "data.max_bad_images": (self.data.max_bad_images, 0),
-            "faults.max_skips": (self.faults.max_skips, 0),
-            "data.expected_images": (self.data.expected_images or 1, 1),
-            "data.expected_classes": (self.data.expected_classes or 0, 0),
-            "watch.held_out": (self.watch.held_out, 0), "watch.held_out_every": (self.watch.held_out_every, 1),
-        }
-        for name, (value, least) in limits.items():
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
-        shares = {"label_dropout": self.label_dropout, "optimizer.cooldown_share": self.optimizer.cooldown_share}
-        for name, share in [*shares.items(), *(("ema_decays", decay) for decay in self.ema_decays)]:
-            if not 0 <= share < 1:
-                raise ValueError(f"{name}={share} must lie in [0, 1)")
-        above_zero = {
-            "optimizer.learning_rate": self.optimizer.learning_rate,
-            "optimizer.max_grad_norm": self.optimizer.max_grad_norm,
-            "loss.min_snr_gamma": self.loss.min_snr_gamma, "loss.logit_deviation": self.loss.logit_deviation,
-            "processes.timeout_minutes": self.processes.timeout_minutes,
-        }
-        for name, number in above_zero.items():
-            if not number > 0:
-                raise ValueError(f"{name}={number} must be above 0")
         if not self.ema_decays or len(set(self.ema_decays)) < len(self.ema_decays):
             raise ValueError(f"ema_decays={self.ema_decays} must be one number or several different ones")
         if self.keep_every % self.checkpoint_every:
@@ -318,18 +303,9 @@ class TrainConfig:
                 f"keep_every={self.keep_every} must be a multiple of checkpoint_every={self.checkpoint_every}: "
                 "other steps have no checkpoint to keep"
             )
-        if self.optimizer.schedule == "cosine" and self.optimizer.cooldown_share:
-            raise ValueError("optimizer.cooldown_share is for constant schedules; a cosine ends at zero by itself")
         if self.loss.weighting == "min-snr" and self.model.objective == "flow":
             raise ValueError(
                 "loss.weighting='min-snr' is for noise and v; for flow, loss.logit_mean moves the times instead"
-            )
-        if self.processes.compile and self.processes.sharding != "none":
-            raise ValueError("processes.compile does not go with processes.sharding='full' yet; leave one of them out")
-        if self.start.mode == "everything" and (self.start.source is None or self.start.replace_labels):
-            raise ValueError(
-                "start.mode='everything' goes on with an official training checkpoint as it is: give it as "
-                "start.source, without start.replace_labels"
             )
 
     def warnings(self) -> list[str]:
@@ -361,6 +337,15 @@ class TrainConfig:
             rate *= (self.steps - step) / (cooldown + 1)
         return rate
 
+    def schedule_in_words(self) -> str:
+        """The learning rate over the run, in one line."""
+        options, rate = self.optimizer, f"{self.optimizer.learning_rate:.1e}"
+        warmup = f"0 to {rate} in {options.warmup_steps:,} steps, then " if options.warmup_steps else ""
+        if options.schedule == "cosine":
+            return f"{warmup}{rate} to 0 along half a cosine"
+        cooldown = round(options.cooldown_share * self.steps)
+        return f"{warmup}constant {rate}" + (f", to 0 in the last {cooldown:,} steps" if cooldown else "")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON and TOML (infinities become the string "inf")."""
         def plain(value: Any) -> Any:
@@ -373,64 +358,46 @@ class TrainConfig:
         return plain(dataclasses.asdict(self))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Rebuild from nested plain values; missing ones keep their defaults, unknown ones are errors.
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild from nested plain values, also of older versions; missing ones keep their defaults.
 
         Raises:
             ValueError: naming an unknown option and its nearest neighbour, or a value that does not fit.
         """
-        return _build(cls, values, "")
+        values = dict(values)
+        if "ema_decay" in values:                                               # version 1
+            values["ema_decays"] = [values.pop("ema_decay")]
+        sampling = values.get("sampling")
+        if isinstance(sampling, Mapping) and "num_steps" in sampling:           # version 2
+            values["sampling"] = {"steps" if key == "num_steps" else key: value for key, value in sampling.items()}
+        return from_dict(cls, values)
 
 
-_SECTIONS: dict[str, type] = {
-    "model": ModelOptions, "data": DataOptions, "optimizer": OptimizerOptions, "loss": LossOptions,
-    "start": StartOptions, "processes": ProcessOptions, "precision": PrecisionOptions, "faults": FaultOptions,
-    "watch": WatchOptions, "sampling": SamplingOptions,
-    "score": ScoreOptions,
-}
+@options
+class TrainOptions(TrainConfig):
+    """A training run and its folder."""
 
+    out: FilePath = Path("runs/train")
+    """Folder of the run; by default runs/RECIPE."""
 
-def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    given: dict[str, Any] = {}
-    if not prefix and "ema_decay" in values:                                    # its name in version 1
-        values = {key: value for key, value in values.items() if key != "ema_decay"} | {
-            "ema_decays": [values["ema_decay"]]
-        }
-    for key, value in values.items():
-        if key not in fields:
-            raise unknown_name("option", prefix + key, [prefix + name for name in fields])
-        if not prefix and key in _SECTIONS:
-            if not isinstance(value, Mapping):
-                raise ValueError(f"{key}={value!r} must be a section with options of its own")
-            value = _build(_SECTIONS[key], value, f"{key}.")
-        elif isinstance(value, list):
-            value = tuple(value)
-        elif value == "inf":
-            value = math.inf
-        elif isinstance(value, int) and not isinstance(value, bool) and fields[key].type == "float":
-            value = float(value)
-        elif value is not None and (wanted := _PLAIN.get(str(fields[key].type))) and not isinstance(value, wanted):
-            raise ValueError(f"{prefix}{key}={value!r} must be a {fields[key].type}")
-        given[key] = value
-    return cls(**given)
+    @property
+    def config(self) -> TrainConfig:
+        """The run without its folder: what is saved with it."""
+        return TrainConfig(**{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(TrainConfig)})
 
+    @classmethod
+    def from_recipe(cls, name: str, **changes: Any) -> Self:
+        """A recipe by name or path, with changes: from_recipe("digits", steps=100, optimizer={"learning_rate": 1e-3}).
 
-def _check_choices(options: Any, prefix: str) -> None:
-    """Refuse a word that is not among those an option knows, in every section."""
-    for name, hint in get_type_hints(type(options)).items():
-        value = getattr(options, name)
-        if dataclasses.is_dataclass(value):
-            _check_choices(value, f"{prefix}{name}.")
-            continue
-        of = next((part for part in (hint, *get_args(hint)) if get_origin(part) is Literal), None)
-        if of is not None:
-            for word in value if isinstance(value, tuple) else (value,):
-                if word is not None and word not in get_args(of):
-                    raise unknown_name(prefix + name, str(word), map(str, get_args(of)))
-
-
-_PLAIN: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
+        Raises:
+            FileNotFoundError: for a path that does not exist.
+            ValueError: for an unknown recipe or option, or a value that does not fit.
+        """
+        values = {"out": str(Path("runs") / Path(name).stem), **load_recipe(name).to_dict()}
+        for key, change in changes.items():
+            change = dataclasses.asdict(change) if dataclasses.is_dataclass(change) else change
+            values[key] = {**values[key], **change} if isinstance(change, Mapping) and key in values else change
+        return cls.from_dict(values)
 
 
 def load_recipe(name_or_path: str) -> TrainConfig:
@@ -448,7 +415,7 @@ def load_recipe(name_or_path: str) -> TrainConfig:
     if not path.is_file():
         known = ", ".join(recipe_names())
         raise FileNotFoundError(f"recipe {path} does not exist; give a .toml file or one of {known}")
-    return TrainConfig.from_dict(_read_toml(path))
+    return TrainConfig.from_dict(read_toml(path))
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -457,14 +424,3 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        import tomllib
-    except ModuleNotFoundError:                                                 # Python 3.10
-        import tomli as tomllib  # type: ignore[no-redef]
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a TOML file: {error}") from error

@@ -1,15 +1,15 @@
-"""What a run leaves on disk: its folder, written whole and read again. Networks to sample from: lamamba.runs.model.
+"""The folder of a training run: its files, written atomically and read again. To open its networks: lamamba.runs.model.
 
     RUN/config.json                     the run's configuration, the network's, and what a sampler must know
     RUN/metrics.jsonl                   one line per logged step
-    RUN/scores.jsonl                    quick scores, where they are asked for
+    RUN/scores.jsonl                    quick scores, where requested
     RUN/bad_images.tsv                  files that could not be read, once there are any, and why
     RUN/events.jsonl                    starts, saves, faults and stops, with their time
     RUN/samples/step_00000500.png       sample grids
     RUN/checkpoints/step_00000500/      see lamamba.training.checkpoint; manifest.json has every file's hash
 
-A checkpoint is written beside its place, flushed, and renamed into it: a folder of that name is whole or damaged by
-something else, which the manifest shows. Nothing is ever unpickled.
+A checkpoint is written under another name, flushed, and renamed: it is complete, or was damaged later, which the
+manifest shows. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -39,21 +39,23 @@ from lamamba.utils.files import differences, flush, read_json, sha256, write_ato
 logger = logging.getLogger("lamamba.training")
 
 MANIFEST = "manifest.json"
+
+
 def _hash_of_hashes(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def _hash_together(folder: Path, processes: ProcessGroup) -> dict[str, str]:
-    """Hashes of all files below a folder, each made by one of the processes.
+    """Hashes of all files below a folder, computed by the ranks in parallel.
 
     Raises:
-        OSError: on all of them, when one cannot read a file.
+        OSError: on all ranks, when one cannot read a file.
     """
     processes.wait()
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     mine, failure = {}, None
     try:
-        mine = {path.relative_to(folder).as_posix(): sha256(path) for path in files[processes.index :: processes.count]}
+        mine = {path.relative_to(folder).as_posix(): sha256(path) for path in files[processes.rank :: processes.world_size]}
     except OSError as error:
         failure = str(error)
     hashes: dict[str, str] = {}
@@ -64,24 +66,24 @@ def _hash_together(folder: Path, processes: ProcessGroup) -> dict[str, str]:
     return dict(sorted(hashes.items()))
 
 
-def _move_aside(place: Path) -> None:
-    """Rename a damaged checkpoint, for people to look at, so that nobody takes it for one."""
-    if place.exists():
-        aside = place.with_name(f"damaged_{place.name}")
+def _move_aside(checkpoint: Path) -> None:
+    """Rename a damaged checkpoint to damaged_NAME, where it can be inspected."""
+    if checkpoint.exists():
+        aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
         shutil.rmtree(aside, ignore_errors=True)
-        os.replace(place, aside)
+        os.replace(checkpoint, aside)
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what went wrong; of what went wrong on a process, where several were at work."""
+    """The first line of an error; of a rank's own error, where several wrote a checkpoint."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (inner, _) = next(iter(error.failures.items()))
-        return f"process {rank}: {_cause(inner)}"
+        return f"rank {rank}: {_cause(inner)}"
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 class RunFolder:
-    """A run's place on disk."""
+    """A run's folder."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -104,34 +106,34 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def create(
-        self, config: TrainConfig, architecture: UNetConfig, facts: ModelMetadata, fingerprint: str | None = None,
-        left_out: Sequence[str] = (),
+        self, config: TrainConfig, architecture: UNetConfig, metadata: ModelMetadata, fingerprint: str | None = None,
+        excluded: Sequence[str] = (),
     ) -> None:
-        """Write what the run is into its folder, or check that the folder belongs to the very same run.
+        """Write config.json, or check that the folder holds a run of the same configuration.
 
-        A run that never came to a checkpoint is no run yet: its mistakes may be mended in place.
+        A run without a checkpoint may be started again with another configuration.
 
         Args:
             config: of the run.
             architecture: of its network.
-            facts: what a sampler must know.
+            metadata: of its model.
             fingerprint: of the data.
-            left_out: the data's files that no index counts, which a restart must leave out again.
+            excluded: files of the data that no index counts, which a restart must exclude again.
 
         Raises:
             ValueError: when the folder holds a run with another configuration; every difference is named.
         """
         values = {
             "version": RUN_VERSION, "lamamba": __version__, "train": config.to_dict(),
-            "architecture": architecture.to_dict(), "sampling": dataclasses.asdict(facts),
-            "data": {"fingerprint": fingerprint, "left_out": list(left_out)},
+            "architecture": architecture.to_dict(), "sampling": dataclasses.asdict(metadata),
+            "data": {"fingerprint": fingerprint, "left_out": list(excluded)},
         }
         values = json.loads(json.dumps(values))
         if self.config.exists() and self.names():
             self._check_same(read_json(self.config, RUN_VERSION), values)
         else:
-            for of_another_try in (self.scores, self.bad_images):
-                of_another_try.unlink(missing_ok=True)
+            for file in (self.scores, self.bad_images):
+                file.unlink(missing_ok=True)
         self.samples.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         write_atomically(self.config, json.dumps(values, indent=2) + "\n")
@@ -165,8 +167,8 @@ class RunFolder:
                 "folder with --out"
             )
 
-    def left_out(self) -> tuple[str, ...] | None:
-        """Files of the data that the run has left out since it began; None where it has no checkpoint or does not say.
+    def excluded(self) -> tuple[str, ...] | None:
+        """Files of the data excluded since the run began; None without a checkpoint, or in older runs.
 
         Raises:
             ValueError: when config.json is damaged.
@@ -182,9 +184,9 @@ class RunFolder:
             return []
         return sorted(path.name for path in self.checkpoints.iterdir() if path.name.startswith("step_"))
 
-    def note(self, what: str, **facts: Any) -> None:
-        """Add a line to events.jsonl: what happened to the run, and when. A full disk is logged, not raised."""
-        line = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": what, **facts}
+    def log_event(self, event: str, **values: Any) -> None:
+        """Append an event of the run, with its time, to events.jsonl. A full disk is logged, not raised."""
+        line = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": event, **values}
         try:
             with self.events.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -194,33 +196,33 @@ class RunFolder:
     def save(
         self, step: int, fill: Callable[[Path], None], processes: ProcessGroup, *, keep: int, keep_every: int = 0
     ) -> Path:
-        """Make the checkpoint of a step: filled under another name, hashed, flushed, renamed; then drop the oldest.
+        """Write the checkpoint of a step under another name, hash, flush and rename it; then remove the oldest.
 
-        A whole one of that step stays as it is: what comes after it is the same again, to the bit.
+        A whole checkpoint of that step stays as it is: a resumed run repeats the same bits.
 
         Args:
             step: optimizer steps done.
-            fill: writes the checkpoint's files into the folder it is given, all processes together.
-            processes: all of them must call this.
+            fill: writes the checkpoint's files into the given folder; called on all ranks.
+            processes: all ranks must call this.
             keep: newest checkpoints that stay.
             keep_every: checkpoints at multiples of so many steps stay, too.
 
         Raises:
             OSError: when the disk is full or not writable; older checkpoints are untouched and nothing is left behind.
-            MainProcessError: on the other processes.
+            MainProcessError: on the other ranks.
         """
-        place = self.checkpoints / f"step_{step:08d}"
-        temporary = self.checkpoints / f".tmp_{place.name}"
+        checkpoint = self.checkpoints / f"step_{step:08d}"
+        temporary = self.checkpoints / f".tmp_{checkpoint.name}"
 
         def begin() -> bool:
-            if place.exists():
+            if checkpoint.exists():
                 try:
-                    check_manifest(place)
+                    check_manifest(checkpoint)
                     return False                                                # replacing a whole one would risk it
                 except ValueError:
                     pass
-            for left_behind in self.checkpoints.glob(".*_step_*"):              # by a kill during a save
-                shutil.rmtree(left_behind)
+            for leftover in self.checkpoints.glob(".*_step_*"):              # by a kill during a save
+                shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
             return True
 
@@ -230,8 +232,8 @@ class RunFolder:
             folders = {(temporary / name).parent for name in hashes} | {temporary}
             for path in [*(temporary / name for name in hashes), temporary / MANIFEST, *folders]:
                 flush(path)
-            _move_aside(place)                                                  # a damaged one of this step
-            os.replace(temporary, place)
+            _move_aside(checkpoint)                                                  # a damaged one of this step
+            os.replace(temporary, checkpoint)
             flush(self.checkpoints)
             for name in self.names()[:-keep]:
                 if not keep_every or int(name.removeprefix("step_")) % keep_every:
@@ -240,11 +242,11 @@ class RunFolder:
                     shutil.rmtree(dropped)
 
         try:
-            if not processes.broadcast(processes.together(begin)):
-                return place
+            if not processes.broadcast(processes.on_rank_0(begin)):
+                return checkpoint
             fill(temporary)
             hashes = _hash_together(temporary, processes)
-            processes.together(finish)
+            processes.on_rank_0(finish)
         except MainProcessError:
             raise
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
@@ -254,7 +256,7 @@ class RunFolder:
                 f"the checkpoint of step {step} could not be written to {self.checkpoints}: {_cause(error)}; the "
                 f"newest whole one stays ({newest}). Make room or mend the disk"
             ) from error
-        return place
+        return checkpoint
 
     def newest(self) -> Path | None:
         """The newest checkpoint, checked file by file; None where there is none.
@@ -265,9 +267,9 @@ class RunFolder:
         names = self.names()
         if not names:
             return None
-        place = self.checkpoints / names[-1]
-        check_manifest(place)
-        return place
+        checkpoint = self.checkpoints / names[-1]
+        check_manifest(checkpoint)
+        return checkpoint
 
     def newest_whole(self) -> Path | None:
         """The newest checkpoint that is whole, to resume from; damaged ones are named in the log and moved aside.
@@ -277,38 +279,38 @@ class RunFolder:
         """
         faults = []
         for name in reversed(self.names()):
-            place = self.checkpoints / name
+            checkpoint = self.checkpoints / name
             try:
-                check_manifest(place)
+                check_manifest(checkpoint)
             except ValueError as error:
                 faults.append(str(error))
                 continue
             for fault in faults:
                 logger.warning("%s. Going on from %s", fault, name)
-                self.note("damaged", fault=fault, used=name)
+                self.log_event("damaged", fault=fault, used=name)
             for newer in self.names():
                 if newer > name:
                     _move_aside(self.checkpoints / newer)
-            return place
+            return checkpoint
         if faults:
             raise ValueError(f"no checkpoint of {self.path} is whole: {'; '.join(faults)}")
         return None
 
 
-def check_manifest(place: Path) -> None:
+def check_manifest(checkpoint: Path) -> None:
     """Compare every file of a checkpoint with its hash.
 
     Raises:
         ValueError: naming the first file that is missing or changed.
     """
-    manifest = read_json(place / MANIFEST, RUN_VERSION)
+    manifest = read_json(checkpoint / MANIFEST, RUN_VERSION)
     if manifest.get("files_sha256") != _hash_of_hashes(manifest.get("files", {})):
-        raise ValueError(f"{place} is damaged: {MANIFEST} was changed; remove the folder to go on from an older one")
+        raise ValueError(f"{checkpoint} is damaged: {MANIFEST} was changed; remove the folder to go on from an older one")
     for name, digest in manifest["files"].items():
-        if not (place / name).is_file():
-            raise ValueError(f"{place} is damaged: {name} is missing; remove the folder to go on from an older one")
-        if sha256(place / name) != digest:
+        if not (checkpoint / name).is_file():
+            raise ValueError(f"{checkpoint} is damaged: {name} is missing; remove the folder to go on from an older one")
+        if sha256(checkpoint / name) != digest:
             raise ValueError(
-                f"{place} is damaged: {name} is not what was written (truncated or changed); "
+                f"{checkpoint} is damaged: {name} is not what was written (truncated or changed); "
                 "remove the folder to go on from an older one"
             )

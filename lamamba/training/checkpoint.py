@@ -1,14 +1,14 @@
-"""What a checkpoint holds, and how processes write and read it together.
+"""The content of a checkpoint, written and read by all ranks together.
 
     step_00000500/ema/, ema_0.999/, ...     averaged networks, whole, as diffusers saves them: what samplers load
                   model/                    the network itself          (or shards/, where it is split among processes)
-                  optimizer.safetensors     AdamW's memory
-                  shards/*.safetensors      network and AdamW's memory in pieces (torch.distributed.checkpoint)
+                  optimizer.safetensors     AdamW's state
+                  shards/*.safetensors      network and AdamW's state in shards (torch.distributed.checkpoint)
                   sampling.json             what a sampler must know
-                  state.json                step, what was left out, how the run was set up
+                  state.json                step, omitted batches, world size, device, precision
                   manifest.json             every file's hash
 
-Either kind is read by any number of processes. All of it is safetensors and JSON: nothing is ever unpickled.
+Either kind is read at any world size. All of it is safetensors and JSON: nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -52,10 +52,15 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0
     """Optimizer steps done."""
-    left_out: int = 0
-    """Batches of the data's order that were not trained on; batch step + left_out comes next."""
+    omitted: int = 0
+    """Batches of the data's order that were not trained on ("left_out" in state.json)."""
     faults: int = 0
     """How often a loss or gradient was not finite."""
+
+    @property
+    def next_batch(self) -> int:
+        """Number of the batch, in the data's order, that comes next."""
+        return self.step + self.omitted
 
     @property
     def ema(self) -> LaMambaUNet:
@@ -65,7 +70,7 @@ class TrainState:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema = decay ema + (1 - decay) model, for every parameter, or for this process's part of it."""
+    """ema = decay ema + (1 - decay) model, for every parameter, or for this rank's part of it."""
     torch._foreach_lerp_(
         [local(p) for p in ema.parameters()], [local(p) for p in model.parameters()], 1 - decay
     )
@@ -73,9 +78,9 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 @torch.no_grad()
 def whole_network(network: LaMambaUNet, processes: Processes) -> LaMambaUNet | None:
-    """The network in one piece, for the main process (None for the others). All processes must ask.
+    """The whole network on rank 0, None on the others; a collective: all ranks must call it.
 
-    A network that is not split is given as it is; a split one is put together on the CPU.
+    A network that is not sharded is returned as it is; a sharded one is gathered on the CPU.
     """
     if not processes.is_sharded:
         return network if processes.is_main else None
@@ -92,12 +97,12 @@ def whole_network(network: LaMambaUNet, processes: Processes) -> LaMambaUNet | N
 
 
 def folder_name(decay: float, first: float) -> str:
-    """Where an averaged network lies in a checkpoint: the first one in "ema"."""
+    """Folder of an averaged network in a checkpoint: the first one's is "ema"."""
     return "ema" if decay == first else f"ema_{decay:g}"
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's memory under the parameters' names: "exp_avg/head.linear.weight", ..."""
+    """The optimizer's state under the parameters' names: "exp_avg/head.linear.weight", ..."""
     return {
         f"{key}/{name}": value
         for name, parameter in model.named_parameters()
@@ -116,94 +121,94 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
 
 
 def write_checkpoint(
-    place: Path, state: TrainState, facts: ModelMetadata, processes: Processes, setup: Mapping[str, Any]
+    folder: Path, state: TrainState, metadata: ModelMetadata, processes: Processes, setup: Mapping[str, Any]
 ) -> None:
-    """Fill an empty folder, all processes together; nothing is flushed or renamed yet.
+    """Write all files into an empty folder, all ranks together; nothing is flushed or renamed yet.
 
     Raises:
-        OSError, RuntimeError: when a file cannot be written; MainProcessError on the processes that could write theirs.
+        OSError, RuntimeError: when a file cannot be written; MainProcessError on the ranks that could write theirs.
     """
     first = next(iter(state.averages))
     values = {
-        "version": RUN_VERSION, "step": state.step, "left_out": state.left_out, "faults": state.faults,
+        "version": RUN_VERSION, "step": state.step, "left_out": state.omitted, "faults": state.faults,
         "ema_decays": list(state.averages), "optimizer_steps": _optimizer_steps(state), **setup,
     }
 
-    def write_small() -> None:
-        facts.save(place / "sampling.json")
-        write_json(place / "state.json", values)
+    def write_rank_0_files() -> None:
+        metadata.save(folder / "sampling.json")
+        write_json(folder / "state.json", values)
         if not processes.is_sharded:
-            state.model.save_pretrained(place / "model")
+            state.model.save_pretrained(folder / "model")
             tensors = optimizer_tensors(state.model, state.optimizer) | {"random/torch": torch.get_rng_state()}
-            save_file(tensors, place / "optimizer.safetensors")
+            save_file(tensors, folder / "optimizer.safetensors")
 
-    processes.together(write_small)
+    processes.on_rank_0(write_rank_0_files)
     for decay, average in state.averages.items():
         network = whole_network(average, processes)
 
         def write_average(network: LaMambaUNet | None = network, decay: float = decay) -> None:
             assert network is not None
-            network.save_pretrained(place / folder_name(decay, first))
+            network.save_pretrained(folder / folder_name(decay, first))
 
-        processes.together(write_average)
+        processes.on_rank_0(write_average)
     if processes.is_sharded:
-        writer = HuggingFaceStorageWriter(str(place / "shards"), save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(folder / "shards"), save_distributed=True)
         dcp.save(_shards(state), storage_writer=writer)
 
 
 def _optimizer_steps(state: TrainState) -> float:
-    steps = {float(local(memory["step"])) for memory in state.optimizer.state.values()}
+    steps = {float(local(moments["step"])) for moments in state.optimizer.state.values()}
     assert len(steps) <= 1, f"parameters have made different numbers of steps: {steps}"
     return steps.pop() if steps else 0.0
 
 
 def _shards(state: TrainState) -> dict[str, Tensor]:
-    """The network and the optimizer's moments, by name; moments are made where there are none yet."""
+    """The network and the optimizer's moments, by name; moments are created where there are none yet."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in state.model.named_parameters():
         tensors[f"model/{name}"] = parameter.detach()
-        memory = state.optimizer.state[parameter]
+        moments = state.optimizer.state[parameter]
         for key in MOMENTS:
-            tensors[f"{key}/{name}"] = memory.setdefault(key, torch.zeros_like(parameter.detach()))
+            tensors[f"{key}/{name}"] = moments.setdefault(key, torch.zeros_like(parameter.detach()))
     return tensors
 
 
-def read_checkpoint(place: Path, state: TrainState, processes: Processes) -> None:
-    """Continue from a checkpoint, written whole or in pieces, by however many processes.
+def read_checkpoint(folder: Path, state: TrainState, processes: Processes) -> None:
+    """Continue from a checkpoint, written whole or in shards, at any world size.
 
     Raises:
         ValueError: when it belongs to another network, keeps other averages, or is damaged.
     """
-    values = read_json(place / "state.json")
+    values = read_json(folder / "state.json")
     kept = values.get("ema_decays", list(state.averages)[:1])
     if kept != list(state.averages):
-        raise ValueError(f"{place} keeps averages of {kept}, this run of {list(state.averages)}; repeat its ema_decays")
+        raise ValueError(f"{folder} keeps averages of {kept}, this run of {list(state.averages)}; repeat its ema_decays")
     first = next(iter(state.averages))
     for decay, average in state.averages.items():
-        _read_network(place / folder_name(decay, first), average)
+        _read_network(folder / folder_name(decay, first), average)
     try:
-        if (place / "shards").is_dir():
-            _read_tensors(place / "shards", tensors := _shards(state))
+        if (folder / "shards").is_dir():
+            _read_tensors(folder / "shards", tensors := _shards(state))
             for parameter in state.model.parameters():
                 state.optimizer.state[parameter]["step"] = torch.tensor(
                     float(values["optimizer_steps"]), device=parameter.device
                 )
         else:
-            _read_network(place / "model", state.model)
+            _read_network(folder / "model", state.model)
             if processes.is_sharded:
                 tensors = {key: value for key, value in _shards(state).items() if not key.startswith("model/")}
-                _read_tensors(place, tensors)
-                steps = load_file(place / "optimizer.safetensors")
+                _read_tensors(folder, tensors)
+                steps = load_file(folder / "optimizer.safetensors")
                 for name, parameter in state.model.named_parameters():
                     state.optimizer.state[parameter]["step"] = steps[f"step/{name}"].to(parameter.device)
             else:
-                tensors = load_file(place / "optimizer.safetensors")
+                tensors = load_file(folder / "optimizer.safetensors")
                 torch.set_rng_state(tensors.pop("random/torch"))
                 restore_optimizer(state.model, state.optimizer, tensors)
     except (KeyError, SafetensorError, dcp.api.CheckpointException) as error:
-        raise ValueError(f"{place} does not fit this network or is damaged: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{folder} does not fit this network or is damaged: {str(error).splitlines()[0]}") from error
     state.step = int(values["step"])
-    state.left_out, state.faults = int(values.get("left_out", 0)), int(values.get("faults", 0))
+    state.omitted, state.faults = int(values.get("left_out", 0)), int(values.get("faults", 0))
 
 
 def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -222,7 +227,7 @@ def _read_network(folder: Path, target: LaMambaUNet) -> None:
 
 @torch.no_grad()
 def put(parameter: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into a parameter, or this process's part of it into a split one."""
+    """Copy a whole tensor into a parameter, or this rank's part of it into a sharded one."""
     parameter.copy_(_split_like(parameter, value.to(parameter.device, parameter.dtype)))
 
 
@@ -233,5 +238,5 @@ def _split_like(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 def averages_of(model: LaMambaUNet, decays: tuple[float, ...]) -> dict[float, LaMambaUNet]:
-    """Copies of a network that training will average into, by their decay."""
+    """Copies of a network, for the averages of its weights, by their decay."""
     return {decay: copy.deepcopy(model).requires_grad_(False).eval() for decay in decays}

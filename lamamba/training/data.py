@@ -1,11 +1,11 @@
-"""Where data enters the loop: samples by place in the run, read in this process or ahead of it by workers."""
+"""Batches of a training run, by their number: read in this process or ahead of it by workers."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +20,9 @@ from lamamba.training.draws import draw, image_indices, split_held_out
 from lamamba.training.interrupt import ignore_in_worker
 from lamamba.utils.distributed import part
 
+GPU_THREADS = 4
+"""Threads that read ahead for a GPU, where the options give no number."""
+
 
 def as_training_set(data: ImageSet | TrainingSet, config: TrainConfig) -> TrainingSet:
     """A training set as it is; an image set as pixels."""
@@ -28,13 +31,9 @@ def as_training_set(data: ImageSet | TrainingSet, config: TrainConfig) -> Traini
     return PixelSet(cast(ImageSet, data), config.data.mirror)
 
 
-GPU_THREADS = 4
-"""Threads that read ahead of a GPU unless told otherwise."""
-
-
 @dataclass(frozen=True)
 class Batch:
-    """Some samples and their random numbers."""
+    """Samples and their random numbers."""
 
     indices: list[int]
     """Of the samples, in the data."""
@@ -50,75 +49,72 @@ class Batch:
     """(b, c, h, w)."""
 
     def pin_memory(self) -> Batch:
-        """For quick copies to a GPU; DataLoader asks for it by this name."""
+        """In page-locked memory, for asynchronous copies to a GPU; DataLoader calls it by this name."""
         tensors = (self.x0, self.labels, self.time, self.label_draw, self.eps)
         return Batch(self.indices, *(tensor.pin_memory() for tensor in tensors))
 
 
-class Feed:
-    """The batches of a run for one process, each in `accumulation_steps` pieces, from any batch on.
+class TrainingData:
+    """A rank's part of the batches of a run, each in `accumulation_steps` micro-batches, from any batch on.
 
-    Batch k holds the samples at places k batch_size .. (k + 1) batch_size - 1, whoever reads them.
+    Batch k holds the samples at positions k batch_size .. (k + 1) batch_size - 1 of the run, at any world size.
     """
 
     def __init__(self, samples: TrainingSet, config: TrainConfig, processes: Processes):
         self._samples, self._config = samples, config                           # workers get a copy: nothing else
-        self._index, self._count, self._pins = processes.index, processes.count, processes.device.type == "cuda"
+        self._rank, self._world_size = processes.rank, processes.world_size
+        self._pins = processes.device.type == "cuda"
         self._shape = (samples.channels, samples.input_size, samples.input_size)
         self._trained, self._held_out = split_held_out(config.seed, len(samples), config.watch.held_out)
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
-        """Piece `key[1]` of this process's share of batch `key[0]`."""
-        number, piece = key
+        """Micro-batch `key[1]` of this rank's part of batch `key[0]`."""
+        number, micro_batch = key
         size = self._config.batch_size
-        share = part(range(number * size, (number + 1) * size), self._index, self._count)
-        places = part(share, piece, self._config.processes.accumulation_steps)
-        return self._read(places, self._trained[image_indices(self._config.seed, places, len(self._trained))])
+        mine = part(range(number * size, (number + 1) * size), self._rank, self._world_size)
+        positions = part(mine, micro_batch, self._config.processes.accumulation_steps)
+        return self._read(positions, self._trained[image_indices(self._config.seed, positions, len(self._trained))])
 
     def _pinned(self, key: tuple[int, int]) -> Batch:
         return self[key].pin_memory() if self._pins else self[key]
 
-    def _read(self, places: Sequence[int], indices: np.ndarray, *, held_out: bool = False) -> Batch:
+    def _read(self, positions: Sequence[int], indices: np.ndarray, *, held_out: bool = False) -> Batch:
         draws = draw(
-            self._config.seed, places, self._shape, latent=self._samples.draws_latents, held_out=held_out
+            self._config.seed, positions, self._shape, latent=self._samples.draws_latents, held_out=held_out
         )
         x0, labels = self._samples.read(indices.tolist(), draws)
         return Batch(indices.tolist(), x0, labels, draws.time, draws.label, draws.eps)
 
     def held_out(self, batch_size: int) -> Iterator[tuple[Batch, int]]:
-        """This process's share of the held-out images at their fixed numbers, and how many of each batch count.
+        """This rank's part of the held-out images with their fixed numbers, and how many of each batch count.
 
-        Their times are spread evenly. Every process has as many batches: a short one is filled up.
+        Their times are evenly spaced. Every rank has as many batches: a short one is padded.
         """
         count = len(self._held_out)
-        mine = part(range(count), self._index, self._count)
-        rounds = math.ceil(math.ceil(count / self._count) / batch_size)
+        mine = part(range(count), self._rank, self._world_size)
+        rounds = math.ceil(math.ceil(count / self._world_size) / batch_size)
         for number in range(rounds):
             chosen = list(mine[number * batch_size : (number + 1) * batch_size])
-            filled = chosen or [0]
-            batch = self._read(filled, self._held_out[filled], held_out=True)
-            times = (torch.tensor(filled, dtype=torch.float64) + 0.5) / count
-            yield Batch(**{**vars(batch), "time": times, "label_draw": torch.ones(len(filled))}), len(chosen)
+            padded = chosen or [0]
+            batch = self._read(padded, self._held_out[padded], held_out=True)
+            times = (torch.tensor(padded, dtype=torch.float64) + 0.5) / count
+            yield replace(batch, time=times, label_draw=torch.ones(len(padded))), len(chosen)
 
-    def pieces(self, first_batch: int) -> Iterator[Batch]:
-        """Piece after piece, without end, read ahead where the configuration has workers.
+    def micro_batches(self, first_batch: int) -> Iterator[Batch]:
+        """Micro-batches without end, read ahead where the configuration has workers.
 
         Raises:
             RuntimeError: when a worker dies.
         """
-        steps = self._config.processes.accumulation_steps
-        keys = _Keys(first_batch, steps)
-        workers = self._config.processes.data_workers
-        if workers == 0:
-            given = self._config.processes.data_threads
-            if threads := given if given is not None else GPU_THREADS * self._pins:
-                yield from read_ahead(self._pinned, keys, threads=threads)
-            else:
-                yield from map(self.__getitem__, keys)
+        options = self._config.processes
+        keys = _Keys(first_batch, options.accumulation_steps)
+        if options.data_workers == 0:
+            threads = GPU_THREADS * self._pins if options.data_threads is None else options.data_threads
+            yield from read_ahead(self._pinned, keys, threads=threads) if threads else map(self.__getitem__, keys)
             return
         loader = torch.utils.data.DataLoader(
-            cast(Any, self), batch_size=None, sampler=cast(Any, keys), num_workers=workers, prefetch_factor=2,
-            pin_memory=self._pins, worker_init_fn=_begin_worker,
+            cast(Any, self), batch_size=None, sampler=cast(Any, keys), num_workers=options.data_workers,
+            prefetch_factor=2, pin_memory=self._pins, worker_init_fn=_begin_worker,
             generator=torch.Generator(),                                        # not the global one: it is saved
         )
         try:
@@ -133,15 +129,15 @@ class Feed:
 
 
 class _Keys:
-    """(batch, piece) of a run from one batch on, without end."""
+    """(batch, micro-batch) of a run from one batch on, without end."""
 
-    def __init__(self, first_batch: int, pieces: int):
-        self._first_batch, self._pieces = first_batch, pieces
+    def __init__(self, first_batch: int, micro_batches: int):
+        self._first_batch, self._micro_batches = first_batch, micro_batches
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         number = self._first_batch
         while True:
-            yield from ((number, piece) for piece in range(self._pieces))
+            yield from ((number, micro_batch) for micro_batch in range(self._micro_batches))
             number += 1
 
 

@@ -1,7 +1,7 @@
-"""The processes that train together: who they are, what each does, how they agree.
+"""The ranks that train together: torch.distributed's group, data and sharded parallelism, precision.
 
-One process or many, started by `torchrun`, `accelerate launch` or by hand; the code above reads the same. A batch is
-cut by place: process r of n has the r-th of n neighbouring parts, so that together they see what one would see.
+One process or many, started by `torchrun`, `accelerate launch` or by hand. Rank r of n has the r-th of n neighbouring
+parts of each batch.
 """
 
 from __future__ import annotations
@@ -14,81 +14,66 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lamamba.models.blocks import LaMambaBlock
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.training import PrecisionOptions, TrainConfig
-from lamamba.utils.distributed import ProcessGroup, launched_processes, part, pick_device
+from lamamba.utils.distributed import ProcessGroup, launched_processes, local_device, pick_device
 
 
 class Processes(ProcessGroup):
-    """This process among those that train together.
+    """This rank among those that train together; begins torch.distributed's default group where there are several.
 
     Raises:
-        ValueError: when the launcher or the device asks for what does not fit the configuration.
+        ValueError: when launcher, device and configuration do not fit together.
     """
 
     def __init__(self, config: TrainConfig):
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import InitProcessGroupKwargs
-
         for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
             if os.environ.get(variable, "false").lower() == "true":
                 raise ValueError(
                     f"accelerate launch asks for {name}; start without it and give --processes.sharding full, "
                     "which splits the network by PyTorch's own FSDP2"
                 )
-        launched = launched_processes()
-        if launched > 1 and ":" in config.device:
-            raise ValueError(f"device={config.device!r} cannot serve {launched} processes; use auto, cuda or cpu")
-        device = pick_device(config.device)
-        AcceleratorState._reset_state()                                         # a former run's precision; no group
-        self._accelerator = Accelerator(
-            cpu=device.type == "cpu",
-            mixed_precision="bf16" if config.precision.autocast == "bfloat16" else "no",
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.processes.timeout_minutes))],
-        )
-        count: int = self._accelerator.num_processes
-        super().__init__(self._accelerator.process_index, count, self._accelerator.device if count > 1 else device)
-        self.is_sharded = config.processes.sharding == "full"
-        if self.is_sharded and self.count == 1:
-            raise ValueError(
-                "processes.sharding='full' splits a network among several processes and this is only one; start them "
-                "as in torchrun --nproc-per-node 2 -m lamamba train ..., or leave it out"
-            )
-        pieces = self.count * config.processes.accumulation_steps
-        if config.batch_size < pieces:
-            raise ValueError(
-                f"batch_size={config.batch_size} cannot be cut into {self.count} processes x "
-                f"{config.processes.accumulation_steps} accumulation steps; every piece needs an image"
-            )
+        world_size = launched_processes()
+        if world_size > 1 and ":" in config.device:
+            raise ValueError(f"device={config.device!r} cannot serve {world_size} processes; use auto, cuda or cpu")
+        _check_batch(config, world_size)
+        self._autocast, self.is_sharded = config.precision.autocast, config.processes.sharding == "full"
+        if world_size == 1:
+            super().__init__(0, 1, pick_device(config.device))
+            return
+        device = local_device(config.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            backend = dist.get_default_backend_for_device(device)
+            dist.init_process_group(backend, timeout=timedelta(minutes=config.processes.timeout_minutes))
+        super().__init__(dist.get_rank(), world_size, device)
 
-    def share(self, places: range) -> range:
-        """This process's part of the batch's places."""
-        return part(places, self.index, self.count)
-
-    def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """Around a forward pass: bfloat16 products where the configuration asks for them."""
-        return self._accelerator.autocast()
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Around a forward pass: bfloat16 products where the configuration says so."""
+        if self._autocast == "none":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def distribute(self, model: LaMambaUNet, averages: list[LaMambaUNet]) -> nn.Module:
-        """What a training step calls: the network itself, in DDP's wrapper, or split among all (in place)."""
+        """The module that a training step calls: the network itself, in DDP, or sharded by FSDP2 (in place)."""
         if self.is_sharded:
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-
             # the network's output is a view, which nothing here changes in place
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-            mesh = init_device_mesh(self.device.type, (self.count,))
+            mesh = init_device_mesh(self.device.type, (self.world_size,))
             for network in (model, *averages):
                 for block in network.modules():
                     if isinstance(block, LaMambaBlock):
                         fully_shard(block, mesh=mesh)
                 fully_shard(network, mesh=mesh, reshard_after_forward=True)
             return model
-        if self.count > 1:
+        if self.world_size > 1:
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             # a depthwise kernel's gradient has other strides along its dimension of one: the same memory
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
@@ -99,15 +84,30 @@ class Processes(ProcessGroup):
         return model
 
     def accumulate(self, network: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around one piece of a batch: gradients are exchanged with the last one only."""
+        """Around a micro-batch: gradients are reduced over ranks with the last one only."""
         if is_last:
             return contextlib.nullcontext()
         if self.is_sharded:
-            return _without_gradient_exchange(network)
-        return self._accelerator.no_sync(network)
+            return _without_gradient_sync(network)
+        return network.no_sync() if isinstance(network, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
+
+
+def _check_batch(config: TrainConfig, world_size: int) -> None:
+    """Raise ValueError where the world size does not fit the configuration."""
+    if config.processes.sharding == "full" and world_size == 1:
+        raise ValueError(
+            "processes.sharding='full' splits a network among several processes and this is only one; start them "
+            "as in torchrun --nproc-per-node 2 -m lamamba train ..., or leave it out"
+        )
+    if config.batch_size < world_size * config.processes.accumulation_steps:
+        raise ValueError(
+            f"batch_size={config.batch_size} cannot be cut into {world_size} processes x "
+            f"{config.processes.accumulation_steps} accumulation steps; every micro-batch needs an image"
+        )
+
 
 @contextlib.contextmanager
-def _without_gradient_exchange(network: Any) -> Iterator[None]:
+def _without_gradient_sync(network: Any) -> Iterator[None]:
     network.set_requires_gradient_sync(False)
     try:
         yield
@@ -117,7 +117,7 @@ def _without_gradient_exchange(network: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def precision_policy(options: PrecisionOptions) -> Iterator[None]:
-    """PyTorch's global switches as the options say, and as they were afterwards."""
+    """Set PyTorch's global switches as the options say, and restore them."""
     tf32 = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32

@@ -1,6 +1,6 @@
-"""Every random number of a training sample, as a function of the run's seed and the sample's place in the run.
+"""Every random number of a training sample, as a function of the run's seed and the sample's position in the run.
 
-So neither a restart nor the number of processes changes a run: sample 4711 has its noise wherever it is drawn.
+So neither a restart nor the world size changes a run. Position k b + i is sample i of batch k, of b samples.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 _SAMPLE, _ORDER, _HELD_OUT, _SPLIT = 1, 2, 3, 4
-"""Streams of numbers that never meet."""
+"""Independent random streams of a seed."""
 
 
-def _generator(seed: int, stream: int, place: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, place, 0]))
+def _generator(seed: int, stream: int, position: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, position, 0]))
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Draws:
     """The random numbers of a batch of b samples."""
 
     time: Tensor
-    """(b,) uniform: how noisy."""
+    """(b,) uniform: the quantile of the timestep."""
     label: Tensor
     """(b,) uniform: whether the label is dropped."""
     mirror: np.ndarray
@@ -36,19 +36,26 @@ class Draws:
     crop: np.ndarray
     """(b, 3) uniform: how much a random crop shows, and where it begins, from the top and from the left."""
     latent: Tensor | None = None
-    """(b, c, h, w) standard normal: the draw from an autoencoder's posterior; None unless it was asked for."""
+    """(b, c, h, w) standard normal: the draw from an autoencoder's posterior; None where it was not requested."""
 
 
 def draw(
-    seed: int, places: Sequence[int], shape: tuple[int, ...], *, latent: bool = False, held_out: bool = False
+    seed: int, positions: Sequence[int], shape: tuple[int, ...], *, latent: bool = False, held_out: bool = False
 ) -> Draws:
-    """The numbers of the samples at these places in the run; shape is one image's (c, h, w).
+    """Random numbers of the samples at these positions in the run.
 
-    Asking for a latent draw changes none of the others. Held-out images have places, and so numbers, of their own.
+    A latent draw changes none of the others. Held-out images have a stream of their own.
+
+    Args:
+        seed: of the run.
+        positions: of the b samples.
+        shape: (c, h, w) of one sample.
+        latent: whether to draw from an autoencoder's posterior, too.
+        held_out: whether positions are those of held-out images.
     """
     time, label, mirror, eps, crop, posterior = [], [], [], [], [], []
-    for place in places:
-        generator = _generator(seed, _HELD_OUT if held_out else _SAMPLE, place)
+    for position in positions:
+        generator = _generator(seed, _HELD_OUT if held_out else _SAMPLE, position)
         uniform = generator.random(3)
         time.append(uniform[0])
         label.append(uniform[1])
@@ -68,13 +75,13 @@ def _order(seed: int, epoch: int, size: int) -> np.ndarray:
     return _generator(seed, _ORDER, epoch).permutation(size)
 
 
-def image_indices(seed: int, places: Sequence[int], size: int) -> list[int]:
-    """Which image stands at each place: every epoch of `size` places is a fresh shuffle of all images."""
-    return [int(_order(seed, place // size, size)[place % size]) for place in places]
+def image_indices(seed: int, positions: Sequence[int], size: int) -> list[int]:
+    """Index of the image at each position: every epoch of `size` positions is a new permutation of all images."""
+    return [int(_order(seed, position // size, size)[position % size]) for position in positions]
 
 
 def split_held_out(seed: int, size: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the images to train on, and of those never trained on: a choice that depends on the seed alone.
+    """Indices of the images to train on, and of the held-out ones, by the seed alone.
 
     Raises:
         ValueError: when nothing would be left to train on.

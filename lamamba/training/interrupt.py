@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes its step, writes a checkpoint, and ends with a status of its own."""
+"""Stop signals: the run finishes its step, writes a checkpoint, and ends with exit status 75."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 logger = logging.getLogger("lamamba.training")
 
 EXIT_INTERRUPTED = 75
-"""The exit status of a run that was asked to stop and can be resumed (EX_TEMPFAIL: try again later)."""
+"""Exit status of a run that a signal stopped and that can be resumed (EX_TEMPFAIL)."""
 
 SIGNALS = [name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has written a checkpoint; the same command resumes it."""
+    """A signal stopped the run, after a checkpoint; the same command or call resumes it."""
 
     def __init__(self, name: str, step: int, checkpoint: Path | None):
         self.name, self.step, self.checkpoint = name, step, checkpoint
@@ -27,17 +27,17 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Whether somebody has asked this process to stop."""
+    """The first stop signal that this process has received, if any."""
 
     def __init__(self) -> None:
         self.name: str | None = None
         self._is_interrupted = False
 
     def take(self, number: int, frame: Any) -> None:
-        """Remember the first signal; later ones, as during the save, change nothing.
+        """Signal handler: keep the first signal; later ones, as during the save, change nothing.
 
         Raises:
-            KeyboardInterrupt: for a second Ctrl-C, from somebody who does not want to wait for a checkpoint.
+            KeyboardInterrupt: for a second Ctrl-C: stop at once, without a checkpoint.
         """
         if number == signal.SIGINT:
             if self._is_interrupted:
@@ -48,11 +48,11 @@ class StopRequest:
 
 
 @contextmanager
-def listening() -> Iterator[StopRequest]:
-    """Take SIGTERM, SIGUSR1 and Ctrl-C as requests to stop (signals reach main threads only).
+def stop_signals() -> Iterator[StopRequest]:
+    """Handle SIGTERM, SIGUSR1 and Ctrl-C as stop requests (in main threads, which alone receive signals).
 
-    Afterwards they mean what they meant before; but after a request the first two are ignored, so that one more does
-    not take the exit status from a process that is about to end.
+    The former handlers are restored at the end; but after a request the first two signals are ignored, so that one more
+    does not change the exit status.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -68,7 +68,7 @@ def listening() -> Iterator[StopRequest]:
 
 
 def ignore_in_worker() -> None:
-    """Leave signals to the training process: schedulers send them to all processes of a job."""
+    """Ignore stop signals in a data worker: schedulers send them to all processes of a job."""
     for number in map(_number, SIGNALS):
         signal.signal(number, signal.SIG_IGN)
 

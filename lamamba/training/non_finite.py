@@ -1,4 +1,4 @@
-"""A loss or a gradient that is not finite: which samples, and the module where it began."""
+"""Losses and gradients that are not finite: the samples and the module where they began, as a report."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def is_finite(value: Any) -> bool:
 def find_origin(
     network: nn.Module, losses: Callable[[], Tensor], agree: Callable[[bool], bool] = bool
 ) -> tuple[str | None, list[int]]:
-    """Run a batch once more and watch every module: where do numbers stop being finite?
+    """Run a batch again with hooks on every module, to find the first output or gradient that is not finite.
 
     Args:
-        network: what is watched; its gradients are overwritten.
+        network: gets hooks; its gradients are overwritten.
         losses: runs the network on the batch and gives each sample's loss, (b,).
-        agree: whether any process says yes, where the backward pass needs all of them.
+        agree: whether the condition holds on any rank, where the backward pass is a collective.
 
     Returns:
         A phrase that names the innermost module and the direction ("forward" or "backward"), or None when all is
@@ -35,25 +35,25 @@ def find_origin(
     found: list[str] = []
 
     def after_forward(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+        def check(module: nn.Module, inputs: Any, output: Any) -> None:
             if not found and not is_finite(output):                             # inner modules are done before outer
                 verb = "made from finite inputs" if is_finite(inputs) else "given"
                 own = [key for key, p in module.named_parameters(recurse=False) if not is_finite(p)]
                 cause = f", whose {own[0]} is not finite" if own else ""
                 found.append(f"forward pass of {name} ({type(module).__name__}){cause}: {verb}")
-        return look
+        return check
 
     def after_backward(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, grad_input: Any, grad_output: Any) -> None:
+        def check(module: nn.Module, grad_input: Any, grad_output: Any) -> None:
             if not found and is_finite(grad_output) and not is_finite(grad_input):
                 found.append(f"backward pass of {name} ({type(module).__name__}): made from finite gradients")
-        return look
+        return check
 
     def after_gradient(name: str) -> Callable[..., None]:
-        def look(gradient: Tensor) -> None:
+        def check(gradient: Tensor) -> None:
             if not found and not is_finite(gradient):
                 found.append(f"gradient of {name}: made in the backward pass")
-        return look
+        return check
 
     handles = []
     for name, module in network.named_modules():

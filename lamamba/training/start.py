@@ -1,4 +1,4 @@
-"""What training starts from when not from fresh weights: a trained network, or a whole official checkpoint."""
+"""Training that starts from a trained network, or continues an official checkpoint."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ logger = logging.getLogger("lamamba.training")
 
 
 def start_network(options: StartOptions, architecture: UNetConfig) -> LaMambaUNet:
-    """A network with the averaged weights of the source, and a fresh label table where that is asked for.
+    """A network with the averaged weights of the source, and a fresh label table where requested.
 
-    A fresh table keeps the row for "no class": what it means stays the same.
+    A fresh table keeps the row of the null label.
 
     Raises:
         FileNotFoundError: when there is no such source.
-        ValueError: when the source is another network, or knows other classes and nobody said to replace them.
+        ValueError: when the source is another network, or has other classes and options.replace_labels is not set.
     """
     assert options.source is not None
     source = Path(options.source)
@@ -45,7 +45,7 @@ def start_network(options: StartOptions, architecture: UNetConfig) -> LaMambaUNe
 
 
 def continue_official(path: Path, state: TrainState) -> None:
-    """Go on with an official training checkpoint: weights, average, AdamW's memory and its number of steps.
+    """Continue an official training checkpoint: weights, average, AdamW's state and its number of steps.
 
     The official file keeps one average; further ones start from its weights.
 
@@ -66,8 +66,8 @@ def continue_official(path: Path, state: TrainState) -> None:
         tensors = dict(networks[part].named_parameters())
         for name, parameter in network.named_parameters():
             put(parameter, tensors[name])
-    memory, step, group = official_optimizer(content, networks["model"])
-    restore_optimizer(state.model, state.optimizer, memory)
+    moments, step, group = official_optimizer(content, networks["model"])
+    restore_optimizer(state.model, state.optimizer, moments)
     state.step = step
     ours = state.optimizer.param_groups[0]
     for key in ("lr", "weight_decay", "betas"):
@@ -87,5 +87,5 @@ def _check_same(saved: UNetConfig, wanted: UNetConfig, source: Path, changes: se
             hint = "; to train on other classes, give --start.replace-labels"
         raise ValueError(
             f"{source} is another network than this run's ({'; '.join(differences)}): let --model.preset and its "
-            f"options name the one that is there{hint}"
+            f"options describe the one that is there{hint}"
         )

@@ -1,7 +1,8 @@
-"""TensorBoard and Weights & Biases, through accelerate's trackers. Whatever happens to them, training goes on."""
+"""metrics.jsonl, and TensorBoard and Weights & Biases by accelerate's trackers, whose failures do not stop training."""
 
 from __future__ import annotations
 
+import json
 import logging
 import queue
 import threading
@@ -9,16 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lamamba.options.training import TrainConfig
+from lamamba.runs.folder import RunFolder
+from lamamba.utils.files import write_atomically
+
 logger = logging.getLogger("lamamba.training")
 
 WAITING_LINES = 10_000
 """Lines kept for a tracker that does not answer; later ones are dropped."""
-FAREWELL_SECONDS = 10.0
-"""How long the end of a run waits for a tracker to take what is left."""
+FINISH_SECONDS = 10.0
+"""How long the end of a run waits for a tracker to write its remaining lines."""
 
 
 class Tracker:
-    """One tracker in a thread of its own, which is given up when it raises and left behind when it hangs.
+    """One tracker in a thread of its own, dropped when it raises and abandoned when it hangs.
 
     Args:
         name: "tensorboard" or "wandb".
@@ -38,24 +43,24 @@ class Tracker:
                 tracker.log(*line)
             tracker.finish()
         except Exception as error:
-            logger.warning("tracker %s is left out from here on: %s: %s", self.name, type(error).__name__, error)
+            logger.warning("tracker %s is dropped: %s: %s", self.name, type(error).__name__, error)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Hand over a line of numbers; never waits."""
+        """Queue a line of numbers; never waits."""
         if self._thread.is_alive() and not self._lines.full():
             self._lines.put_nowait((dict(values), step))
 
     def finish(self) -> None:
-        """Let it take what is left, for some seconds."""
+        """Wait some seconds for the remaining lines."""
         if not self._lines.full():
             self._lines.put_nowait(None)
-        self._thread.join(FAREWELL_SECONDS)
+        self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
             logger.warning("tracker %s did not answer in time; metrics.jsonl has everything", self.name)
 
 
-def start_trackers(names: tuple[str, ...], project: str, folder: Path, facts: Mapping[str, Any]) -> list[Tracker]:
-    """Start trackers; facts (the run's configuration) are given to those that keep such things."""
+def start_trackers(names: tuple[str, ...], project: str, folder: Path, config: Mapping[str, Any]) -> list[Tracker]:
+    """Start trackers by name; wandb stores the run's configuration, too."""
     def make(name: str) -> Any:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -64,7 +69,51 @@ def start_trackers(names: tuple[str, ...], project: str, folder: Path, facts: Ma
         if hasattr(tracker, "start"):
             tracker.start()
         if name == "wandb":                                                     # TensorBoard would show another run
-            tracker.store_init_configuration(dict(facts))
+            tracker.store_init_configuration(dict(config))
         return tracker
 
     return [Tracker(name, lambda name=name: make(name)) for name in names]
+
+
+class MetricsFile:
+    """metrics.jsonl, a line per logged step, and the trackers; written by rank 0, a no-op on other ranks."""
+
+    def __init__(self, folder: RunFolder, config: TrainConfig, *, is_main: bool):
+        self._folder, self._config, self._is_main = folder, config, is_main
+        self._trackers: list[Tracker] = []
+
+    def __enter__(self) -> MetricsFile:
+        if self._is_main:
+            watch = self._config.watch
+            self._trackers = start_trackers(watch.trackers, watch.project, self._folder.path, self._config.to_dict())
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for tracker in self._trackers:
+            tracker.finish()
+
+    def write(self, line: dict[str, float]) -> None:
+        """Append the values of a step; a full disk is logged, not raised."""
+        if not self._is_main:
+            return
+        try:
+            with self._folder.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self._folder.metrics, error)
+        for tracker in self._trackers:
+            tracker.log({key: value for key, value in line.items() if key != "step"}, int(line["step"]))
+
+    def remove_after(self, step: int) -> None:
+        """Remove lines of steps that will be repeated."""
+        path = self._folder.metrics
+        if not self._is_main or not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError, TypeError):                 # a line cut off by a kill
+                continue
+        write_atomically(path, "".join(kept))

@@ -53,12 +53,12 @@ def launched_processes() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that speaks, before anything else is known."""
+    """Whether this process is rank 0, by the launcher's environment."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def end_processes() -> None:
-    """Leave the group, if there is one; the process trains no more."""
+    """Destroy torch.distributed's default group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -71,17 +71,17 @@ def part(items: range, index: int, count: int) -> range:
 
 
 class ProcessGroup:
-    """This process among those that work together, in torch.distributed's default group where there are several."""
+    """This rank among those that work together, in torch.distributed's default group where there are several."""
 
     def __init__(self, rank: int, world_size: int, device: torch.device):
-        self.index, self.count, self.device = rank, world_size, device
+        self.rank, self.world_size, self.device = rank, world_size, device
         self.is_main = rank == 0
 
-    def together(self, work: Callable[[], T]) -> T | None:
-        """Let the main process work while the others wait for it; None for the others.
+    def on_rank_0(self, work: Callable[[], T]) -> T | None:
+        """Call a function on rank 0 while the other ranks wait; None on those.
 
         Raises:
-            MainProcessError: on the others, when the main process raises.
+            MainProcessError: on the other ranks, when rank 0 raises.
         """
         result, failure, message = None, None, None
         if self.is_main:
@@ -89,33 +89,33 @@ class ProcessGroup:
                 result = work()
             except (Exception, SystemExit) as error:
                 failure, message = error, f"{type(error).__name__}: {error}"
-        if self.count > 1:
+        if self.world_size > 1:
             message = self.broadcast(message)
         if failure is not None:
             raise failure
         if message is not None:
-            raise MainProcessError(f"the main process stopped: {message}")
+            raise MainProcessError(f"rank 0 stopped: {message}")
         return result
 
     def broadcast(self, value: T) -> T:
-        """The main process's value, everywhere."""
-        if self.count == 1:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, in their order, everywhere."""
-        if self.count == 1:
+        """Every rank's value, by rank, on every rank."""
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.count
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
     def sum(self, *values: float) -> tuple[float, ...]:
-        """Sums over all processes, in float64."""
-        if self.count == 1:
+        """Sums over all ranks, in float64."""
+        if self.world_size == 1:
             return values
         box = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(box)
@@ -130,8 +130,8 @@ class ProcessGroup:
         return total.cpu().numpy()
 
     def wait(self) -> None:
-        """Until all processes are here."""
-        if self.count > 1:
+        """Until all ranks are here."""
+        if self.world_size > 1:
             dist.barrier()
 
 
@@ -156,12 +156,12 @@ def launched_group(timeout: timedelta) -> Iterator[ProcessGroup]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a split tensor; any other tensor as it is."""
+    """This rank's part of a split tensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A split tensor put together (all processes must ask); any other tensor as it is."""
+    """A split tensor gathered (a collective: all ranks must call it); any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
