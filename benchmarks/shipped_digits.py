@@ -49,14 +49,14 @@ def measure(per_digit: int, guidance: float | None) -> str:
     began = time.perf_counter()
     samples = generate(
         model, asked.tolist(), range(FIRST_SEED, FIRST_SEED + len(asked)), sampler=sampling.sampler,
-        num_steps=sampling.num_steps, guidance=guidance, batch_size=100,
+        num_steps=sampling.steps, guidance=guidance, batch_size=100,
     )
     seconds = time.perf_counter() - began
     score = score_digits(samples, asked, digits.images.transpose(0, 2, 3, 1), digits.labels)
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     return f"""\
 parameters              {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M, {size:.2f} MB on disk
-sampling                {sampling.sampler}, {sampling.num_steps} steps, guidance {guidance:g}; {seconds:.1f} s
+sampling                {sampling.sampler}, {sampling.steps} steps, guidance {guidance:g}; {seconds:.1f} s
 recognised as asked     {score.recognised} of {score.num_samples} ({score.recognised / score.num_samples:.1%})
 judge on real digits    {score.held_out_accuracy:.1%} right (held out)
 two of a class differ   {score.spread:.2f} on average, real ones {score.real_spread:.2f}: {score.spread_share:.0%}

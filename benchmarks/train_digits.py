@@ -48,8 +48,8 @@ def losses_of_a_run(device: str, dtype: str, steps: int | None, seconds: float) 
     losses: list[float] = []
     began = time.perf_counter()
 
-    def watch(moment: StepState) -> None:
-        losses.append(moment.loss)
+    def watch(step_state: StepState) -> None:
+        losses.append(step_state.loss)
         if time.perf_counter() - began > seconds:
             raise Enough
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lamamba.api.compare import CompareResult, compare
     from lamamba.api.compute_statistics import StatisticsResult, compute_statistics
     from lamamba.api.convert import ConvertResult, convert
+    from lamamba.api.demo import DemoResult, demo
     from lamamba.api.doctor import DoctorResult, doctor
     from lamamba.api.encode import EncodeResult, encode
     from lamamba.api.evaluate import EvaluateResult, evaluate
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lamamba.api.open_app import AppResult, open_app
     from lamamba.api.plot import PlotResult, plot
     from lamamba.api.sample_folder import SampleFolderResult, sample_folder
+    from lamamba.api.train import TrainPlan, TrainResult, plan, train
     from lamamba.config import UNetConfig
     from lamamba.models.official import load_official, to_official
     from lamamba.models.unet import LaMambaUNet
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from lamamba.options.benchmark import BenchmarkOptions
     from lamamba.options.check_data import CheckDataOptions
     from lamamba.options.convert import ConvertOptions
+    from lamamba.options.demo import DemoOptions
     from lamamba.options.doctor import DoctorOptions
     from lamamba.options.encode import EncodeOptions
     from lamamba.options.evaluation import CompareOptions, EvaluateOptions, StatisticsOptions
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from lamamba.options.metrics import MetricOptions
     from lamamba.options.plot import PlotOptions
     from lamamba.options.sample_folder import SampleFolderOptions
+    from lamamba.options.training import TrainOptions
     from lamamba.pipeline import LaMambaPipeline
 
 _MODULES = {
@@ -64,6 +68,9 @@ _MODULES = {
     "convert": "api.convert",
     "ConvertOptions": "options.convert",
     "ConvertResult": "api.convert",
+    "demo": "api.demo",
+    "DemoOptions": "options.demo",
+    "DemoResult": "api.demo",
     "doctor": "api.doctor",
     "DoctorOptions": "options.doctor",
     "DoctorResult": "api.doctor",
@@ -87,12 +94,17 @@ _MODULES = {
     "plot": "api.plot",
     "PlotOptions": "options.plot",
     "PlotResult": "api.plot",
+    "plan": "api.train",
     "sample_folder": "api.sample_folder",
     "SampleFolderOptions": "options.sample_folder",
     "SampleFolderResult": "api.sample_folder",
     "StatisticsOptions": "options.evaluation",
     "StatisticsResult": "api.compute_statistics",
     "to_official": "models.official",
+    "train": "api.train",
+    "TrainOptions": "options.training",
+    "TrainPlan": "api.train",
+    "TrainResult": "api.train",
     "UNetConfig": "config",
 }
 
@@ -108,6 +120,8 @@ __all__ = [
     "CompareResult",
     "ConvertOptions",
     "ConvertResult",
+    "DemoOptions",
+    "DemoResult",
     "DoctorOptions",
     "DoctorResult",
     "EncodeOptions",
@@ -127,6 +141,9 @@ __all__ = [
     "SampleFolderResult",
     "StatisticsOptions",
     "StatisticsResult",
+    "TrainOptions",
+    "TrainPlan",
+    "TrainResult",
     "UNetConfig",
     "__version__",
     "benchmark",
@@ -134,6 +151,7 @@ __all__ = [
     "compare",
     "compute_statistics",
     "convert",
+    "demo",
     "doctor",
     "encode",
     "evaluate",
@@ -142,8 +160,10 @@ __all__ = [
     "load_official",
     "open_app",
     "plot",
+    "plan",
     "sample_folder",
     "to_official",
+    "train",
 ]
 
 

@@ -395,7 +395,8 @@ class TrainOptions(TrainConfig):
         """
         values = {"out": str(Path("runs") / Path(name).stem), **load_recipe(name).to_dict()}
         for key, change in changes.items():
-            change = dataclasses.asdict(change) if dataclasses.is_dataclass(change) else change
+            if dataclasses.is_dataclass(change) and not isinstance(change, type):
+                change = dataclasses.asdict(change)
             values[key] = {**values[key], **change} if isinstance(change, Mapping) and key in values else change
         return cls.from_dict(values)
 

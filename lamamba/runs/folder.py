@@ -33,7 +33,8 @@ from lamamba.config import UNetConfig
 from lamamba.data.codec import CodecConfig
 from lamamba.options.training import RUN_VERSION, TrainConfig
 from lamamba.runs.metadata import ModelMetadata
-from lamamba.utils.distributed import MainProcessError, ProcessGroup
+from lamamba.utils.distributed import ProcessGroup
+from lamamba.utils.errors import MainProcessError
 from lamamba.utils.files import differences, flush, read_json, sha256, write_atomically, write_json
 
 logger = logging.getLogger("lamamba.training")
@@ -55,7 +56,10 @@ def _hash_together(folder: Path, processes: ProcessGroup) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     mine, failure = {}, None
     try:
-        mine = {path.relative_to(folder).as_posix(): sha256(path) for path in files[processes.rank :: processes.world_size]}
+        mine = {
+            path.relative_to(folder).as_posix(): sha256(path)
+            for path in files[processes.rank :: processes.world_size]
+        }
     except OSError as error:
         failure = str(error)
     hashes: dict[str, str] = {}
@@ -213,40 +217,13 @@ class RunFolder:
         """
         checkpoint = self.checkpoints / f"step_{step:08d}"
         temporary = self.checkpoints / f".tmp_{checkpoint.name}"
-
-        def begin() -> bool:
-            if checkpoint.exists():
-                try:
-                    check_manifest(checkpoint)
-                    return False                                                # replacing a whole one would risk it
-                except ValueError:
-                    pass
-            for leftover in self.checkpoints.glob(".*_step_*"):              # by a kill during a save
-                shutil.rmtree(leftover)
-            temporary.mkdir(parents=True)
-            return True
-
-        def finish() -> None:
-            values = {"version": RUN_VERSION, "files": hashes, "files_sha256": _hash_of_hashes(hashes)}
-            write_json(temporary / MANIFEST, values)
-            folders = {(temporary / name).parent for name in hashes} | {temporary}
-            for path in [*(temporary / name for name in hashes), temporary / MANIFEST, *folders]:
-                flush(path)
-            _move_aside(checkpoint)                                                  # a damaged one of this step
-            os.replace(temporary, checkpoint)
-            flush(self.checkpoints)
-            for name in self.names()[:-keep]:
-                if not keep_every or int(name.removeprefix("step_")) % keep_every:
-                    dropped = self.checkpoints / f".old_{name}"                 # never half a checkpoint of that name
-                    os.replace(self.checkpoints / name, dropped)
-                    shutil.rmtree(dropped)
-
         try:
-            if not processes.broadcast(processes.on_rank_0(begin)):
+            if not processes.broadcast(processes.on_rank_0(lambda: self._begin_save(checkpoint, temporary))):
                 return checkpoint
             fill(temporary)
             hashes = _hash_together(temporary, processes)
-            processes.on_rank_0(finish)
+            processes.on_rank_0(lambda: self._finish_save(checkpoint, temporary, hashes))
+            processes.on_rank_0(lambda: self._remove_old(keep, keep_every))
         except MainProcessError:
             raise
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
@@ -257,6 +234,37 @@ class RunFolder:
                 f"newest whole one stays ({newest}). Make room or mend the disk"
             ) from error
         return checkpoint
+
+    def _begin_save(self, checkpoint: Path, temporary: Path) -> bool:
+        """Make the temporary folder; False where the checkpoint exists and is whole."""
+        if checkpoint.exists():
+            try:
+                check_manifest(checkpoint)
+                return False                                                    # replacing a whole one would risk it
+            except ValueError:
+                pass
+        for leftover in self.checkpoints.glob(".*_step_*"):                     # by a kill during a save
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+        return True
+
+    def _finish_save(self, checkpoint: Path, temporary: Path, hashes: dict[str, str]) -> None:
+        """Write the manifest, flush all files, and rename the folder."""
+        values = {"version": RUN_VERSION, "files": hashes, "files_sha256": _hash_of_hashes(hashes)}
+        write_json(temporary / MANIFEST, values)
+        folders = {(temporary / name).parent for name in hashes} | {temporary}
+        for path in [*(temporary / name for name in hashes), temporary / MANIFEST, *folders]:
+            flush(path)
+        _move_aside(checkpoint)                                                 # a damaged one of this step
+        os.replace(temporary, checkpoint)
+        flush(self.checkpoints)
+
+    def _remove_old(self, keep: int, keep_every: int) -> None:
+        for name in self.names()[:-keep]:
+            if not keep_every or int(name.removeprefix("step_")) % keep_every:
+                dropped = self.checkpoints / f".old_{name}"                     # never half a checkpoint of that name
+                os.replace(self.checkpoints / name, dropped)
+                shutil.rmtree(dropped)
 
     def newest(self) -> Path | None:
         """The newest checkpoint, checked file by file; None where there is none.
@@ -303,14 +311,14 @@ def check_manifest(checkpoint: Path) -> None:
     Raises:
         ValueError: naming the first file that is missing or changed.
     """
+    hint = "remove the folder to go on from an older one"
     manifest = read_json(checkpoint / MANIFEST, RUN_VERSION)
     if manifest.get("files_sha256") != _hash_of_hashes(manifest.get("files", {})):
-        raise ValueError(f"{checkpoint} is damaged: {MANIFEST} was changed; remove the folder to go on from an older one")
+        raise ValueError(f"{checkpoint} is damaged: {MANIFEST} was changed; {hint}")
     for name, digest in manifest["files"].items():
         if not (checkpoint / name).is_file():
-            raise ValueError(f"{checkpoint} is damaged: {name} is missing; remove the folder to go on from an older one")
+            raise ValueError(f"{checkpoint} is damaged: {name} is missing; {hint}")
         if sha256(checkpoint / name) != digest:
             raise ValueError(
-                f"{checkpoint} is damaged: {name} is not what was written (truncated or changed); "
-                "remove the folder to go on from an older one"
+                f"{checkpoint} is damaged: {name} is not what was written (truncated or changed); {hint}"
             )

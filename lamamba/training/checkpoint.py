@@ -182,7 +182,9 @@ def read_checkpoint(folder: Path, state: TrainState, processes: Processes) -> No
     values = read_json(folder / "state.json")
     kept = values.get("ema_decays", list(state.averages)[:1])
     if kept != list(state.averages):
-        raise ValueError(f"{folder} keeps averages of {kept}, this run of {list(state.averages)}; repeat its ema_decays")
+        raise ValueError(
+            f"{folder} keeps averages of {kept}, this run of {list(state.averages)}; repeat its ema_decays"
+        )
     first = next(iter(state.averages))
     for decay, average in state.averages.items():
         _read_network(folder / folder_name(decay, first), average)

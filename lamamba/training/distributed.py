@@ -89,7 +89,9 @@ class Processes(ProcessGroup):
             return contextlib.nullcontext()
         if self.is_sharded:
             return _without_gradient_sync(network)
-        return network.no_sync() if isinstance(network, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
+        if isinstance(network, nn.parallel.DistributedDataParallel):
+            return network.no_sync()
+        return contextlib.nullcontext()
 
 
 def _check_batch(config: TrainConfig, world_size: int) -> None:

@@ -43,7 +43,8 @@ from lamamba.training.interrupt import Interrupted, StopRequest, stop_signals
 from lamamba.training.non_finite import find_origin
 from lamamba.training.start import continue_official, start_network
 from lamamba.training.trackers import MetricsFile
-from lamamba.utils.distributed import MainProcessError, local, peak_memory, whole
+from lamamba.utils.distributed import local, peak_memory, whole
+from lamamba.utils.errors import MainProcessError
 from lamamba.utils.locks import FolderLock
 
 logger = logging.getLogger("lamamba.training")

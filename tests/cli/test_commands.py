@@ -147,7 +147,7 @@ def test_convert_there_and_back(lamamba, tmp_path):
 def test_the_demo_from_start_to_report(lamamba, tmp_path):
     status, out, err = lamamba("demo", "--steps", 2, "--per-digit", 10, "--out", "d")
     assert status == 0, err
-    assert "recognised as asked" in out
+    assert "recognised as requested" in out
     assert {path.name for path in (tmp_path / "d").iterdir()} == {
         "run", "digits.png", "real.png", "loss.png", "report.md", "report.json",
     }
@@ -163,7 +163,7 @@ MISTAKES = [
     (["train", "digits", "--no-data.use-labels"], "did you mean --data.no-use-labels?"),
     (["train", "digits", "--steps", "many"], "--steps"),
     (["train", "digits", "--steps", "0"], "steps=0 must be at least 1"),
-    (["train", "digits", "--model.preset", "m", "--dry-run"], "model.preset 'm' is unknown"),
+    (["train", "digits", "--model.preset", "m", "--dry-run"], "--model.preset"),
     (["train", "digits", "--data.image-size", "12"], "choose a multiple of 8"),
     (["train", "digits", "--model.width", "30", "--dry-run"], "multiple of 4"),
     (["train", "digits", "--device", "cuda:9", "--out", "x"], "device 'cuda:9' cannot be used here"),

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from lamamba.cli.main import main
-from lamamba.cli.train import open_decoder
 from lamamba.data import encode as encoding
 from lamamba.data.autoencoder import Autoencoder
 from lamamba.data.codec import CodecConfig, PixelCodec
@@ -25,6 +24,7 @@ from lamamba.data.images import Images
 from lamamba.data.latents import Index, LatentSet, Plan, check_latents
 from lamamba.data.sets import EncodedSet, PixelSet, read_ahead
 from lamamba.data.sources import FolderSource
+from lamamba.evaluation.callbacks import open_decoder
 from lamamba.training.draws import draw
 from tests.autoencoders import make_dc, make_kl, make_tiny
 from tests.data.test_images import write_images

@@ -23,10 +23,10 @@ SPLIT = dict(sharding="full")
 def run(settings, folder, limit=None, limited=None):
     """Train; from step 1 on, process `limited` may not write files of more than `limit` bytes, until step 2 is done."""
     with contextlib.ExitStack() as stack:
-        def watch(moment):
-            if limited is not None and moment.step == 1 and os.environ.get("RANK", "0") == str(limited):
+        def watch(step_state):
+            if limited is not None and step_state.step == 1 and os.environ.get("RANK", "0") == str(limited):
                 stack.enter_context(full_disk(limit))
-            if moment.step == 2:
+            if step_state.step == 2:
                 stack.close()
 
         return train(settings, FewDigits(5), folder, [watch]).step
@@ -94,10 +94,10 @@ def test_a_disk_full_at_any_byte_leaves_the_old_checkpoint_and_training_goes_on(
     for number, limit in enumerate([*limits, 0]):
         folder = tmp_path / f"run{number}"
         with contextlib.ExitStack() as stack:
-            def watch(moment, limit=limit, stack=stack, folder=folder):
-                if moment.step == 1:
+            def watch(step_state, limit=limit, stack=stack, folder=folder):
+                if step_state.step == 1:
                     stack.enter_context(full_disk(limit))
-                if moment.step == 2:
+                if step_state.step == 2:
                     stack.close()
                     assert [path.name for path in (folder / "checkpoints").iterdir()] == []
 

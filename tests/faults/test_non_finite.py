@@ -60,9 +60,9 @@ def run(settings, folder, kind):
         poison_gradients(digits, settings)
     losses, weights = [], []
 
-    def watch(moment):
-        losses.append(moment.loss)
-        whole = moment.whole_ema()
+    def watch(step_state):
+        losses.append(step_state.loss)
+        whole = step_state.whole_ema()
         weights.append(None if whole is None else [p.detach().clone() for p in whole.parameters()])
 
     try:
@@ -73,7 +73,7 @@ def run(settings, folder, kind):
         untouched = all(map(torch.equal, weights[-1], model.parameters())) if told else None
         return {"error": str(error), "losses": losses, "untouched": untouched, "seen": digits.seen}
     finite = all(p.isfinite().all() for p in (*state.model.parameters(), *state.ema.parameters()))
-    return {"step": state.step, "left_out": state.left_out, "faults": state.faults, "finite": finite,
+    return {"step": state.step, "omitted": state.omitted, "faults": state.faults, "finite": finite,
             "losses": losses, "seen": digits.seen}
 
 
@@ -98,8 +98,8 @@ def test_stop_before_any_process_updates_and_name_files_and_module(tmp_path, kin
     last = [index for result in (first, second) for index in result["seen"][-2:]]
     assert BAD in last
     where = 0 if BAD in first["seen"][-2:] else 1
-    assert f"process {where}: " in first["error"]
-    assert f"process {1 - where}: " not in first["error"]
+    assert f"rank {where}: " in first["error"]
+    assert f"rank {1 - where}: " not in first["error"]
     assert f"step {len(first['losses']) + 1}: " in first["error"]
     assert first["untouched"] in ((True,) if first["losses"] else (None,))      # the main process has the whole network
     newest = RunFolder(tmp_path / "run").names()[-1] if first["losses"] else "none yet"
@@ -116,14 +116,14 @@ def test_skip_and_back_go_on_with_other_batches(tmp_path, kind, policy, every, c
     for result in (first, second):
         assert (result["step"], result["finite"]) == (8, True)
         assert result["faults"] >= 2
-        assert result["left_out"] >= result["faults"]
+        assert result["omitted"] >= result["faults"]
     assert first["losses"] == second["losses"]
     if count(False, True):                                                      # and it can be repeated
         assert together(2, run, settings, tmp_path / "again", kind)[0]["losses"] == first["losses"]
     seen = sum(len(result["seen"]) for result in (first, second))
-    assert seen == 4 * (8 + first["left_out"])                                  # every batch was read once
+    assert seen == 4 * (8 + first["omitted"])                                  # every batch was read once
     if policy == "back":
-        assert first["left_out"] > first["faults"]                              # whole stretches, not single batches
+        assert first["omitted"] > first["faults"]                              # whole stretches, not single batches
     tally(f"6 {kind} not finite on one of two processes: {policy}", first["faults"], second["faults"])
 
 
@@ -139,7 +139,7 @@ def test_a_skip_survives_a_restart_to_the_bit(tmp_path, tally):
     whole = train(config(steps=8, **options), Poisoned(9), tmp_path / "whole")
     train(config(steps=4, **options), Poisoned(9), tmp_path / "parts")
     parts = train(config(steps=8, **options), Poisoned(9), tmp_path / "parts")
-    assert whole.left_out == whole.faults > 0
+    assert whole.omitted == whole.faults > 0
     tally("6 restart after a skip", 1, int(states_equal(whole, parts)))
 
 

@@ -47,8 +47,8 @@ def steps_of(folder, settings, images, stop_at=None):
 
         digits.read = read_and_signal
 
-    def watch(moment):
-        if settings.processes.data_workers and moment.step + 1 == stop_at:
+    def watch(step_state):
+        if settings.processes.data_workers and step_state.step + 1 == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
     try:
@@ -142,8 +142,8 @@ def test_a_signal_to_one_of_two_processes_stops_both(tmp_path, tally):
 
 
 def signal_one(folder):
-    def watch(moment):
-        if moment.step == 2 and os.environ["RANK"] == "1":
+    def watch(step_state):
+        if step_state.step == 2 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGUSR1)
 
     try:
@@ -167,8 +167,8 @@ def test_a_killed_data_worker_is_an_error_and_no_hang(tmp_path, count, tally):
 def with_killed_worker(folder):
     import psutil
 
-    def watch(moment):
-        if moment.step == 3:
+    def watch(step_state):
+        if step_state.step == 3:
             child = random.Random(str(folder)).choice(psutil.Process().children())
             child.send_signal(signal.SIGKILL)
 

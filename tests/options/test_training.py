@@ -8,9 +8,19 @@ import math
 
 import pytest
 
-from lamamba.cli.train import PlannedData
-from lamamba.options.training import ModelOptions, OptimizerOptions, TrainConfig, load_recipe, recipe_names
+from lamamba.options.training import (
+    DataOptions,
+    ModelOptions,
+    OptimizerOptions,
+    ScoreOptions,
+    StartOptions,
+    TrainConfig,
+    TrainOptions,
+    load_recipe,
+    recipe_names,
+)
 from lamamba.training.loop import describe
+from lamamba.training.sources import PlannedData
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -33,11 +43,25 @@ def test_a_file_of_ones_own(tmp_path):
 @pytest.mark.parametrize(("text", "said"), [
     ("step = 7", "did you mean 'steps'"),
     ("[optimizer]\nlearningrate = 1", "did you mean 'optimizer.learning_rate'"),
-    ("steps = 'many'", "steps='many' must be a int"),
+    ("steps = 'many'", "steps='many' must be a whole number"),
     ("model = 3", "must be a section"),
+    ("steps = [3]", r"steps=\[3\] must be a whole number"),
+    ("[steps]\nall = 3", "steps={'all': 3} must be a whole number"),
+    ("data = [1]", r"data=\[1\] must be a section"),
+    ("[optimizer]\nbetas = [0.9, 'b']", r"optimizer.betas\[1\]='b' must be a number"),
+    ("[optimizer]\nbetas = [0.9]", r"optimizer.betas\[1\] is missing"),
+    ("[model]\ndepths = 2", "model.depths=2 must be a list"),
+    ("[data]\nmirror = 1", "data.mirror=1 must be true or false"),
+    ("[data]\nsource = ['a']", r"data.source=\['a'\] must be text"),
+    ("[data.source]\nname = 'a'", "data.source={'name': 'a'} must be text"),
+    ("[data]\nchannels = 2", r"data.channels '2' is unknown.*known: 1, 3"),
+    ("[sampling]\nsteps = 0", "sampling.steps=0 must be at least 1"),
+    ("[score]\nimages = 1", "score.images=1 must be at least 2"),
+    ("[optimizer]\nlearning_rate = 0", "optimizer.learning_rate=0 must be above 0"),
+    ("[optimizer]\nschedule = 'cosine'\ncooldown_share = 0.5", "optimizer: cooldown_share is for constant"),
     ("steps = = 3", "is not a TOML file"),
     ("steps = 0", "steps=0 must be at least 1"),
-    ("ema_decay = 1.0", r"ema_decays=1.0 must lie in \[0, 1\)"),
+    ("ema_decay = 1.0", r"ema_decays\[0\]=1.0 must be below 1"),
     ("ema_decays = [0.9, 0.9]", "one number or several different ones"),
     ("[optimizer]\nschedule = 'cosin'", "optimizer.schedule 'cosin' is unknown; did you mean 'cosine'"),
     ("[watch]\ntrackers = ['tensorbord']", "did you mean 'tensorboard'"),
@@ -94,3 +118,48 @@ def test_the_first_version_s_single_average_is_still_read():
     old = TrainConfig().to_dict()
     del old["ema_decays"], old["processes"], old["loss"]
     assert TrainConfig.from_dict({**old, "ema_decay": 0.99}) == TrainConfig(ema_decays=(0.99,))
+
+
+def test_the_second_version_s_sampling_steps_are_still_read():
+    old = TrainConfig().to_dict()
+    old["sampling"] = {"every": 5, "sampler": None, "num_steps": 25, "guidance": 1.5, "per_class": 4}
+    sampling = TrainConfig.from_dict(old).sampling
+    assert (sampling.every, sampling.steps, sampling.guidance) == (5, 25, 1.5)
+
+
+@pytest.mark.parametrize(("make", "expected"), [
+    (lambda: TrainConfig(steps=0), "steps=0 must be at least 1"),
+    (lambda: TrainConfig(steps=2.5), "steps=2.5 must be a whole number"),
+    (lambda: TrainConfig(stepz=2), "did you mean 'steps'"),
+    (lambda: TrainConfig(model={"width": 8}), "model={'width': 8} must be a section"),
+    (lambda: OptimizerOptions(learning_rate=math.nan), "learning_rate=nan must be above 0"),
+    (lambda: DataOptions(image_size=3), "image_size=3 must be at least 4"),
+    (lambda: ScoreOptions(every=-1), "every=-1 must be at least 0"),
+    (lambda: StartOptions(mode="all"), "mode 'all' is unknown"),
+])
+def test_options_are_checked_when_made_in_python(make, expected):
+    with pytest.raises(ValueError, match=expected) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_options_from_a_recipe_with_changes():
+    options = TrainOptions.from_recipe("digits", out="x", steps=7, optimizer={"learning_rate": 0.5}, data=DataOptions())
+    recipe = load_recipe("digits")
+    assert (options.out.name, options.steps, options.optimizer.learning_rate) == ("x", 7, 0.5)
+    assert options.optimizer.warmup_steps == recipe.optimizer.warmup_steps
+    assert options.config.to_dict() == {**recipe.to_dict(), "steps": 7, "optimizer": {
+        **recipe.to_dict()["optimizer"], "learning_rate": 0.5}}
+    assert TrainOptions.from_recipe("digits").out.as_posix() == "runs/digits"
+    with pytest.raises(ValueError, match=r"option 'optimizer.lr' is unknown"):
+        TrainOptions.from_recipe("digits", optimizer={"lr": 1.0})
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    (OptimizerOptions(), "constant 1.0e-04"),
+    (OptimizerOptions(warmup_steps=250, schedule="cosine"),
+     "0 to 1.0e-04 in 250 steps, then 1.0e-04 to 0 along half a cosine"),
+    (OptimizerOptions(cooldown_share=0.3), "constant 1.0e-04, to 0 in the last 300 steps"),
+])
+def test_the_learning_rate_in_words(options, expected):
+    assert TrainConfig(steps=1000, optimizer=options).schedule_in_words() == expected

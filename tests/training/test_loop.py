@@ -65,12 +65,12 @@ def test_learns_a_few_images(tmp_path, objective):
     model = dataclasses.replace(TINY, width=16, objective=objective)
     settings = config(model=model, steps=60, batch_size=16, checkpoint_every=60,
                       optimizer=OptimizerOptions(learning_rate=5e-3, max_grad_norm=1.0))
-    train(settings, FewDigits(4), tmp_path, [lambda moment: losses.append(moment.loss)])
+    train(settings, FewDigits(4), tmp_path, [lambda step_state: losses.append(step_state.loss)])
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
 
 
 def test_pictures_and_scores_do_not_count_against_the_speed(tmp_path, monkeypatch):
-    """By a clock that stands still but for 2 s in each batch's reading and 100 s in an callback."""
+    """By a clock that stands still but for 2 s in each batch's reading and 100 s in a callback."""
     now = [0.0]
     monkeypatch.setattr("lamamba.training.loop.time", SimpleNamespace(perf_counter=lambda: now[0]))
     digits, rates = FewDigits(8), []
@@ -80,12 +80,12 @@ def test_pictures_and_scores_do_not_count_against_the_speed(tmp_path, monkeypatc
         now[0] += 2
         return read(indices)
 
-    def slow_observer(moment):
-        rates.append((moment.images_per_second, moment.seconds))
+    def slow_callback(step_state):
+        rates.append((step_state.images_per_second, step_state.seconds))
         now[0] += 100
 
     digits.read = slow_read
-    train(config(), digits, tmp_path, [slow_observer])
+    train(config(), digits, tmp_path, [slow_callback])
     lines = [json.loads(line) for line in RunFolder(tmp_path).metrics.read_text().splitlines()]
     assert [line["images_per_second"] for line in lines] == [2, 2, 2, 2]
     assert rates == [(2, 2), (2, 104), (2, 206), (2, 308)]
@@ -99,19 +99,19 @@ def test_a_restart_changes_nothing_to_the_bit(tmp_path, objective):
     train(config(model=model, steps=2), FewDigits(5), tmp_path / "parts")
     parts = train(config(model=model, steps=4), FewDigits(5), tmp_path / "parts")
     assert states_equal(whole, parts)
-    told = []
+    metrics = []
     for name in ("whole", "parts"):
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        told.append([(line["step"], line["loss"], line["grad_norm"]) for line in lines])
-    assert told[0] == told[1]
+        metrics.append([(line["step"], line["loss"], line["grad_norm"]) for line in lines])
+    assert metrics[0] == metrics[1]
 
 
 def test_a_run_killed_between_checkpoints_repeats_its_steps(tmp_path):
     class Killed(Exception):
         pass
 
-    def kill(moment):
-        if moment.step == 3:
+    def kill(step_state):
+        if step_state.step == 3:
             raise Killed
 
     whole = train(config(), FewDigits(5), tmp_path / "whole")
@@ -134,7 +134,7 @@ def test_what_a_run_leaves_behind(tmp_path):
     }
     model, facts = find_network(tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), state.ema.parameters(), strict=True))
-    assert facts == ModelMetadata(objective="flow", image_size=8, label_names=tuple("0123456789"), guidance=1.5)
+    assert facts == ModelMetadata(objective="flow", image_size=8, label_names=tuple("0123456789"), guidance=None)
     assert LaMambaUNet.from_pretrained(place / "model").architecture == state.model.architecture
 
 
@@ -158,8 +158,8 @@ def test_a_loss_that_is_not_finite_stops_before_it_touches_the_weights(tmp_path)
             images, labels = super().read(indices)
             return (images.astype(np.float32) * np.nan if len(seen) == 2 else images), labels
 
-    def watch(moment):
-        seen.append([p.clone() for p in moment.ema.parameters()])
+    def watch(step_state):
+        seen.append([p.clone() for p in step_state.ema.parameters()])
 
     with pytest.raises(FloatingPointError, match=r"step 3: loss nan.*weights were not touched.*step_00000002"):
         train(config(), Poisoned(4), tmp_path, [watch])
@@ -246,7 +246,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
     path = folder / "checkpoints" / "step_00000004" / "manifest.json"
-    path.write_text(path.read_text().replace('"version": 2', '"version": 9'))
+    path.write_text(path.read_text().replace('"version": 3', '"version": 9'))
     with pytest.raises(ValueError, match="format version 9"):
         find_network(folder)
 
@@ -292,10 +292,10 @@ def test_a_disk_that_fills_up_leaves_the_old_checkpoint(finished, tmp_path):
 def test_training_goes_on_when_a_checkpoint_cannot_be_written(tmp_path, caplog):
     """The disk is full at step 2 and has room again at step 4."""
     with contextlib.ExitStack() as stack:
-        def watch(moment):
-            if moment.step == 1:
+        def watch(step_state):
+            if step_state.step == 1:
                 stack.enter_context(full_disk(20_000))
-            if moment.step == 2:
+            if step_state.step == 2:
                 stack.close()
 
         state = train(config(), FewDigits(5), tmp_path / "run", [watch])

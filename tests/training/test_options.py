@@ -1,4 +1,4 @@
-"""What can be asked of a run besides its steps: precision, memory, averages, held-out images, trackers, beginnings."""
+"""Options of a run: precision, activation checkpointing, averages, held-out images, trackers, starting weights."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.networks import PARITY
 from tests.training.together import FewDigits, config, states_equal
 
 
-def told(folder):
+def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(folder):
-    return [line["loss"] for line in told(folder)]
+    return [line["loss"] for line in metrics(folder)]
 
 
 def test_activations_made_again_change_the_run_by_rounding_only(tmp_path):
@@ -54,7 +54,7 @@ def test_bfloat16_products_leave_float32_weights_and_nearly_the_same_losses(tmp_
 def test_the_precision_policy_is_in_force_while_training_and_gone_afterwards(tmp_path):
     seen = []
 
-    def watch(moment):
+    def watch(step_state):
         seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32))
 
     before = (torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32)
@@ -66,7 +66,7 @@ def test_the_precision_policy_is_in_force_while_training_and_gone_afterwards(tmp
 def test_several_averages_are_kept_at_once(tmp_path):
     weights = []
     state = train(config(ema_decays=(0.5, 0.9)), FewDigits(5), tmp_path, [
-        lambda moment: weights.append([p.clone() for p in moment.ema.parameters()])])
+        lambda step_state: weights.append([p.clone() for p in step_state.ema.parameters()])])
     assert state.ema is state.averages[0.5]
     alone = train(config(ema_decays=(0.9,)), FewDigits(5), tmp_path / "alone")
     assert all(map(torch.equal, state.averages[0.9].parameters(), alone.ema.parameters()))
@@ -93,7 +93,7 @@ def test_held_out_images_are_never_trained_on_and_their_loss_is_a_fixed_measure(
     measured = digits.seen[8:12]                                                # after two steps of four
     assert sorted(measured) == sorted(held_out)
     assert set(digits.seen[:8]) <= set(trained)
-    values = [line["held_out_loss"] for line in told(tmp_path / "run") if "held_out_loss" in line]
+    values = [line["held_out_loss"] for line in metrics(tmp_path / "run") if "held_out_loss" in line]
     assert len(values) == 3
     np.testing.assert_allclose(values, values[0], rtol=1e-5)                    # the network hardly moved
 
@@ -133,22 +133,22 @@ def test_a_tracker_that_cannot_be_reached_does_not_stop_training(tmp_path, monke
         raise ConnectionError("no network")
 
     started = time.monotonic()
-    monkeypatch.setattr(trackers, "FAREWELL_SECONDS", 0.2)
+    monkeypatch.setattr(trackers, "FINISH_SECONDS", 0.2)
     makers = {"refuses": refuse, "breaks": Breaks, "hangs": threading.Event().wait}
     monkeypatch.setattr(
-        "lamamba.training.loop.start_trackers", lambda *_: [Tracker(name, make) for name, make in makers.items()])
+        "lamamba.training.trackers.start_trackers", lambda *_: [Tracker(name, make) for name, make in makers.items()])
     assert train(config(watch=dict(trackers=("wandb",))), FewDigits(5), tmp_path).step == 4
-    assert len(told(tmp_path)) == 4
-    assert "refuses is left out from here on: ConnectionError: no network" in caplog.text
-    assert "breaks is left out from here on: ConnectionError: no route to host" in caplog.text
+    assert len(metrics(tmp_path)) == 4
+    assert "refuses is dropped: ConnectionError: no network" in caplog.text
+    assert "breaks is dropped: ConnectionError: no route to host" in caplog.text
     assert "hangs did not answer in time" in caplog.text
     assert time.monotonic() - started < 60
 
 
-def test_a_tracker_that_is_not_installed_is_left_out(tmp_path, caplog, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_dropped(tmp_path, caplog, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     assert train(config(watch=dict(trackers=("wandb",))), FewDigits(5), tmp_path).step == 4
-    assert "tracker wandb is left out" in caplog.text
+    assert "tracker wandb is dropped" in caplog.text
 
 
 OFFICIAL = PARITY / "official_checkpoint.pt"
@@ -239,7 +239,7 @@ def test_fine_tuning_replaces_the_label_table_and_nothing_else(tmp_path):
     for (name, p), q in zip(state.model.named_parameters(), official.parameters(), strict=True):
         if name == "label_embedding.weight":
             assert p.shape[0] == 5
-            torch.testing.assert_close(p[-1], q[-1])                            # what "no class" means stays
+            torch.testing.assert_close(p[-1], q[-1])                            # the row of the null label stays
             assert not torch.allclose(p[:4], q[:4])
         else:
             torch.testing.assert_close(p, q)

@@ -10,7 +10,8 @@ import pytest
 
 from lamamba.runs.model import find_network
 from lamamba.training.loop import train
-from lamamba.utils.distributed import MainProcessError, part
+from lamamba.utils.distributed import part
+from lamamba.utils.errors import MainProcessError
 from tests.training.together import FewDigits, config, pytestmark, states_equal, together  # noqa: F401
 
 
@@ -20,15 +21,15 @@ def run(settings, folder, images=7):
 
     digits, losses, norms, whole = FewDigits(images), [], [], []
 
-    def watch(moment):
-        losses.append(moment.loss)
-        norms.append(moment.grad_norm)
-        if moment.step == moment.steps:
-            whole.append(moment.whole_ema())
+    def watch(step_state):
+        losses.append(step_state.loss)
+        norms.append(step_state.grad_norm)
+        if step_state.step == step_state.steps:
+            whole.append(step_state.whole_ema())
 
     state = train(settings, digits, folder, [watch])
     kinds = {isinstance(p, DTensor) for p in (*state.model.parameters(), *state.ema.parameters())}
-    kinds |= {isinstance(memory["exp_avg"], DTensor) for memory in state.optimizer.state.values()}
+    kinds |= {isinstance(moments["exp_avg"], DTensor) for moments in state.optimizer.state.values()}
     ema = [p.numpy() for p in whole[0].parameters()] if whole and whole[0] is not None else None
     return {"seen": digits.seen, "losses": losses, "norms": norms, "split": kinds, "ema": ema, "step": state.step}
 
@@ -60,7 +61,7 @@ def assert_same_run(results, alone, steps=6):
         assert result["step"] == steps
     for p, q in zip(results[0]["ema"], one["ema"], strict=True):
         np.testing.assert_allclose(p, q, atol=1e-3)                             # AdamW's first steps enlarge rounding
-    assert all(result["ema"] is None for result in results[1:])                 # the main process has it in one piece
+    assert all(result["ema"] is None for result in results[1:])                 # rank 0 alone has the whole network
 
 
 @pytest.mark.parametrize(("count", "pieces"), [(1, 3), (2, 1), (4, 1), (2, 3)])
@@ -68,8 +69,8 @@ def test_any_number_of_processes_and_pieces_gives_the_same_run(alone, tmp_path, 
     """With four processes the shares differ: 2, 2, 1 and 1 images."""
     settings = config(batch_size=6, steps=6, checkpoint_every=3, processes=dict(accumulation_steps=pieces))
     assert_same_run(together(count, run, settings, tmp_path / "run"), alone)
-    told = [(line["step"], line["loss"]) for line in lines(tmp_path / "run")]
-    for (step, loss), line in zip(told, lines(alone[0]), strict=True):
+    metrics = [(line["step"], line["loss"]) for line in lines(tmp_path / "run")]
+    for (step, loss), line in zip(metrics, lines(alone[0]), strict=True):
         assert (step, loss) == (line["step"], pytest.approx(line["loss"], rel=2e-5))
 
 

@@ -48,7 +48,7 @@ class FewDigits(Digits):
 
 
 def states_equal(a, b) -> bool:
-    """Weights, averages, optimizer memory and counts are the same to the bit."""
+    """Weights, averages, optimizer state and counts are the same to the bit."""
     import torch
 
     same = list(a.averages) == list(b.averages) and all(
@@ -61,14 +61,14 @@ def states_equal(a, b) -> bool:
         for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True)
         for key in ("exp_avg", "exp_avg_sq", "step")
     )
-    return same and moments and (a.step, a.left_out, a.faults) == (b.step, b.left_out, b.faults)
+    return same and moments and (a.step, a.omitted, a.faults) == (b.step, b.omitted, b.faults)
 
 
 def server():
     """The fork server; its first start takes seconds, its children a hundredth of one."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lamamba.training.loop", "tests.training.together", "sklearn.datasets",
-                                    "accelerate", "torch.distributed.fsdp"])
+                                    "torch.distributed.fsdp"])
     return context
 
 
