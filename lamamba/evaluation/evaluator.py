@@ -50,14 +50,14 @@ class Evaluator:
         """Features of images, computed by all processes; those on disk are not computed again."""
         features = extract(
             self.fit(images), self.network, self.folder, shard_size=self.shard_size, batch_size=self.batch_size,
-            rank=self.group.index, report=self.report, task=task,
+            rank=self.group.rank, report=self.report, task=task,
         )
         self.group.wait()
         return features
 
     def statistics(self, features: Features) -> dict[str, Statistics]:
         """Statistics of "features", and of "spatial" where there are any: each process sums a part of the shards."""
-        shards = range(features.num_shards)[self.group.index :: self.group.count]
+        shards = range(features.num_shards)[self.group.rank :: self.group.world_size]
         names = [name for name in ("features", "spatial") if name in features.names()]
         return {name: features.statistics(name, shards).reduce(self.group.all_reduce) for name in names}
 
@@ -120,7 +120,7 @@ class Evaluator:
             features = self.extract(images, task)
             statistics = self.statistics(features)
             figures = functools.partial(self._compute_figures, features, statistics, reference, options)
-            runs.append(self.group.together(figures))
+            runs.append(self.group.on_rank_0(figures))
             folders.append(features.folder)
 
         def finish() -> Entry:
@@ -135,7 +135,7 @@ class Evaluator:
                 shutil.rmtree(folder)
             return entry
 
-        entry = self.group.broadcast(self.group.together(finish))
+        entry = self.group.broadcast(self.group.on_rank_0(finish))
         assert entry is not None
         return entry
 

@@ -123,7 +123,7 @@ class ProcessGroup:
 
     def all_reduce(self, array: np.ndarray) -> np.ndarray:
         """Elementwise sum of an array over all processes, in float64."""
-        if self.count == 1:
+        if self.world_size == 1:
             return array
         total = torch.tensor(array, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
