@@ -36,7 +36,7 @@ from lamamba.metrics.digits import DigitClassifier
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.training import load_recipe
 from lamamba.pretrained import shipped_model
-from lamamba.runs.model import find_network
+from lamamba.runs.model import open_network
 from lamamba.sampling import generate
 from lamamba.training.loop import train
 
@@ -190,9 +190,9 @@ def main() -> None:
         names = [name for name in samplers_for(objective) if name not in results]
         names = [name for name in names if not chosen.samplers or name in chosen.samplers]
         if names and objective == "flow":
-            model = find_network(chosen.flow_model or shipped_model())[0]
+            model = open_network(chosen.flow_model or shipped_model())[0]
         elif names:
-            model = find_network(chosen.noise_model)[0] if chosen.noise_model else train_noise_model()
+            model = open_network(chosen.noise_model)[0] if chosen.noise_model else train_noise_model()
         for name in names:
             results[name] = measure(model.eval(), name, labels, real, classifier, chosen.most)
             if chosen.json:

@@ -23,7 +23,7 @@ from lamamba.metrics.digits import score_digits
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.training import load_recipe
 from lamamba.pretrained import shipped_model
-from lamamba.runs.model import find_network
+from lamamba.runs.model import open_network
 from lamamba.sampling import generate
 
 RECIPE, FIRST_SEED = "digits_small", 10_000
@@ -31,7 +31,7 @@ RECIPE, FIRST_SEED = "digits_small", 10_000
 
 def write(run: Path, folder: Path) -> None:
     """The averaged weights of a run's newest checkpoint into the package, rounded to bfloat16."""
-    model, facts = find_network(run)
+    model, facts = open_network(run)
     fresh = LaMambaUNet(model.architecture)                                     # one that does not know where it lay
     fresh.load_state_dict(model.state_dict())
     fresh.bfloat16().save_pretrained(folder)
@@ -42,7 +42,7 @@ def write(run: Path, folder: Path) -> None:
 def measure(per_digit: int, guidance: float | None) -> str:
     """The figures of the model in the package, as a table."""
     folder = shipped_model()
-    model, _ = find_network(folder)
+    model, _ = open_network(folder)
     digits, sampling = Digits(), load_recipe(RECIPE).sampling
     guidance = sampling.guidance if guidance is None else guidance
     asked = np.repeat(np.arange(10), per_digit)

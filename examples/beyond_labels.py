@@ -20,7 +20,7 @@ from lamamba import LaMambaPipeline
 from lamamba.data.digits import Digits
 from lamamba.diffusion.denoise import make_scheduler
 from lamamba.pretrained import shipped_model
-from lamamba.runs.model import find_network
+from lamamba.runs.model import open_network
 from lamamba.viz.grids import grid_picture
 
 Row = tuple[str, list[Image.Image]]
@@ -29,7 +29,7 @@ Row = tuple[str, list[Image.Image]]
 
 def open_pipeline() -> LaMambaPipeline:
     """The digits model of the package; for one of your own, LaMambaPipeline.from_pretrained does it."""
-    network, facts = find_network(shipped_model())
+    network, facts = open_network(shipped_model())
     pipe = LaMambaPipeline(
         network, vae=None, scheduler=make_scheduler("flow-euler", "flow"), id2label=dict(enumerate(facts.label_names)),
     )

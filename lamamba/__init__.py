@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from lamamba.options.sample_folder import SampleFolderOptions
     from lamamba.options.training import TrainOptions
     from lamamba.pipeline import LaMambaPipeline
+    from lamamba.runs.model import Model, open_model
 
 _MODULES = {
     "AppOptions": "options.app",
@@ -90,8 +91,10 @@ _MODULES = {
     "LaMambaUNet": "models.unet",
     "load_official": "models.official",
     "MetricOptions": "options.metrics",
+    "Model": "runs.model",
     "open_app": "api.open_app",
     "plan": "api.train",
+    "open_model": "runs.model",
     "plot": "api.plot",
     "PlotOptions": "options.plot",
     "PlotResult": "api.plot",
@@ -135,6 +138,7 @@ __all__ = [
     "LaMambaPipeline",
     "LaMambaUNet",
     "MetricOptions",
+    "Model",
     "PlotOptions",
     "PlotResult",
     "SampleFolderOptions",
@@ -160,6 +164,7 @@ __all__ = [
     "load_official",
     "open_app",
     "plan",
+    "open_model",
     "plot",
     "sample_folder",
     "to_official",

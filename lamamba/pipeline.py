@@ -1,8 +1,11 @@
 """The diffusers pipeline: whoever knows those knows this one."""
 
 # no `from __future__ import annotations`: diffusers reads the constructor's types
+import dataclasses
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -31,13 +34,17 @@ from lamamba.diffusion.denoise import (
     denoise,
     first_step,
     make_scheduler,
+    samplers_for,
     set_steps,
     slerp,
 )
 from lamamba.diffusion.guidance import Guidance, GuidedChannels
 from lamamba.models.unet import LaMambaUNet
 from lamamba.runs.metadata import default_guidance
+from lamamba.runs.model import EMA, PIPELINE_INDEX, SHIPPED, Model, open_model
 from lamamba.sampling.generate import GuidedModel, resized
+
+logger = logging.getLogger("lamamba.pipeline")
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PIPELINE_CODE = '''\
@@ -125,13 +132,35 @@ class LaMambaPipeline(DiffusionPipeline):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "LaMambaPipeline":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *, ema: EMA | None = None, autoencoder: str | None = None,
+        **kwargs: Any,
+    ) -> "LaMambaPipeline":
         """Load a saved pipeline as diffusers does, but only safetensors, and the network strictly.
+
+        A run folder, a checkpoint, a saved network and "shipped" are loaded, too, as by `lamamba.open_model`.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id.
+            ema, autoencoder: see `lamamba.open_model`; not for pipelines.
+            kwargs: as in diffusers; of those only dtype (torch_dtype) for what is not a pipeline.
 
         Raises:
             ValueError: when the network's weights do not fit its configuration; every tensor is named.
             OSError: when there is no such pipeline.
         """
+        path = Path(pretrained_model_name_or_path)
+        is_run_or_network = path.is_dir() and not (path / PIPELINE_INDEX).is_file()
+        if is_run_or_network or (str(path) == SHIPPED and not path.exists()):
+            dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", torch.float32))
+            if kwargs:
+                raise ValueError(f"{path} is not a pipeline: leave {', '.join(kwargs)} out")
+            pipe = build_pipeline(open_model(path, ema=ema, autoencoder=autoencoder))
+            for part in filter(None, (pipe.unet, pipe.vae)):
+                torch.nn.Module.to(part, dtype)
+            return pipe
+        if ema is not None or autoencoder is not None:
+            raise ValueError(f"{path} is a pipeline: it has one set of weights and its own autoencoder")
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
@@ -172,7 +201,7 @@ class LaMambaPipeline(DiffusionPipeline):
         return self._names
 
     @property
-    def codec_facts(self) -> CodecConfig:
+    def codec_config(self) -> CodecConfig:
         """How the network's images are made of the vae's latents."""
         if self.vae is None:
             return CodecConfig()
@@ -398,7 +427,7 @@ class LaMambaPipeline(DiffusionPipeline):
             z = encoded.latent_dist.mode()
         else:
             z = encoded.latent if hasattr(encoded, "latent") else encoded.latents
-        return self.codec_facts.to_x0(z.float())
+        return self.codec_config.to_x0(z.float())
 
     def _mask(self, mask: Any, size: tuple[int, int], count: int, device: torch.device) -> Tensor:
         """(count, 1, h, w), 1 wherever any pixel below a point of the network's input is to be made anew."""
@@ -411,13 +440,48 @@ class LaMambaPipeline(DiffusionPipeline):
         if output_type == "latent":
             return x0
         if self.vae is not None:
-            z = self.codec_facts.to_latents(x0).to(self.vae.dtype)
+            z = self.codec_config.to_latents(x0).to(self.vae.dtype)
             x0 = self.vae.decode(z, return_dict=False)[0].float()
         if output_type == "pil":
             levels = to_uint8(x0)
             return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in levels]
         shares = (x0 / 2 + 0.5).clamp(0, 1)
         return shares if output_type == "pt" else shares.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def build_pipeline(
+    model: Model, sampler: str | None = None, label_names: Sequence[str] | None = None,
+    guidance_scale: float | None = None,
+) -> LaMambaPipeline:
+    """A pipeline of an open model, with no path of this disk in its configuration.
+
+    Args:
+        model: on the CPU.
+        sampler: a name from lamamba.diffusion.denoise.SAMPLERS; by default the objective's first.
+        label_names: one per class; by default those of the model's metadata.
+        guidance_scale: by default that of the model's metadata.
+
+    Raises:
+        ValueError: when one of them does not fit the model.
+    """
+    config, metadata = model.network.architecture, model.metadata
+    scheduler = make_scheduler(sampler or samplers_for(config.objective)[0], config.objective)
+    names = metadata.label_names if label_names is None else label_names
+    vae: Any = None
+    codec = None
+    if model.decoder is not None:
+        autoencoder = model.decoder.autoencoder
+        if metadata.autoencoder_sha256 not in (None, autoencoder.sha256):
+            logger.warning("trained on latents of %s, decoded by another: %s", metadata.autoencoder, autoencoder)
+        vae, keys = autoencoder.network, ("scale", "shift", "latents_mean", "latents_std")
+        configured, trained = CodecConfig.of_config(autoencoder.config), dataclasses.asdict(metadata)
+        if any(getattr(configured, key) != trained[key] for key in keys):
+            codec = {key: trained[key] for key in keys}
+    network: Any = model.network                                                # of types that diffusers hides
+    for part in filter(None, (network, vae)):
+        part.register_to_config(_name_or_path="")
+    scale = metadata.guidance if guidance_scale is None else guidance_scale
+    return LaMambaPipeline(network, vae, scheduler, dict(enumerate(names)) if names else None, codec, scale)
 
 
 def _repeated(images: Tensor, count: int, name: str) -> Tensor:

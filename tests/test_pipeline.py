@@ -18,7 +18,7 @@ from PIL import Image
 from lamamba import LaMambaPipeline, LaMambaUNet
 from lamamba.data.codec import CodecConfig, LatentDecoder
 from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
-from lamamba.runs.model import find_network
+from lamamba.runs.model import open_network
 from lamamba.sampling import generate
 from tests.autoencoders import MAKERS, make_kl
 from tests.networks import random_network, small_config
@@ -286,14 +286,14 @@ def test_a_saved_pipeline_makes_the_same_images(vae, tmp_path):
     again.set_progress_bar_config(disable=True)
     assert torch.equal(run(pipe), run(again))
     assert again.label_names == tuple(NAMES.values())
-    assert again.codec_facts == pipe.codec_facts
+    assert again.codec_config == pipe.codec_config
     assert set(again.components) == {"unet", "vae", "scheduler"}
     half = LaMambaPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     half.set_progress_bar_config(disable=True)
     assert half.unet.dtype == torch.bfloat16
     assert run(half).isfinite().all()
     # lamamba sample takes it, too, and makes the same pictures
-    network, facts = find_network(tmp_path)
+    network, facts = open_network(tmp_path)
     assert facts.label_names == ("cat", "dog", "bird")
     assert (facts.scale, facts.shift) == ((0.3, 0.1) if vae else (1.0, 0.0))
     assert facts.image_size == (16 if vae else 8)

@@ -14,7 +14,7 @@ from lamamba.data.digits import Digits
 from lamamba.metrics.digits import DigitClassifier, nearest_distances
 from lamamba.options.training import load_recipe
 from lamamba.pretrained import shipped_model
-from lamamba.runs.model import find_network
+from lamamba.runs.model import open_network
 from lamamba.sampling import generate
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -24,14 +24,14 @@ def test_it_is_small_and_in_bfloat16():
     folder = shipped_model()
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 3_000_000
     assert {tensor.dtype for tensor in load_file(folder / WEIGHTS).values()} == {torch.bfloat16}
-    model, facts = find_network(folder)
+    model, facts = open_network(folder)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert facts.label_names == tuple("0123456789")
 
 
 def test_it_is_the_recipe():
     """Whoever trains the recipe gets a network of the same shape."""
-    model, facts = find_network(shipped_model())
+    model, facts = open_network(shipped_model())
     recipe = load_recipe("digits_small")
     expected = recipe.model.build(channels=1, num_classes=10, input_size=facts.image_size)
     assert model.architecture == expected
@@ -40,7 +40,7 @@ def test_it_is_the_recipe():
 
 
 def test_its_samples_are_classified_as_their_labels():
-    digits, (model, _) = Digits(), find_network(shipped_model())
+    digits, (model, _) = Digits(), open_network(shipped_model())
     labels = np.arange(20) % 10
     samples = generate(model, labels.tolist(), range(500, 520), num_steps=10, guidance=1.75)
     classifier = DigitClassifier(digits.images, digits.labels)
@@ -55,4 +55,4 @@ def test_damage_is_named(tmp_path):
     name = next(iter(tensors))
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, folder / WEIGHTS, {"format": "pt"})
     with pytest.raises(ValueError, match=name):
-        find_network(folder)
+        open_network(folder)

@@ -14,7 +14,7 @@ from lamamba.config import UNetConfig
 from lamamba.models.official import load_official, to_official
 from lamamba.options.convert import ConvertOptions
 from lamamba.runs.metadata import assumed_metadata
-from lamamba.runs.model import find_network
+from lamamba.runs.model import open_network
 from lamamba.utils.files import temporary_name
 
 logger = logging.getLogger("lamamba.convert")
@@ -84,7 +84,7 @@ def _from_official(options: ConvertOptions) -> ConvertResult:
 def _to_official(source: Path, target: Path) -> ConvertResult:
     if target.suffix != ".pt":
         raise ValueError(f"{source} is a folder in our format, so the target must be a .pt file, not {target}")
-    model, _ = find_network(source)
+    model, _ = open_network(source)
     state = to_official(model)
     temporary = temporary_name(target)
     try:

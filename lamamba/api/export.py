@@ -11,7 +11,7 @@ from PIL import Image
 from lamamba.exporting.onnx import require_onnx
 from lamamba.exporting.pipeline_folder import write_pipeline_folder
 from lamamba.options.export import ExportOptions
-from lamamba.runs.model import find_network
+from lamamba.runs.model import open_model
 from lamamba.utils.progress import ProgressOption, reporting
 
 
@@ -57,8 +57,8 @@ def export(options: ExportOptions, *, progress: ProgressOption = "auto") -> Expo
         raise FileExistsError(f"{target} exists already; remove it or name another target")
     if options.onnx:
         require_onnx()
-    model, metadata = find_network(options.source, options.ema)
+    model = open_model(options.source, ema=options.ema, autoencoder=options.autoencoder)
     with reporting(progress) as report:
-        grid, onnx_error = write_pipeline_folder(options, model, metadata, report)
+        grid, onnx_error = write_pipeline_folder(options, model, report)
     num_bytes = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     return ExportResult(target, num_bytes, grid, onnx_error)

@@ -19,7 +19,7 @@ import torch
 from lamamba._version import __version__
 from lamamba.data.codec import PixelCodec
 from lamamba.options.sample_folder import SampleFolderOptions
-from lamamba.runs.model import OpenModel
+from lamamba.runs.model import Model
 from lamamba.sampling import generate
 from lamamba.sampling.folder import MakeImages, sample_many
 from lamamba.sampling.labels import LabelRule
@@ -117,7 +117,7 @@ def _plan(
     return plan, make_images
 
 
-def _labels(options: SampleFolderOptions, model: OpenModel) -> tuple[LabelRule, tuple[int, ...]]:
+def _labels(options: SampleFolderOptions, model: Model) -> tuple[LabelRule, tuple[int, ...]]:
     """The rule for labels, and the classes that it chooses from.
 
     Raises:
@@ -134,7 +134,7 @@ def _labels(options: SampleFolderOptions, model: OpenModel) -> tuple[LabelRule, 
         raise ValueError("say which classes the images shall show: --balanced (in turn) or --random-labels")
     every = range(model.num_classes)
     classes = every if options.classes is None else find_labels(
-        options.classes, model.facts.label_names, model.num_classes)
+        options.classes, model.metadata.label_names, model.num_classes)
     return "balanced" if options.balanced else "random", tuple(classes)
 
 

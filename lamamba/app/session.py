@@ -20,7 +20,7 @@ from lamamba.diffusion.denoise import SAMPLERS, samplers_for
 from lamamba.diffusion.guidance import Guidance
 from lamamba.pretrained import DESCRIPTION
 from lamamba.runs.metadata import default_guidance
-from lamamba.runs.model import OpenModel, move, open_model
+from lamamba.runs.model import Model, move, open_model
 from lamamba.sampling import generate
 from lamamba.sampling.settings import ImageMetadata, Settings
 from lamamba.utils.distributed import pick_device
@@ -79,10 +79,10 @@ class Session:
         title: for the page's heading.
     """
 
-    def __init__(self, model: OpenModel, title: str):
+    def __init__(self, model: Model, title: str):
         self.model, self.title = model, title
         self._lock = threading.Lock()
-        network, metadata = model.network, model.facts
+        network, metadata = model.network, model.metadata
         config = network.architecture
         has_names = len(metadata.label_names) == config.num_classes
         self.class_names = tuple(metadata.label_names) if has_names else tuple(map(str, range(config.num_classes)))
@@ -253,7 +253,7 @@ def open_session(path: Path | None, autoencoder: str | None, device_name: str) -
         OSError, ValueError: when there is no such model, autoencoder or device, or they do not fit together.
     """
     device = pick_device(device_name)
-    model = open_model(path, autoencoder, device)
+    model = open_model(path, autoencoder=autoencoder, device=device)
     move(model.network, device, torch.float32)
     shipped = f"{DESCRIPTION.capitalize()}, the model that comes with the package"
     return Session(model, shipped if path is None else str(path))

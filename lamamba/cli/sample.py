@@ -14,7 +14,7 @@ from lamamba.options.sampling import SamplerOptions
 if TYPE_CHECKING:
     import torch
 
-    from lamamba.runs.model import OpenModel
+    from lamamba.runs.model import Model
     from lamamba.sampling.settings import ImageMetadata
     from lamamba.sampling.table import Asked
 
@@ -206,7 +206,7 @@ def _sample_picture(chosen: SampleArguments, facts: ImageMetadata | None) -> Non
           f"guidance {settings.guidance.scale:g}")
 
 
-def _asked(chosen: SampleArguments, facts: ImageMetadata | None, model: OpenModel) -> Asked:
+def _asked(chosen: SampleArguments, facts: ImageMetadata | None, model: Model) -> Asked:
     """Which images: as the picture to be repeated shows, where nothing else is said."""
     from lamamba.sampling.table import DEFAULT_COLUMNS, as_before, path_between, table
 

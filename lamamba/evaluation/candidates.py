@@ -15,8 +15,9 @@ from lamamba.diffusion.denoise import make_scheduler, samplers_for
 from lamamba.evaluation.images import ArrayImages, DigitImages, FolderImages, GeneratedImages, Images, NpzImages
 from lamamba.evaluation.reference import is_statistics, load_statistics
 from lamamba.options.evaluation import EvaluateOptions
+from lamamba.pretrained import shipped_model
 from lamamba.runs.folder import RunFolder
-from lamamba.runs.model import PIPELINE_INDEX, SHIPPED, Average, averages_at, find_shipped, open_model
+from lamamba.runs.model import EMA, PIPELINE_INDEX, SHIPPED, list_averages, open_model
 from lamamba.sampling import generate
 from lamamba.sampling.labels import label_of
 from lamamba.sampling.plan import NPZ, SHARDS, UNFINISHED, find_plan
@@ -78,11 +79,11 @@ class Candidate:
     folder: Path
     """Checkpoint or model."""
     step: int | None = None
-    ema: Average | None = None
+    ema: EMA | None = None
     """Which average; None for a model with one set of weights."""
 
 
-def find_candidates(path: Path, ema: Average | None = None, *, every: bool = False) -> list[Candidate]:
+def find_candidates(path: Path, ema: EMA | None = None, *, every: bool = False) -> list[Candidate]:
     """The sets of weights of a run, checkpoint or model.
 
     Args:
@@ -102,10 +103,10 @@ def find_candidates(path: Path, ema: Average | None = None, *, every: bool = Fal
     elif every:
         raise ValueError(f"{path} is no run: --every-checkpoint scores the checkpoints of a run's folder")
     else:
-        folders = [find_shipped() if is_shipped(path) else path]
+        folders = [shipped_model() if is_shipped(path) else path]
     found = []
     for folder in folders:
-        kept = averages_at(folder)
+        kept = list_averages(folder)
         if not kept:
             if ema is not None:
                 raise ValueError(f"{folder} is a single network; --ema chooses among a checkpoint's averages")
@@ -137,7 +138,9 @@ class Sampler:
         self, candidate: Candidate, options: EvaluateOptions, device: torch.device,
         on_step: Callable[[int, int], None] | None = None,
     ):
-        self._model = open_model(candidate.folder, options.autoencoder, device, candidate.ema)
+        self._model = open_model(
+            candidate.folder, ema=candidate.ema, autoencoder=options.autoencoder, device=device
+        )
         self._options, self._on_step = options, on_step
         config = self._model.network.architecture
         self._sampler = options.sampler or samplers_for(config.objective)[0]
@@ -181,7 +184,7 @@ class SampleSet:
     runs: list[Images]
     """For each seed range."""
     step: int | None = None
-    ema: Average | None = None
+    ema: EMA | None = None
     guidance: float | None = None
 
 

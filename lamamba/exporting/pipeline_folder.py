@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shutil
 from pathlib import Path
@@ -12,17 +11,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lamamba.data.autoencoder import Autoencoder
-from lamamba.data.codec import CodecConfig
 from lamamba.data.labels import as_names, imagenet_names, short_names
-from lamamba.diffusion.denoise import make_scheduler, samplers_for
+from lamamba.diffusion.denoise import samplers_for
 from lamamba.exporting.model_card import TrainingInfo, model_card
 from lamamba.exporting.onnx import export_onnx
-from lamamba.models.unet import LaMambaUNet
 from lamamba.options.export import ExportOptions
-from lamamba.pipeline import LaMambaPipeline
-from lamamba.runs.metadata import ModelMetadata, default_guidance
-from lamamba.runs.model import find_place
+from lamamba.pipeline import build_pipeline
+from lamamba.runs.metadata import default_guidance
+from lamamba.runs.model import Model, model_folder
 from lamamba.utils.distributed import pick_device
 from lamamba.utils.files import read_json, temporary_name
 from lamamba.utils.progress import Progress, Report
@@ -34,14 +30,13 @@ MAX_GRID_CLASSES = 10
 
 
 def write_pipeline_folder(
-    options: ExportOptions, model: LaMambaUNet, metadata: ModelMetadata, report: Report
+    options: ExportOptions, model: Model, report: Report
 ) -> tuple[Image.Image | None, float | None]:
     """Write a pipeline folder, whole or not at all.
 
     Args:
         options: target, scheduler, autoencoder, names, grid, precision.
-        model: the network; cast to options.dtype on the CPU.
-        metadata: of the network.
+        model: its network is cast to options.dtype on the CPU.
         report: progress of the grid, in evaluations of the network.
 
     Returns:
@@ -53,7 +48,7 @@ def write_pipeline_folder(
     temporary = temporary_name(options.target)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        grid, onnx_error = _write(options, model, metadata, temporary, report)
+        grid, onnx_error = _write(options, model, temporary, report)
         temporary.rename(options.target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -61,21 +56,22 @@ def write_pipeline_folder(
 
 
 def _write(
-    options: ExportOptions, model: LaMambaUNet, metadata: ModelMetadata, folder: Path, report: Report
+    options: ExportOptions, model: Model, folder: Path, report: Report
 ) -> tuple[Image.Image | None, float | None]:
-    config = model.architecture
+    config = model.network.architecture
     sampler = options.sampler or samplers_for(config.objective)[0]
-    pipe = build_pipeline(model, metadata, sampler, options.autoencoder, options.labels)
+    names = _label_names(options.labels, model.metadata.label_names, config.num_classes)
+    pipe = build_pipeline(model, sampler, names, options.guidance)
     guidance = options.guidance
     if guidance is None:
-        guidance = default_guidance(metadata.guidance, config.num_classes)
+        guidance = default_guidance(model.metadata.guidance, config.num_classes)
     grid, onnx_error = None, None
     if options.images:
         grid = sample_grid(pipe, options.images, options.steps, guidance, options.seed, options.device, report)
         save_picture(grid, folder / "samples.png")
     if options.onnx:
         logger.info("onnx/unet.onnx: every block is traced, a minute for a small network, more for others")
-        onnx_error = export_onnx(torch.nn.Module.float(model).cpu(), folder / "onnx" / "unet.onnx")
+        onnx_error = export_onnx(torch.nn.Module.float(model.network).cpu(), folder / "onnx" / "unet.onnx")
         logger.info("onnx/unet.onnx: relative error against PyTorch in onnxruntime: %.1e", onnx_error)
     for part in (pipe.unet, pipe.vae):
         if part is not None:
@@ -87,50 +83,6 @@ def _write(
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     return grid, onnx_error
-
-
-def build_pipeline(
-    model: LaMambaUNet, metadata: ModelMetadata, sampler: str, autoencoder: str | None, labels: str | None
-) -> LaMambaPipeline:
-    """A pipeline of a network, with no path of this disk in its configuration.
-
-    Args:
-        model, metadata: the network.
-        sampler: a name from lamamba.diffusion.denoise.SAMPLERS.
-        autoencoder: of a network of latents; by default the one of its training.
-        labels: "imagenet", or a text file with one name per line; by default the names in the metadata.
-
-    Raises:
-        ValueError: when one of them does not fit the network.
-    """
-    config = model.architecture
-    scheduler = make_scheduler(sampler, config.objective)
-    names = _label_names(labels, metadata.label_names, config.num_classes)
-    vae, codec = _find_vae(metadata, autoencoder)
-    for part in (model, vae):
-        if part is not None:
-            part.register_to_config(_name_or_path="")
-    id2label = dict(enumerate(names)) if names else None
-    return LaMambaPipeline(model, vae, scheduler, id2label, codec, metadata.guidance)
-
-
-def _find_vae(metadata: ModelMetadata, given: str | None) -> tuple[Any, dict[str, Any] | None]:
-    """The autoencoder of a network of latents, and the codec entries in which the network deviates from it."""
-    if metadata.codec != "latents":
-        if given is not None:
-            raise ValueError("this model makes pixels: leave --autoencoder out")
-        return None, None
-    name = given or metadata.autoencoder
-    if name is None:
-        raise ValueError("this model makes latents: name the autoencoder that decodes them with --autoencoder")
-    autoencoder = Autoencoder(name)
-    if metadata.autoencoder_sha256 not in (None, autoencoder.sha256):
-        logger.warning(
-            "trained on latents of %s, exported with another autoencoder: %s", metadata.autoencoder, autoencoder
-        )
-    configured = dataclasses.asdict(CodecConfig.of_config(autoencoder.config))
-    trained = {key: getattr(metadata, key) for key in ("scale", "shift", "latents_mean", "latents_std")}
-    return autoencoder.network, trained if any(configured[key] != trained[key] for key in trained) else None
 
 
 def _label_names(given: str | None, own: tuple[str, ...], num_classes: int) -> tuple[str, ...]:
@@ -170,7 +122,7 @@ def sample_grid(
 
 def _training_info(options: ExportOptions) -> TrainingInfo | None:
     """What the run says of a checkpoint; None for a saved model."""
-    place = find_place(options.source)
+    place = model_folder(options.source)
     run_config = place.parent.parent / "config.json"
     if place.parent.name != "checkpoints" or not run_config.is_file():
         return None

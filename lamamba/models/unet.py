@@ -346,6 +346,10 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
             OSError: when there is no such model.
         """
         place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if any((place / name).exists() for name in ("checkpoints", "state.json", "model_index.json")):
+            raise OSError(
+                f"{place} is a run, a checkpoint or a pipeline: lamamba.open_model({str(place)!r}).network opens it"
+            )
         pickles = [*place.glob("*.bin"), *place.glob("*.pt"), *place.glob("*.ckpt")] if place.is_dir() else []
         if kwargs.get("use_safetensors") is False or (pickles and not any(place.glob("*.safetensors"))):
             raise ValueError(

@@ -14,7 +14,7 @@ from lamamba.diffusion.guidance import Guidance
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.sampling import SamplerOptions
 from lamamba.runs.metadata import default_guidance
-from lamamba.runs.model import SHIPPED, OpenModel, find_shipped, fingerprint, move, open_model, open_network
+from lamamba.runs.model import SHIPPED, Model, fingerprint, move, open_model, open_network
 from lamamba.sampling.settings import ImageMetadata, Settings
 from lamamba.utils.distributed import is_main_process
 
@@ -47,7 +47,7 @@ def as_in_picture(options: Options, picture: ImageMetadata) -> Options:
 
 def prepare(
     options: SamplerOptions, picture: ImageMetadata | None, device: torch.device
-) -> tuple[OpenModel, LaMambaUNet | None, Settings]:
+) -> tuple[Model, LaMambaUNet | None, Settings]:
     """Open the model and the guiding model, and put the settings together; with notes for the log of rank 0.
 
     Args:
@@ -58,7 +58,7 @@ def prepare(
     Raises:
         ValueError: when they do not fit together, or the model is not the one that made the picture to be repeated.
     """
-    model = open_model(_find_folder(options, picture), options.autoencoder, device)
+    model = open_model(_find_folder(options, picture), autoencoder=options.autoencoder, device=device)
     is_main = is_main_process()
     if is_main and model.name == SHIPPED:
         logger.info("no model was named: the small digits model that ships with lamamba draws")
@@ -75,15 +75,15 @@ def prepare(
     make_scheduler(sampler, objective, options.steps)                           # refused before any work
     guiding_model = None if options.autoguidance is None else open_network(options.autoguidance)[0]
     can_guide = bool(model.num_classes or guiding_model)
-    scale = default_guidance(model.facts.guidance, can_guide) if options.guidance is None else options.guidance
+    scale = default_guidance(model.metadata.guidance, can_guide) if options.guidance is None else options.guidance
     guidance = Guidance(
         scale, options.guidance_channels or "all", options.guidance_interval or (0.0, 1.0),
         options.guidance_rescale or 0.0,
     )
     _, (height, width) = model.fit(options.height, options.width)
-    if is_main and model.decoder and model.facts.autoencoder_sha256 not in (None, model.decoder.autoencoder.sha256):
+    if is_main and model.decoder and model.metadata.autoencoder_sha256 not in (None, model.decoder.autoencoder.sha256):
         logger.info(
-            "note: trained on latents of %s, decoded by another autoencoder: %s", model.facts.autoencoder,
+            "note: trained on latents of %s, decoded by another autoencoder: %s", model.metadata.autoencoder,
             model.decoder.autoencoder,
         )
     settings = Settings(
@@ -114,7 +114,7 @@ def _find_folder(options: SamplerOptions, picture: ImageMetadata | None) -> Path
     if picture is None or folder is None or str(folder) != picture.settings.model or folder.exists():
         return folder
     try:
-        if fingerprint(open_network(find_shipped())[0]) == picture.settings.model_sha256:
+        if fingerprint(open_network(None)[0]) == picture.settings.model_sha256:
             return None
     except FileNotFoundError:
         pass
@@ -122,7 +122,7 @@ def _find_folder(options: SamplerOptions, picture: ImageMetadata | None) -> Path
 
 
 def to_device(
-    model: OpenModel, guiding_model: LaMambaUNet | None, settings: Settings, device: torch.device, batch: int
+    model: Model, guiding_model: LaMambaUNet | None, settings: Settings, device: torch.device, batch: int
 ) -> LaMambaUNet | None:
     """Move both networks to the device, prepared for batches of so many images; returns the guiding model."""
     dtype = getattr(torch, settings.dtype)

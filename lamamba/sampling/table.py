@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lamamba.data.labels import find_label
-from lamamba.runs.model import OpenModel
+from lamamba.runs.model import Model
 from lamamba.sampling.settings import ImageMetadata, Interpolated
 
 DEFAULT_COLUMNS, DEFAULT_CLASSES, PATH_ROWS = 8, 10, 4
@@ -33,7 +33,7 @@ def find_labels(classes: Sequence[int | str] | None, label_names: Sequence[str],
     return [find_label(each, label_names, num_classes) for each in classes]
 
 
-def table(model: OpenModel, classes: Sequence[int | str] | None, num: int, seed: int) -> Asked:
+def table(model: Model, classes: Sequence[int | str] | None, num: int, seed: int) -> Asked:
     """One row for each class (or rows of eight, of an unconditional model), one seed for each image.
 
     Raises:
@@ -43,13 +43,13 @@ def table(model: OpenModel, classes: Sequence[int | str] | None, num: int, seed:
         if classes is not None:
             raise ValueError(f"{model.name} is unconditional: it knows no classes, leave --classes out")
         return Asked(tuple(range(seed, seed + num)), None, min(num, DEFAULT_COLUMNS), ())
-    rows = find_labels(classes, model.facts.label_names, model.num_classes)
+    rows = find_labels(classes, model.metadata.label_names, model.num_classes)
     labels = tuple(label for label in rows for _ in range(num))
     names = tuple(model.name_of(label) for label in rows)
     return Asked(tuple(range(seed, seed + len(labels))), labels, num, names)
 
 
-def path_between(model: OpenModel, text: str, classes: Sequence[int | str] | None, num: int, seed: int) -> Asked:
+def path_between(model: Model, text: str, classes: Sequence[int | str] | None, num: int, seed: int) -> Asked:
     """A walk in `num` columns: "seeds:3:7" for each class, "classes:3:8" from a few seeds.
 
     Raises:
@@ -72,7 +72,7 @@ def path_between(model: OpenModel, text: str, classes: Sequence[int | str] | Non
         raise ValueError(f"{model.name} is unconditional: it knows no classes to go between; write seeds:3:7")
     if classes is not None:
         raise ValueError("--interpolate classes:A:B names its classes itself: leave --classes out")
-    a, b = (find_label(end, model.facts.label_names, model.num_classes) for end in ends)
+    a, b = (find_label(end, model.metadata.label_names, model.num_classes) for end in ends)
     starts = range(seed, seed + PATH_ROWS)
     return Asked(
         tuple(start for start in starts for _ in weights),

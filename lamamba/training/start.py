@@ -12,7 +12,7 @@ from lamamba.config import UNetConfig
 from lamamba.models.official import load_official, official_optimizer, read_official
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.training import StartOptions
-from lamamba.runs.model import find_network
+from lamamba.runs.model import open_network
 from lamamba.training.checkpoint import TrainState, put, restore_optimizer
 
 logger = logging.getLogger("lamamba.training")
@@ -29,7 +29,7 @@ def start_network(options: StartOptions, architecture: UNetConfig) -> LaMambaUNe
     """
     assert options.source is not None
     source = Path(options.source)
-    saved = load_official(source) if source.suffix == ".pt" else find_network(source)[0]
+    saved = load_official(source) if source.suffix == ".pt" else open_network(source)[0]
     changes = {"num_classes"} if options.replace_labels else set()
     _check_same(saved.architecture, architecture, source, changes)
     network = LaMambaUNet(architecture)                                         # its label table is fresh already

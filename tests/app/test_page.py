@@ -17,7 +17,7 @@ from lamamba.app.session import Session
 from lamamba.cli.main import main
 from lamamba.options.app import AppOptions
 from lamamba.runs.metadata import ModelMetadata
-from lamamba.runs.model import OpenModel, fingerprint
+from lamamba.runs.model import Model, fingerprint
 from lamamba.sampling.settings import read_png_facts
 from lamamba.viz.grids import grid_picture
 from tests.networks import random_network, small_config
@@ -119,7 +119,7 @@ def test_models_of_other_kinds_have_a_page_too(tmp_path):
     sizes = dict(in_channels=3, objective="v", grid=(8, 16))
     for num_classes, first in ((0, []), (1000, [["17", "999"]])):
         network = random_network(small_config(**sizes, num_classes=num_classes))
-        model = OpenModel("toy", network, ModelMetadata(objective="v", image_size=8), fingerprint(network), None)
+        model = Model("toy", network, ModelMetadata(objective="v", image_size=8), fingerprint(network), None)
         page = serve(Session(model, "toy"), host="127.0.0.1", port=None)
         client = Client(page.local_url, verbose=False, download_files=str(tmp_path))
         picture, *_ = client.predict(*first, 2, 5, "ddim", 3, 1.0, 8, 16, "smooth", api_name="/draw")

@@ -14,7 +14,7 @@ from lamamba.config import UNetConfig
 from lamamba.models.unet import LaMambaUNet
 from lamamba.pretrained import shipped_model
 from lamamba.runs.metadata import ModelMetadata
-from lamamba.runs.model import OpenModel, find_network, fingerprint, open_model
+from lamamba.runs.model import Model, fingerprint, open_model, open_network
 from lamamba.sampling import generate
 from lamamba.sampling.settings import ImageMetadata
 
@@ -23,7 +23,7 @@ REQUEST = Request(classes=("3", "7"), num_images=2, seed=11, sampler="flow-euler
 
 @pytest.fixture(scope="module")
 def session():
-    return Session(open_model(shipped_model(), None, torch.device("cpu")), "digits")
+    return Session(open_model(shipped_model()), "digits")
 
 
 def expected(session, labels, seeds, **settings):
@@ -51,7 +51,7 @@ def test_frames_show_the_denoising(session):
 def test_the_metadata_reproduces_the_images(session):
     *_, last = session.sample(REQUEST)
     facts = ImageMetadata.from_dict(session.metadata_of(REQUEST).to_dict())
-    model, _ = find_network(facts.settings.model)
+    model, _ = open_network(facts.settings.model)
     again = generate(
         model, list(facts.labels), list(facts.seeds), sampler=facts.settings.sampler, num_steps=facts.settings.steps,
         guidance=facts.settings.guidance,
@@ -62,9 +62,9 @@ def test_the_metadata_reproduces_the_images(session):
 
 
 def test_the_default_guidance_is_the_models_own(session):
-    assert session.default_guidance == session.model.facts.guidance == 1.75
-    metadata = dataclasses.replace(session.model.facts, guidance=3.5)
-    assert Session(dataclasses.replace(session.model, facts=metadata), "digits").default_guidance == 3.5
+    assert session.default_guidance == session.model.metadata.guidance == 1.75
+    metadata = dataclasses.replace(session.model.metadata, guidance=3.5)
+    assert Session(dataclasses.replace(session.model, metadata=metadata), "digits").default_guidance == 3.5
 
 
 def test_defaults_are_written_down(session):
@@ -135,7 +135,7 @@ def test_a_model_without_classes():
         num_classes=0, grid=8,
     )
     network, metadata = LaMambaUNet(config).eval(), ModelMetadata(objective="v", image_size=8)
-    session = Session(OpenModel("runs/photos", network, metadata, fingerprint(network), None), "photos")
+    session = Session(Model("runs/photos", network, metadata, fingerprint(network), None), "photos")
     assert session.default_guidance == 1
     *_, last = session.sample(Request(num_images=3, steps=4))
     assert last.images.shape == (3, 8, 8, 3)

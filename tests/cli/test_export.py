@@ -17,7 +17,7 @@ from lamamba import ExportOptions, LaMambaPipeline, export
 from lamamba.cli.main import main
 from lamamba.runs.folder import MANIFEST
 from lamamba.runs.metadata import ModelMetadata
-from lamamba.runs.model import find_network
+from lamamba.runs.model import open_network
 from tests.autoencoders import make_kl
 from tests.networks import random_network, small_config
 
@@ -36,7 +36,7 @@ def test_a_run_becomes_a_pipeline(tmp_path, capsys):
     assert main(["export", str(RUN), str(target), "--steps", "2", "--images", "3", "--licence", "cc-by-4.0"]) == 0
     assert "a diffusers pipeline" in capsys.readouterr().out
     pipe = LaMambaPipeline.from_pretrained(target)
-    network, facts = find_network(RUN)
+    network, facts = open_network(RUN)
     for one, other in zip(pipe.unet.parameters(), network.parameters(), strict=True):
         assert torch.equal(one, other)
     assert pipe.label_names == facts.label_names == tuple("0123456789")
@@ -79,11 +79,11 @@ def test_latents_take_their_autoencoder_along(tmp_path):
                  "--sampler", "dpm++", "--dtype", "bfloat16"]) == 0
     shutil.rmtree(tmp_path / "vae")
     pipe = LaMambaPipeline.from_pretrained(tmp_path / "out")
-    assert (pipe.codec_facts.scale, pipe.codec_facts.shift) == (0.3, 0.1)
+    assert (pipe.codec_config.scale, pipe.codec_config.shift) == (0.3, 0.1)
     assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
     weights = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
-    assert find_network(tmp_path / "out")[1].image_size == 16
+    assert open_network(tmp_path / "out")[1].image_size == 16
 
 
 def test_names_from_a_file_and_imagenets(tmp_path, capsys):
@@ -110,7 +110,7 @@ def test_the_models_own_guidance_scale_goes_along(tmp_path):
     )
     assert "guidance 3.5" in (tmp_path / "out" / "README.md").read_text()
     assert LaMambaPipeline.from_pretrained(tmp_path / "out").config.guidance_scale == 3.5
-    assert find_network(tmp_path / "out")[1].guidance == 3.5
+    assert open_network(tmp_path / "out")[1].guidance == 3.5
     assert result._repr_png_()[1:4] == b"PNG"
     assert f"{result.num_bytes / 1e6:.1f} MB" in str(result)
 

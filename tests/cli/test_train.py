@@ -18,7 +18,7 @@ from lamamba.data.digits import Digits
 from lamamba.evaluation import frechet_distance
 from lamamba.metrics.digits_network import DigitFeatures
 from lamamba.runs.folder import RunFolder
-from lamamba.runs.model import find_network
+from lamamba.runs.model import open_network
 from lamamba.sampling import generate
 from lamamba.training.interrupt import EXIT_INTERRUPTED, stop_signals
 from tests.cli.test_commands import TINY, run
@@ -122,7 +122,7 @@ def test_a_check_in_the_middle_of_a_run_changes_none_of_its_images(lamamba, tmp_
     assert status == 0, err
     assert "2 files that the manifest names now" in out
     assert "checked: 6 images of photos" in out
-    whole, checked = (find_network(run, "none")[0].state_dict() for run in ("whole", "checked"))
+    whole, checked = (open_network(run, "none")[0].state_dict() for run in ("whole", "checked"))
     assert all(torch.equal(whole[name], checked[name]) for name in whole)
     status, out, err = lamamba(*training, "--steps", 2, "--data.max-bad-images", 0, "--out", "later")
     assert (status, "later: 4 images of photos" in out) == (0, True), err       # a new run leaves them out
@@ -137,7 +137,7 @@ def test_quick_scores_while_training_are_written_and_drawn(lamamba, tmp_path):
     assert status == 0, err
     lines = [json.loads(line) for line in (tmp_path / "run" / "scores.jsonl").read_text().splitlines()]
     assert [(line["step"], line["name"], line["images"]) for line in lines] == [(k, "FD-digits", 20) for k in (2, 3)]
-    network = find_network(tmp_path / "run")[0]
+    network = open_network(tmp_path / "run")[0]
     images = generate(network, [k % 10 for k in range(20)], range(20), num_steps=2, guidance=1.75)
     moments = []
     for pictures in (images, Digits().images.transpose(0, 2, 3, 1)):

@@ -12,7 +12,7 @@ import signal
 import pytest
 
 from lamamba.runs.folder import RunFolder
-from lamamba.runs.model import find_network
+from lamamba.runs.model import open_network
 from lamamba.training.loop import train
 from lamamba.utils.files import sha256, write_json
 from tests.training.together import FewDigits, config, pytestmark, states_equal, together  # noqa: F401
@@ -155,6 +155,6 @@ def test_a_pickle_with_code_in_it_is_not_executed(tmp_path, file, tally):
             run(config(steps=6), folder)
         if "ema" in file:
             with pytest.raises(ValueError, match="missing or damaged|a pickle can run code"):
-                find_network(folder)
+                open_network(folder)
     assert not sign.exists()
     tally("9 pickle offered as a checkpoint", 1, 1)

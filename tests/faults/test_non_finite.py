@@ -8,7 +8,7 @@ import torch
 
 from lamamba.models.resample import PatchMerging
 from lamamba.runs.folder import RunFolder
-from lamamba.runs.model import find_network
+from lamamba.runs.model import open_network
 from lamamba.training.loop import train
 from tests.training.together import Failed, FewDigits, config, pytestmark, states_equal, together  # noqa: F401
 
@@ -68,7 +68,7 @@ def run(settings, folder, kind):
     try:
         state = train(settings, digits, folder, [watch])
     except FloatingPointError as error:
-        model, _ = find_network(folder) if RunFolder(folder).names() else (None, None)
+        model, _ = open_network(folder) if RunFolder(folder).names() else (None, None)
         told = model is not None and weights[-1] is not None
         untouched = all(map(torch.equal, weights[-1], model.parameters())) if told else None
         return {"error": str(error), "losses": losses, "untouched": untouched, "seen": digits.seen}

@@ -21,7 +21,7 @@ from lamamba.data.sources import FolderSource
 from lamamba.options.training import DataOptions, ModelOptions, OptimizerOptions, TrainConfig, WatchOptions
 from lamamba.runs.folder import RunFolder
 from lamamba.runs.metadata import ModelMetadata
-from lamamba.runs.model import find_network
+from lamamba.runs.model import open_network
 from lamamba.training.checkpoint import update_ema
 from lamamba.training.loop import train
 from tests.data.test_images import write_images
@@ -132,7 +132,7 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert {path.name for path in place.iterdir()} == {
         "model", "ema", "optimizer.safetensors", "sampling.json", "state.json", "manifest.json",
     }
-    model, facts = find_network(tmp_path)
+    model, facts = open_network(tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), state.ema.parameters(), strict=True))
     assert facts == ModelMetadata(objective="flow", image_size=8, label_names=tuple("0123456789"), guidance=None)
     assert LaMambaUNet.from_pretrained(place / "model").architecture == state.model.architecture
@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_touches_the_weights(tmp_path)
 
     with pytest.raises(FloatingPointError, match=r"step 3: loss nan.*weights were not touched.*step_00000002"):
         train(config(), Poisoned(4), tmp_path, [watch])
-    model, _ = find_network(tmp_path)
+    model, _ = open_network(tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), seen[-1], strict=True))
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -216,14 +216,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_
     else:
         path.write_bytes(content[: len(content) // 2] if damage == "truncated" else content)
     with pytest.raises(ValueError, match=path.name.split(".")[0]):
-        find_network(folder)
+        open_network(folder)
     state = train(config(steps=4), FewDigits(4), folder)
     (warning,) = [record.message for record in caplog.records if "damaged" in record.message]
     assert path.name.split(".")[0] in warning
     assert "Going on from step_00000002" in warning
     assert states_equal(state, finished_state)
     assert (folder / "checkpoints" / "damaged_step_00000004").is_dir()
-    assert find_network(folder)
+    assert open_network(folder)
 
 
 def test_a_run_without_a_whole_checkpoint_is_not_started_afresh(finished, tmp_path):
@@ -248,7 +248,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(finished, tmp_path):
     path = folder / "checkpoints" / "step_00000004" / "manifest.json"
     path.write_text(path.read_text().replace('"version": 3', '"version": 9'))
     with pytest.raises(ValueError, match="format version 9"):
-        find_network(folder)
+        open_network(folder)
 
 
 @contextlib.contextmanager
@@ -269,7 +269,7 @@ def test_runs_of_the_first_version_are_resumed_and_sampled(tmp_path):
     """version1/run was made by lamamba 0.1.0 before there were several processes."""
     folder = tmp_path / "run"
     shutil.copytree(Path(__file__).parent / "version1" / "run", folder)
-    model, facts = find_network(folder)
+    model, facts = open_network(folder)
     assert (model.architecture.width, facts.label_names[:2]) == (4, ("0", "1"))
     run = json.loads((folder / "config.json").read_text())
     settings = dataclasses.replace(TrainConfig.from_dict(run["train"]), steps=3)

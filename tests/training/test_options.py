@@ -15,7 +15,7 @@ from lamamba.data.codec import CodecConfig
 from lamamba.models.official import load_official, official_name, read_official
 from lamamba.options.training import ModelOptions
 from lamamba.runs.folder import RunFolder
-from lamamba.runs.model import find_network
+from lamamba.runs.model import open_network
 from lamamba.training import trackers
 from lamamba.training.checkpoint import update_ema
 from lamamba.training.draws import draw, split_held_out
@@ -245,7 +245,7 @@ def test_fine_tuning_replaces_the_label_table_and_nothing_else(tmp_path):
             torch.testing.assert_close(p, q)
     again = config(model=OFFICIAL_MODEL, batch_size=2, steps=1, start=dict(source=str(tmp_path / "tuned")))
     assert train(again, Latents(4), tmp_path / "from a run").step == 1          # a run of ours is a source, too
-    model, facts = find_network(tmp_path / "tuned")
+    model, facts = open_network(tmp_path / "tuned")
     assert (model.architecture.num_classes, facts.codec, facts.scale) == (4, "latents", 0.18215)
 
 

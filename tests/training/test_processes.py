@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from lamamba.runs.model import find_network
+from lamamba.runs.model import open_network
 from lamamba.training.loop import train
 from lamamba.utils.distributed import part
 from lamamba.utils.errors import MainProcessError
@@ -87,7 +87,7 @@ def test_a_split_network_trains_saves_resumes_and_loads_in_one_process(alone, tm
     place = tmp_path / "run" / "checkpoints" / "step_00000003"
     assert len(list((place / "shards").glob("*.safetensors"))) == 2
     assert not list((tmp_path / "run").rglob("*.metadata"))                     # nothing pickled
-    model, _ = find_network(place)
+    model, _ = open_network(place)
     assert model.architecture.width == 8
 
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
