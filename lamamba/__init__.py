@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lamamba.api.info import InfoResult, info
     from lamamba.api.open_app import AppResult, open_app
     from lamamba.api.plot import PlotResult, plot
+    from lamamba.api.sample import SampleResult, sample
     from lamamba.api.sample_folder import SampleFolderResult, sample_folder
     from lamamba.api.train import TrainPlan, TrainResult, plan, train
     from lamamba.config import UNetConfig
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from lamamba.options.metrics import MetricOptions
     from lamamba.options.plot import PlotOptions
     from lamamba.options.sample_folder import SampleFolderOptions
+    from lamamba.options.sampling import SampleOptions
     from lamamba.options.training import TrainOptions
     from lamamba.pipeline import LaMambaPipeline
     from lamamba.runs.model import Model, open_model
@@ -98,9 +100,12 @@ _MODULES = {
     "plot": "api.plot",
     "PlotOptions": "options.plot",
     "PlotResult": "api.plot",
+    "sample": "api.sample",
     "sample_folder": "api.sample_folder",
     "SampleFolderOptions": "options.sample_folder",
     "SampleFolderResult": "api.sample_folder",
+    "SampleOptions": "options.sampling",
+    "SampleResult": "api.sample",
     "StatisticsOptions": "options.evaluation",
     "StatisticsResult": "api.compute_statistics",
     "to_official": "models.official",
@@ -143,6 +148,8 @@ __all__ = [
     "PlotResult",
     "SampleFolderOptions",
     "SampleFolderResult",
+    "SampleOptions",
+    "SampleResult",
     "StatisticsOptions",
     "StatisticsResult",
     "TrainOptions",
@@ -166,6 +173,7 @@ __all__ = [
     "open_model",
     "plan",
     "plot",
+    "sample",
     "sample_folder",
     "to_official",
     "train",

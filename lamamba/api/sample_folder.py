@@ -17,23 +17,20 @@ import PIL
 import torch
 
 from lamamba._version import __version__
-from lamamba.data.codec import PixelCodec
 from lamamba.options.sample_folder import SampleFolderOptions
 from lamamba.runs.model import Model
-from lamamba.sampling import generate
 from lamamba.sampling.folder import MakeImages, sample_many
+from lamamba.sampling.generate import DEFAULT_BATCH_SIZE
 from lamamba.sampling.labels import LabelRule
 from lamamba.sampling.plan import NPZ, FileKind, Plan, find_plan
-from lamamba.sampling.prepare import as_in_picture, prepare, to_device
-from lamamba.sampling.settings import ImageMetadata, read_png_facts
+from lamamba.sampling.prepare import fill_from_picture, prepare
+from lamamba.sampling.settings import ImageMetadata
 from lamamba.sampling.table import find_labels
 from lamamba.utils.distributed import is_main_process, local_device
 from lamamba.utils.progress import ProgressOption, reporting
 from lamamba.utils.repeatable import repeatable
 
 logger = logging.getLogger("lamamba.api")
-
-DEFAULT_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -71,10 +68,7 @@ def sample_folder(options: SampleFolderOptions, *, progress: ProgressOption = "a
         OSError: when the disk is full or broken; finished shards stay.
     """
     is_main, folder = is_main_process(), options.out
-    picture = None
-    if options.like is not None:
-        picture = read_png_facts(options.like)
-        options = as_in_picture(options, picture)
+    options, picture = fill_from_picture(options)
     device = local_device(options.device)
     before = find_plan(folder)                                                  # for batch and threads not given
     threads = 0 if device.type != "cpu" else options.threads or (before and before.threads) or torch.get_num_threads()
@@ -95,23 +89,22 @@ def _plan(
     threads: int,
 ) -> tuple[Plan, MakeImages]:
     """The plan, and a function that makes the images of a shard by it."""
-    model, guiding_model, settings = prepare(options, picture, device)
+    prepared = prepare(options, picture, device)
+    model = prepared.model
     rule, classes = _labels(options, model)
     assert options.num is not None
     plan = Plan(
-        settings=settings, num=options.num, seed=options.seed or 0, rule=rule, classes=classes,
+        settings=prepared.settings, num=options.num, seed=options.seed or 0, rule=rule, classes=classes,
         files=options.format or (before.files if before else "png"), threads=threads,
         channels=3 if model.decoder else model.network.architecture.in_channels,
-        batch_size=options.batch_size or (before.batch_size if before else DEFAULT_BATCH),
+        batch_size=options.batch_size or (before.batch_size if before else DEFAULT_BATCH_SIZE),
     )
-    guiding_model = to_device(model, guiding_model, settings, device, plan.batch_size)
-    decoder, input_size = model.decoder or PixelCodec(), model.fit(settings.height, settings.width)[0]
+    generator = prepared.generator(device, plan.batch_size, plan.classes)
 
     def make_images(indices: range, advance: Callable[[float], None]) -> np.ndarray:
-        return generate(
-            model.network, plan.labels_of(indices), [plan.seed_of(k) for k in indices], sampler=settings.sampler,
-            num_steps=settings.steps, guidance=settings.guidance, guiding_model=guiding_model, input_size=input_size,
-            batch_size=plan.batch_size, decoder=decoder, on_step=lambda done, total: advance(done / total),
+        return generator(
+            plan.labels_of(indices), [plan.seed_of(k) for k in indices],
+            on_step=lambda done, total: advance(done / total),
         )
 
     return plan, make_images

@@ -30,14 +30,14 @@ class ConditionedNetwork:
         model: the network; its weights must not change meanwhile.
         timesteps: the times of the run in the order of their use.
         labels: see `prepare`.
-        rows_bytes: memory for what is computed ahead; one step's rows are always computed together.
+        rows_bytes: memory for the rows, by default ROWS_BYTES; one step's rows are always computed together.
     """
 
     def __init__(
         self, model: LaMambaUNet, timesteps: Iterable[float], labels: Collection[int] | None = None,
-        rows_bytes: int = ROWS_BYTES,
+        rows_bytes: int | None = None,
     ):
-        self._model, self._rows_bytes = model, rows_bytes
+        self._model, self._rows_bytes = model, ROWS_BYTES if rows_bytes is None else rows_bytes
         self._times = list(dict.fromkeys(float(t) for t in timesteps))
         self._row_bytes = model.condition_outputs * next(model.parameters()).element_size()
         self._recorded: RecordedNetwork | None = None

@@ -1,4 +1,4 @@
-"""What made a picture, as a value: written into every PNG, compared before a folder of images is gone on with."""
+"""Settings of images: written into every PNG, and compared before a folder of images is continued."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class Interpolated:
-    """A place between two seeds or two classes: weight 0 is the first, 1 the second."""
+    """Between two seeds or two classes: weight 0 is the first, 1 the second."""
 
     first: int
     second: int
@@ -119,35 +119,37 @@ class ImageMetadata:
         if not isinstance(version, int) or version > SETTINGS_VERSION:
             raise ValueError(f"settings of version {version}, this lamamba reads up to {SETTINGS_VERSION}: upgrade it")
         try:
-            facts = cls(
+            metadata = cls(
                 settings=Settings.from_dict(values["settings"]), seeds=_rich(values["seeds"]),
                 labels=None if values["labels"] is None else _rich(values["labels"]), columns=int(values["columns"]),
                 row_names=tuple(values["row_names"]), batch_size=int(values["batch_size"]), lamamba=values["lamamba"],
             )
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"settings are damaged: {error!r}") from error
-        count = len(facts.seeds)
-        if not count or (facts.labels is not None and len(facts.labels) != count) or not 0 <= facts.columns <= count:
+        count = len(metadata.seeds)
+        if not count or (
+            metadata.labels is not None and len(metadata.labels) != count
+        ) or not 0 <= metadata.columns <= count:
             raise ValueError("settings are damaged: seeds, labels and columns do not fit together")
-        return facts
+        return metadata
 
 
-def _plain(places: Sequence[int | Interpolated]) -> list[int | list[float]]:
-    return [[p.first, p.second, p.weight] if isinstance(p, Interpolated) else int(p) for p in places]
+def _plain(values: Sequence[int | Interpolated]) -> list[int | list[float]]:
+    return [[p.first, p.second, p.weight] if isinstance(p, Interpolated) else int(p) for p in values]
 
 
-def _rich(places: Sequence[int | Sequence[float]]) -> tuple[int | Interpolated, ...]:
-    return tuple(p if isinstance(p, int) else Interpolated(int(p[0]), int(p[1]), float(p[2])) for p in places)
+def _rich(values: Sequence[int | Sequence[float]]) -> tuple[int | Interpolated, ...]:
+    return tuple(p if isinstance(p, int) else Interpolated(int(p[0]), int(p[1]), float(p[2])) for p in values)
 
 
-def png_text(facts: ImageMetadata) -> PngImagePlugin.PngInfo:
+def png_text(metadata: ImageMetadata) -> PngImagePlugin.PngInfo:
     """What Pillow writes into a PNG with `save(..., pnginfo=...)`."""
     text = PngImagePlugin.PngInfo()
-    text.add_text(PNG_KEY, json.dumps(facts.to_dict(), separators=(",", ":")))
+    text.add_text(PNG_KEY, json.dumps(metadata.to_dict(), separators=(",", ":")))
     return text
 
 
-def read_png_facts(path: str | Path) -> ImageMetadata:
+def read_image_metadata(path: str | Path) -> ImageMetadata:
     """The settings in a PNG.
 
     Raises:

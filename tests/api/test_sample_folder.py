@@ -9,7 +9,7 @@ import pytest
 
 import lamamba
 from lamamba.runs.metadata import ModelMetadata
-from lamamba.sampling.settings import read_png_facts
+from lamamba.sampling.settings import read_image_metadata
 from tests.networks import random_network, small_config
 
 
@@ -62,7 +62,7 @@ def test_it_takes_the_settings_of_a_picture(model, tmp_path):
     like = make(None, tmp_path / "two", like=tmp_path / "one" / "000003.png", steps=None, batch_size=None, seed=3,
                 num=1, classes="ant")
     lamamba.sample_folder(like, progress=None)
-    old, new = (read_png_facts(tmp_path / name) for name in ("one/000003.png", "two/000000.png"))
+    old, new = (read_image_metadata(tmp_path / name) for name in ("one/000003.png", "two/000000.png"))
     assert (new.settings, new.seeds, new.labels) == (old.settings, old.seeds, old.labels)
 
 

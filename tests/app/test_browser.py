@@ -9,7 +9,7 @@ import time
 import pytest
 
 from lamamba.app.session import THREAD_NAME
-from lamamba.sampling.settings import read_png_facts
+from lamamba.sampling.settings import read_image_metadata
 from tests.app.test_page import server  # noqa: F401 (a fixture)
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -56,7 +56,7 @@ def test_pick_a_class_press_the_button_and_a_picture_appears(page, tmp_path):
         page.click("#keep")
     waiting.value.save_as(tmp_path / "saved.png")
     assert waiting.value.suggested_filename == "lamamba_3_seed0.png"
-    facts = read_png_facts(tmp_path / "saved.png")
+    facts = read_image_metadata(tmp_path / "saved.png")
     assert facts.labels == (3,) * 8
     assert facts.seeds == tuple(range(8))
 

@@ -18,7 +18,7 @@ from lamamba.cli.main import main
 from lamamba.options.app import AppOptions
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import Model, fingerprint
-from lamamba.sampling.settings import read_png_facts
+from lamamba.sampling.settings import read_image_metadata
 from lamamba.viz.grids import grid_picture
 from tests.networks import random_network, small_config
 
@@ -48,7 +48,7 @@ def draw(client, classes=("4",), num=1, seed=3, sampler="flow-euler", steps=3, g
 
 def test_a_picture_comes_with_its_settings(client):
     picture, status, *_ = draw(client, classes=("4", "9"), num=3, steps=5, guidance=1.5)
-    facts = read_png_facts(picture)
+    facts = read_image_metadata(picture)
     assert "6 pictures in" in status
     assert facts.labels == (4, 4, 4, 9, 9, 9)
     assert facts.seeds == (3, 4, 5, 6, 7, 8)
@@ -68,7 +68,7 @@ def pixels_of(table, columns):
 def test_the_command_line_repeats_a_picture_of_the_page(client, tmp_path):
     picture, *_ = draw(client, num=4, steps=5, guidance=1.5)
     assert main(["sample", "--like", str(picture), "--out", str(tmp_path / "again.png")]) == 0
-    assert read_png_facts(tmp_path / "again.png") == read_png_facts(picture)
+    assert read_image_metadata(tmp_path / "again.png") == read_image_metadata(picture)
     expected = grid_picture(pixels_of(Image.open(picture), 2), 2)
     difference = np.asarray(Image.open(tmp_path / "again.png")).astype(int) - np.asarray(expected)
     assert abs(difference).max() <= 1                                           # of 255: to rounding
@@ -106,7 +106,7 @@ def test_fifty_requests_at_once_are_all_served(server, tmp_path):
     client = Client(server.url, verbose=False, download_files=str(tmp_path))
     with ThreadPoolExecutor(REQUESTS) as pool:
         answers = list(pool.map(lambda seed: draw(client, seed=seed, steps=1)[0], range(REQUESTS)))
-    assert [read_png_facts(answer).seeds for answer in answers] == [(seed,) for seed in range(REQUESTS)]
+    assert [read_image_metadata(answer).seeds for answer in answers] == [(seed,) for seed in range(REQUESTS)]
 
 
 def test_models_of_other_kinds_have_a_page_too(tmp_path):
@@ -124,7 +124,7 @@ def test_models_of_other_kinds_have_a_page_too(tmp_path):
         client = Client(page.local_url, verbose=False, download_files=str(tmp_path))
         picture, *_ = client.predict(*first, 2, 5, "ddim", 3, 1.0, 8, 16, "smooth", api_name="/draw")
         page.close()
-        facts = read_png_facts(picture)
+        facts = read_image_metadata(picture)
         assert facts.labels == (None if not first else (17, 17, 999, 999))
         assert (facts.settings.height, facts.settings.width) == (8, 16)
 

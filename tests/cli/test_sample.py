@@ -16,7 +16,7 @@ from PIL import Image, ImageSequence
 
 from lamamba.cli.main import main
 from lamamba.runs.metadata import ModelMetadata
-from lamamba.sampling.settings import Interpolated, read_png_facts
+from lamamba.sampling.settings import Interpolated, read_image_metadata
 from lamamba.viz.films import chosen_frames, save_film
 from tests.networks import random_network, small_config
 
@@ -69,20 +69,20 @@ def test_a_picture_repeats_itself_and_takes_changes(sample):
                   "--guidance-channels", "first-three", "--guidance-interval", 0.1, 0.9, "--guidance-rescale", 0.5,
                   "--autoguidance", "early", "--width", 12, "--batch-size", 4, "--out", "a.png")
     assert made[0] == 0, made[2]
-    facts = read_png_facts("a.png")
+    facts = read_image_metadata("a.png")
     assert (facts.labels, facts.seeds, facts.row_names) == ((1, 1, 1, 2, 2, 2), (5, 6, 7, 8, 9, 10), ("bee", "cat"))
     assert (facts.settings.height, facts.settings.width, facts.settings.autoguidance) == (8, 12, "early")
     assert sample("--like", "a.png", "--out", "b.png")[0] == 0
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
     assert sample("--like", "a.png", "--out", "c.png", "--steps", 4, "--num", 2)[0] == 0
-    other = read_png_facts("c.png")
+    other = read_image_metadata("c.png")
     assert (other.settings.steps, other.labels, other.seeds) == (4, (1, 1, 2, 2), (5, 6, 7, 8))
     assert other.settings.guidance == facts.settings.guidance
     assert sample("--like", "a.png", "--out", "d.png", "--sampler", "flow-heun", "--classes", "ant")[0] == 0
-    other = read_png_facts("d.png")
+    other = read_image_metadata("d.png")
     assert (other.settings.sampler, other.settings.steps, other.labels) == ("flow-heun", 25, (0, 0, 0))
     assert sample("early", "--like", "a.png", "--out", "e.png")[0] == 0         # another model, named
-    assert read_png_facts("e.png").settings.model == "early"
+    assert read_image_metadata("e.png").settings.model == "early"
 
 
 def test_a_picture_of_a_model_that_has_changed_is_not_repeated_in_silence(sample, models, tmp_path):
@@ -105,16 +105,16 @@ def test_a_picture_of_a_model_that_has_changed_is_not_repeated_in_silence(sample
 def test_paths_between_seeds_and_classes(sample):
     assert sample("flow", "--interpolate", "seeds:3:7", "--classes", "0,1", "--num", 4, "--steps", 2,
                   "--out", "a.png")[0] == 0
-    facts = read_png_facts("a.png")
+    facts = read_image_metadata("a.png")
     assert facts.labels == (0, 0, 0, 0, 1, 1, 1, 1)
     assert facts.seeds[:4] == tuple(Interpolated(3, 7, k / 3) for k in range(4))
     assert sample("flow", "--interpolate", "classes:ant:2", "--num", 3, "--steps", 2, "--out", "b.png")[0] == 0
-    assert read_png_facts("b.png").labels[:3] == tuple(Interpolated(0, 2, w) for w in (0.0, 0.5, 1.0))
-    assert read_png_facts("b.png").row_names == ("seed 0", "seed 1", "seed 2", "seed 3")
+    assert read_image_metadata("b.png").labels[:3] == tuple(Interpolated(0, 2, w) for w in (0.0, 0.5, 1.0))
+    assert read_image_metadata("b.png").row_names == ("seed 0", "seed 1", "seed 2", "seed 3")
     assert sample("--like", "b.png", "--out", "c.png")[0] == 0
     assert Path("c.png").read_bytes() == Path("b.png").read_bytes()
     status, _, err = sample("--like", "b.png", "--seed", 3)
-    assert (status, "shows a path" in err) == (2, True)
+    assert (status, "shows an interpolation" in err) == (2, True)
 
 
 def test_films_have_a_frame_for_every_step(sample):
@@ -196,9 +196,9 @@ def test_torchrun_takes_none_of_our_options_for_its_own():
 def test_balanced_labels_of_an_unconditional_model_and_of_chosen_classes(sample):
     assert sample("noise", "--num", 5, "--balanced", "--classes", "cat,ant", "--sampler", "ddim", "--steps", 2,
                   "--out", "some")[0] == 0
-    assert [read_png_facts(f"some/00000{k}.png").labels for k in range(5)] == [(2,), (0,), (2,), (0,), (2,)]
+    assert [read_image_metadata(f"some/00000{k}.png").labels for k in range(5)] == [(2,), (0,), (2,), (0,), (2,)]
     assert sample("free", "--num", 3, "--steps", 1, "--out", "free-samples")[0] == 0
-    assert read_png_facts("free-samples/000002.png").labels is None
+    assert read_image_metadata("free-samples/000002.png").labels is None
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
@@ -216,7 +216,7 @@ def test_balanced_labels_of_an_unconditional_model_and_of_chosen_classes(sample)
     (["flow", "--autoguidance", "noise"], "guiding model has objective='noise'"),
     (["flow", "--guidance-interval", "0.5", "0.1"], "guidance interval"),
     (["flow", "--seed", "99999999999999999999"], "seed 99999999999999999999 is out of range"),
-    (["flow", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
+    (["flow", "--batch-size", "0"], "batch_size=0 must be at least 1"),
     (["--like", "nowhere.png"], "nowhere.png does not exist"),
     (["model.pt"], "a pickled checkpoint can run code, so it is not opened here: lamamba convert model.pt DIR"),
     (["broken"], "broken are missing or damaged"),
@@ -240,6 +240,6 @@ def test_without_a_model_the_shipped_one_draws_or_is_said_to_be_missing(sample):
         assert (status, "no MODEL was given" in err, len(err.splitlines())) == (2, True, 1)
     else:
         assert "digits model that ships with lamamba" in out
-        assert read_png_facts("samples.png").settings.model == "shipped"
+        assert read_image_metadata("samples.png").settings.model == "shipped"
         assert sample("--like", "samples.png", "--out", "again.png")[0] == 0
         assert Path("again.png").read_bytes() == Path("samples.png").read_bytes()

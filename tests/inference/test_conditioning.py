@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lamamba.inference import conditioning
 from lamamba.inference.conditioning import ConditionedNetwork
+from lamamba.sampling.generate import ImageGenerator, generate
 from tests.networks import random_inputs, random_network, small_config
 
 
@@ -70,3 +72,48 @@ def test_both_halves_compile_into_one_graph():
     with torch.no_grad():
         expected = model(x, t, labels)
         torch.testing.assert_close(compiled(x, None, conditioning=condition(t, labels)), expected)
+
+
+def count_rows(monkeypatch, model):
+    """Calls of model.condition, as numbers of rows."""
+    rows, condition = [], model.condition
+    monkeypatch.setattr(model, "condition", lambda t, y: rows.append(len(t)) or condition(t, y))
+    return rows
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_one_object_serves_many_batches(monkeypatch, guidance):
+    model = random_network(small_config(in_channels=1, objective="flow", width=8))
+    rows = count_rows(monkeypatch, model)
+    labels = [k % 3 for k in range(12)]
+    images = generate(model, labels, range(12), num_steps=4, guidance=guidance, batch_size=2)
+    assert rows == [4 * (3 + (guidance != 1))]
+    generator = ImageGenerator(model, num_steps=4, guidance=guidance, batch_size=2, labels=range(3))
+    again = [generator(labels[k : k + 3], range(k, k + 3)) for k in (6, 0, 9, 3)]           # in any order of the calls
+    assert len(rows) == 2
+    for first, part in zip((6, 0, 9, 3), again, strict=True):
+        assert abs(part.astype(int) - images[first : first + 3]).max() <= 1
+
+
+def test_many_classes_in_many_steps_take_bounded_memory(monkeypatch):
+    model = random_network(small_config(in_channels=1, objective="flow", width=8, num_classes=50))
+    row_bytes = 4 * model.condition_outputs
+    monkeypatch.setattr(conditioning, "ROWS_BYTES", 20 * row_bytes)
+    rows = count_rows(monkeypatch, model)
+    generate(model, range(50), range(50), num_steps=4, guidance=2.0, batch_size=4)
+    assert max(rows) <= 20
+    assert sum(rows) == 12 * 4 * 5 + 4 * 3                                      # each batch's own labels and no class
+
+
+def test_rows_do_not_depend_on_what_was_sampled_before(monkeypatch):
+    """So that a shard of images is the same bytes whichever process makes it, and after which others."""
+    model = random_network(small_config(in_channels=1, objective="flow", width=8, num_classes=50))
+    monkeypatch.setattr(conditioning, "ROWS_BYTES", 0)
+    rows = count_rows(monkeypatch, model)
+    generator = ImageGenerator(model, num_steps=2, guidance=2.0, labels=range(50))
+    generator([4, 7, 9], [0, 1, 2])
+    before = len(rows)
+    part = generator([7, 4], [5, 6])
+    assert rows[before:] == [3, 3]                                              # not those of the three labels before
+    fresh = ImageGenerator(model, num_steps=2, guidance=2.0, labels=range(50))
+    assert (fresh([7, 4], [5, 6]) == part).all()

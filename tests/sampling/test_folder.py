@@ -19,7 +19,7 @@ from PIL import Image
 
 from lamamba.sampling.folder import sample_many
 from lamamba.sampling.plan import Plan, find_plan
-from lamamba.sampling.settings import Settings, read_png_facts
+from lamamba.sampling.settings import Settings, read_image_metadata
 from lamamba.utils import shards
 
 SETTINGS = Settings(model="runs/x", model_sha256="abc", sampler="ddim", steps=5, height=6, width=4)
@@ -82,7 +82,7 @@ def test_what_is_in_the_folder(alone):
         np.testing.assert_array_equal(file["arr_0"], expected)
         assert file["arr_1"].tolist() == labels
     np.testing.assert_array_equal(np.asarray(Image.open(alone / "000021.png")), expected[21])
-    facts = read_png_facts(alone / "000021.png")
+    facts = read_image_metadata(alone / "000021.png")
     assert (facts.settings, facts.seeds, facts.labels, facts.columns) == (SETTINGS, (121,), (labels[21],), 0)
     manifest = json.loads((alone / "manifest.json").read_text())
     assert Plan.from_dict(manifest["plan"]) == plan == find_plan(alone)

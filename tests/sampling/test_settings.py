@@ -11,7 +11,7 @@ from PIL import Image, PngImagePlugin
 from lamamba import LaMambaUNet
 from lamamba.diffusion.guidance import Guidance
 from lamamba.runs.model import fingerprint
-from lamamba.sampling.settings import ImageMetadata, Interpolated, Settings, png_text, read_png_facts
+from lamamba.sampling.settings import ImageMetadata, Interpolated, Settings, png_text, read_image_metadata
 from tests.networks import random_network, small_config
 
 SETTINGS = Settings(
@@ -26,7 +26,7 @@ FACTS = ImageMetadata(
 
 def test_there_and_back_through_a_png(tmp_path):
     Image.new("RGB", (4, 3)).save(tmp_path / "a.png", pnginfo=png_text(FACTS))
-    assert read_png_facts(tmp_path / "a.png") == FACTS
+    assert read_image_metadata(tmp_path / "a.png") == FACTS
     values = json.loads(Image.open(tmp_path / "a.png").text["lamamba"])         # readable without us
     assert values["settings"]["guidance"] == {
         "scale": 3.0, "channels": "first-three", "interval": [0.1, 0.8], "rescale": 0.5}
@@ -48,15 +48,15 @@ def test_pictures_without_good_settings_are_refused(tmp_path, text, said):
         info.add_text("lamamba", text)
     Image.new("RGB", (4, 3)).save(tmp_path / "a.png", pnginfo=info)
     with pytest.raises(ValueError, match=said):
-        read_png_facts(tmp_path / "a.png")
+        read_image_metadata(tmp_path / "a.png")
 
 
 def test_what_is_no_picture_is_refused(tmp_path):
     (tmp_path / "a.png").write_text("hello")
     with pytest.raises(ValueError, match="cannot be read as a picture"):
-        read_png_facts(tmp_path / "a.png")
+        read_image_metadata(tmp_path / "a.png")
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        read_png_facts(tmp_path / "b.png")
+        read_image_metadata(tmp_path / "b.png")
 
 
 def test_a_networks_fingerprint_is_of_what_it_computes(tmp_path):

@@ -1,0 +1,81 @@
+"""lamamba.sample: pictures and films from Python."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lamamba
+from lamamba.runs.metadata import ModelMetadata
+from lamamba.sampling import generate
+from lamamba.sampling.settings import Interpolated, read_image_metadata
+from tests.networks import random_network, small_config
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    place = tmp_path_factory.mktemp("models") / "flow"
+    random_network(small_config(in_channels=1, objective="flow", width=8)).save_pretrained(place)
+    metadata = ModelMetadata(objective="flow", image_size=8, label_names=("ant", "bee", "cat"), guidance=1.5)
+    metadata.save(place / "sampling.json")
+    return place
+
+
+def sample(model, **changes):
+    values = dict(model=model, classes=[1, "cat"], num=3, seed=5, steps=2, device="cpu")
+    return lamamba.sample(lamamba.SampleOptions(**{**values, **changes}), progress=None)
+
+
+def test_images_seeds_labels_and_a_picture_without_a_file(model):
+    result = sample(model)
+    assert (result.labels, result.seeds) == ((1, 1, 1, 2, 2, 2), (5, 6, 7, 8, 9, 10))
+    network = lamamba.open_model(model).network
+    images = generate(network, result.labels, result.seeds, num_steps=2, guidance=1.5)     # the model's own scale
+    np.testing.assert_array_equal(result.images, images)
+    assert str(result) == "6 images, seeds 5 to 10, flow-euler in 2 steps, guidance 1.5"
+    assert "array" not in repr(result)
+    with Image.open(io.BytesIO(result._repr_png_())) as picture:
+        assert picture.size == result.picture.size
+        assert "lamamba" in picture.text
+
+
+def test_a_png_repeats_itself(model, tmp_path):
+    first = sample(model, out=tmp_path / "a.png", guidance=3.0)
+    assert str(first).startswith(f"{tmp_path / 'a.png'}: 6 images")
+    assert read_image_metadata(tmp_path / "a.png") == first.metadata
+    again = lamamba.sample(
+        lamamba.SampleOptions(like=tmp_path / "a.png", out=tmp_path / "b.png", device="cpu"), progress=None)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert again.metadata == first.metadata
+
+
+def test_classes_are_given_as_words_numbers_or_a_list(model):
+    for classes in ("1,cat", ["bee", 2], (1, 2), [np.int64(1), "2"]):
+        assert sample(model, classes=classes, num=1).labels == (1, 2)
+
+
+def test_an_interpolation_and_its_film(model, tmp_path):
+    result = sample(model, classes=None, interpolate="classes:ant:cat", num=4, out=tmp_path / "way.gif")
+    assert result.labels[:2] == (Interpolated(0, 2, 0.0), Interpolated(0, 2, 1 / 3))
+    assert (result.num_frames, str(result)) == (4, f"{tmp_path / 'way.gif'}: a film of 4 pictures")
+    assert sample(model, steps=7, out=tmp_path / "steps.gif").num_frames == 7
+
+
+def test_progress_is_reported_in_steps(model):
+    seen = []
+    options = lamamba.SampleOptions(model=model, classes=[0], num=3, steps=2, batch_size=2, device="cpu")
+    lamamba.sample(options, progress=seen.append)
+    assert [(p.task, p.done, p.total, p.unit) for p in seen] == [("sampling", k, 4, "steps") for k in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"out": "x.jpg"}, "pictures are .png"), ({"num": 0}, "num=0 must be at least 1"),
+    ({"fps": 51}, "fps=51 must be at most 50"), ({"guidance_rescale": 1.5}, "guidance_rescale=1.5 must be at most 1"),
+    ({"classes": ["bees"]}, "did you mean 'bee'"), ({"sampler": "ddpm"}, "this one was trained for flow"),
+])
+def test_options_that_do_not_fit_are_refused(model, changes, said):
+    with pytest.raises(ValueError, match=said):
+        sample(model, **changes)
