@@ -1,4 +1,4 @@
-"""The pipeline in diffusers: another scheduler, a callback that keeps pictures, inpainting: python examples/pipeline.py"""
+"""The pipeline in diffusers: another scheduler, pictures on the way, inpainting: python examples/pipeline.py"""
 
 import numpy as np
 import torch
