@@ -1,4 +1,4 @@
-"""The diffusers pipeline: whoever knows those knows this one."""
+"""LaMambaPipeline: a diffusers pipeline."""
 
 # no `from __future__ import annotations`: diffusers reads the constructor's types
 import dataclasses
@@ -54,13 +54,13 @@ from lamamba.pipeline import LaMambaPipeline
 
 __all__ = ["LaMambaPipeline"]
 '''
-"""What lies beside a saved pipeline as pipeline.py, so that diffusers finds the class."""
+"""Content of pipeline.py in a saved pipeline, by which diffusers finds the class."""
 
 Generators = torch.Generator | list[torch.Generator] | None
 
 
 class LaMambaPipeline(DiffusionPipeline):
-    """Pictures of a LaMamba-Diff network, as diffusers does it.
+    """Sample images from a LaMamba-Diff network, as a diffusers pipeline.
 
         pipe = LaMambaPipeline.from_pretrained("exported").to("cuda")
         image = pipe("tabby", generator=torch.Generator().manual_seed(0)).images[0]
@@ -171,8 +171,10 @@ class LaMambaPipeline(DiffusionPipeline):
         self._exclude_from_cpu_offload = ["unet"]
         super().enable_sequential_cpu_offload(gpu_id, device)
         self._exclude_from_cpu_offload = []
-        place = self.unet.device
-        accelerate.cpu_offload(self.unet.to("cpu"), place, preload_module_classes=LaMambaUNet._no_split_modules)
+        execution_device = self.unet.device
+        accelerate.cpu_offload(
+            self.unet.to("cpu"), execution_device, preload_module_classes=LaMambaUNet._no_split_modules
+        )
 
     def enable_vae_slicing(self) -> None:
         """Decode one image at a time, for less memory."""
@@ -277,10 +279,10 @@ class LaMambaPipeline(DiffusionPipeline):
             class_labels: class numbers or names, one or several; None for a network without classes.
             num_images_per_label: images of each label, side by side in the output.
             num_inference_steps: by default what the scheduler's kind usually takes.
-            guidance_scale: how far the label is exaggerated; 1 is none and costs half. By default the model's own, else
+            guidance_scale: scale of guidance; 1 is none and costs half. By default the model's own, else
                 2 (for a network without classes 1, unless it is guided by another).
             guidance_channels: "all" (the paper's code) or "first-three" (DiT's).
-            guidance_interval: guide only where timestep / 1000 lies between these; 1 is noise.
+            guidance_interval: guide only at timesteps / 1000 between these; 1 is noise.
             guidance_rescale: 0 .. 1, how much of the conditional prediction's deviation each image gets back.
             guidance_model: a guiding model: smaller, or from earlier in the training, instead of
                 "no class" (autoguidance).
@@ -296,7 +298,7 @@ class LaMambaPipeline(DiffusionPipeline):
             return_dict: False gives the tuple (images,).
             callback_on_step_end: called as diffusers' are, with the tensors named below; "latents" that it returns take
                 the place of those.
-            callback_on_step_end_tensor_inputs: of "latents" and "x0", the clean image as it is foreseen.
+            callback_on_step_end_tensor_inputs: of "latents" and "x0", the clean image as predicted in the step.
 
         Returns:
             ImagePipelineOutput, with .images.
@@ -381,7 +383,7 @@ class LaMambaPipeline(DiffusionPipeline):
             )
         labels = [label for label in self.get_label_ids(class_labels) for _ in range(per_label)]
         if not labels:
-            raise ValueError("class_labels is empty: no image was asked for")
+            raise ValueError("class_labels is empty: give at least one")
         return labels, len(labels)
 
     def _noise(

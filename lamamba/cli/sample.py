@@ -33,7 +33,7 @@ class SampleArguments(FolderOptions, SampleOptions):
 
     out: FilePath | None = None
     """A picture (.png), a film of the denoising or the interpolation (.gif, .mp4), or a folder of images. By default
-    samples.png, or samples/ with --balanced, --random-labels or --format."""
+    samples.png, or samples/ with --balanced or --random-labels."""
 
     @property
     def is_folder(self) -> bool:

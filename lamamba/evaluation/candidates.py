@@ -18,7 +18,7 @@ from lamamba.options.evaluation import EvaluateOptions
 from lamamba.pretrained import shipped_model
 from lamamba.runs.folder import RunFolder
 from lamamba.runs.model import EMA, PIPELINE_INDEX, SHIPPED, list_averages, open_model
-from lamamba.sampling import generate
+from lamamba.sampling.generate import ImageGenerator
 from lamamba.sampling.labels import label_of
 from lamamba.sampling.plan import NPZ, SHARDS, UNFINISHED, find_plan
 from lamamba.utils.files import read_json
@@ -157,6 +157,17 @@ class Sampler:
         }
         self._model.prepare(device, getattr(torch, options.dtype), compiled=False, images=options.batch_size)
 
+        self._generator: tuple[float, ImageGenerator] | None = None
+
+    def _generator_at(self, guidance: float) -> ImageGenerator:
+        """One for all batches at a guidance scale; that of another scale is dropped."""
+        if self._generator is None or self._generator[0] != guidance:
+            self._generator = guidance, ImageGenerator(
+                self._model.network, sampler=self._sampler, num_steps=self._options.steps, guidance=guidance,
+                batch_size=self._options.batch_size, decoder=self._model.decoder, labels=range(self._model.num_classes),
+            )
+        return self._generator[1]
+
     def images(self, count: int, first_seed: int, guidance: float) -> GeneratedImages:
         """Images of consecutive seeds, sampled when they are read."""
         classes = range(self._model.num_classes)
@@ -165,11 +176,7 @@ class Sampler:
         seeds = range(first_seed, first_seed + count)
 
         def make(seeds: range, labels: Sequence[int] | None) -> np.ndarray:
-            return generate(
-                self._model.network, labels, seeds, sampler=self._sampler, num_steps=self._options.steps,
-                guidance=guidance, batch_size=self._options.batch_size, decoder=self._model.decoder,
-                on_step=self._on_step,
-            )
+            return self._generator_at(guidance)(labels, seeds, on_step=self._on_step)
 
         labels = [label_of(self._options.labels, k, seed, classes) for k, seed in enumerate(seeds)] if classes else None
         metadata = {**self._metadata, "guidance": guidance}

@@ -20,7 +20,7 @@ def find_compiler(language: str) -> str | None:
 
 
 def compile_network(model: LaMambaUNet) -> None:
-    """Compile a network in place, as one graph; the first pass then takes a minute or so, for each shape of its input.
+    """Compile a network in place, as one graph; the first forward pass of each input shape then takes about a minute.
 
     Raises:
         RuntimeError: where the compiler that this needs is missing.

@@ -1,6 +1,6 @@
-"""bfloat16 weights in the order that oneDNN's products want, for inference on CPUs.
+"""bfloat16 weights in oneDNN's blocked layout, for inference on CPUs.
 
-A plain bfloat16 product reorders its weight every time it is called; a packed one has been reordered once.
+A plain bfloat16 product reorders its weight in every call; a packed one is reordered once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class PackedLinear(nn.Module):
-    """A Linear layer for inference whose bfloat16 weight lies in oneDNN's own order."""
+    """A Linear layer for inference with its bfloat16 weight in oneDNN's layout."""
 
     def __init__(self, linear: nn.Linear, rows: int):
         super().__init__()
@@ -38,9 +38,9 @@ def can_pack() -> bool:
 
 
 def pack_weights(model: nn.Module, rows: int) -> None:
-    """Pack every Linear layer of a bfloat16 network on the CPU, in place, for products of about so many rows.
+    """Pack every Linear layer of a bfloat16 network on the CPU, in place, for products of about `rows` rows.
 
-    The network can then only be run: neither trained nor saved nor moved. Where `can_pack` says no, nothing changes.
+    The network can then only be run: neither trained nor saved nor moved. Where `can_pack` is false, nothing changes.
     The scan's small input projection (W_x, a raw parameter) stays as it is.
 
     Raises:

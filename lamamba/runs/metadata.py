@@ -1,4 +1,4 @@
-"""What a sampler must know of a model besides its weights: saved with them as sampling.json."""
+"""Metadata of a trained network (sampling.json): what sampling needs besides the weights."""
 
 from __future__ import annotations
 

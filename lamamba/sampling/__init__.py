@@ -1,4 +1,4 @@
-"""Seeds to pictures: some in memory (images), or as many as one likes on disk by any number of processes (many)."""
+"""Seeds and labels to images: in memory (generate), or on disk by any number of processes (folder)."""
 
 from lamamba.sampling.generate import generate
 

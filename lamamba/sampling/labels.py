@@ -1,4 +1,4 @@
-"""Which class image k shows: a function of k and its seed, never of the process that makes it."""
+"""Labels of the images of a set: a function of the index k and the seed alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def label_of(rule: Literal["balanced", "random"], k: int, seed: int, classes: Se
     Args:
         rule: "balanced": the classes in turn, so that any first part of the images is balanced, too; "random": drawn
             uniformly, by the first 8 bytes of SHA-256("label SEED") as a big-endian number, modulo their number.
-        k: the image's place.
+        k: the image's index.
         seed: the image's own.
         classes: to choose from.
     """

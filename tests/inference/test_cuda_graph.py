@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from lamamba.inference import conditioning, cuda_graph
 from lamamba.inference.conditioning import ConditionedNetwork
+from lamamba.sampling.generate import ImageGenerator, generate
 from tests.networks import random_inputs, random_network, relative_error, small_config
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -36,6 +38,16 @@ def test_sampling_on_a_gpu_records_small_batches():
             t = torch.full((2,), time)
             assert relative_error(network(x, t, labels), model(x, t, labels)) <= 1e-5
     assert network._recorded is not None
+
+
+@needs_gpu
+def test_a_recording_is_replayed_after_the_grid_was_changed_and_set_again():
+    model = random_network(small_config(in_channels=1, objective="flow", width=16)).cuda()
+    generator = ImageGenerator(model, num_steps=3, guidance=2.0, input_size=(8, 16), labels=range(3))
+    first = generator([0, 1, 2], [0, 1, 2])
+    other = generate(model, [0, 1, 2], [0, 1, 2], num_steps=3, input_size=(16, 16))         # takes what memory is free
+    np.testing.assert_array_equal(generator([0, 1, 2], [0, 1, 2]), first)
+    assert other.shape == (3, 16, 16, 1)
 
 
 def test_a_pass_that_cannot_be_recorded_runs_as_it_is(monkeypatch, caplog):
