@@ -4,8 +4,8 @@ r"""Train the digits recipe for a while and keep its loss, to compare devices an
     python benchmarks/train_digits.py --device cuda --dtype bfloat16 --seconds 120 \
         --against benchmarks/results/digits-cpu.json
 
-Every random number of a sample follows from the seed and the sample's place in the run, so that two runs see the same
-noise, times and labels at every step, whatever the device: their losses may be compared step by step. bfloat16 is
+Every random number of a sample follows from the seed and the sample's position in the run, so that two runs see the
+same noise, times and labels at every step, whatever the device: their losses may be compared step by step. bfloat16 is
 autocast over float32 weights.
 """
 

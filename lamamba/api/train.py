@@ -29,7 +29,7 @@ from lamamba.utils.progress import Progress, ProgressOption, Report, is_watched,
 logger = logging.getLogger("lamamba.api")
 
 LOG_LINES = 20
-"""Log lines of a run where nobody watches a bar."""
+"""Log lines of a run without a terminal or notebook."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TrainResult:
     metrics: dict[str, float]
     """The last line of metrics.jsonl: loss, grad_norm, learning_rate, images_per_second, ..."""
     bad_images: int
-    """Files that could not be read, and that their neighbours stood in for."""
+    """Files that could not be read, and were replaced by their neighbours."""
     state: TrainState = field(repr=False)
     """Network, averages and optimizer; the averaged network is `state.ema`."""
 
@@ -60,7 +60,7 @@ class TrainResult:
 
     def __str__(self) -> str:
         bad = RunFolder(self.folder).bad_images
-        note = f"{self.bad_images} files could not be read, others stood in: {bad}\n" if self.bad_images else ""
+        note = f"{self.bad_images} files could not be read, replaced by others: {bad}\n" if self.bad_images else ""
         return f"{note}done: {self.folder}\nsample it: lamamba sample {self.folder} --out grid.png"
 
     def _repr_png_(self) -> bytes | None:
@@ -133,7 +133,7 @@ def _announce(
 
 @contextlib.contextmanager
 def _showing(progress: ProgressOption, resumed: int) -> Iterator[Callback]:
-    """A callback that reports progress, or logs some lines where "auto" finds nobody watching."""
+    """A callback that reports progress, or, for "auto" without a terminal or notebook, logs some lines."""
     if progress == "auto" and not is_watched():
         yield _LogLines(resumed)
     else:

@@ -54,7 +54,9 @@ def _one_line(message: str) -> str:
     rules = [number for number, line in enumerate(lines) if line and line.strip("-─") == ""]
     first = 1 if "╭" in message else rules[0] + 1
     last = next((number for number in rules if number > first), len(lines))
-    return re.sub(r"^Error parsing [A-Z]\w*: ", "", " ".join(lines[first:last]))
+    text = re.sub(r"^Error parsing [A-Z]\w*: ", "", " ".join(lines[first:last]))
+    text = re.sub(r"^Error parsing ([\w.]+): (?=\w+(\[\d+\])?=)", r"\1.", text)    # of a section
+    return text.removeprefix("Error parsing ")
 
 
 def _nearest(unknown: str, names: list[str]) -> str:

@@ -31,10 +31,7 @@ def main(arguments: list[str]) -> None:
         known = ", ".join(recipe_names())
         raise ValueError(f"name a recipe first, as in lamamba train digits (known: {known}, or a .toml file)")
     default = TrainArguments.from_recipe(name) if name else TrainArguments()
-    chosen = parse(
-        TrainArguments, rest, f"train {name or 'RECIPE'}", DESCRIPTION, default,
-        aliases=("--ema-decay", "--sampling.num-steps"),
-    )
+    chosen = parse(TrainArguments, rest, f"train {name or 'RECIPE'}", DESCRIPTION, default)
 
     from lamamba.api.train import plan, train
     from lamamba.utils.distributed import end_processes, is_main_process

@@ -97,7 +97,7 @@ class DataOptions:
     mirror: bool = False
     """Mirror every other image left to right (not for digits or text)."""
     manifest: str | None = None
-    """Of lamamba data check, whose bad files are left out; by default SOURCE/lamamba-manifest.json where it exists."""
+    """Of lamamba data check, whose bad files are excluded; by default SOURCE/lamamba-manifest.json where it exists."""
     max_bad_images: Count = 10
     """Unforeseen bad files, met by all processes together, to replace by their neighbours before training stops with
     their names."""
@@ -198,7 +198,7 @@ class FaultOptions:
 
 @options
 class WatchOptions:
-    """What is measured and shown besides the training loss."""
+    """What is measured and tracked besides the training loss."""
 
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go besides metrics.jsonl. A tracker that cannot be reached is dropped; the run goes on."""
@@ -260,7 +260,7 @@ class ScoreOptions:
 
 @options
 class TrainConfig:
-    """A training run. Every option has this place in a TOML recipe, too."""
+    """A training run. Sections and names are those of a TOML recipe."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)

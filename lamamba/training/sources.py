@@ -67,7 +67,7 @@ def _open_images(data: DataOptions, run: RunFolder | None) -> Images:
     if newly_excluded and is_main_process():
         logger.info(
             f"{len(newly_excluded)} files that the manifest names now were not known to be bad when this run began: "
-            "its order stays, and where they cannot be read the next good ones stand in"
+            "its order stays, and where they cannot be read the next good ones replace them"
         )
     return Images(
         source, data.image_size, data.channels, crop=data.crop, excluded=excluded, newly_excluded=newly_excluded,

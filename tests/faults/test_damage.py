@@ -80,9 +80,9 @@ def test_damage_to_any_file_is_named_and_the_checkpoint_before_is_used(finished,
         shutil.copytree(finished, folder)
         damage(folder / file, kind, chance)
         caplog.clear()
-        place = RunFolder(folder).newest_whole()
+        checkpoint = RunFolder(folder).newest_whole()
         tried += 1
-        survived += place.name == "step_00000002" and file.name.split(".")[0] in caplog.text
+        survived += checkpoint.name == "step_00000002" and file.name.split(".")[0] in caplog.text
         shutil.rmtree(folder)
     tally({"bit": "2 bit flipped", "cut": "2 file truncated", "missing": "2 file missing"}[kind], tried, survived)
 
@@ -131,7 +131,7 @@ class Evil:
     "optimizer.safetensors", "shards/.metadata", "official.pt",
 ])
 def test_a_pickle_with_code_in_it_is_not_executed(tmp_path, file, tally):
-    """Offered as a checkpoint's file with a manifest that vouches for it, or as what to start from."""
+    """Offered as a checkpoint's file with a manifest that lists it, or as what to start from."""
     from lamamba.runs import folder as state
 
     folder, sign = tmp_path / "run", tmp_path / "executed"
@@ -142,14 +142,14 @@ def test_a_pickle_with_code_in_it_is_not_executed(tmp_path, file, tally):
         with pytest.raises(ValueError, match="nothing from a checkpoint is executed"):
             train(config(start=dict(source=str(tmp_path / file))), FewDigits(5), tmp_path / "other")
     else:
-        place = folder / "checkpoints" / "step_00000004"
-        (place / file).parent.mkdir(exist_ok=True)
-        (place / file).write_bytes(evil)
+        checkpoint = folder / "checkpoints" / "step_00000004"
+        (checkpoint / file).parent.mkdir(exist_ok=True)
+        (checkpoint / file).write_bytes(evil)
         if file.endswith(".bin"):
-            (place / file).with_suffix(".safetensors").unlink()
-        files = sorted(p for p in place.rglob("*") if p.is_file() and p.name != state.MANIFEST)
-        hashes = {p.relative_to(place).as_posix(): sha256(p) for p in files}
-        write_json(place / state.MANIFEST, {
+            (checkpoint / file).with_suffix(".safetensors").unlink()
+        files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != state.MANIFEST)
+        hashes = {p.relative_to(checkpoint).as_posix(): sha256(p) for p in files}
+        write_json(checkpoint / state.MANIFEST, {
             "version": 2, "files": hashes, "files_sha256": state._hash_of_hashes(hashes)})
         with pytest.raises((ValueError, OSError)):
             run(config(steps=6), folder)

@@ -37,7 +37,7 @@ def damage(path, rng):
     path.write_bytes(new)
 
 
-def test_corrupt_images_are_found_left_out_or_stop_the_run_with_their_names(place, tmp_path, count, tally):
+def test_corrupt_images_are_found_excluded_or_stop_the_run_with_their_names(place, tmp_path, count, tally):
     """The check names exactly the damaged files; training without it replaces them, or stops above the bound."""
     rng, survived, tries = random.Random(0), 0, count(3, 25)
     settings = config(batch_size=6, steps=2, checkpoint_every=2)
@@ -52,10 +52,10 @@ def test_corrupt_images_are_found_left_out_or_stop_the_run_with_their_names(plac
         state = train(settings, PixelSet(Images(source, 16, max_bad_images=3, bad_files=shared)), tmp_path / f"run{k}")
         with pytest.raises(ValueError, match="3 files cannot be read as images") as caught:
             train(settings, PixelSet(Images(source, 16, max_bad_images=2)), tmp_path / f"strict{k}")
-        told = {line.split("\t")[0] for line in shared.read_text().splitlines()}
+        written = {line.split("\t")[0] for line in shared.read_text().splitlines()}
         left = PixelSet(Images(source, 16, excluded=chosen))
         survived += (
-            named == told == chosen and state.step == 2 and all(file in str(caught.value) for file in chosen)
+            named == written == chosen and state.step == 2 and all(file in str(caught.value) for file in chosen)
             and train(settings, left, tmp_path / f"known{k}").step == 2
         )
     tally("10 corrupt images in the set: named, replaced, or the run stops above the bound", tries, survived)

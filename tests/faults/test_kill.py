@@ -21,12 +21,12 @@ def job(folder):
     train(config(steps=FOREVER, **SETTINGS), FewDigits(5), folder)
 
 
-def is_whole(place) -> bool:
+def is_whole(checkpoint) -> bool:
     """By the manifest alone, with nothing of the code under test."""
-    manifest = json.loads((place / "manifest.json").read_text())["files"]
-    files = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()} - {"manifest.json"}
-    return files == set(manifest) and all(
-        hashlib.sha256((place / name).read_bytes()).hexdigest() == digest for name, digest in manifest.items()
+    manifest = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    files = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    return files - {"manifest.json"} == set(manifest) and all(
+        hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() == digest for name, digest in manifest.items()
     )
 
 
@@ -36,13 +36,13 @@ def events(folder):
 
 
 def half_saves(folder):
-    """Saves that have written something and are not renamed yet, told apart by their last change."""
+    """Saves that have written something and are not renamed yet, identified by their last change."""
     found = set()
     for path in (folder / "checkpoints").glob(".tmp_step_*"):
         try:
             if any(child.is_file() for child in path.rglob("*")):
                 found.add((path.name, path.stat().st_mtime_ns))
-        except FileNotFoundError:                                               # renamed while we look
+        except FileNotFoundError:                                               # renamed in between
             continue
     return found
 
@@ -68,12 +68,12 @@ def kill_during_save(process, folder, chance):
 
 def test_killed_at_any_moment_a_run_goes_on_from_a_whole_checkpoint(tmp_path, count, tally):
     trials, chance, folder = count(6, 50), random.Random(0), tmp_path / "run"
-    verdicts = {"during a save": [], "at another moment": []}
-    while len(verdicts["during a save"]) < trials // 2 or sum(map(len, verdicts.values())) < trials:
-        assert sum(map(len, verdicts.values())) < 4 * trials, "too few kills fell into a save"
+    survivals = {"during a save": [], "at another moment": []}
+    while len(survivals["during a save"]) < trials // 2 or sum(map(len, survivals.values())) < trials:
+        assert sum(map(len, survivals.values())) < 4 * trials, "too few kills fell into a save"
         names, lines, half = RunFolder(folder).names(), len(events(folder)), half_saves(folder)
         process, _ = start(job, folder)
-        if len(verdicts["during a save"]) <= len(verdicts["at another moment"]):
+        if len(survivals["during a save"]) <= len(survivals["at another moment"]):
             kill_during_save(process, folder, chance)
         else:
             while len(events(folder)) == lines:                                 # until it runs
@@ -88,10 +88,10 @@ def test_killed_at_any_moment_a_run_goes_on_from_a_whole_checkpoint(tmp_path, co
         )
         whole = all(is_whole(folder / "checkpoints" / name) for name in RunFolder(folder).names())
         moment = "during a save" if half_saves(folder) - half else "at another moment"
-        verdicts[moment].append(went_on and whole)
+        survivals[moment].append(went_on and whole)
     steps = int(RunFolder(folder).names()[-1].removeprefix("step_")) + 1
     after = train(config(steps=steps, **SETTINGS), FewDigits(5), folder)
     assert states_equal(after, train(config(steps=steps, **SETTINGS), FewDigits(5), tmp_path / "never killed"))
     assert not list((folder / "checkpoints").glob(".*"))                        # nothing is left behind
-    for moment, survived in verdicts.items():
+    for moment, survived in survivals.items():
         tally(f"1 SIGKILL {moment}", len(survived), sum(survived))

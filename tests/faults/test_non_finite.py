@@ -1,4 +1,4 @@
-"""NaN in a loss, Inf in a gradient, on one of two processes: nobody updates, and the place is named."""
+"""NaN in a loss, Inf in a gradient, on one of two ranks: no rank updates, and samples and module are named."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lamamba.training.loop import train
 from tests.training.together import Failed, FewDigits, config, pytestmark, states_equal, together  # noqa: F401
 
 BAD = 5
-"""The image that poisons. Batches of 4 of 9 images: one process of two has it, now and then."""
+"""Index of the image that is not finite. Batches of 4 of 9 images: at some steps, one rank of two has it."""
 
 
-class Poisoned(FewDigits):
-    """One image is not a number."""
+class WithNaN(FewDigits):
+    """One image is NaN."""
 
     def read(self, indices):
         images, labels = super().read(indices)
@@ -37,7 +37,7 @@ class _InfiniteGradient(torch.autograd.Function):
         return gradient * float("inf") if ctx.is_bad else gradient, None
 
 
-def poison_gradients(digits, settings):
+def add_infinite_gradient(digits, settings):
     """The image's loss stays finite; in the backward pass of the second patch merging its gradient does not."""
     merge, read = PatchMerging.forward, digits.read
     state = {"bad": False}
@@ -46,18 +46,18 @@ def poison_gradients(digits, settings):
         is_bad = state["bad"] and x.shape[-1] == 2 * settings.model.width
         return merge(self, _InfiniteGradient.apply(x, is_bad))
 
-    def read_and_tell(indices):
+    def read_and_mark(indices):
         state["bad"] = BAD in list(indices)
         return read(indices)
 
-    PatchMerging.forward, digits.read = forward, read_and_tell
+    PatchMerging.forward, digits.read = forward, read_and_mark
 
 
 def run(settings, folder, kind):
-    """(steps done, batches left out, faults, weights are finite, losses, what was seen)."""
-    digits = Poisoned(9) if kind == "loss" else FewDigits(9)
+    """(steps done, batches omitted, faults, weights are finite, losses, what was seen)."""
+    digits = WithNaN(9) if kind == "loss" else FewDigits(9)
     if kind == "gradient":
-        poison_gradients(digits, settings)
+        add_infinite_gradient(digits, settings)
     losses, weights = [], []
 
     def watch(step_state):
@@ -69,8 +69,8 @@ def run(settings, folder, kind):
         state = train(settings, digits, folder, [watch])
     except FloatingPointError as error:
         model, _ = open_network(folder) if RunFolder(folder).names() else (None, None)
-        told = model is not None and weights[-1] is not None
-        untouched = all(map(torch.equal, weights[-1], model.parameters())) if told else None
+        can_compare = model is not None and weights[-1] is not None
+        untouched = all(map(torch.equal, weights[-1], model.parameters())) if can_compare else None
         return {"error": str(error), "losses": losses, "untouched": untouched, "seen": digits.seen}
     finite = all(p.isfinite().all() for p in (*state.model.parameters(), *state.ema.parameters()))
     return {"step": state.step, "omitted": state.omitted, "faults": state.faults, "finite": finite,
@@ -101,7 +101,7 @@ def test_stop_before_any_process_updates_and_name_files_and_module(tmp_path, kin
     assert f"rank {where}: " in first["error"]
     assert f"rank {1 - where}: " not in first["error"]
     assert f"step {len(first['losses']) + 1}: " in first["error"]
-    assert first["untouched"] in ((True,) if first["losses"] else (None,))      # the main process has the whole network
+    assert first["untouched"] in ((True,) if first["losses"] else (None,))      # rank 0 has the whole network
     newest = RunFolder(tmp_path / "run").names()[-1] if first["losses"] else "none yet"
     assert f"Last checkpoint: {newest}" in first["error"]
     tally(f"6 {kind} not finite on one of two processes: stop", 1, 1)
@@ -121,24 +121,24 @@ def test_skip_and_back_go_on_with_other_batches(tmp_path, kind, policy, every, c
     if count(False, True):                                                      # and it can be repeated
         assert together(2, run, settings, tmp_path / "again", kind)[0]["losses"] == first["losses"]
     seen = sum(len(result["seen"]) for result in (first, second))
-    assert seen == 4 * (8 + first["omitted"])                                  # every batch was read once
+    assert seen == 4 * (8 + first["omitted"])                                   # every batch was read once
     if policy == "back":
-        assert first["omitted"] > first["faults"]                              # whole stretches, not single batches
+        assert first["omitted"] > first["faults"]                               # whole stretches, not single batches
     tally(f"6 {kind} not finite on one of two processes: {policy}", first["faults"], second["faults"])
 
 
 def test_more_faults_than_allowed_stop_the_run(tmp_path, tally):
     settings = config(steps=50, checkpoint_every=1, faults=dict(on_non_finite="skip", max_skips=1))
     with pytest.raises(FloatingPointError, match="There were 1 before it, and faults.max_skips=1"):
-        train(settings, Poisoned(9), tmp_path / "run")
+        train(settings, WithNaN(9), tmp_path / "run")
     tally("6 more faults than allowed", 1, 1)
 
 
 def test_a_skip_survives_a_restart_to_the_bit(tmp_path, tally):
     options = dict(checkpoint_every=2, faults=dict(on_non_finite="skip", max_skips=20))
-    whole = train(config(steps=8, **options), Poisoned(9), tmp_path / "whole")
-    train(config(steps=4, **options), Poisoned(9), tmp_path / "parts")
-    parts = train(config(steps=8, **options), Poisoned(9), tmp_path / "parts")
+    whole = train(config(steps=8, **options), WithNaN(9), tmp_path / "whole")
+    train(config(steps=4, **options), WithNaN(9), tmp_path / "parts")
+    parts = train(config(steps=8, **options), WithNaN(9), tmp_path / "parts")
     assert whole.omitted == whole.faults > 0
     tally("6 restart after a skip", 1, int(states_equal(whole, parts)))
 

@@ -64,10 +64,10 @@ def hashes(folder):
     """
     from safetensors.numpy import load_file
 
-    place, found = RunFolder(folder).newest(), {}
-    for name, digest in json.loads((place / "manifest.json").read_text())["files"].items():
+    checkpoint, found = RunFolder(folder).newest(), {}
+    for name, digest in json.loads((checkpoint / "manifest.json").read_text())["files"].items():
         if name.endswith(".safetensors"):
-            tensors = load_file(place / name)
+            tensors = load_file(checkpoint / name)
             digest = {key: hashlib.sha256(tensors[key].tobytes()).hexdigest() for key in tensors}
         found[name] = digest
     return found
@@ -124,11 +124,11 @@ def test_a_signal_at_any_moment_ends_with_a_checkpoint_and_a_status(name, tmp_pa
         process.join()
         events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
         done = int(json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"])
-        place = RunFolder(folder).newest()
+        checkpoint = RunFolder(folder).newest()
         survived += (
             not is_well and kind is SystemExit and text == str(EXIT_INTERRUPTED)
             and events[-1]["event"] == "stopped" and events[-1]["step"] == done
-            and place.name == f"step_{done:08d}"
+            and checkpoint.name == f"step_{done:08d}"
             and not list((folder / "checkpoints").glob(".*"))
         )
     tally(f"7 {name}, half of them with further signals", trials, survived)

@@ -28,9 +28,10 @@ def test_every_recipe_is_valid_and_survives_json(name):
     recipe = load_recipe(name)
     assert TrainConfig.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert recipe.warnings() == []
-    architecture, facts = describe(recipe, PlannedData(dataclasses.replace(recipe.data, expected_images=1)))
+    architecture, metadata = describe(recipe, PlannedData(dataclasses.replace(recipe.data, expected_images=1)))
     size = recipe.data.image_size
-    assert (facts.image_size, architecture.input_size[0]) == (size, size // (8 if facts.codec == "latents" else 1))
+    factor = 8 if metadata.codec == "latents" else 1
+    assert (metadata.image_size, architecture.input_size[0]) == (size, size // factor)
 
 
 def test_a_file_of_ones_own(tmp_path):

@@ -1,4 +1,4 @@
-"""Random numbers depend on the seed and on the sample's place in the run, on nothing else."""
+"""Random numbers depend on the seed and on the sample's position in the run, on nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training learns, leaves whole checkpoints, resumes to the same bits, and stops before it breaks anything."""
+"""The training loop: losses fall, checkpoints are whole, resumed runs equal to the bit, bad steps update nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def config(**changes) -> TrainConfig:
 
 
 class FewDigits(Digits):
-    """The first few digits, to be learned by heart."""
+    """The first few digits."""
 
     def __init__(self, count):
         super().__init__()
@@ -69,8 +69,8 @@ def test_learns_a_few_images(tmp_path, objective):
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
 
 
-def test_pictures_and_scores_do_not_count_against_the_speed(tmp_path, monkeypatch):
-    """By a clock that stands still but for 2 s in each batch's reading and 100 s in a callback."""
+def test_the_time_of_callbacks_does_not_count_for_the_speed(tmp_path, monkeypatch):
+    """With a clock that advances by 2 s for each batch that is read and 100 s in a callback."""
     now = [0.0]
     monkeypatch.setattr("lamamba.training.loop.time", SimpleNamespace(perf_counter=lambda: now[0]))
     digits, rates = FewDigits(8), []
@@ -128,14 +128,14 @@ def test_what_a_run_leaves_behind(tmp_path):
     run = json.loads((tmp_path / "config.json").read_text())
     assert run["train"] == config().to_dict()
     assert run["architecture"] == state.model.architecture.to_dict()
-    place = tmp_path / "checkpoints" / "step_00000004"
-    assert {path.name for path in place.iterdir()} == {
+    checkpoint = tmp_path / "checkpoints" / "step_00000004"
+    assert {path.name for path in checkpoint.iterdir()} == {
         "model", "ema", "optimizer.safetensors", "sampling.json", "state.json", "manifest.json",
     }
-    model, facts = open_network(tmp_path)
+    model, metadata = open_network(tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), state.ema.parameters(), strict=True))
-    assert facts == ModelMetadata(objective="flow", image_size=8, label_names=tuple("0123456789"), guidance=None)
-    assert LaMambaUNet.from_pretrained(place / "model").architecture == state.model.architecture
+    assert metadata == ModelMetadata(objective="flow", image_size=8, label_names=tuple("0123456789"), guidance=None)
+    assert LaMambaUNet.from_pretrained(checkpoint / "model").architecture == state.model.architecture
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
@@ -176,8 +176,8 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path):
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
-def test_a_run_without_a_checkpoint_may_be_mended_in_place(tmp_path):
-    """As after a batch that was too large for the device: nothing is lost by beginning otherwise."""
+def test_a_run_without_a_checkpoint_may_start_again_with_other_options(tmp_path):
+    """As after a batch that was too large for the device."""
     with pytest.raises(ValueError, match="held_out=4 leaves nothing"):
         train(config(watch=WatchOptions(held_out=4)), FewDigits(4), tmp_path)
     RunFolder(tmp_path).bad_images.write_text("other.png\tempty: 0 bytes\n")
@@ -269,8 +269,8 @@ def test_runs_of_the_first_version_are_resumed_and_sampled(tmp_path):
     """version1/run was made by lamamba 0.1.0 before there were several processes."""
     folder = tmp_path / "run"
     shutil.copytree(Path(__file__).parent / "version1" / "run", folder)
-    model, facts = open_network(folder)
-    assert (model.architecture.width, facts.label_names[:2]) == (4, ("0", "1"))
+    model, metadata = open_network(folder)
+    assert (model.architecture.width, metadata.label_names[:2]) == (4, ("0", "1"))
     run = json.loads((folder / "config.json").read_text())
     settings = dataclasses.replace(TrainConfig.from_dict(run["train"]), steps=3)
     state = train(settings, FewDigits(5), folder)

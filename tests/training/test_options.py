@@ -71,8 +71,8 @@ def test_several_averages_are_kept_at_once(tmp_path):
     alone = train(config(ema_decays=(0.9,)), FewDigits(5), tmp_path / "alone")
     assert all(map(torch.equal, state.averages[0.9].parameters(), alone.ema.parameters()))
     assert all(map(torch.equal, weights[-1], state.averages[0.5].parameters()))
-    place = RunFolder(tmp_path).newest()
-    saved = LaMambaUNet.from_pretrained(place / "ema_0.9")
+    checkpoint = RunFolder(tmp_path).newest()
+    saved = LaMambaUNet.from_pretrained(checkpoint / "ema_0.9")
     assert all(map(torch.equal, saved.parameters(), state.averages[0.9].parameters()))
     with pytest.raises(ValueError, match=r"train.ema_decays: \[0.5, 0.9\] there, \[0.5\] here"):
         train(config(steps=6), FewDigits(5), tmp_path)
@@ -219,9 +219,9 @@ def gradient_of_step(settings, step):
     from lamamba.training.draws import image_indices
 
     model = load_official(read_official(OFFICIAL), weights="model").train()
-    places = range(step * 2, step * 2 + 2)
-    numbers, schedule = draw(0, places, (4, 16, 16), latent=True), make_schedule("noise")
-    x0, labels = Latents().read(image_indices(0, places, 6), numbers)
+    positions = range(step * 2, step * 2 + 2)
+    numbers, schedule = draw(0, positions, (4, 16, 16), latent=True), make_schedule("noise")
+    x0, labels = Latents().read(image_indices(0, positions, 6), numbers)
     t = schedule.timestep(numbers.time)
     xt = schedule.add_noise(x0, numbers.eps, t)
     output = model(xt, t, drop_labels(labels, numbers.label, settings.label_dropout, 6))
@@ -245,8 +245,8 @@ def test_fine_tuning_replaces_the_label_table_and_nothing_else(tmp_path):
             torch.testing.assert_close(p, q)
     again = config(model=OFFICIAL_MODEL, batch_size=2, steps=1, start=dict(source=str(tmp_path / "tuned")))
     assert train(again, Latents(4), tmp_path / "from a run").step == 1          # a run of ours is a source, too
-    model, facts = open_network(tmp_path / "tuned")
-    assert (model.architecture.num_classes, facts.codec, facts.scale) == (4, "latents", 0.18215)
+    model, metadata = open_network(tmp_path / "tuned")
+    assert (model.architecture.num_classes, metadata.codec, metadata.scale) == (4, "latents", 0.18215)
 
 
 def test_sources_that_do_not_fit(tmp_path):

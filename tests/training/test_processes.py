@@ -84,10 +84,10 @@ def test_a_split_network_trains_saves_resumes_and_loads_in_one_process(alone, tm
     results = together(2, run, split, tmp_path / "run")
     assert [result["split"] for result in results] == [{True}, {True}]          # all parameters, averages and moments
     assert_same_run(results, alone)
-    place = tmp_path / "run" / "checkpoints" / "step_00000003"
-    assert len(list((place / "shards").glob("*.safetensors"))) == 2
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000003"
+    assert len(list((checkpoint / "shards").glob("*.safetensors"))) == 2
     assert not list((tmp_path / "run").rglob("*.metadata"))                     # nothing pickled
-    model, _ = open_network(place)
+    model, _ = open_network(checkpoint)
     assert model.architecture.width == 8
 
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
@@ -106,8 +106,8 @@ def test_parts_are_neighbours_that_differ_by_one_at_most():
     for size in range(1, 20):
         for count in range(1, size + 1):
             parts = [part(range(5, 5 + size), index, count) for index in range(count)]
-            assert [place for places in parts for place in places] == list(range(5, 5 + size))
-            assert {len(places) for places in parts} <= {size // count, size // count + 1}
+            assert [item for items in parts for item in items] == list(range(5, 5 + size))
+            assert {len(items) for items in parts} <= {size // count, size // count + 1}
 
 
 def test_what_does_not_fit_is_refused_everywhere(tmp_path):
