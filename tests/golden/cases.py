@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import importlib.metadata
+import io
 import json
 import platform
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ TRAINING = (
 )
 
 
+LAST = "checkpoints/step_00000006"
 ONE_BLOCK = tuple(
     f"{part}.{i}" for part, count in (
         ("encoder.1", 1), ("encoder.3", 1), ("bottleneck", 1), ("decoder.0", 2), ("decoder.1", 2), ("decoder.2", 2),
@@ -50,7 +52,8 @@ def fingerprint() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
     parts = [platform.machine(), torch.backends.cpu.get_cpu_capability(), *re.findall("model name.*", text)[:1]]
-    parts += [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy", "scipy", "diffusers", "pillow")]
+    libraries = ("torch", "numpy", "scipy", "diffusers", "pillow")
+    parts += [f"{name} {importlib.metadata.version(name)}" for name in libraries]
     for file in sorted((Path(lamamba.__file__).parent / "_native").glob("kernels_*")):
         parts.append(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -186,15 +189,19 @@ def weights(folder: Path) -> np.ndarray:
 
 
 def training_values(folder: Path) -> dict[str, np.ndarray]:
-    """Weights of a run of six steps, and of one that was stopped after three; what an old checkpoint samples."""
+    """Weights of a run, of one that was stopped half way, of one of the version before; images of an old checkpoint."""
     command("train", "digits", *TRAINING, "--steps", 6, "--optimizer.cooldown-share", 0, "--out", folder / "whole")
     command("train", "digits", *TRAINING, "--steps", 3, "--optimizer.cooldown-share", 0, "--out", folder / "resumed")
     command("train", "digits", *TRAINING, "--steps", 6, "--optimizer.cooldown-share", 0, "--out", folder / "resumed")
-    last = "checkpoints/step_00000006"
     values = {
-        f"training {name} {part}": weights(folder / name / last / part)[::97]
+        f"training {name} {part}": weights(folder / name / LAST / part)[::97]
         for name in ("whole", "resumed") for part in ("model", "ema")
     }
+    shutil.copytree(TESTS / "training" / "version2" / "run", folder / "version2")    # of the recorded commit
+    command("train", "digits", *TRAINING, "--model.width", 4, "--model.num-heads", 1, "--model.depths", 1, 1, 1, 1,
+            "--model.bottleneck-depth", 1, "--checkpoint-every", 500, "--keep-checkpoints", 2, "--steps", 4,
+            "--optimizer.cooldown-share", 0, "--out", folder / "version2")
+    values["training version 2 resumed"] = weights(folder / "version2/checkpoints/step_00000004/model")[::97]
     old = TESTS / "training" / "version1" / "run"
     command("sample", old, "--classes", "1", "--num", 2, "--steps", 2, "--guidance", 1, "--out", folder / "old.png")
     values["sample version 1"] = pixels(folder / "old.png")
@@ -249,8 +256,9 @@ def options(printed: str) -> list[str]:
 def texts(folder: Path) -> dict[str, Any]:
     """Options of every verb, settings of a PNG, names of files, keys of JSON files, manifests, hashes."""
     found: dict[str, Any] = {}
+    more_words = {"train": [["digits"]], "data": [["check"]], "evaluate": [[], ["stats"], ["compare"]]}
     for verb in VERBS:
-        for more in {"train": [["digits"]], "data": [["check"]], "evaluate": [[], ["stats"], ["compare"]]}.get(verb, [[]]):
+        for more in more_words.get(verb, [[]]):
             found[f"options {' '.join([verb, *more])}"] = options(command(verb, *more, "--help"))
     for name in ("picture", "again", "latent"):
         with Image.open(folder / f"{name}.png") as picture:
@@ -265,14 +273,14 @@ def texts(folder: Path) -> dict[str, Any]:
     run = folder / "whole"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found["keys of metrics.jsonl"] = sorted(set().union(*lines))
-    for path in ("config.json", *(f"checkpoints/step_00000006/{name}.json" for name in ("state", "sampling", "manifest"))):
+    for path in ("config.json", *(f"{LAST}/{name}.json" for name in ("state", "sampling", "manifest"))):
         found[f"keys of {path}"] = sorted(all_keys(json.loads((run / path).read_text())))
     found["keys of latents"] = sorted(set().union(
         *(all_keys(json.loads(path.read_text())) for path in (folder / "latents").glob("*.json"))))
     (entry,) = json.loads((folder / "figures.json").read_text())["entries"]
     found["keys of an evaluation"] = sorted(all_keys(entry))
     for file in ("model/diffusion_pytorch_model.safetensors", "optimizer.safetensors"):
-        found[f"exact {file}"] = hashlib.sha256((run / "checkpoints/step_00000006" / file).read_bytes()).hexdigest()
+        found[f"exact {file}"] = hashlib.sha256((run / LAST / file).read_bytes()).hexdigest()
     found["info s"] = json.loads(command("info", "s", "--image-size", 64, "--json"))
     for label in ("cat", "dog"):
         (folder / "photos" / label).mkdir(parents=True)
