@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -45,3 +46,12 @@ def _temporary_folder():
     else:
         os.environ["TMPDIR"] = before
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _notes_of_one_test():
+    """The command line's log handler stays for the process; each test begins without it."""
+    logger = logging.getLogger("lamamba")
+    before, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers[:], logger.level = before, level

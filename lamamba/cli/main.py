@@ -103,7 +103,12 @@ class _Notes(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         is_warning = record.levelno >= logging.WARNING
         stream = sys.stderr if is_warning else sys.stdout
-        print(("warning: " if is_warning else "") + record.getMessage(), file=stream, flush=True)
+        try:
+            print(("warning: " if is_warning else "") + record.getMessage(), file=stream, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            pass                                                               # a full disk costs the note, not the run
 
 
 def _show_notes() -> None:

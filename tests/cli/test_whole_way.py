@@ -31,12 +31,12 @@ TRAINING = [
 
 
 def call(place, *arguments, launcher=("-m",), status=0):
-    """Run lamamba in a folder; what it printed."""
+    """Run lamamba in a folder; what it printed, warnings at the end."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, *(["-m"] if launcher == TWO else []), "lamamba", *map(str, arguments)]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=environment)
     assert done.returncode == status, done.stderr[-3000:]
-    return done.stdout if status == 0 else done.stderr
+    return done.stdout + done.stderr if status == 0 else done.stderr
 
 
 @pytest.fixture(scope="module")

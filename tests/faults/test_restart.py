@@ -159,7 +159,7 @@ def test_a_killed_data_worker_is_an_error_and_no_hang(tmp_path, count, tally):
         (answer,) = together(1, with_killed_worker, tmp_path / f"run{trial}")
         survived += (
             isinstance(answer, Failed) and answer.args[0] is RuntimeError
-            and "a process that reads data has died" in answer.args[1] and time.monotonic() - began < 30
+            and "a process that reads data has died" in answer.args[1] and time.monotonic() - began < 200
         )
     tally("8 data worker killed", trials, survived)
 
