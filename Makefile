@@ -4,15 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-QUICK := tests/test_structure.py tests/test_config.py tests/options tests/utils tests/diffusion tests/metrics/test_metrics.py
 
 .PHONY: help demo test quick slow docs-test faults lint install clean
 
 help:
 	@echo "make demo   train on handwritten digits, look at demo/digits.png (a few minutes on two CPU cores)"
 	@echo "make test   linter, type checker and tests (5 minutes on two cores)"
-	@echo "make quick  a test of everything in a minute, for use while working"
-	@echo "make slow   what the tests leave out: long compilations, whole estimates (10 minutes)"
+	@echo "make quick  a few tests of every package, in a minute, for use while working"
+	@echo "make slow   what `make test` leaves out: long compilations, whole estimates (10 minutes)"
 	@echo "make docs-test  runs every example and notebook"
 	@echo "make faults kills, starves and poisons trainings many times; prints what was tried and survived (minutes)"
 	@echo "make clean  remove .venv and what the build left"
@@ -25,7 +24,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 quick: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(QUICK) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal @tests/quick.txt $(ARGS)
 
 slow: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m slow $(ARGS)

@@ -21,7 +21,7 @@ COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of what setup.py needs."""
-    pytest.importorskip("setuptools", "77")
+    pytest.importorskip("setuptools", "77", reason="needs setuptools 77")
     if not (ROOT / "setup.py").exists():
         pytest.skip("these tests need the source tree")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "lamamba/csrc", "lamamba/_version.py"):
@@ -66,6 +66,7 @@ def test_a_wheel_for_others_is_not_built_without_kernels(checkout):
     assert build(checkout, **NO_COMPILER, LAMAMBA_REQUIRE_KERNELS="1").returncode != 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None or sys.platform == "win32", reason="needs GCC or Clang")
 @pytest.mark.parametrize("flags", [["-DLAMAMBA_PLAIN_ARRAYS"], ["-DLAMAMBA_PLAIN_ARRAYS", "-fopenmp"]],
                          ids=["no vector types", "no vector types, own OpenMP"])

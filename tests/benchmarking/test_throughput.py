@@ -15,6 +15,7 @@ def pair(**changes) -> list[Case]:
     return [Case(name, **{**options, **changes}) for name in ("s", "dit-s-2")]
 
 
+@pytest.mark.slow
 def test_two_networks_take_turns():
     said = []
     ours, theirs = measure(pair(), seconds=0, on_progress=said.append)

@@ -85,6 +85,7 @@ def content(run):
     }
 
 
+@pytest.mark.slow
 def test_check_encode_train_on_two_processes_kill_resume_sample(place, latents):
     call(place, *TRAINING, "--out", "whole", launcher=TWO)
     command = [sys.executable, *TWO, "-m", "lamamba", *TRAINING, "--out", "killed"]

@@ -53,7 +53,7 @@ def as_tars(folder, target):
 
 
 def test_webdataset_tars_hold_the_same_images(tmp_path):
-    pytest.importorskip("webdataset")
+    pytest.importorskip("webdataset", reason="needs webdataset")
     write_images(tmp_path / "images" / "ant", 3)
     write_images(tmp_path / "images" / "bee", 2, seed=1)
     folder = as_tars(tmp_path / "images", tmp_path / "tars")
@@ -71,7 +71,7 @@ def test_webdataset_tars_hold_the_same_images(tmp_path):
 
 
 def test_tars_that_do_not_fit_are_named(tmp_path):
-    pytest.importorskip("webdataset")
+    pytest.importorskip("webdataset", reason="needs webdataset")
     write_tar(tmp_path / "a.tar", [("0.png", b"x"), ("0.cls", b"dog"), ("1.png", b"x")])
     with pytest.raises(ValueError, match=r"1 of 2 images .* have no class \(the first is a.tar/1.png\)"):
         open_source(tmp_path / "a.tar")
@@ -86,7 +86,7 @@ def test_tars_that_do_not_fit_are_named(tmp_path):
 
 
 def test_hugging_face_data_sets_hold_the_same_images(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
     write_images(tmp_path / "images" / "ant", 2)
     write_images(tmp_path / "images" / "bee", 2, seed=1)
     folder = FolderSource(tmp_path / "images")

@@ -62,9 +62,12 @@ def test_the_parallel_scan_equals_the_reference(length, dtype):
     assert relative_error(result.float(), expected.float()) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
+@pytest.mark.slow
 def test_onnx(tmp_path):
-    pytest.importorskip("onnxscript")
-    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(library, reason=f"exporting a graph needs {library}")
+    import onnx
+
     model = random_network(small_config(objective="noise", **SMALL))
     assert export_onnx(model, tmp_path / "unet.onnx") < 1e-5
     graph = onnx.load(tmp_path / "unet.onnx").graph

@@ -153,7 +153,7 @@ def test_samples_are_made_when_they_are_read():
 
 @pytest.fixture(scope="module")
 def dino(tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
     folder = tmp_path_factory.mktemp("dino")
     torch.manual_seed(0)
     config = transformers.Dinov2Config(

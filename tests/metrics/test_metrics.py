@@ -15,7 +15,7 @@ from lamamba.metrics import (
     precision_recall,
 )
 
-linalg = pytest.importorskip("scipy.linalg")
+linalg = pytest.importorskip("scipy.linalg", reason="needs scipy")
 
 
 def covariance(draws: np.random.Generator, size: int, condition: float = 1e2) -> np.ndarray:
@@ -44,7 +44,7 @@ def test_frechet_agrees_with_scipy(condition):
 
 
 def test_frechet_with_fewer_images_than_features_agrees_with_extended_precision():
-    mpmath = pytest.importorskip("mpmath")
+    mpmath = pytest.importorskip("mpmath", reason="needs mpmath")
     draws = np.random.default_rng(1)
     x, y = draws.normal(size=(6, 12)), draws.normal(size=(7, 12)) * 2
     values = (x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))

@@ -1,6 +1,6 @@
 """The Triton layers under Triton's interpreter on the CPU: values and gradients, without a GPU.
 
-The interpreter is chosen when a kernel is decorated, so these tests run in a process of their own:
+The interpreter is chosen when a kernel is decorated, so test_triton_interpreter.py runs these in another process:
 TRITON_INTERPRET=1 pytest tests/ops/test_layers_interpreter.py shows them one by one.
 """
 
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -29,17 +27,7 @@ from tests.ops.test_layers import (
 pytest.importorskip("triton", reason="triton is not installed")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_everything_under_the_interpreter")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_everything_under_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", __file__], env=environment, capture_output=True, text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_triton_interpreter.py")
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,14 +26,38 @@ if INTERPRETED:
 GRADIENTS = ("x", "dt", "B", "C", "W_dt", "b_dt", "A", "D")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_everything_under_the_interpreter():
+FEW = {
+    "test_triton_interpreter.py": (
+        "test_float32_matches_float64[1-1-1-1-1-1-continuous]", "test_is_the_named_back_end_of_the_op",
+        "test_unsupported_inputs_have_a_reason",
+    ),
+    "test_layers_interpreter.py": (
+        "TestAgainstFloat64::test_modulated_norm[1-1-1-1-True]", "TestAgainstFloat64::test_gated_norm_and_sum[1-1-1-1]",
+        "TestAgainstFloat64::test_local_mixing[1-1-9-7]", "TestAgainstFloat64::test_padding_that_no_mask_hides",
+        "test_only_the_named_back_end_runs_on_cpus",
+    ),
+}
+"""Every kernel once, forward and backward, at small shapes; the rest is in `make slow`."""
+
+
+def run_under_the_interpreter(*tests):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", __file__], env=environment, capture_output=True, text=True,
-    )
+        [sys.executable, "-m", "pytest", "-x", *map(str, tests)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_every_kernel_once_under_the_interpreter():
+    folder = Path(__file__).parent
+    run_under_the_interpreter(*(folder / f"{file}::{name}" for file, names in FEW.items() for name in names))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@pytest.mark.parametrize("file", FEW)
+def test_everything_under_the_interpreter(file):
+    run_under_the_interpreter(Path(__file__).parent / file)
 
 
 @pytest.fixture

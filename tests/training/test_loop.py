@@ -254,7 +254,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(finished, tmp_path):
 @contextlib.contextmanager
 def full_disk(limit: int):
     """No file may grow beyond this many bytes, as if the disk were full."""
-    resource = pytest.importorskip("resource")
+    resource = pytest.importorskip("resource", reason="needs limits of POSIX")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:

@@ -113,7 +113,7 @@ def test_held_out_images_are_never_trained_on_and_their_loss_is_a_fixed_measure(
 
 
 def test_tensorboard_gets_every_line(tmp_path):
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="needs tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(config(watch=dict(trackers=("tensorboard",), project="digits")), FewDigits(5), tmp_path)

@@ -1,0 +1,47 @@
+"""The tests themselves: what `make quick` runs, what a run leaves behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+QUICK = (ROOT / "tests" / "quick.txt").read_text(encoding="utf-8").split()
+
+
+def test_quick_tests_cover_every_package():
+    packages = {file.parent.name for file in (ROOT / "lamamba").glob("*/*.py")} - {"_native", "pretrained"}
+    assert packages <= {Path(name.split("::")[0]).parts[1] for name in QUICK}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_quick_tests_exist(name):
+    path, *functions = name.split("::")
+    text = (ROOT / path).read_text(encoding="utf-8") if functions else ""
+    assert (ROOT / path).exists()
+    assert all(f"def {function}(" in text for function in functions)
+
+
+def test_the_temporary_directory_is_a_folder_that_is_removed_at_the_end():
+    """In this process and in those that it starts; see conftest.py."""
+    code = "import tempfile; print(tempfile.gettempdir())"
+    inner = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert inner == tempfile.gettempdir() == os.environ["TMPDIR"]
+    assert Path(inner).name.startswith("lamamba-")
+
+
+@pytest.mark.slow
+def test_a_run_leaves_nothing_in_the_temporary_directory(tmp_path):
+    """Of trainings on several processes with their sockets, compiled graphs, folders of images."""
+    names = ("training/test_processes.py", "inference/test_conditioning.py", "sampling/test_folder.py")
+    files = [str(ROOT / "tests" / name) for name in names]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
