@@ -22,7 +22,7 @@ def blocks(kind: str) -> list[str]:
 
 def test_the_library_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    example, _ = blocks("python")
+    example, *_ = blocks("python")
     names: dict = {}
     exec(example, names)
     assert names["output"].shape == (2, 8, 32, 32)
@@ -32,7 +32,7 @@ def test_the_library_example_runs(tmp_path, monkeypatch):
 def test_the_diffusers_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["export", str(shipped_model()), "exported/digits", "--images", "0"]) == 0
-    _, example = blocks("python")
+    *_, example = blocks("python")
     names: dict = {}
     exec(example + "\nlast = pipe('3', num_inference_steps=2, height=8, width=16).images[0]", names)
     assert len(names["pictures"]) == 2
