@@ -13,7 +13,7 @@ from lamamba.benchmarking.report import describe, table
 from lamamba.benchmarking.throughput import Case, measure, multiply_adds, parse_model, ratios
 from lamamba.options.benchmark import BenchmarkOptions
 from lamamba.utils.distributed import pick_device
-from lamamba.utils.files import write_atomically
+from lamamba.utils.files import check_target, write_atomically
 from lamamba.utils.progress import Progress, ProgressOption, reporting
 from lamamba.viz.curves import cost_curves
 
@@ -66,6 +66,7 @@ def benchmark(options: BenchmarkOptions, *, progress: ProgressOption = "auto") -
     for path in paths:
         if not path.resolve().parent.is_dir():
             raise ValueError(f"{path}: the folder {path.resolve().parent} does not exist; make it first")
+        check_target(path)
     groups = plan(options)
     where = environment(groups[0][0], seconds=options.seconds, processes=options.processes)
     rows: list[dict[str, Any]] = []

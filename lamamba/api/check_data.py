@@ -11,6 +11,7 @@ from lamamba.data.latents import Index, check_latents
 from lamamba.data.manifest import CheckedFile, Manifest, check_files, make_manifest, manifest_path
 from lamamba.data.sources import open_source
 from lamamba.options.check_data import CheckDataOptions
+from lamamba.utils.files import check_target
 from lamamba.utils.progress import Progress, ProgressOption, Report, reporting
 
 logger = logging.getLogger("lamamba.api")
@@ -99,6 +100,10 @@ def check_data(
 def _check_images(options: CheckDataOptions, report: Report) -> CheckDataResult:
     source = open_source(options.source)
     path = options.manifest or manifest_path(source.name)
+    try:
+        check_target(path)
+    except (OSError, ValueError) as error:
+        raise type(error)(f"{error}; name a path that can be written with --manifest") from error
     found: list[CheckedFile] = []
     bad = 0
     for done, file in enumerate(check_files(source, options.workers, options.min_side), 1):
@@ -107,11 +112,7 @@ def _check_images(options: CheckDataOptions, report: Report) -> CheckDataResult:
             bad += bool(file.kind or options.strict)
         report(Progress("checking", done, len(source), note=f"{bad} bad" if bad else ""))
     manifest = make_manifest(source, found, options.min_side, strict=options.strict)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        manifest.save(path)
-    except OSError as error:
-        raise OSError(f"{error}; name a path that can be written with --manifest") from error
+    manifest.save(path)
     if empty := getattr(source, "empty_folders", ()):
         named = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
         logger.warning(

@@ -87,6 +87,7 @@ def _to_official(source: Path, target: Path) -> ConvertResult:
     model, _ = open_network(source)
     state = to_official(model)
     temporary = temporary_name(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open("wb") as file:                                      # a path would be written into the file
             torch.save({"model": state, "ema": state}, file)

@@ -95,7 +95,7 @@ def demo(options: DemoOptions | None = None, *, progress: ProgressOption = "auto
     figures = {"asked" if name == "num_samples" else name: value for name, value in asdict(score).items()}
     values = {"score": figures, "seconds": seconds, "config": recipe.config.to_dict()}
     (out / "report.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    (out / "report.md").write_text(_report(result.summary, recipe.steps, recipe.seed), encoding="utf-8")
+    (out / "report.md").write_text(_report(result.summary, training.step, recipe.seed), encoding="utf-8")
     return result
 
 

@@ -43,6 +43,7 @@ def info(options: InfoOptions) -> InfoResult:
     """Count a network on PyTorch's meta device: nothing is allocated.
 
     Raises:
+        FileNotFoundError: when a folder holds no model.
         ValueError: for an unknown preset or folder, sizes that do not fit, or a damaged config.json.
     """
     config = _find_config(options)
@@ -59,6 +60,10 @@ def _find_config(options: InfoOptions) -> UNetConfig:
         raise unknown_name("preset or folder", options.model, PRESETS)
     if given:
         raise ValueError(f"{options.model} is a saved model and has its own sizes; leave {', '.join(given)} out")
-    values = read_json(path / "config.json")
+    places = (path, path / "ema", path / "unet")                                # model or run, checkpoint, pipeline
+    folder = next((place for place in places if (place / "config.json").is_file()), None)
+    if folder is None:
+        raise FileNotFoundError(f"{path} holds no model: there is no config.json in it")
+    values = read_json(folder / "config.json")
     values = values.get("architecture", values)
     return UNetConfig.from_dict({key: value for key, value in values.items() if not key.startswith("_")})

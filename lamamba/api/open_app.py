@@ -44,12 +44,11 @@ def open_app(options: AppOptions | None = None, *, in_background: bool = False) 
 
     Raises:
         FileNotFoundError, ValueError: when there is no such model, or it is damaged.
-        OSError: when the port is taken.
+        OSError: when the port is taken, or the host is not this computer.
         RuntimeError: when gradio is not installed.
     """
     options = options or AppOptions()
-    if options.port is not None:
-        _check_free(options.host, options.port)
+    _check_free(options.host, options.port)
     if importlib.util.find_spec("gradio") is None:                              # an optional extra
         raise RuntimeError("the page needs gradio: pip install 'lamamba-diff[app]'")
     from lamamba.app.page import serve
@@ -65,13 +64,15 @@ def open_app(options: AppOptions | None = None, *, in_background: bool = False) 
     return result
 
 
-def _check_free(host: str, port: int) -> None:
-    """Refuse a port that is taken before a network is read."""
-    with socket.socket() as probe:
-        if os.name != "nt":                                                     # as servers do: one just closed is free
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise OSError(f"port {port} is taken: give another with --port, or leave it out") from error
+def _check_free(host: str, port: int | None) -> None:
+    """Refuse an address that is not this computer's, or a port that is taken, before a network is read."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            if os.name != "nt":                                                 # as servers do: one just closed is free
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise OSError(f"port {port} is taken: give another with --port, or leave it out") from error
+        raise OSError(f"the page cannot be at {host}: {error.strerror}; 127.0.0.1 is this computer alone") from error

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lamamba.options.plot import PlotOptions
+from lamamba.utils.files import check_target
 from lamamba.viz.curves import read_metrics, run_curves
 
 
@@ -32,8 +33,9 @@ def plot(options: PlotOptions) -> PlotResult:
 
     Raises:
         FileNotFoundError: when a run has no metrics.jsonl.
-        ValueError: when it has no lines yet.
+        ValueError: when it has no lines yet, or others than a run's.
     """
+    check_target(options.out)
     metrics, scores = {}, {}
     for run in options.runs:
         path = run if run.suffix == ".jsonl" else run / "metrics.jsonl"

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from lamamba.data.digits import SIDE, Digits
 from lamamba.metrics.digits import HELD_OUT
 from lamamba.metrics.features import FeatureNetworkInfo, Outputs, hash_weights, to_tensor
+from lamamba.utils.repeatable import own_random_state
 
 WEIGHTS = Path(__file__).parent / "digits.safetensors"
 NUM_FEATURES = 64
@@ -54,7 +55,8 @@ class DigitFeatures:
     has_class_logits = True
 
     def __init__(self, weights: str | Path | None = None):
-        self._model = DigitNetwork()
+        with own_random_state():
+            self._model = DigitNetwork()
         self._model.load_state_dict(load_file(weights or WEIGHTS))
         self._model.eval().requires_grad_(False)
         self.info = FeatureNetworkInfo("digits", hash_weights(self._model), "8 x 8, means over squares", 1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamamba.metrics.features import FeatureNetworkInfo, Outputs, to_arrays, to_tensor
+from lamamba.utils.repeatable import own_random_state
 
 SIDE = 299
 NUM_FEATURES, NUM_CLASSES = 2048, 1008
@@ -253,7 +254,8 @@ def load_inception(path: str | Path | None = None) -> tuple[Inception, str]:
         raise ValueError(
             f"{path} is damaged or holds more than tensors ({str(error).splitlines()[0]}); download it again: {URLS[0]}"
         ) from error
-    model = Inception()
+    with own_random_state():
+        model = Inception()
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors = weights if isinstance(weights, dict) else {}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}

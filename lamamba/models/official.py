@@ -23,6 +23,7 @@ from torch import Tensor
 from lamamba.config import NUM_STAGES, STAGE_SCALES, UNetConfig
 from lamamba.models.geometry import attention_mask, relative_positions
 from lamamba.models.unet import LaMambaUNet
+from lamamba.utils.repeatable import own_random_state
 
 _RENAMES = [
     (r"^position_embedding$", "pos_embed"),
@@ -235,7 +236,8 @@ def load_official(
                 "pass a config to say otherwise", UserWarning, stacklevel=2,
             )
         config = derive_config(state, scan)
-    model = LaMambaUNet(config)
+    with own_random_state():
+        model = LaMambaUNet(config)
     _load_strictly(model, state)
     return model.eval()
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from lamamba.options.base import FilePath, Ge, Le, options
+from lamamba.options.base import FilePath, Ge, Le, Name, options
 
 
 @options
@@ -23,7 +23,7 @@ class AppOptions:
     """A public link through gradio's servers, for 72 hours. Everybody who knows it can use the page."""
     open: bool = False
     """Open a browser, too."""
-    autoencoder: str | None = None
+    autoencoder: Name | None = None
     """For models of latents: a diffusers autoencoder; by default the one of the training."""
     device: str = "auto"
     """"auto" (a GPU where there is one), or a PyTorch device."""

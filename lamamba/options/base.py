@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError
+from pydantic import AllowInfNan, BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 from typing_extensions import dataclass_transform
 from tyro.constructors import PrimitiveConstructorSpec
@@ -33,8 +33,12 @@ T = TypeVar("T")
 
 FilePath = Annotated[Path, Strict(False)]
 """A Path; text is taken for one."""
-OrInfinity = BeforeValidator(lambda value: math.inf if value == "inf" else value)
-"""Of numbers that JSON files hold as "inf"."""
+Name = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+"""A name or a path as text, such as a folder or a hub id; a Path is taken for one."""
+OrInfinity = Annotated[
+    float, AllowInfNan(True), BeforeValidator(lambda value: math.inf if value == "inf" else value)
+]
+"""A number that may be infinite; JSON files hold "inf"."""
 
 
 def _split(item: type) -> BeforeValidator:
@@ -67,7 +71,7 @@ Labels = Annotated[tuple[int | str, ...], _split(str), Strict(False), _word(str)
 """Several values; the command line reads them from one word with commas: 256,512."""
 
 __all__ = [
-    "FilePath", "Ge", "Gt", "Labels", "Le", "Lt", "Numbers", "OrInfinity", "PositiveInts", "Words", "from_dict",
+    "FilePath", "Ge", "Gt", "Labels", "Le", "Lt", "Name", "Numbers", "OrInfinity", "PositiveInts", "Words", "from_dict",
     "options", "read_toml",
 ]
 
@@ -77,13 +81,15 @@ def options(cls: type[T]) -> type[T]:
     """Make a class a frozen, keyword-only dataclass whose fields are checked when it is made.
 
     Types are strict (True is no number, "3" is no 3), but lists serve as tuples, NumPy numbers as Python's, and whole
-    numbers as floats. Ranges are annotations: Annotated[int, Ge(1)].
+    numbers as floats. Numbers are finite. Ranges are annotations: Annotated[int, Ge(1)].
 
     Raises (the class, when called):
         ValueError: in one line: field, what came, what fits.
     """
     made: Any = validated_dataclass(
-        cls, frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+        cls, frozen=True, kw_only=True, config=ConfigDict(
+            strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False,
+        )
     )
     check = made.__init__
 
@@ -105,7 +111,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
         ValueError: for an unknown option (the nearest is named) or a value that does not fit, with its path.
     """
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(values, default=str))
+        return TypeAdapter(cls).validate_json(json.dumps(values, default=_jsonable))
     except ValidationError as error:
         raise ValueError(_explain(cls, error)) from None
 
@@ -135,6 +141,12 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _jsonable(value: Any) -> Any:
+    """NumPy's numbers as Python's, anything else that JSON does not know as text."""
+    plain = _plain(value)
+    return plain if isinstance(plain, int | float) else str(value)
+
+
 _KINDS = {
     "int": "a whole number", "float": "a number", "string": "text", "bool": "true or false", "path": "a path",
     "tuple": "a list", "dataclass": "a section with options of its own",
@@ -156,6 +168,8 @@ def _explain(cls: Any, error: ValidationError) -> str:
         return str(unknown_name(path, str(value), _words(get_type_hints(owner)[path.rpartition(".")[2].split("[")[0]])))
     if kind == "missing":
         return f"{path} is missing"
+    if kind == "finite_number":
+        return f"{path}={value!r} must be finite"
     for limit, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
         if limit in limits:
             return f"{path}={value!r} must be {words} {limits[limit]:g}"

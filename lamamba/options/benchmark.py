@@ -45,6 +45,8 @@ class BenchmarkOptions:
     """Draw time and multiply-adds against the number of tokens into this PNG."""
 
     def __post_init__(self) -> None:
+        if not self.models or not self.image_sizes:
+            raise ValueError("name at least one model and one image size, such as s and 256")
         if len(self.batch) not in (1, len(self.image_sizes)):
             raise ValueError(
                 f"batch has {len(self.batch)} numbers for {len(self.image_sizes)} image sizes; give one, or one for "

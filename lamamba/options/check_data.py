@@ -6,14 +6,14 @@ from typing import Annotated
 
 import tyro
 
-from lamamba.options.base import FilePath, Ge, options
+from lamamba.options.base import FilePath, Ge, Name, options
 
 
 @options
 class CheckDataOptions:
     """What to check."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[Name, tyro.conf.Positional]
     """Folder, tars, datasets:ID, or latents."""
     manifest: FilePath | None = None
     """Where to write what was found; by default SOURCE/lamamba-manifest.json (beside tars; here, for a hub id)."""

@@ -7,16 +7,16 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lamamba.options.base import FilePath, Ge, options
+from lamamba.options.base import FilePath, Ge, Name, options
 
 
 @options
 class EncodeOptions:
     """Which images to encode, with which autoencoder."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[Name, tyro.conf.Positional]
     """Images: a folder, tars, or datasets:ID."""
-    autoencoder: str
+    autoencoder: Name
     """Of diffusers (AutoencoderKL, AutoencoderDC, AutoencoderTiny): a folder or a hub id. Only safetensors are read."""
     image_size: Annotated[int, Ge(1)] = 256
     """Side in pixels of the square images."""

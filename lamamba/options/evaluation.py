@@ -10,7 +10,7 @@ import tyro
 from pydantic import BeforeValidator
 from tyro.constructors import PrimitiveConstructorSpec
 
-from lamamba.options.base import FilePath, Ge, Numbers, options
+from lamamba.options.base import FilePath, Ge, Name, Numbers, options
 from lamamba.options.metrics import MetricOptions
 
 
@@ -56,7 +56,7 @@ class EvaluateOptions:
     guidance: Numbers = (1.0,)
     """Classifier-free guidance scale. 1, no guidance, is the protocol of published figures, and the default here
     whatever the model's own scale. Several with commas are a sweep: 1,1.25,1.5,2."""
-    autoencoder: str | None = None
+    autoencoder: Name | None = None
     """For models of latents: folder or hub id; by default the one that made the latents."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the sampled network."""
@@ -68,7 +68,7 @@ class EvaluateOptions:
     """Score all checkpoints and averages of a run, and plot the curve."""
     features: str = "inception"
     """inception, dinov2, digits, or module:name."""
-    weights: str | None = None
+    weights: Name | None = None
     """Of the feature network: a file (inception), a folder or hub id (dinov2)."""
     grey: Literal["refuse", "repeat"] = "refuse"
     """What to do with grey images when the feature network takes colour: repeat makes three equal channels."""
@@ -100,7 +100,7 @@ class StatisticsOptions:
     """The npz file."""
     features: str = "inception"
     """inception, dinov2, digits, or module:name."""
-    weights: str | None = None
+    weights: Name | None = None
     """Of the feature network."""
     image_size: Annotated[int, Ge(1)] = 8
     """Of "digits": enlarged to this."""

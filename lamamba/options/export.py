@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lamamba.options.base import FilePath, Ge, options
+from lamamba.options.base import FilePath, Ge, Name, options
 
 
 @options
@@ -21,9 +21,9 @@ class ExportOptions:
     """Decay of the EMA weights to take, for runs that keep several; by default the first. "none": as trained."""
     sampler: str | None = None
     """The sampler whose scheduler is saved; by default the first that fits. lamamba sample --help names them."""
-    autoencoder: str | None = None
+    autoencoder: Name | None = None
     """For models of latents: the autoencoder that goes with them, a folder or a hub id; by default the training's."""
-    labels: str | None = None
+    labels: Name | None = None
     """Names of the classes: "imagenet", or a text file with one name per line; by default those of the training."""
     licence: str | None = None
     """The licence of these weights for the model card, such as apache-2.0 or cc-by-4.0."""

@@ -6,15 +6,15 @@ from typing import Annotated
 
 import tyro
 
-from lamamba.options.base import Ge, options
+from lamamba.options.base import Ge, Name, options
 
 
 @options
 class InfoOptions:
     """Which network to count."""
 
-    model: Annotated[str, tyro.conf.Positional]
-    """A preset (s, b, l, xl), or a run, checkpoint or model folder."""
+    model: Annotated[Name, tyro.conf.Positional]
+    """A preset (s, b, l, xl), or the folder of a run, checkpoint, model or pipeline."""
     image_size: Annotated[int | None, Ge(1)] = None
     """Side of the image in pixels (256), 8 times the latent's; only for presets."""
     state_size: Annotated[int | None, Ge(1)] = None

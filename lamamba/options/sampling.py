@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lamamba.options.base import FilePath, Ge, Gt, Labels, Le, options
+from lamamba.options.base import FilePath, Ge, Gt, Labels, Le, Name, options
 
 PICTURE_SUFFIXES = (".png", ".gif", ".mp4")
 
@@ -52,7 +52,7 @@ class SamplerOptions(DenoisingOptions):
     """Of an image in pixels; by default as in training."""
     batch_size: Annotated[int, Ge(1)] | None = None
     """Images at a time; changes speed and memory, and a pixel by at most one grey level. By default 64."""
-    autoencoder: str | None = None
+    autoencoder: Name | None = None
     """For models of latents: a diffusers autoencoder, a folder or a hub id such as stabilityai/sd-vae-ft-ema. By
     default the one that made the latents it was trained on."""
     device: str = "auto"

@@ -16,7 +16,7 @@ import tyro
 from typing_extensions import Self
 
 from lamamba.config import Objective, UNetConfig, unknown_name
-from lamamba.options.base import FilePath, Ge, Gt, Lt, OrInfinity, from_dict, options, read_toml
+from lamamba.options.base import FilePath, Ge, Gt, Lt, Name, OrInfinity, from_dict, options, read_toml
 from lamamba.options.sampling import DenoisingOptions
 
 RUN_VERSION = 3
@@ -80,7 +80,7 @@ class ModelOptions:
 class DataOptions:
     """The images."""
 
-    source: str = "digits"
+    source: Name = "digits"
     """"digits" (1,797 handwritten ones, from scikit-learn); latents of lamamba encode; or images: a folder (one
     subfolder per class, or flat), WebDataset tars, datasets:ID@SPLIT of Hugging Face."""
     kind: Literal["auto", "images", "latents"] = "auto"
@@ -89,14 +89,14 @@ class DataOptions:
     """Side in pixels; images are cropped to squares and scaled. Of latents, the size they must have been made for."""
     channels: Literal[1, 3] = 1
     """1 for grey, 3 for colour. Latents have their own."""
-    autoencoder: str | None = None
+    autoencoder: Name | None = None
     """Of diffusers, a folder or a hub id. With images: encode them anew on every visit. With latents: refuse any made
     with another one."""
     crop: Literal["centre", "random"] = "centre"
     """"random": 80 to 100 % of the short side, anywhere (ADM). Latents are of centre crops."""
     mirror: bool = False
     """Mirror every other image left to right (not for digits or text)."""
-    manifest: str | None = None
+    manifest: Name | None = None
     """Of lamamba data check, whose bad files are excluded; by default SOURCE/lamamba-manifest.json where it exists."""
     max_bad_images: Count = 10
     """Unforeseen bad files, met by all processes together, to replace by their neighbours before training stops with
@@ -125,7 +125,7 @@ class OptimizerOptions:
     """0 as in DiT; the official LaMamba-Diff script leaves PyTorch's 0.01."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """Decay of the gradient's running mean and of its square's."""
-    max_grad_norm: Annotated[float, Gt(0), OrInfinity] = math.inf
+    max_grad_norm: Annotated[OrInfinity, Gt(0)] = math.inf
     """Clip the gradient to this norm; inf: only measure it."""
 
     def __post_init__(self) -> None:
@@ -214,7 +214,7 @@ class WatchOptions:
 class StartOptions:
     """What training starts from, when not from fresh weights."""
 
-    source: str | None = None
+    source: Name | None = None
     """A run, a checkpoint, a saved model, or an official checkpoint (.pt)."""
     mode: Literal["weights", "everything"] = "weights"
     """"weights": the averaged weights only, for fine-tuning; "everything": go on with an official training checkpoint,
@@ -248,13 +248,13 @@ class ScoreOptions:
 
     every: Count = 0
     """Steps between scores; 0: none. Lines go into scores.jsonl, and lamamba plot draws them."""
-    reference: str | None = None
+    reference: Name | None = None
     """Statistics that lamamba evaluate stats has made (.npz), or "digits"."""
     images: Annotated[int, Ge(2)] = 1000
     """Images that are drawn for it. Fewer give larger distances: compare equal numbers only."""
     features: str = "inception"
     """The feature network, as in lamamba evaluate: inception, dinov2, digits, module:function."""
-    weights: str | None = None
+    weights: Name | None = None
     """File of the feature network's weights, where it is not downloaded."""
 
 
@@ -386,14 +386,14 @@ class TrainOptions(TrainConfig):
         return TrainConfig(**{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(TrainConfig)})
 
     @classmethod
-    def from_recipe(cls, name: str, **changes: Any) -> Self:
+    def from_recipe(cls, name: str | Path, **changes: Any) -> Self:
         """A recipe by name or path, with changes: from_recipe("digits", steps=100, optimizer={"learning_rate": 1e-3}).
 
         Raises:
             FileNotFoundError: for a path that does not exist.
             ValueError: for an unknown recipe or option, or a value that does not fit.
         """
-        values = {"out": str(Path("runs") / Path(name).stem), **load_recipe(name).to_dict()}
+        values = {"out": str(Path("runs") / Path(name).stem), **load_recipe(str(name)).to_dict()}
         for key, change in changes.items():
             if dataclasses.is_dataclass(change) and not isinstance(change, type):
                 change = dataclasses.asdict(change)

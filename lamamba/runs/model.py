@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -221,7 +221,7 @@ class Model:
 
     name: str
     """The path that was opened, or "shipped"."""
-    network: LaMambaUNet
+    network: LaMambaUNet = field(repr=False)
     metadata: ModelMetadata
     sha256: str
     """Of architecture and weights, by `fingerprint`."""

@@ -46,6 +46,7 @@ from lamamba.training.trackers import MetricsFile
 from lamamba.utils.distributed import local, peak_memory, whole
 from lamamba.utils.errors import MainProcessError
 from lamamba.utils.locks import FolderLock
+from lamamba.utils.repeatable import own_random_state
 
 logger = logging.getLogger("lamamba.training")
 
@@ -129,7 +130,7 @@ def train(
     processes.on_rank_0(run.prepare)
     try:
         processes.on_rank_0(lock.acquire)
-        with precision_policy(config.precision), stop_signals() as request:
+        with own_random_state(), precision_policy(config.precision), stop_signals() as request:
             excluded = getattr(samples, "excluded", ())                         # latents and digits have none
             processes.on_rank_0(lambda: run.create(config, architecture, metadata, samples.fingerprint, excluded))
             return _Trainer(config, samples, architecture, metadata, run, processes).run(callbacks, request)

@@ -9,6 +9,14 @@ import torch
 
 
 @contextmanager
+def own_random_state() -> Iterator[None]:
+    """PyTorch's global random state, of the caller afterwards: new modules draw weights from it."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        yield
+
+
+@contextmanager
 def repeatable(threads: int = 0) -> Iterator[None]:
     """Deterministic convolutions of cuDNN without a search for the fastest, and a number of threads (0: as it is)."""
     cudnn, num_threads = torch.backends.cudnn, torch.get_num_threads()

@@ -64,7 +64,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a truncated one, as a killed or running process leaves it, is skipped.
 
     Raises:
-        ValueError: when there is no complete line.
+        ValueError: when there is no complete line, or one is not of a run.
     """
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
@@ -72,6 +72,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
             continue
+    if not all(isinstance(line, dict) and "step" in line for line in lines):
+        raise ValueError(f"{path} is not of a training run: it has lines without a step")
     if not lines:
         raise ValueError(f"{path} has no lines yet; let the run make some steps")
     return lines

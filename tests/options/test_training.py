@@ -133,7 +133,7 @@ def test_the_second_version_s_sampling_steps_are_still_read():
     (lambda: TrainConfig(steps=2.5), "steps=2.5 must be a whole number"),
     (lambda: TrainConfig(stepz=2), "did you mean 'steps'"),
     (lambda: TrainConfig(model={"width": 8}), "model={'width': 8} must be a section"),
-    (lambda: OptimizerOptions(learning_rate=math.nan), "learning_rate=nan must be above 0"),
+    (lambda: OptimizerOptions(learning_rate=math.nan), "learning_rate=nan must be finite"),
     (lambda: DataOptions(image_size=3), "image_size=3 must be at least 4"),
     (lambda: ScoreOptions(every=-1), "every=-1 must be at least 0"),
     (lambda: StartOptions(mode="all"), "mode 'all' is unknown"),
