@@ -193,7 +193,7 @@ def test_mistakes_are_answered_in_one_line(lamamba, tmp_path, arguments, said):
     (["--classes", "10"], "label 10 is out of range; this model knows 0 .. 9"),
     (["--classes", "seven"], "label 'seven' is unknown"),
     (["--sampler", "ddpm"], "use flow-euler or flow-heun"),
-    (["--num", "0"], "--num 0 must be at least 1"),
+    (["--num", "0"], "num=0 must be at least 1"),
     (["--steps", "0"], "steps=0 must be at least 1"),
     (["--autoencoder", "x"], "leave --autoencoder out"),
 ])
