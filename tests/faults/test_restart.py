@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 
 import pytest
@@ -36,6 +38,8 @@ FEW = ("plain, in the middle of an epoch", "two workers", "two processes")
 def steps_of(folder, settings, images, stop_at=None):
     """Train; with stop_at, ask for a stop during that step, in the middle of its pieces where this process reads."""
     digits = FewDigits(images)
+    if settings.processes.data_workers and sys.platform == "linux":             # a fork server would import all again
+        multiprocessing.set_start_method("fork", force=True)
     if stop_at is not None and not settings.processes.data_workers:
         read, reads = digits.read, []
 
