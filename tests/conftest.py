@@ -33,19 +33,28 @@ def backend(request, monkeypatch):
     native.load.cache_clear()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _temporary_folder():
-    """One folder for all that tests, launchers, compilers and gradio put into the temporary directory; then it goes."""
-    folder = tempfile.mkdtemp(prefix="lamamba-")                                # short: sockets are made in it
-    before, tempfile.tempdir = os.environ.get("TMPDIR"), folder
-    os.environ["TMPDIR"] = folder
-    yield
-    tempfile.tempdir = None
-    if before is None:
-        del os.environ["TMPDIR"]
-    else:
+FOLDER = pytest.StashKey[tuple[str, str]]()
+
+
+def pytest_configure(config):
+    """One folder for all that tests, launchers, compilers and gradio put into the temporary directory; then it goes.
+
+    Processes of pytest-xdist share that of the process that starts them. Imports already find it.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="lamamba-")                            # short: sockets are made in it
+        config.stash[FOLDER] = os.environ.get("TMPDIR", ""), folder
+        tempfile.tempdir = os.environ["TMPDIR"] = folder
+
+
+def pytest_unconfigure(config):
+    if found := config.stash.get(FOLDER, None):
+        before, folder = found
+        tempfile.tempdir = None
         os.environ["TMPDIR"] = before
-    shutil.rmtree(folder, ignore_errors=True)
+        if not before:
+            del os.environ["TMPDIR"]
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

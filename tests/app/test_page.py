@@ -99,6 +99,7 @@ def test_wrong_inputs_get_a_message_and_no_stack_trace(client, change, said):
     assert str(Path(__file__).parent.parent.parent) not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_fifty_requests_at_once_are_all_served(server, tmp_path):
     """One after the other, each with its own seed."""
     from gradio_client import Client

@@ -11,6 +11,7 @@ from lamamba.benchmarking.report import table
 from lamamba.cli.main import main
 
 
+@pytest.mark.slow
 def test_the_file_holds_rows_ratios_and_environment(capsys, tmp_path):
     files = [tmp_path / name for name in ("b.json", "b.md", "b.png")]
     status = main([
