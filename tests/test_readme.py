@@ -29,6 +29,21 @@ def test_the_library_example_runs(tmp_path, monkeypatch):
     assert names["model"]._run_grid == (32, 48)
 
 
+def test_the_example_of_calls_runs(tmp_path, monkeypatch):
+    """Training, sampling and evaluation from Python, with fewer steps and images."""
+    monkeypatch.chdir(tmp_path)
+    _, example, _ = blocks("python")
+    for long, short in {"steps=900": "steps=4", "num_images=2000": "num_images=8, steps=2"}.items():
+        assert long in example
+        example = example.replace(long, short)
+    names: dict = {}
+    exec(example, names)
+    assert names["run"].folder.is_dir()
+    assert names["picture"].images.shape == (16, 8, 8, 1)
+    assert (tmp_path / "grid.png").exists()
+    assert (tmp_path / "figures.json").exists()
+
+
 def test_the_diffusers_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["export", str(shipped_model()), "exported/digits", "--images", "0"]) == 0

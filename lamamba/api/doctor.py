@@ -93,7 +93,7 @@ def _choice(op: Any, device: str, dtype: str) -> dict[str, Any]:
         return found
     automatic = next((name for name, reason in refusals.items() if reason is None), None)
     if forced := os.environ.get("LAMAMBA_BACKEND"):
-        found["reason"] = f"LAMAMBA_BACKEND={forced} asks for it" + (
+        found["reason"] = f"LAMAMBA_BACKEND={forced} selects it" + (
             f"; by itself it would be {automatic}" if automatic != found["backend"] else ""
         )
     else:

@@ -35,7 +35,7 @@ def parse(
     known = [*_names(cls), *aliases, "--help"]
     for word in arguments:
         if word.startswith("--") and (name := word.split("=")[0].replace("_", "-")) not in known:
-            raise ValueError(f"Unrecognized options: {name}; did you mean {_nearest(name, known)}? {hint}")
+            raise ValueError(f"Unrecognized options: {name}{_suggestion(name, known)} {hint}")
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(
@@ -59,13 +59,14 @@ def _one_line(message: str) -> str:
     return text.removeprefix("Error parsing ")
 
 
-def _nearest(unknown: str, names: list[str]) -> str:
-    """The most similar name, in whatever order its words are: --data.no-labels for --no-data.labels."""
+def _suggestion(unknown: str, names: list[str]) -> str:
+    """The most similar name, in whatever order its words are: --data.no-labels for --no-data.labels. Or nothing."""
     def similarity(name: str) -> float:
-        one, other = (" ".join(sorted(re.split(r"[-._]+", text))) for text in (unknown, name))
+        one, other = (" ".join(sorted(re.findall(r"[^-._]+", text))) for text in (unknown, name))
         return difflib.SequenceMatcher(None, one, other).ratio()
 
-    return max(names, key=similarity)
+    nearest = max(names, key=similarity)
+    return f"; did you mean {nearest}?" if similarity(nearest) >= 0.5 else ""
 
 
 def _names(cls: Any, prefix: str = "") -> list[str]:

@@ -9,7 +9,7 @@ from lamamba.options.training import TrainOptions, recipe_names
 DESCRIPTION = f"""Train a network: lamamba train RECIPE [options].
 
 RECIPE is one of {', '.join(recipe_names())}, or a TOML file with the options below (sections as in their names).
-Options given here go before the recipe's. Running the same command again resumes the run where it was stopped.
+Options given here override the recipe's. Running the same command again resumes the run where it was stopped.
 
   lamamba train digits --out runs/digits
   lamamba train folder --data.source photos/ --data.image-size 64 --out runs/photos

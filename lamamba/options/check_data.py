@@ -13,7 +13,7 @@ from lamamba.options.base import FilePath, Ge, Name, options
 class CheckDataOptions:
     """What to check."""
 
-    source: Annotated[Name, tyro.conf.Positional]
+    source: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Folder, tars, datasets:ID, or latents."""
     manifest: FilePath | None = None
     """Where to write what was found; by default SOURCE/lamamba-manifest.json (beside tars; here, for a hub id)."""

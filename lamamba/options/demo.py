@@ -17,7 +17,7 @@ class DemoOptions:
     out: FilePath = Path("demo")
     """Folder for pictures, report and run. A run that was stopped there is resumed."""
     seed: Annotated[int, Ge(0)] = 0
-    """Of the training."""
+    """Seed of the training."""
     steps: Annotated[int, Ge(1)] | None = None
     """Training steps; by default the recipe's. Fewer are quicker and worse."""
     per_digit: Annotated[int, Ge(SHOWN_PER_DIGIT)] = 50

@@ -14,16 +14,17 @@ from lamamba.options.base import FilePath, Ge, Name, options
 class EncodeOptions:
     """Which images to encode, with which autoencoder."""
 
-    source: Annotated[Name, tyro.conf.Positional]
+    source: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Images: a folder, tars, or datasets:ID."""
     autoencoder: Name
-    """Of diffusers (AutoencoderKL, AutoencoderDC, AutoencoderTiny): a folder or a hub id. Only safetensors are read."""
+    """A diffusers autoencoder (AutoencoderKL, AutoencoderDC, AutoencoderTiny): a folder or a hub id. Only safetensors
+    are read."""
     image_size: Annotated[int, Ge(1)] = 256
     """Side in pixels of the square images."""
     out: FilePath = Path("latents")
     """Folder for the shards."""
     manifest: FilePath | None = None
-    """Of lamamba data check; by default the one beside the source, where there is one."""
+    """The manifest of lamamba data check; by default the one beside the source, where there is one."""
     max_bad_images: Annotated[int, Ge(0)] = 0
     """Bad files beyond the manifest's to tolerate before encoding stops with their names."""
     mirror: bool = True

@@ -36,7 +36,7 @@ ImageSet = Annotated[Any, BeforeValidator(_check_images), PrimitiveConstructorSp
 class EvaluateOptions:
     """What to evaluate, against which reference, by which protocol."""
 
-    samples: Annotated[ImageSet, tyro.conf.Positional]
+    samples: Annotated[ImageSet, tyro.conf.Positional, tyro.conf.arg(metavar="SAMPLES")]
     """Folder, npz file, "digits", run, checkpoint, model, or "shipped"."""
     reference: ImageSet
     """Npz file, folder, or "digits"."""
@@ -69,7 +69,7 @@ class EvaluateOptions:
     features: str = "inception"
     """inception, dinov2, digits, or module:name."""
     weights: Name | None = None
-    """Of the feature network: a file (inception), a folder or hub id (dinov2)."""
+    """Weights of the feature network: a file (inception), a folder or hub id (dinov2)."""
     grey: Literal["refuse", "repeat"] = "refuse"
     """What to do with grey images when the feature network takes colour: repeat makes three equal channels."""
     metrics: MetricOptions = MetricOptions()
@@ -94,16 +94,16 @@ class EvaluateOptions:
 class StatisticsOptions:
     """Which reference images, by which feature network."""
 
-    images: Annotated[ImageSet, tyro.conf.Positional]
+    images: Annotated[ImageSet, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """Folder, npz file with arr_0, or "digits". All of one size, cropped as your training crops them."""
     out: FilePath
     """The npz file."""
     features: str = "inception"
     """inception, dinov2, digits, or module:name."""
     weights: Name | None = None
-    """Of the feature network."""
+    """Weights of the feature network, as in lamamba evaluate."""
     image_size: Annotated[int, Ge(1)] = 8
-    """Of "digits": enlarged to this."""
+    """Side in pixels to which "digits" are enlarged; other images keep theirs."""
     grey: Literal["refuse", "repeat"] = "refuse"
     """What to do with grey images when the feature network takes colour."""
     rows: Annotated[int, Ge(1)] = 10_000
@@ -124,7 +124,7 @@ class StatisticsOptions:
 class CompareOptions:
     """Which results to compare."""
 
-    results: Annotated[tuple[FilePath, ...], tyro.conf.Positional]
+    results: Annotated[tuple[FilePath, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RESULT [RESULT ...]")]
     """Result files of lamamba evaluate."""
 
     def __post_init__(self) -> None:

@@ -13,9 +13,9 @@ from lamamba.options.base import FilePath, Ge, Name, options
 class ExportOptions:
     """Which network becomes a diffusers pipeline, and with what."""
 
-    source: Annotated[FilePath, tyro.conf.Positional]
+    source: Annotated[FilePath, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A run folder (its newest checkpoint), a checkpoint, or a saved model."""
-    target: Annotated[FilePath, tyro.conf.Positional]
+    target: Annotated[FilePath, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """The folder to write; it must not exist yet."""
     ema: float | Literal["none"] | None = None
     """Decay of the EMA weights to take, for runs that keep several; by default the first. "none": as trained."""

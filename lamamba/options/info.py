@@ -13,7 +13,7 @@ from lamamba.options.base import Ge, Name, options
 class InfoOptions:
     """Which network to count."""
 
-    model: Annotated[Name, tyro.conf.Positional]
+    model: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A preset (s, b, l, xl), or the folder of a run, checkpoint, model or pipeline."""
     image_size: Annotated[int | None, Ge(1)] = None
     """Side of the image in pixels (256), 8 times the latent's; only for presets."""

@@ -22,6 +22,6 @@ class MetricOptions:
     kernel_subsets: Annotated[int, Ge(1)] = 100
     """Number of subsets."""
     kernel_seed: Annotated[int, Ge(0)] = 0
-    """Of the subsets."""
+    """Seed that draws the subsets."""
     split: Annotated[int, Ge(1)] = 5000
     """Images in a split of the Inception Score."""

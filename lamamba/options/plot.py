@@ -14,7 +14,7 @@ from lamamba.options.base import FilePath, Ge, Le, options
 class PlotOptions:
     """Which runs to draw, and where."""
 
-    runs: Annotated[tuple[FilePath, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[FilePath, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run folders (or their metrics.jsonl)."""
     out: FilePath = Path("runs.png")
     """The picture."""

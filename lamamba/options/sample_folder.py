@@ -18,10 +18,10 @@ class FolderOptions:
     random_labels: bool = False
     """A folder of images: each with a class drawn from its own seed, as for the published scores."""
     format: Literal["png", "npz", "both"] | None = None
-    """Of a folder of images: a PNG each (the default), one uint8 npz (arr_0: N x H x W x 3, arr_1: labels), or both.
+    """For a folder of images: a PNG each (the default), one uint8 npz (arr_0: N x H x W x 3, arr_1: labels), or both.
     The npz alone takes twice its size while it is put together."""
     threads: Annotated[int, Ge(1)] | None = None
-    """Of a folder of images, on a CPU: cores for each process; by default all (under torchrun, one)."""
+    """Cores for each process of a folder of images, on a CPU; by default all (under torchrun, one)."""
 
     def __post_init__(self) -> None:
         if self.balanced and self.random_labels:

@@ -28,7 +28,7 @@ class DenoisingOptions:
 class SamplerOptions(DenoisingOptions):
     """How to sample; None is the model's or the sampler's default, or with `like` the picture's value."""
 
-    model: Annotated[FilePath | None, tyro.conf.Positional] = None
+    model: Annotated[FilePath | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
     """Run folder, checkpoint, saved model or exported pipeline; by default the digits model that ships with the
     package."""
     like: FilePath | None = None
@@ -47,9 +47,9 @@ class SamplerOptions(DenoisingOptions):
     autoguidance: FilePath | None = None
     """A guiding model (smaller, or an earlier checkpoint), in place of the model without labels."""
     height: int | None = None
-    """Of an image in pixels; by default as in training."""
+    """Height of an image in pixels; by default as in training."""
     width: int | None = None
-    """Of an image in pixels; by default as in training."""
+    """Width of an image in pixels; by default as in training."""
     batch_size: Annotated[int, Ge(1)] | None = None
     """Images at a time; changes speed and memory, and a pixel by at most one grey level. By default 64."""
     autoencoder: Name | None = None

@@ -90,14 +90,14 @@ class DataOptions:
     channels: Literal[1, 3] = 1
     """1 for grey, 3 for colour. Latents have their own."""
     autoencoder: Name | None = None
-    """Of diffusers, a folder or a hub id. With images: encode them anew on every visit. With latents: refuse any made
+    """A diffusers autoencoder: folder or hub id. With images: encode them on every visit. With latents: refuse any made
     with another one."""
     crop: Literal["centre", "random"] = "centre"
     """"random": 80 to 100 % of the short side, anywhere (ADM). Latents are of centre crops."""
     mirror: bool = False
     """Mirror every other image left to right (not for digits or text)."""
     manifest: Name | None = None
-    """Of lamamba data check, whose bad files are excluded; by default SOURCE/lamamba-manifest.json where it exists."""
+    """The manifest of lamamba data check; its bad files are excluded. By default SOURCE/lamamba-manifest.json."""
     max_bad_images: Count = 10
     """Unforeseen bad files, met by all processes together, to replace by their neighbours before training stops with
     their names."""
@@ -140,9 +140,9 @@ class LossOptions:
     timesteps: Literal["uniform", "logit-normal"] | None = None
     """How times are drawn; by default evenly for noise and v, logit-normal (Stable Diffusion 3) for flow."""
     logit_mean: float = 0.0
-    """Of logit-normal times: below 0 more often near the image, above 0 more often near the noise."""
+    """Mean of logit-normal times: below 0 more often near the image, above 0 more often near the noise."""
     logit_deviation: Above0 = 1.0
-    """Of logit-normal times: how widely they spread."""
+    """Standard deviation of logit-normal times, before the sigmoid."""
     weighting: Literal["none", "min-snr"] = "none"
     """"min-snr": times with little noise count less (Hang et al., 2023); for noise and v."""
     min_snr_gamma: Above0 = 5.0

@@ -123,7 +123,7 @@ class _LogLines:
             return
         self._logged = now
         rate = (state.done - state.resumed) / (now - self._began)
-        left = f"{(state.total - state.done) / rate:.0f} s left" if rate > 0 else "no end in sight"
+        left = f"{(state.total - state.done) / rate:.0f} s left" if rate > 0 else "time left unknown"
         logger.info(
             "%s %d/%d  %.3g %s/s  %s  %s", state.task, state.done, state.total, rate, state.unit, left, state.note
         )

@@ -143,7 +143,8 @@ def _draw_run(
         if span > 1:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8, label=logged)
         label = mean if span > 1 or not is_alone else logged
-        axes.plot(steps, _running_mean(values, span), color=color, linewidth=1.6, label=label)
+        dot = "o" if len(steps) == 1 else None                                             # no line to see
+        axes.plot(steps, _running_mean(values, span), color=color, linewidth=1.6, marker=dot, label=label)
     points = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
     if points:
         panels[0].plot(

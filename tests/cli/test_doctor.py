@@ -68,7 +68,7 @@ def test_a_forced_back_end_is_reported(doctor, monkeypatch):
     monkeypatch.setenv("LAMAMBA_BACKEND", "reference")
     status, out = doctor()
     assert status == 0
-    assert "reference (LAMAMBA_BACKEND=reference asks for it; by itself it would be" in out
+    assert "reference (LAMAMBA_BACKEND=reference selects it; by itself it would be" in out
 
 
 @pytest.mark.parametrize(("variable", "value", "said"), [
