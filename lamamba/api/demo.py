@@ -92,7 +92,7 @@ def demo(options: DemoOptions | None = None, *, progress: ProgressOption = "auto
     score = score_digits(samples, labels, digits.images.transpose(0, 2, 3, 1), digits.labels)
     seconds = {"training": trained - began, "sampling": sampled - trained, "all": time.perf_counter() - began}
     result = DemoResult(out, score, seconds, training, samples, labels)
-    figures = {"requested" if name == "num_samples" else name: value for name, value in asdict(score).items()}
+    figures = {"asked" if name == "num_samples" else name: value for name, value in asdict(score).items()}
     values = {"score": figures, "seconds": seconds, "config": recipe.config.to_dict()}
     (out / "report.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     (out / "report.md").write_text(_report(result.summary, training.step, recipe.seed), encoding="utf-8")

@@ -151,7 +151,7 @@ def test_the_demo_from_start_to_report(lamamba, tmp_path):
     assert {path.name for path in (tmp_path / "d").iterdir()} == {
         "run", "digits.png", "real.png", "loss.png", "report.md", "report.json",
     }
-    assert json.loads((tmp_path / "d" / "report.json").read_text())["score"]["requested"] == 100
+    assert json.loads((tmp_path / "d" / "report.json").read_text())["score"]["asked"] == 100
 
 
 MISTAKES = [
