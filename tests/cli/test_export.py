@@ -137,7 +137,7 @@ def test_one_of_several_averages(tmp_path, capsys):
     (["--autoencoder", "x/y"], "this model makes pixels: leave --autoencoder out"),
     (["--labels", "nowhere.txt"], "neither \"imagenet\" nor a text file"),
     (["--images", "-1"], "images=-1 must be at least 0"),
-    (["--guidance", "nan"], "no finite number"),
+    (["--guidance", "nan"], "must be finite"),
 ])
 def test_what_cannot_be_exported_leaves_nothing_behind(extra, said, tmp_path, capsys):
     saved_model(tmp_path / "model")

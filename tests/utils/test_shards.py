@@ -148,7 +148,7 @@ def test_processes_killed_at_random_moments_end_with_the_same_bytes(tmp_path, ex
     rng, context, kills = random.Random(0), multiprocessing.get_context("fork"), 0
     while not (tmp_path / "out" / "result.json").is_file():
         processes = [
-            context.Process(target=lambda rank=rank: Job(tmp_path / "out", rank=rank, pause=0.03).run())
+            context.Process(target=lambda rank=rank: Job(tmp_path / "out", rank=rank, pause=0.1).run())
             for rank in range(3)
         ]
         for process in processes:
