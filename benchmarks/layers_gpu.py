@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from scan_gpu import milliseconds
 
-from lamamba.models.geometry import Geometry
+from lamamba.models.geometry import make_geometry
 from lamamba.ops import layers, use_backend
 from lamamba.ops.layers import reference
 
@@ -58,7 +58,7 @@ def make_inputs(name: str, side: int, width: int) -> tuple:
         return leaf(normal(*inner)), z, leaf(normal(2 * width)), leaf(normal(2 * width)), 1e-5
     if name == "local_mixing":
         return x, leaf(normal(2 * width, 1, 3, 3))
-    geometry = Geometry((side, side), WINDOW, "continuous").cuda()
+    geometry = make_geometry((side, side), WINDOW, "continuous").to("cuda")
     mask, shift_by = (geometry.shifted_mask, geometry.shift) if "shifted" in name else (geometry.mask, (0, 0))
     pairs = WINDOW[0] * WINDOW[1]
     bias = leaf(normal(NUM_HEADS, pairs, pairs))

@@ -327,7 +327,7 @@ class LaMambaPipeline(DiffusionPipeline):
         timesteps = self.scheduler.timesteps[first:].tolist()
         model = GuidedModel(self.unet, timesteps, guidance, guiding_model=guidance_model)
         self._num_timesteps, self._interrupt = len(timesteps), False
-        with resized([self.unet, guidance_model], size, device), self.progress_bar(total=self._num_timesteps) as bar:
+        with resized([self.unet, guidance_model], size), self.progress_bar(total=self._num_timesteps) as bar:
 
             def on_step(step: Step) -> Tensor | None:
                 bar.update()

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lamamba.config import UNetConfig
 from lamamba.models.blocks import LaMambaBlock
-from lamamba.models.unet import LaMambaUNet
+from lamamba.models.unet import GEOMETRY_SCALES, LaMambaUNet
 
 FLOAT = 4
 MOMENTS = 2
@@ -130,14 +130,14 @@ def _run(config: UNetConfig, batch: int, bfloat16: bool, checkpoint: bool) -> tu
 def _block_bytes(model: LaMambaUNet, batch: int, cast: Any, own: set[int]) -> int:
     """Largest memory of the backward pass of one block, from running blocks of the finer grids alone."""
     largest = 0
-    geometries = dict(zip((1, 2, 4), model.geometries, strict=True))
+    geometries = dict(zip(GEOMETRY_SCALES, model.geometries, strict=True))
     c = torch.zeros(batch, model.architecture.condition_width)
     stages: list[tuple[Any, int]] = [(model.encoder[0], 1), (model.decoder[3], 1), (model.decoder[2], 2)]
     for stage, scale in stages:
         block = next(iter(stage.blocks.values()), None)
         if block is None:
             continue
-        geometry: Any = geometries[scale]
+        geometry = geometries[scale]
         width = model.architecture.stage_width(0 if scale == 1 else 1)
         x = torch.zeros(batch, *geometry.grid, width, requires_grad=True)
         kept: dict[int, torch.UntypedStorage] = {}

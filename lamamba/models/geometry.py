@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lamamba.config import Grid
 from lamamba.ops import scan_paths
@@ -56,23 +58,34 @@ def attention_mask(grid: Grid, window: Grid, shift: Grid) -> Tensor | None:
     return region[:, :, None] == region[:, None]
 
 
-class Geometry(nn.Module):
-    """Tables of one stage's grid, as buffers that are not saved.
+class Geometry(NamedTuple):
+    """A stage's grid: its sides, windows and tables."""
 
-    paths (4, l) int64 scan orders; relative_positions (tokens^2,) int64; mask and shifted_mask, of blocks without and
-    with a shift, as `attention_mask` returns them.
-    """
-
+    grid: Grid
+    window: Grid
+    shift: Grid
+    """Of the shifted blocks, as `window_shift` gives it."""
     paths: Tensor
+    """(4, l) int64 scan orders."""
     relative_positions: Tensor
+    """(tokens^2,) int64, `relative_positions` in one row."""
     mask: Tensor | None
+    """Of blocks without a shift, as `attention_mask` gives it."""
     shifted_mask: Tensor | None
 
-    def __init__(self, grid: Grid, window: Grid, scan: str):
-        super().__init__()
-        self.grid, self.window = grid, window
-        self.shift = window_shift(grid, window)
-        self.register_buffer("paths", scan_paths(*grid, scan).clone(), persistent=False)
-        self.register_buffer("relative_positions", relative_positions(window).flatten(), persistent=False)
-        self.register_buffer("mask", attention_mask(grid, window, (0, 0)), persistent=False)
-        self.register_buffer("shifted_mask", attention_mask(grid, window, self.shift), persistent=False)
+    def to(self, device: torch.device | str) -> Geometry:
+        """The same with its tables on a device."""
+        return Geometry(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
+
+
+TABLES = ("paths", "relative_positions", "mask", "shifted_mask")
+
+
+@torch.inference_mode(False)                                                    # else no later training could use them
+def make_geometry(grid: Grid, window: Grid, scan: str) -> Geometry:
+    """Compute the tables of a grid (height, width) in tokens for windows of this size and a kind of scan paths."""
+    shift = window_shift(grid, window)
+    return Geometry(
+        grid, window, shift, scan_paths(*grid, scan).clone(), relative_positions(window).flatten(),
+        attention_mask(grid, window, (0, 0)), attention_mask(grid, window, shift),
+    )

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from lamamba.config import NUM_STAGES, STAGE_SCALES, Grid, UNetConfig, as_grid, check_grid
 from lamamba.models.blocks import ConditionLinear, LaMambaBlock, ModulatedNorm
 from lamamba.models.embeddings import PatchEmbedding, TimestepEmbedding, position_table
-from lamamba.models.geometry import Geometry
+from lamamba.models.geometry import TABLES, Geometry, make_geometry
 from lamamba.models.resample import PatchExpanding, PatchMerging
+
+GEOMETRY_SCALES = (1, 2, 4)
+"""Divisors of the token grid in stages 0, 1, and 2 to 3."""
 
 
 class Stage(nn.Module):
@@ -153,23 +156,37 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         config = self.architecture
         run_grid = config.token_grid if grid is None else as_grid(grid)
         check_grid(run_grid, patch_size=config.patch_size)
-        self._build_geometries(run_grid)
-        if self.device.type != "meta":                                          # offloaded weights are on meta
-            self.geometries.to(self.device)
+        self._build_geometries(run_grid, self.paths_1.device)                   # offloaded weights may be elsewhere
 
     @property
     def run_grid(self) -> Grid:
         """The grid that the network runs on, (height, width) in tokens; see `set_grid`."""
         return self._run_grid
 
-    def _build_geometries(self, run_grid: Grid) -> None:
+    def _build_geometries(self, run_grid: Grid, device: torch.device | None = None) -> None:
+        """Register the tables as buffers that are not saved, of this module: hooks bring those before its forward."""
         config = self.architecture
         self._run_grid = run_grid
-        self.geometries = nn.ModuleList()
-        for scale in (1, 2, 4):                                                 # the grids of stages 0, 1, and 2 to 3
+        self._windows: dict[int, tuple[Grid, Grid, Grid]] = {}
+        for scale in GEOMETRY_SCALES:
             window = config.stage_window(STAGE_SCALES.index(scale))
-            stage_grid = (run_grid[0] // scale, run_grid[1] // scale)
-            self.geometries.append(Geometry(stage_grid, window, config.scan))
+            geometry = make_geometry((run_grid[0] // scale, run_grid[1] // scale), window, config.scan)
+            if device is not None:
+                geometry = geometry.to(device)
+            self._windows[scale] = geometry[:3]
+            for name in TABLES:
+                if hasattr(self, f"{name}_{scale}"):
+                    delattr(self, f"{name}_{scale}")
+                if (table := getattr(geometry, name)) is not None:              # torch.export miscounts buffers of None
+                    self.register_buffer(f"{name}_{scale}", table, persistent=False)
+
+    @property
+    def geometries(self) -> tuple[Geometry, ...]:
+        """Of the grids that the network runs on: of stages 0, 1, and 2 to 3."""
+        return tuple(
+            Geometry(*self._windows[scale], *(getattr(self, f"{name}_{scale}", None) for name in TABLES))
+            for scale in GEOMETRY_SCALES
+        )
 
     def _positions(self) -> Tensor:
         """The position embedding of the grid that the network runs on: (h, w, width)."""
@@ -242,7 +259,7 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         """
         self._check_input(x)
         c, modulations, head_modulation = self._condition(x, timestep, class_labels, conditioning)
-        at = dict(zip((1, 2, 4), self.geometries, strict=True))
+        at = {scale: geometry.to(x.device) for scale, geometry in zip(GEOMETRY_SCALES, self.geometries, strict=True)}
         x = self.patch_embedding(x) + self._positions()                                             # (b, h, w, width)
 
         skips = []

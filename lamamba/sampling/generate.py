@@ -16,7 +16,7 @@ from lamamba.config import Grid, UNetConfig
 from lamamba.data.codec import Decoder, PixelCodec
 from lamamba.diffusion.denoise import SAMPLERS, Step, denoise, make_scheduler, samplers_for, slerp
 from lamamba.diffusion.guidance import Guidance, Predict, check_guiding_model, guided
-from lamamba.inference.conditioning import conditioned, is_hooked
+from lamamba.inference.conditioning import conditioned
 from lamamba.models.unet import LaMambaUNet
 from lamamba.sampling.settings import MAX_SEED, Interpolated
 
@@ -79,15 +79,8 @@ class GuidedModel:
 
 
 @contextmanager
-def resized(
-    networks: Sequence[LaMambaUNet | None], input_size: Grid, device: torch.device | None = None
-) -> Iterator[None]:
-    """Run networks on another input size (height, width) for a while.
-
-    Args:
-        networks: those that are None are skipped.
-        input_size: sides of the networks' input.
-        device: where hooked networks run (`is_hooked`).
+def resized(networks: Sequence[LaMambaUNet | None], input_size: Grid) -> Iterator[None]:
+    """Run networks on another input size (height, width) for a while; those that are None are skipped.
 
     Raises:
         ValueError: when the size does not split into patches.
@@ -101,18 +94,16 @@ def resized(
                     f"input_size={tuple(input_size)} does not split into patches of {p}: see UNetConfig.fit_input"
                 )
             before.append((network, network.run_grid))
-            _set_grid(network, (input_size[0] // p, input_size[1] // p), device)
+            _set_grid(network, (input_size[0] // p, input_size[1] // p))
         yield
     finally:
         for network, grid in before:
-            _set_grid(network, grid, device)
+            _set_grid(network, grid)
 
 
-def _set_grid(network: LaMambaUNet, grid: Grid, device: torch.device | None) -> None:
+def _set_grid(network: LaMambaUNet, grid: Grid) -> None:
     if network.run_grid != grid:
         network.set_grid(grid)
-        if device is not None and is_hooked(network):                           # its buffers are new to the hooks
-            network.geometries.to(device)
 
 
 class ImageGenerator:

@@ -16,7 +16,7 @@ from lamamba import LaMambaUNet, UNetConfig
 from lamamba.inference.compiling import compile_network, find_compiler
 from lamamba.models.attention import WindowAttention
 from lamamba.models.embeddings import TimestepEmbedding, position_table
-from lamamba.models.geometry import Geometry
+from lamamba.models.geometry import make_geometry
 from lamamba.ops import native, use_backend
 from tests.networks import random_inputs, random_network, relative_error, small_config
 
@@ -216,7 +216,8 @@ class TestWindowAttention:
         attention.bias_table.normal_()
         x = torch.randn(2, *grid, 8)
         expected = self.written_out(attention, x, window, shifted)
-        torch.testing.assert_close(attention(x, Geometry(grid, window, "continuous")), expected, rtol=1e-4, atol=1e-5)
+        geometry = make_geometry(grid, window, "continuous")
+        torch.testing.assert_close(attention(x, geometry), expected, rtol=1e-4, atol=1e-5)
 
 
 class TestCachedBias:
@@ -233,7 +234,7 @@ class TestCachedBias:
 
     def output(self, attention, dtype=torch.float32):
         x = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-        return attention(x, Geometry((8, 8), self.WINDOW, "continuous"))
+        return attention(x, make_geometry((8, 8), self.WINDOW, "continuous"))
 
     def check_is_fresh(self, attention, dtype=torch.float32):
         with torch.no_grad():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lamamba.models.geometry import Geometry
+from lamamba.models.geometry import make_geometry
 from lamamba.ops import layers, native, use_backend
 from lamamba.ops.layers import cpu, reference
 
@@ -58,7 +58,7 @@ def few_rows_linear_inputs(rows=3, inputs=32, outputs=48):
 
 
 def window_attention_inputs(grid=(8, 16), window=(8, 8), num_heads=2, d=20, shifted=True, b=2):
-    geometry, tokens = Geometry(grid, window, "continuous"), window[0] * window[1]
+    geometry, tokens = make_geometry(grid, window, "continuous"), window[0] * window[1]
     mask, shift = (geometry.shifted_mask, geometry.shift) if shifted else (geometry.mask, (0, 0))
     return (torch.randn(b, *grid, 3 * num_heads * d), torch.randn(num_heads, tokens, tokens), mask,
             num_heads, window, shift)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lamamba.models.geometry import Geometry
+from lamamba.models.geometry import make_geometry
 from lamamba.ops import layers, use_backend
 from lamamba.ops.layers import reference
 
@@ -40,7 +40,7 @@ def make_inputs(name, b, h, w, c, heads=NUM_HEADS, window=(8, 8)):
         return normal(b, h, w, c), normal(b, h, w, c), vectors[:, 2 * c :]
     if name == "local_mixing":
         return normal(b, h, w, 2 * c)[..., :c], normal(c, 1, 3, 3) / 3
-    geometry = Geometry((h, w), window, "continuous").cuda()
+    geometry = make_geometry((h, w), window, "continuous").to("cuda")
     tokens = window[0] * window[1]
     bias = normal(tokens, tokens, heads).permute(2, 0, 1)
     return normal(b, h, w, 3 * c), bias, geometry.shifted_mask, heads, window, geometry.shift
