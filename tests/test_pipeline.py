@@ -413,6 +413,56 @@ def test_offloaded_networks_make_the_same_images():
     torch.testing.assert_close(run(pipe), plain, atol=1e-5, rtol=0)
 
 
+@pytest.fixture
+def _poisoned_memory():
+    torch.use_deterministic_algorithms(True)                                    # fills what torch.empty returns
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_poisoned_memory")
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+def test_groups_on_disk_make_the_same_images(level, tmp_path):
+    """diffusers' group offloading; what is on disk is poison in memory, so whatever is not brought back shows."""
+    pipe = make_pipeline("ddim", objective="noise")
+    plain = run(pipe)
+    pipe.unet.enable_group_offload(
+        onload_device="cpu", offload_type=level, num_blocks_per_group=1, offload_to_disk_path=str(tmp_path))
+    assert not all(parameter.isfinite().all() for parameter in pipe.unet.parameters())
+    for _ in range(2):
+        torch.testing.assert_close(run(pipe), plain, atol=1e-5, rtol=0)
+        assert run(pipe, height=16).shape == (1, 1, 16, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_stored_in_eight_bits(dtype):
+    """diffusers' layerwise casting."""
+    pipe = make_pipeline("ddim", objective="noise")
+    plain = run(pipe)
+    pipe.unet = pipe.unet.to(dtype)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+    assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.float8_e4m3fn, dtype}
+    difference = (run(pipe) - plain).abs()
+    assert 0 < float(difference.mean()) < 0.05
+
+
+def test_quantised_by_torchao(tmp_path, monkeypatch):
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    from diffusers import TorchAoConfig
+
+    monkeypatch.setattr("lamamba.ops.layers.MANY_WEIGHTS", 1)                   # a kernel for every size
+    pipe = make_pipeline("ddim", objective="noise", width=64)
+    plain = run(pipe)
+    pipe.unet.save_pretrained(tmp_path / "plain")
+    given = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    pipe.unet = LaMambaUNet.from_pretrained(tmp_path / "plain", quantization_config=given, torch_dtype=torch.float32)
+    quantised = run(pipe)
+    assert 0 < float((quantised - plain).abs().mean()) < 0.05
+    pipe.unet.save_pretrained(tmp_path / "quantised")
+    pipe.unet = LaMambaUNet.from_pretrained(tmp_path / "quantised", torch_dtype=torch.float32)
+    torch.testing.assert_close(run(pipe), quantised)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("way", ["to", "enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_on_a_gpu(way):

@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 from lamamba.models.unet import LaMambaUNet
 from lamamba.ops import use_backend
+from lamamba.ops.layers.reference import attention_formula
 from lamamba.ops.selective_scan import parallel_scan
 
 OPSET = 18
@@ -116,7 +117,7 @@ def _with_standard_operations(model: LaMambaUNet) -> ExportedProgram:
             node.target = torch.ops.aten.reshape.default
     program = program.run_decompositions({
         torch.ops.lamamba.selective_scan.default: _scan,
-        torch.ops.aten.scaled_dot_product_attention.default: _attention,
+        torch.ops.aten.scaled_dot_product_attention.default: attention_formula,
     })
     return program
 
@@ -124,7 +125,3 @@ def _with_standard_operations(model: LaMambaUNet) -> ExportedProgram:
 def _scan(x, dt, B, C, W_dt, b_dt, A, D, paths, backend):
     return parallel_scan.forward(x, dt, B, C, W_dt, b_dt, A, D, paths)
 
-
-def _attention(q, k, v, mask):
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + mask
-    return torch.softmax(scores, dim=-1) @ v

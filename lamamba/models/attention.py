@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lamamba.config import Grid
 from lamamba.models.geometry import Geometry
+from lamamba.ops.dispatch import is_transformed
 from lamamba.ops.layers import window_attention
 
 
@@ -49,7 +50,8 @@ class WindowAttention(nn.Module):
         twentieth of the gather's cost, because an edit through `.data` leaves no other trace.
         """
         table, window = self.bias_table, geometry.window
-        cacheable = table.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        follows = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed()
+        cacheable = table.device.type == "cpu" and not follows
         if cacheable and self._cached_bias is not None:
             cached_window, cached_table, bias = self._cached_bias
             if cached_window == window and cached_table.dtype == table.dtype and torch.equal(cached_table, table):

@@ -51,6 +51,13 @@ class PatchEmbedding(nn.Module):
         return self.norm(self.projection(x).permute(0, 2, 3, 1))
 
 
+class LabelEmbedding(nn.Embedding):
+    """Embedding of labels (b,), or of mixtures of labels (b, num_embeddings), the weight of each: -> (b, width)."""
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return labels.to(self.weight.dtype) @ self.weight if labels.is_floating_point() else super().forward(labels)
+
+
 class TimestepEmbedding(nn.Module):
     """256 sinusoidal features of the timestep (cosines first), then Linear, SiLU, Linear: (b,) -> (b, width)."""
 
@@ -63,8 +70,8 @@ class TimestepEmbedding(nn.Module):
         for linear in (self.linear_in, self.linear_out):
             nn.init.normal_(linear.weight, std=0.02)
 
-    def forward(self, timestep: Tensor) -> Tensor:
+    def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         timestep = timestep.float()                                             # also in a bfloat16 model
         angles = timestep[:, None] * _frequencies(timestep, TIMESTEP_FEATURES // 2)
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_in.weight.dtype)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
         return self.linear_out(nn.functional.silu(self.linear_in(features)))

@@ -16,6 +16,20 @@ from lamamba.ops.scan_paths import NUM_PATHS
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 
+class LocalMixing(nn.Conv2d):
+    """SiLU of a depthwise 3 x 3 convolution, for tokens (b, h, w, c)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return local_mixing(x, self.weight)
+
+
+class GatedNorm(nn.LayerNorm):
+    """LayerNorm(y) SiLU(z) for tokens (b, h, w, c)."""
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:  # type: ignore[override]
+        return gated_norm(y, z, self.weight, self.bias, self.eps)
+
+
 class SS2D(nn.Module):
     """2-D selective scan along four paths (VMamba, arXiv 2401.10166; paper, Fig. 3). (b, h, w, width) -> same.
 
@@ -37,13 +51,13 @@ class SS2D(nn.Module):
         g, c, n, r = NUM_PATHS, scan_width, state_size, dt_rank
         self.dt_rank, self.state_size = r, n
         self.in_proj = nn.Linear(width, 2 * c, bias=False)
-        self.conv = nn.Conv2d(c, c, 3, padding=1, groups=c, bias=False)
+        self.conv = LocalMixing(c, c, 3, padding=1, groups=c, bias=False)
         self.W_x = nn.Parameter(torch.empty(g, r + 2 * n, c))
         self.W_dt = nn.Parameter(torch.empty(g, c, r))
         self.b_dt = nn.Parameter(torch.empty(g, c))
         self.A_log = nn.Parameter(torch.empty(g, c, n))
         self.D = nn.Parameter(torch.empty(g, c))
-        self.out_norm = nn.LayerNorm(c)
+        self.out_norm = GatedNorm(c)
         self.out_proj = nn.Linear(c, width, bias=False)
 
     @torch.no_grad()
@@ -60,10 +74,10 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
         b, h, w, _ = x.shape
         x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (b, h, w, c) each
-        x = local_mixing(x, self.conv.weight).reshape(b, h * w, -1)
+        x = self.conv(x).reshape(b, h * w, -1)
         # a token-wise projection commutes with the permutation: one product in grid order for all four directions
         projected = F.linear(x, self.W_x.flatten(0, 1)).view(b, h * w, NUM_PATHS, -1)
         dt, B, C = projected.split([self.dt_rank, self.state_size, self.state_size], dim=-1)
         A = -torch.exp(self.A_log.float())
         y = selective_scan(x, dt, B, C, self.W_dt, self.b_dt, A, self.D, geometry.paths).view(b, h, w, -1)
-        return self.out_proj(gated_norm(y, z, self.out_norm.weight, self.out_norm.bias, self.out_norm.eps))
+        return self.out_proj(self.out_norm(y, z))

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from lamamba.config import NUM_STAGES, STAGE_SCALES, Grid, UNetConfig, as_grid, check_grid
 from lamamba.models.blocks import ConditionLinear, LaMambaBlock, ModulatedNorm
-from lamamba.models.embeddings import PatchEmbedding, TimestepEmbedding, position_table
+from lamamba.models.embeddings import LabelEmbedding, PatchEmbedding, TimestepEmbedding, position_table
 from lamamba.models.geometry import TABLES, Geometry, make_geometry
 from lamamba.models.resample import PatchExpanding, PatchMerging
+from lamamba.ops.dispatch import is_transformed
 
 GEOMETRY_SCALES = (1, 2, 4)
 """Divisors of the token grid in stages 0, 1, and 2 to 3."""
@@ -108,7 +109,7 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         self.patch_embedding = PatchEmbedding(config.in_channels, width, config.patch_size)
         self.position_embedding = nn.Parameter(torch.empty(*config.token_grid, width))
         self.timestep_embedding = TimestepEmbedding(config.condition_width)
-        self.label_embedding = nn.Embedding(config.num_classes + 1, config.condition_width)
+        self.label_embedding = LabelEmbedding(config.num_classes + 1, config.condition_width)
 
         self.encoder = nn.ModuleList(
             Stage(config, f"encoder.{s}", s, config.depths[s]) for s in range(NUM_STAGES)
@@ -231,11 +232,8 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
 
     def _embed(self, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
         rows = torch.zeros_like(timestep, dtype=torch.int64) if class_labels is None else class_labels
-        if rows.is_floating_point():
-            labels = rows.to(self.label_embedding.weight.dtype) @ self.label_embedding.weight
-        else:
-            labels = self.label_embedding(rows)
-        return self.timestep_embedding(timestep) + labels                                           # (b, 4 width)
+        dtype = self.position_embedding.dtype                                   # others may be stored in fewer bits
+        return self.timestep_embedding(timestep, dtype) + self.label_embedding(rows)                # (b, 4 width)
 
     def forward(
         self, x: Tensor, timestep: Tensor | float | None, class_labels: Tensor | None = None, *,
@@ -333,7 +331,7 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
                 return
             if class_labels.shape != (batch,):
                 raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}, x needs ({batch},)")
-            if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            if class_labels.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed():
                 low, high = int(class_labels.min()), int(class_labels.max())
                 if low < 0 or high > config.num_classes:
                     raise ValueError(
@@ -350,8 +348,11 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         """
         if config is None:
             raise ValueError("from_config needs the dictionary that load_config or model.config gives")
-        fields = {key: value for key, value in {**config, **kwargs}.items() if not key.startswith("_")}
-        model = cls(UNetConfig.from_dict(fields))
+        given = {**config, **kwargs}
+        quantization = given.pop("quantization_config", None)                   # diffusers' own, kept as it is
+        model = cls(UNetConfig.from_dict({key: value for key, value in given.items() if not key.startswith("_")}))
+        if quantization is not None:
+            model.register_to_config(quantization_config=quantization)
         return (model, {}) if return_unused_kwargs else model
 
     @classmethod

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lamamba.config import unknown_name
 
@@ -139,6 +140,23 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation follows what is computed now.
+
+    Our kernels have no rules for these and would lose tangents without a word: PyTorch's own operations must run.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0     # neither has a public name
+
+
+def formula_gradients(
+    formula: Callable[..., Tensor], inputs: Sequence[Any], grad_y: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of formula(*inputs) by PyTorch's operations, which have gradients themselves; None where not needed."""
+    wanted = [x for x, is_needed in zip(inputs, needed, strict=True) if is_needed]
+    grads = iter(torch.autograd.grad(formula(*inputs), wanted, grad_y, create_graph=True))
+    return [next(grads) if is_needed else None for is_needed in needed]
 
 
 def requested_backend() -> str:

@@ -163,6 +163,24 @@ class TestNotANumber:
         assert y[0, 1, 2, 3].isnan()
 
 
+class Halved(torch.Tensor):
+    """Stores twice its value, as a wrapper without memory of its own."""
+
+    @staticmethod
+    def __new__(cls, doubled):
+        return torch.Tensor._make_wrapper_subclass(cls, doubled.shape, dtype=doubled.dtype)
+
+    def __init__(self, doubled):
+        self.doubled = doubled
+
+    def __tensor_flatten__(self):
+        return ["doubled"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return function(*(x.doubled / 2 if isinstance(x, Halved) else x for x in args), **(kwargs or {}))
+
+
 class TestChoice:
     """Compiled kernels run where they are supported, the formula elsewhere."""
 
@@ -198,6 +216,14 @@ class TestChoice:
         torch.testing.assert_close(layers.few_rows_linear(*inputs), reference.few_rows_linear(*inputs),
                                    rtol=2e-2, atol=1e-3)
         assert bool(calls) == runs
+
+    @torch.no_grad()
+    def test_not_for_weights_of_another_class(self, calls):
+        """As quantised ones are: a tensor that computes by itself."""
+        x, weight, bias = few_rows_linear_inputs(2, 512, 512)
+        y = layers.few_rows_linear(x, Halved(weight), bias)
+        torch.testing.assert_close(y, reference.few_rows_linear(x, weight / 2, bias), rtol=1e-4, atol=1e-4)
+        assert not calls
 
     def test_not_with_gradients_nor_in_other_types(self, calls):
         x, z, weight, bias, eps = gated_norm_inputs()

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lamamba.config import Grid
 from lamamba.ops import native
-from lamamba.ops.dispatch import requested_backend
+from lamamba.ops.dispatch import is_transformed, requested_backend
 from lamamba.ops.layers import cpu, gpu, reference
 
 FEW_ROWS = {torch.float32: 8, torch.bfloat16: 2}
@@ -114,11 +114,16 @@ def _needs_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def _needs_formula(tensors: list[Tensor | None]) -> bool:
+    """Whether torch.func, forward mode or a tensor's own class (quantised weights) needs PyTorch's operations."""
+    return is_transformed() or any(hasattr(tensor, "__tensor_flatten__") for tensor in tensors)
+
+
 def _runs_on_cpu(tensors: list[Tensor | None]) -> bool:
     """Whether the compiled kernels support these tensors: on the CPU, of one dtype, without gradients."""
     x = tensors[0]
     assert x is not None
-    if x.device.type != "cpu" or x.dtype not in cpu.DTYPES or _needs_gradients(*tensors):
+    if x.device.type != "cpu" or x.dtype not in cpu.DTYPES or _needs_gradients(*tensors) or _needs_formula(tensors):
         return False
     if any(other is not None and (other.dtype != x.dtype or other.device != x.device) for other in tensors):
         return False
@@ -137,7 +142,7 @@ def _runs_on_gpu(name: str, tokens: list[Tensor], parameters: list[Tensor | None
         return False
     if any(other is not None and (other.dtype not in gpu.DTYPES or other.device != x.device) for other in parameters):
         return False
-    if name in INDUCTOR_FUSES and torch.compiler.is_compiling():
+    if (name in INDUCTOR_FUSES and torch.compiler.is_compiling()) or _needs_formula([*tokens, *parameters]):
         return False
     return x.numel() > 0 and requested_backend() in ("auto", "triton") and _have_triton(x.device.type)
 

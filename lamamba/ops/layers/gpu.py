@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from lamamba.ops.dispatch import formula_gradients
 from lamamba.ops.layers import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,6 +86,8 @@ def _register(name: str, arguments: str, num_gradients: int) -> None:
 
     def differentiate(ctx, grad_y):
         inputs = (*ctx.saved_tensors, *ctx.rest)
+        if torch.is_grad_enabled():                                             # gradients of gradients follow
+            return tuple(formula_gradients(getattr(reference, name), inputs, grad_y, ctx.needs_input_grad))
         grads = getattr(torch.ops.lamamba, f"gpu_{name}_backward")(grad_y, *inputs)
         grads = [None if x is None else grad for grad, x in zip(grads, inputs, strict=False)]
         return *grads, *[None] * (len(inputs) - num_gradients)
@@ -125,6 +128,9 @@ def _save_gated_sum(ctx, inputs, output) -> None:
 
 
 def _differentiate_gated_sum(ctx, grad):
+    if torch.is_grad_enabled():                                                 # gradients of gradients follow
+        y, gate = ctx.saved_tensors
+        return grad, (grad * gate[:, None, None]).to(y.dtype), (grad * y).sum((1, 2)).to(gate.dtype)
     return grad, *torch.ops.lamamba.gpu_gated_sum_backward(grad, *ctx.saved_tensors)
 
 

@@ -7,15 +7,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lamamba.config import Grid
+from lamamba.ops.dispatch import is_transformed
+
+
+def layer_norm(x, weight, bias, eps) -> Tensor:
+    if not is_transformed():
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    # under vmap the second derivatives of F.layer_norm are wrong in torch 2.11 to 2.14
+    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    normal = (x - mean) * torch.rsqrt(variance + eps)
+    return normal if weight is None else normal * weight + bias
 
 
 def modulated_norm(x, weight, bias, shift, scale, eps) -> Tensor:
-    normal = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    normal = layer_norm(x, weight, bias, eps)
     return normal * (1 + scale[:, None, None]) + shift[:, None, None]
 
 
 def gated_norm(x, z, weight, bias, eps) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * F.silu(z)
+    return layer_norm(x, weight, bias, eps) * F.silu(z)
 
 
 def gated_sum(x, y, gate) -> Tensor:
@@ -44,12 +54,18 @@ def window_attention(qkv, bias, mask, num_heads: int, window: Grid, shift: Grid)
     else:                                                                       # all images share the masks
         bias = bias.masked_fill(~mask[:, None], float("-inf")).flatten(0, 1)
         q, k, v = (part.flatten(1, 2) for part in (q, k, v))                    # (b, windows heads, tokens, d)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
+    attention = attention_formula if is_transformed() else F.scaled_dot_product_attention
+    y = attention(q, k, v, bias[None].to(q.dtype))
 
     y = y.reshape(b, rows, columns, heads, wh, ww, -1).permute(0, 1, 4, 2, 5, 3, 6).reshape(b, H, W, c)
     if tuple(shift) != (0, 0):
         y = y.roll(shift, (1, 2))
     return y[:, :h, :w]
+
+
+def attention_formula(q, k, v, bias) -> Tensor:
+    """scaled_dot_product_attention, which has no forward mode and no second derivatives, in operations that have."""
+    return torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias, dim=-1) @ v
 
 
 def few_rows_linear(x, weight, bias) -> Tensor:

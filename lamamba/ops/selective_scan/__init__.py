@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lamamba.ops.dispatch import Backend, Op
+from lamamba.ops.dispatch import Backend, Op, formula_gradients, is_transformed, requested_backend
+from lamamba.ops.selective_scan import parallel_scan
 
 OP = Op(
     "selective_scan",
@@ -57,6 +58,12 @@ def selective_scan(
     """
     _check_shapes(x, dt, B, C, W_dt, b_dt, A, D, paths)
     chosen = OP.choose(x, A.shape[2], backend)
+    if is_transformed():
+        if chosen not in ("torch", "reference") and (backend or requested_backend()) == chosen:
+            raise RuntimeError(
+                f"selective_scan: back end {chosen!r} has no rules for torch.func and forward-mode differentiation; "
+                "request 'torch' or none")
+        return parallel_scan.forward(x, dt, B, C, W_dt, b_dt, A, D, paths)
     return _selective_scan(x, dt, B, C, W_dt, b_dt, A, D, paths, chosen)
 
 
@@ -111,6 +118,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_y):
+    if torch.is_grad_enabled():                                                 # gradients of gradients follow
+        return *formula_gradients(parallel_scan.forward, ctx.saved_tensors, grad_y, ctx.needs_input_grad[:-1]), None
     return *_selective_scan_backward(grad_y, *ctx.saved_tensors, ctx.backend), None, None
 
 

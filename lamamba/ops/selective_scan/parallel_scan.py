@@ -1,8 +1,9 @@
-"""Selective scan as a parallel prefix scan of whole-tensor operations, without loops over tokens: for export.
+"""Selective scan as a parallel prefix scan of whole-tensor operations, without loops over tokens: for
+export, torch.func and forward-mode differentiation.
 
 Steps h -> a h + v compose associatively: (a1, v1), then (a2, v2), is (a2 a1, a2 v1 + v2). Composing every step with the
 one 1, 2, 4, 8, .. before it computes all l prefixes in log2(l) rounds (Hillis & Steele, 1986), at log2(l) times the
-work of the recurrence. Forward only; notation as in lamamba.ops.selective_scan.
+work of the recurrence. Notation as in lamamba.ops.selective_scan.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ def forward(
     x: Tensor, dt: Tensor, B: Tensor, C: Tensor, W_dt: Tensor, b_dt: Tensor, A: Tensor, D: Tensor, paths: Tensor
 ) -> Tensor:
     """As in the reference."""
-    u, dt = x[:, paths].float(), _along_paths(dt, paths).float()                # (b, g, l, c), (b, g, l, r)
-    delta = F.softplus(dt @ W_dt.float().transpose(1, 2) + b_dt.float()[:, None])
-    B, C = _along_paths(B, paths).float(), _along_paths(C, paths).float()       # (b, g, l, n)
-    y = D.float()[:, None] * u
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    B, C, dt = (_along_paths(tokens, paths).to(dtype) for tokens in (B, C, dt))             # (b, g, l, n), (b, g, l, r)
+    W_dt, b_dt, A, D = (parameter.to(dtype) for parameter in (W_dt, b_dt, A, D))
+    u = x[:, paths].to(dtype)                                                               # (b, g, l, c)
+    delta = F.softplus(dt @ W_dt.transpose(1, 2) + b_dt[:, None])
+    y = D[:, None] * u
     for n in range(A.shape[2]):
-        decay = torch.exp(delta * A[:, None, :, n].float())
+        decay = torch.exp(delta * A[:, None, :, n])
         y = y + C[..., n : n + 1] * _prefixes(decay, delta * u * B[..., n : n + 1])
     times = torch.arange(paths.shape[1], device=paths.device).expand_as(paths)
     inverse = torch.zeros_like(paths).scatter(1, paths, times)
