@@ -68,7 +68,7 @@ class LaMambaPipeline(DiffusionPipeline):
     Args:
         unet: the network; its objective decides which schedulers fit.
         vae: a diffusers autoencoder for a network of latents; None for a network of pixels.
-        scheduler: any of diffusers' that fits the objective; see also `set_sampler`.
+        scheduler: any of diffusers' that fits the objective, by default its first sampler's; see also `set_sampler`.
         id2label: names of the classes by number; several words for one class with commas.
         codec: scale, shift, latents_mean and latents_std of the latents that the network was trained with; by default
             as the vae's configuration says.
@@ -79,14 +79,14 @@ class LaMambaPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet->vae"
-    _optional_components = ["vae"]                                              # noqa: RUF012 (diffusers' own form)
+    _optional_components = ["vae", "scheduler"]                                              # noqa: RUF012 (diffusers' own form)
     _callback_tensor_inputs = ["latents", "x0"]                                 # noqa: RUF012
 
     def __init__(
         self,
         unet: LaMambaUNet,
-        vae: ModelMixin | None,
-        scheduler: SchedulerMixin,
+        vae: ModelMixin | None = None,
+        scheduler: SchedulerMixin | None = None,
         id2label: dict | None = None,
         codec: dict | None = None,
         guidance_scale: float | None = None,
@@ -95,6 +95,8 @@ class LaMambaPipeline(DiffusionPipeline):
         config = unet.config
         names = as_names(id2label, config["num_classes"])
         self._check_vae(unet, vae, codec)
+        objective = config["objective"]
+        scheduler = scheduler or make_scheduler(samplers_for(objective)[0], objective)
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
         self.register_to_config(
             id2label=dict(enumerate(names)) if names else None, codec=dict(codec) if codec else None,
@@ -102,6 +104,7 @@ class LaMambaPipeline(DiffusionPipeline):
         )
         self._names = names
         self._interrupt = False
+        self._guidance_scale = 1.0
 
     @staticmethod
     def _check_vae(unet: LaMambaUNet, vae: ModelMixin | None, codec: Mapping[str, Any] | None) -> None:
@@ -224,6 +227,11 @@ class LaMambaPipeline(DiffusionPipeline):
         return self._interrupt
 
     @property
+    def guidance_scale(self) -> float:
+        """Of the running or last call. Set pipe._guidance_scale, in a callback, to change it for the next steps."""
+        return self._guidance_scale
+
+    @property
     def num_timesteps(self) -> int:
         """Evaluations of the network in the last call."""
         return self._num_timesteps
@@ -253,6 +261,7 @@ class LaMambaPipeline(DiffusionPipeline):
         class_labels: int | str | Sequence[int | str] | None = None,
         *,
         num_images_per_label: int = 1,
+        num_images_per_prompt: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_channels: GuidedChannels = "all",
@@ -278,6 +287,7 @@ class LaMambaPipeline(DiffusionPipeline):
         Args:
             class_labels: class numbers or names, one or several; None for a network without classes.
             num_images_per_label: images of each label, side by side in the output.
+            num_images_per_prompt: the same, under diffusers' name.
             num_inference_steps: by default what the scheduler's kind usually takes.
             guidance_scale: scale of guidance; 1 is none and costs half. By default the model's own, else
                 2 (for a network without classes 1, unless it is guided by another).
@@ -308,7 +318,8 @@ class LaMambaPipeline(DiffusionPipeline):
         """
         self._check_call(output_type, image, strength, mask_image)
         names = self._tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        labels, count = self._find_labels(class_labels, num_images_per_label, generator, latents)
+        labels, count = self._find_labels(
+            class_labels, num_images_per_prompt or num_images_per_label, generator, latents)
         if guidance_scale is None:
             guidance_scale = default_guidance(self.config.guidance_scale, bool(labels) or guidance_model is not None)
         guidance = Guidance(guidance_scale, guidance_channels, guidance_interval, guidance_rescale)
@@ -326,15 +337,20 @@ class LaMambaPipeline(DiffusionPipeline):
         first = 0 if start is None else first_step(self.scheduler, strength)
         timesteps = self.scheduler.timesteps[first:].tolist()
         model = GuidedModel(self.unet, timesteps, guidance, guiding_model=guidance_model)
-        self._num_timesteps, self._interrupt = len(timesteps), False
+        predict = model.predictor(labels, device)
+        self._num_timesteps, self._interrupt, self._guidance_scale = len(timesteps), False, guidance.scale
         with resized([self.unet, guidance_model], size), self.progress_bar(total=self._num_timesteps) as bar:
 
             def on_step(step: Step) -> Tensor | None:
+                nonlocal predict
                 bar.update()
-                return self._call_back(callback_on_step_end, names, step)
+                changed = self._call_back(callback_on_step_end, names, step)
+                if model.guide_by(self._guidance_scale):
+                    predict = model.predictor(labels, device)
+                return changed
 
             x0 = denoise(
-                model.predictor(labels, device), self.scheduler, noise, generators=generator, first=first, start=start,
+                lambda x, t: predict(x, t), self.scheduler, noise, generators=generator, first=first, start=start,
                 known=known, on_step=on_step, interrupted=lambda: self._interrupt,
             )
         images = self._finish(x0, output_type)
@@ -418,7 +434,7 @@ class LaMambaPipeline(DiffusionPipeline):
         """x0 (count, c, h, w) of images."""
         channels = self.unet.config["in_channels"] if self.vae is None else self.vae.config.get("in_channels", 3)
         height, width = (side * self.pixels_per_input for side in size)
-        pixels = self._processor(is_grey=channels == 1).preprocess(image, height=height, width=width)
+        pixels = self._processor(is_grey=channels == 1).preprocess(_shares(image), height=height, width=width)
         if pixels.shape[1] != channels:
             raise ValueError(f"image has {pixels.shape[1]} channels, this model's pictures have {channels}")
         pixels = _repeated(pixels, count, "image")
@@ -435,7 +451,7 @@ class LaMambaPipeline(DiffusionPipeline):
         """(count, 1, h, w), 1 wherever any pixel below a point of the network's input is to be made anew."""
         processor = self._processor(is_grey=True, do_normalize=False, do_binarize=True)
         height, width = (side * self.pixels_per_input for side in size)
-        pixels = processor.preprocess(mask, height=height, width=width)[:, :1]
+        pixels = processor.preprocess(_shares(mask), height=height, width=width)[:, :1]
         return _repeated(F.adaptive_max_pool2d(pixels, size), count, "mask_image").to(device, torch.float32)
 
     def _finish(self, x0: Tensor, output_type: str) -> Any:
@@ -484,6 +500,16 @@ def build_pipeline(
         part.register_to_config(_name_or_path="")
     scale = metadata.guidance if guidance_scale is None else guidance_scale
     return LaMambaPipeline(network, vae, scheduler, dict(enumerate(names)) if names else None, codec, scale)
+
+
+def _shares(images: Any) -> Any:
+    """Images with arrays and tensors in 0 .. 1: bytes are divided by 255 where one is above 1."""
+    if isinstance(images, list | tuple):
+        return [_shares(image) for image in images]
+    if not isinstance(images, np.ndarray | Tensor) or str(images.dtype).removeprefix("torch.") not in ("uint8", "bool"):
+        return images
+    scale = 255 if images.max() > 1 else 1
+    return (images.float() if isinstance(images, Tensor) else images.astype(np.float32)) / scale
 
 
 def _repeated(images: Tensor, count: int, name: str) -> Tensor:

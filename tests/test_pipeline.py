@@ -23,6 +23,7 @@ from lamamba.sampling import generate
 from tests.autoencoders import MAKERS, make_kl
 from tests.networks import random_network, small_config
 
+BETAS = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
 NAMES = {0: "cat, kitten", 1: "dog", 2: "bird"}
 PAIRS = [(name, objective) for name, sampler in SAMPLERS.items() for objective in sampler.objectives]
 
@@ -220,6 +221,49 @@ def test_inpainting_changes_the_white_part_alone(sampler, objective):
     assert float((image[:, 5:] - original[:, 5:]).abs().mean()) > 0.1
     with pytest.raises(ValueError, match="give image, too"):
         run(pipe, mask_image=Image.fromarray(mask))
+
+
+def test_masks_and_images_of_bytes_and_truth_values():
+    pipe = make_pipeline("ddim", objective="noise")
+    grey, white = np.asarray(picture()), np.arange(8)[None].repeat(8, 0) > 4
+    expected = run(pipe, image=picture(), mask_image=Image.fromarray(np.uint8(255) * white))
+    masks = (white, np.uint8(255) * white, np.uint8(1) * white, white.astype(np.float32))
+    for kind in (np.array, torch.tensor):
+        for mask in masks:
+            for image in (grey[None, ..., None], np.float32(grey)[None, ..., None] / 255):
+                image = kind(image) if kind is np.array else kind(image).permute(0, 3, 1, 2)
+                torch.testing.assert_close(run(pipe, image=image, mask_image=kind(mask)), expected, atol=1e-5, rtol=0)
+
+
+def test_names_that_diffusers_and_its_callbacks_use():
+    network = random_network(small_config(width=8, in_channels=1, grid=(8, 12)))
+    pipe = LaMambaPipeline(network, scheduler=DDIMScheduler(**BETAS, clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    assert len(pipe(1, num_images_per_prompt=2, num_inference_steps=1).images) == 2
+    assert type(LaMambaPipeline(network).scheduler) is type(make_scheduler("ddpm", "noise"))
+    assert network.config.sample_size == (8, 12)
+    assert make_pipeline().unet.config["sample_size"] == 8
+    x = torch.zeros(1, 1, 8, 12), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    assert torch.equal(network(*x, return_dict=True).sample, network(*x))
+    (output,) = network(*x, return_dict=False)
+    assert torch.equal(output, network(*x))
+
+
+def test_a_callback_changes_the_guidance():
+    pipe, seen = make_pipeline("ddim", objective="noise"), []
+
+    def guide(given_pipe, step, timestep, tensors):
+        seen.append(given_pipe.guidance_scale)
+        given_pipe._guidance_scale = 4.0 if step == 1 else 1.0
+        return tensors
+
+    changed = run(pipe, guidance_scale=1.0, callback_on_step_end=guide)
+    assert seen == [1.0, 1.0, 4.0, 1.0, 1.0, 1.0]
+    assert not torch.allclose(changed, run(pipe, guidance_scale=1.0), atol=1e-4)
+    times = pipe.scheduler.timesteps / 1000
+    interval = (float(times[3] + times[2]) / 2, float(times[2] + times[1]) / 2)                   # the third step alone
+    same = run(pipe, guidance_scale=4.0, guidance_interval=interval)
+    torch.testing.assert_close(changed, same, atol=1e-5, rtol=0)
 
 
 def test_inpainting_latents_keeps_the_known_latents():

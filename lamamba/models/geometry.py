@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,7 +75,8 @@ class Geometry(NamedTuple):
 
     def to(self, device: torch.device | str) -> Geometry:
         """The same with its tables on a device."""
-        return Geometry(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
+        tables: dict[str, Any] = {name: getattr(self, name) for name in TABLES}
+        return self._replace(**{name: table.to(device) for name, table in tables.items() if table is not None})
 
 
 TABLES = ("paths", "relative_positions", "mask", "shifted_mask")

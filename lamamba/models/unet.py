@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from lamamba.config import NUM_STAGES, STAGE_SCALES, Grid, UNetConfig, as_grid, check_grid
@@ -82,6 +84,13 @@ class Head(nn.Module):
         return self.linear(self.norm(self.expand(x), shift, scale))
 
 
+@dataclass
+class UNetOutput(BaseOutput):
+    """What return_dict=True gives, as diffusers' networks do."""
+
+    sample: Tensor
+
+
 class LaMambaUNet(ModelMixin, ConfigMixin):
     """LaMamba-Diff: a diffusion U-Net of selective scans and window attention (arXiv 2408.02615).
 
@@ -124,6 +133,12 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         self.head = Head(config)
         self.reset_parameters()
         self._build_geometries(config.token_grid)
+
+    @property
+    def config(self) -> FrozenDict:
+        """The configuration, with sample_size for diffusers' pipelines: the input's side, or (height, width)."""
+        height, width = self.architecture.input_size
+        return FrozenDict({**super().config, "sample_size": height if height == width else (height, width)})
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -184,10 +199,8 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
     @property
     def geometries(self) -> tuple[Geometry, ...]:
         """Of the grids that the network runs on: of stages 0, 1, and 2 to 3."""
-        return tuple(
-            Geometry(*self._windows[scale], *(getattr(self, f"{name}_{scale}", None) for name in TABLES))
-            for scale in GEOMETRY_SCALES
-        )
+        tables: Any = ([getattr(self, f"{name}_{scale}", None) for name in TABLES] for scale in GEOMETRY_SCALES)
+        return tuple(Geometry(*self._windows[scale], *of_scale) for scale, of_scale in zip(GEOMETRY_SCALES, tables))
 
     def _positions(self) -> Tensor:
         """The position embedding of the grid that the network runs on: (h, w, width)."""
@@ -237,8 +250,8 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
 
     def forward(
         self, x: Tensor, timestep: Tensor | float | None, class_labels: Tensor | None = None, *,
-        conditioning: Tensor | None = None,
-    ) -> Tensor:
+        conditioning: Tensor | None = None, return_dict: bool | None = None,
+    ) -> Any:
         """Predict noise and variance, v, or the flow's velocity from a noisy input.
 
         Args:
@@ -247,6 +260,7 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
             class_labels: (b,) int64 in 0 .. num_classes, where num_classes means "no class";
                 None for an unconditional network.
             conditioning: (b, condition_outputs) from `condition`, in place of timestep and class_labels.
+            return_dict: for programs written for diffusers' networks: True gives an object with .sample, False a tuple.
 
         Returns:
             (b, out_channels, h, w): for objective "noise" the noise, then the variance's interpolation; for "flow" the
@@ -272,7 +286,8 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
             if s >= 2:
                 x = self.expands[s - 2](x)                                      # (b, 2 h, 2 w, c / 2)
             x = stage(x + skips.pop(), c, at[STAGE_SCALES[NUM_STAGES - 1 - s]], modulations[NUM_STAGES + 1 + s])
-        return self.head(x, c, head_modulation).permute(0, 3, 1, 2)                         # (b, out_channels, h, w)
+        output = self.head(x, c, head_modulation).permute(0, 3, 1, 2)                       # (b, out_channels, h, w)
+        return output if return_dict is None else UNetOutput(sample=output) if return_dict else (output,)
 
     def _condition(
         self, x: Tensor, timestep: Tensor | float | None, class_labels: Tensor | None, conditioning: Tensor | None

@@ -5,6 +5,7 @@ Image k depends on seed k alone, whatever the batch size.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -52,6 +53,12 @@ class GuidedModel:
             networks.append(guiding_model)
         self._networks = [conditioned(network, timesteps) for network in networks]
         self._run_labels = self._with_null(labels)
+
+    def guide_by(self, scale: float) -> bool:
+        """Take another guidance scale for the predictors that are made from now on; whether it is another."""
+        is_other = scale != self._guidance.scale
+        self._guidance = dataclasses.replace(self._guidance, scale=scale)
+        return is_other
 
     def _with_null(self, labels: Iterable[int]) -> frozenset[int]:
         needs_null = self._guidance.scale != 1 and len(self._networks) == 1
