@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test quick slow docs-test faults lint install clean
+.PHONY: help demo test quick slow docs-test faults versions lint install clean
 
 help:
 	@echo "make demo   train on handwritten digits, look at demo/digits.png (a few minutes on two CPU cores)"
@@ -14,6 +14,7 @@ help:
 	@echo "make slow   what `make test` leaves out: long compilations, whole estimates (10 minutes)"
 	@echo "make docs-test  runs every example and notebook"
 	@echo "make faults kills, starves and poisons trainings many times; prints what was tried and survived (minutes)"
+	@echo "make versions  main commands and tests on the lowest and the newest versions allowed, in environments of their own"
 	@echo "make clean  remove .venv and what the build left"
 
 demo: $(VENV)/.digits
@@ -35,6 +36,9 @@ docs-test: $(VENV)/.test
 faults: $(VENV)/.test
 	OMP_NUM_THREADS=1 LAMAMBA_FAULTS=full $(BIN)/python -m pytest tests/faults -m faults $(ARGS)
 
+versions: $(VENV)/.test
+	$(BIN)/python tests/versions.py $(ARGS)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -46,13 +50,13 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/.digits: $(VENV)/.created pyproject.toml setup.py $(wildcard lamamba/csrc/*)
-	$(BIN)/python -m pip install --quiet --editable '.[digits]'
+$(VENV)/.digits: $(VENV)/.created pyproject.toml constraints.txt setup.py $(wildcard lamamba/csrc/*)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[digits]'
 	touch $@
 
-$(VENV)/.test: $(VENV)/.created pyproject.toml setup.py $(wildcard lamamba/csrc/*)
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+$(VENV)/.test: $(VENV)/.created pyproject.toml constraints.txt setup.py $(wildcard lamamba/csrc/*)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info lamamba/_native/*.so
+	rm -rf $(VENV) .versions build dist *.egg-info lamamba/_native/*.so

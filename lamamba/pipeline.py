@@ -252,7 +252,8 @@ class LaMambaPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a number out of range or an unknown name; near ones are named.
         """
-        wanted = [labels] if isinstance(labels, int | str | np.integer) else list(labels)
+        labels = labels.tolist() if isinstance(labels, np.generic | np.ndarray | Tensor) else labels
+        wanted = [labels] if isinstance(labels, int | str) else list(labels)
         return [find_label(label, self._names, self.unet.config["num_classes"]) for label in wanted]
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,7 +143,7 @@ def set_steps(scheduler: Any, num_steps: int) -> None:
         ValueError: for a number of steps out of range.
     """
     config = scheduler.config
-    if not isinstance(num_steps, int) or not 1 <= num_steps <= NUM_TIMESTEPS:
+    if not isinstance(num_steps, numbers.Integral) or not 1 <= num_steps <= NUM_TIMESTEPS:
         raise ValueError(f"num_steps={num_steps!r} must be a whole number from 1 to {NUM_TIMESTEPS}")
     if "FlowMatch" in type(scheduler).__name__:
         # N equal steps from 1 to 0; by default diffusers' last step begins at 1/1000, after N - 1 longer ones

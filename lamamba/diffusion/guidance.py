@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -57,8 +58,10 @@ class Guidance:
     """0 .. 1: how far each image's standard deviation is rescaled to the prediction's (Lin et al., 2024, Eq. 15-16)."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.scale, int | float) or not abs(self.scale) < float("inf"):
+        if not isinstance(self.scale, numbers.Real) or not abs(self.scale) < float("inf"):
             raise ValueError(f"guidance scale {self.scale!r} is no finite number; 1 is none, 1.5 to 4 are usual")
+        if not isinstance(self.scale, int | float):
+            object.__setattr__(self, "scale", float(self.scale))                # NumPy's
         if self.channels not in get_args(GuidedChannels):
             raise unknown_name("guided channels", str(self.channels), get_args(GuidedChannels))
         object.__setattr__(self, "interval", tuple(self.interval))

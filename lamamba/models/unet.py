@@ -200,7 +200,8 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
     def geometries(self) -> tuple[Geometry, ...]:
         """Of the grids that the network runs on: of stages 0, 1, and 2 to 3."""
         tables: Any = ([getattr(self, f"{name}_{scale}", None) for name in TABLES] for scale in GEOMETRY_SCALES)
-        return tuple(Geometry(*self._windows[scale], *of_scale) for scale, of_scale in zip(GEOMETRY_SCALES, tables))
+        scales = zip(GEOMETRY_SCALES, tables, strict=True)
+        return tuple(Geometry(*self._windows[scale], *of_scale) for scale, of_scale in scales)
 
     def _positions(self) -> Tensor:
         """The position embedding of the grid that the network runs on: (h, w, width)."""
@@ -363,7 +364,7 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         """
         if config is None:
             raise ValueError("from_config needs the dictionary that load_config or model.config gives")
-        given = {**config, **kwargs}
+        given = {key: value for key, value in {**config, **kwargs}.items() if key != "sample_size"}
         quantization = given.pop("quantization_config", None)                   # diffusers' own, kept as it is
         model = cls(UNetConfig.from_dict({key: value for key, value in given.items() if not key.startswith("_")}))
         if quantization is not None:

@@ -67,7 +67,7 @@ def _import_once(module: str) -> tuple[Any, str | None]:
         return None, f"{error.name} is not installed"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)                                                            # frozen ones stop torch 2.11's compiler
 class Op:
     """An op's name and its back ends, fastest first."""
 

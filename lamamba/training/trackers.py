@@ -65,9 +65,13 @@ def start_trackers(names: tuple[str, ...], project: str, folder: Path, config: M
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         kind = LOGGER_TYPE_TO_CLASS[name]
-        tracker = kind(project, logging_dir=folder / "trackers") if kind.requires_logging_directory else kind(project)
-        if hasattr(tracker, "start"):
-            tracker.start()
+        place = {"logging_dir": folder / "trackers"} if kind.requires_logging_directory else {}
+        try:
+            tracker = kind(project, **place)
+            if hasattr(tracker, "start"):
+                tracker.start()
+        except ImportError as error:                                            # accelerate's may name another package
+            raise ModuleNotFoundError(f"{name} is not installed: pip install 'lamamba-diff[{name}]'") from error
         if name == "wandb":                                                     # TensorBoard would show another run
             tracker.store_init_configuration(dict(config))
         return tracker

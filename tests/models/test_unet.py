@@ -382,7 +382,7 @@ class TestInitialisation:
 
     def test_timestep_features_keep_their_precision_in_a_bfloat16_network(self):
         embedding = TimestepEmbedding(32).bfloat16()
-        a, b = embedding(torch.tensor([998.0, 999.0]))
+        a, b = embedding(torch.tensor([998.0, 999.0]), torch.bfloat16)
         assert not torch.equal(a, b)
 
 

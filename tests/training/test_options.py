@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 
@@ -121,6 +122,14 @@ def test_tensorboard_gets_every_line(tmp_path):
     events.Reload()
     assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == list(enumerate(losses(tmp_path), 1))
     assert "grad_norm" in events.Tags()["scalars"]
+
+
+def test_a_missing_tensorboard_is_named(tmp_path, monkeypatch, caplog):
+    """accelerate tries tensorboardX next, and would name that."""
+    for name in ("tensorboard", "tensorboardX", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert train(config(watch=dict(trackers=("tensorboard",))), FewDigits(5), tmp_path).step == 4
+    assert "tensorboard is not installed: pip install 'lamamba-diff[tensorboard]'" in caplog.text
 
 
 def test_a_tracker_that_cannot_be_reached_does_not_stop_training(tmp_path, monkeypatch, caplog):
