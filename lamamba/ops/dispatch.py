@@ -28,6 +28,7 @@ logger = logging.getLogger("lamamba.ops")
 ENVIRONMENT_VARIABLE = "LAMAMBA_BACKEND"
 
 _forced: list[str] = []
+_ops: dict[str, Op] = {}
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,15 @@ def _import_once(module: str) -> tuple[Any, str | None]:
         return None, f"{error.name} is not installed"
 
 
-@dataclass(eq=False)                                                            # frozen ones stop torch 2.11's compiler
+@dataclass(frozen=True)
 class Op:
     """An op's name and its back ends, fastest first."""
 
     name: str
     backends: tuple[Backend, ...]
+
+    def __post_init__(self) -> None:
+        _ops[self.name] = self
 
     def get(self, name: str) -> Backend:
         """Return the back end of this name.
@@ -102,11 +106,14 @@ class Op:
             requested, source = _forced[-1], "context manager"
         if requested is None and (value := os.environ.get(ENVIRONMENT_VARIABLE)):
             requested, source = value, f"environment variable {ENVIRONMENT_VARIABLE}"
-        return _choose(self, x.device.type, x.dtype, state_size, requested, source)
+        return _choose(self.name, x.device.type, x.dtype, state_size, requested, source)
 
 
 @torch.compiler.assume_constant_result
-def _choose(op: Op, device_type: str, dtype: torch.dtype, state_size: int, requested: str | None, source: str) -> str:
+def _choose(
+    name: str, device_type: str, dtype: torch.dtype, state_size: int, requested: str | None, source: str
+) -> str:
+    op = _ops[name]                                                             # torch 2.11 wants plain arguments
     if requested is not None and requested != "auto":
         backend = op.get(requested)
         if device_type != "meta" and (reason := backend.unsupported_reason(device_type, dtype, state_size)):
