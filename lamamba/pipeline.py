@@ -48,7 +48,7 @@ logger = logging.getLogger("lamamba.pipeline")
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PIPELINE_CODE = '''\
-"""For diffusers: DiffusionPipeline.from_pretrained(this folder, trust_remote_code=True). Needs lamamba-diff."""
+"""For diffusers: DiffusionPipeline.from_pretrained(this folder, custom_pipeline="pipeline", trust_remote_code=True)."""
 
 from lamamba.pipeline import LaMambaPipeline
 

@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from lamamba.models.unet import LaMambaUNet
-from lamamba.ops import use_backend
-from lamamba.ops.layers.reference import attention_formula
-from lamamba.ops.selective_scan import parallel_scan
+from lamamba.ops.dispatch import plain_operations
 
 OPSET = 18
 
@@ -78,7 +76,8 @@ def export_onnx(model: LaMambaUNet, path: Path) -> float:
     import onnxruntime
 
     with _quietly():
-        program = _with_standard_operations(model)
+        with plain_operations():
+            program = export_program(model)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.onnx.export(
             program, (), str(path), dynamo=True, opset_version=OPSET, output_names=["output"], verbose=False,
@@ -107,21 +106,3 @@ def _quietly() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _with_standard_operations(model: LaMambaUNet) -> ExportedProgram:
-    with use_backend("torch"):
-        program = export_program(model)
-    for node in program.graph.nodes:
-        if node.target is torch.ops.aten.view.default:                          # decomposed attention has other strides
-            node.target = torch.ops.aten.reshape.default
-    program = program.run_decompositions({
-        torch.ops.lamamba.selective_scan.default: _scan,
-        torch.ops.aten.scaled_dot_product_attention.default: attention_formula,
-    })
-    return program
-
-
-def _scan(x, dt, B, C, W_dt, b_dt, A, D, paths, backend):
-    return parallel_scan.forward(x, dt, B, C, W_dt, b_dt, A, D, paths)
-

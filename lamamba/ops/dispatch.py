@@ -28,6 +28,7 @@ logger = logging.getLogger("lamamba.ops")
 ENVIRONMENT_VARIABLE = "LAMAMBA_BACKEND"
 
 _forced: list[str] = []
+_plain: list[bool] = []
 _ops: dict[str, Op] = {}
 
 
@@ -155,6 +156,21 @@ def is_transformed() -> bool:
     Our kernels have no rules for these and would lose tangents without a word: PyTorch's own operations must run.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0     # neither has a public name
+
+
+@contextmanager
+def plain_operations() -> Iterator[None]:
+    """Context manager in which every operator runs as PyTorch's own operations: for graphs that other programs read."""
+    _plain.append(True)
+    try:
+        yield
+    finally:
+        _plain.pop()
+
+
+def needs_formula() -> bool:
+    """Whether PyTorch's own operations must run: under `plain_operations`, or where `is_transformed`."""
+    return bool(_plain) or is_transformed()
 
 
 def formula_gradients(

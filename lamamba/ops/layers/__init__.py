@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lamamba.config import Grid
 from lamamba.ops import native
-from lamamba.ops.dispatch import is_transformed, requested_backend
+from lamamba.ops.dispatch import needs_formula, requested_backend
 from lamamba.ops.layers import cpu, gpu, reference
 
 FEW_ROWS = {torch.float32: 8, torch.bfloat16: 2}
@@ -115,8 +115,8 @@ def _needs_gradients(*tensors: Tensor | None) -> bool:
 
 
 def _needs_formula(tensors: list[Tensor | None]) -> bool:
-    """Whether torch.func, forward mode or a tensor's own class (quantised weights) needs PyTorch's operations."""
-    return is_transformed() or any(hasattr(tensor, "__tensor_flatten__") for tensor in tensors)
+    """Whether PyTorch's operations must run, also because of a tensor's own class (quantised weights)."""
+    return needs_formula() or any(hasattr(tensor, "__tensor_flatten__") for tensor in tensors)
 
 
 def _runs_on_cpu(tensors: list[Tensor | None]) -> bool:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lamamba.config import Grid
-from lamamba.ops.dispatch import is_transformed
+from lamamba.ops.dispatch import is_transformed, needs_formula
 
 
 def layer_norm(x, weight, bias, eps) -> Tensor:
@@ -54,7 +54,7 @@ def window_attention(qkv, bias, mask, num_heads: int, window: Grid, shift: Grid)
     else:                                                                       # all images share the masks
         bias = bias.masked_fill(~mask[:, None], float("-inf")).flatten(0, 1)
         q, k, v = (part.flatten(1, 2) for part in (q, k, v))                    # (b, windows heads, tokens, d)
-    attention = attention_formula if is_transformed() else F.scaled_dot_product_attention
+    attention = attention_formula if needs_formula() else F.scaled_dot_product_attention
     y = attention(q, k, v, bias[None].to(q.dtype))
 
     y = y.reshape(b, rows, columns, heads, wh, ww, -1).permute(0, 1, 4, 2, 5, 3, 6).reshape(b, H, W, c)

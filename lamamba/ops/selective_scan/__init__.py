@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lamamba.ops.dispatch import Backend, Op, formula_gradients, is_transformed, requested_backend
+from lamamba.ops.dispatch import Backend, Op, formula_gradients, needs_formula, requested_backend
 from lamamba.ops.selective_scan import parallel_scan
 
 OP = Op(
@@ -58,7 +58,7 @@ def selective_scan(
     """
     _check_shapes(x, dt, B, C, W_dt, b_dt, A, D, paths)
     chosen = OP.choose(x, A.shape[2], backend)
-    if is_transformed():
+    if needs_formula():
         if chosen not in ("torch", "reference") and (backend or requested_backend()) == chosen:
             raise RuntimeError(
                 f"selective_scan: back end {chosen!r} has no rules for torch.func and forward-mode differentiation; "
