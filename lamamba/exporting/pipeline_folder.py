@@ -70,8 +70,7 @@ def _write(
         grid = sample_grid(pipe, options.images, options.steps, guidance, options.seed, options.device, report)
         save_picture(grid, folder / "samples.png")
     if options.onnx:
-        logger.info("onnx/unet.onnx: every block is traced, a minute for a small network, more for others")
-        onnx_error = export_onnx(torch.nn.Module.float(model.network).cpu(), folder / "onnx" / "unet.onnx")
+        onnx_error = export_onnx(torch.nn.Module.float(model.network).cpu(), folder / "onnx" / "unet.onnx", report)
         logger.info("onnx/unet.onnx: relative error against PyTorch in onnxruntime: %.1e", onnx_error)
     for part in (pipe.unet, pipe.vae):
         if part is not None:

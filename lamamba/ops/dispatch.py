@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ logger = logging.getLogger("lamamba.ops")
 ENVIRONMENT_VARIABLE = "LAMAMBA_BACKEND"
 
 _forced: list[str] = []
-_plain: list[bool] = []
 _ops: dict[str, Op] = {}
 
 
@@ -158,19 +158,14 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0     # neither has a public name
 
 
-@contextmanager
-def plain_operations() -> Iterator[None]:
-    """Context manager in which every operator runs as PyTorch's own operations: for graphs that other programs read."""
-    _plain.append(True)
-    try:
-        yield
-    finally:
-        _plain.pop()
-
-
 def needs_formula() -> bool:
-    """Whether PyTorch's own operations must run: under `plain_operations`, or where `is_transformed`."""
-    return bool(_plain) or is_transformed()
+    """Whether PyTorch's own operations must run: where `is_transformed`, and in torch.onnx.export."""
+    return is_transformed() or _exports_onnx()
+
+
+@torch.compiler.assume_constant_result
+def _exports_onnx() -> bool:
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()       # importing it takes time
 
 
 def formula_gradients(

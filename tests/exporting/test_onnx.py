@@ -69,9 +69,26 @@ def test_onnx(tmp_path):
     import onnx
 
     model = random_network(small_config(objective="noise", **SMALL))
-    assert export_onnx(model, tmp_path / "unet.onnx") < 1e-5
+    seen: list = []
+    assert export_onnx(model, tmp_path / "unet.onnx", seen.append) < 1e-5
+    assert [(progress.done, progress.total) for progress in seen] == [(k, 3) for k in range(4)]
     graph = onnx.load(tmp_path / "unet.onnx").graph
     assert [given.name for given in graph.input] == ["x", "timestep", "class_labels"]
     assert [made.name for made in graph.output] == ["output"]
     domains = {node.domain for node in graph.node}
     assert domains <= {"", "ai.onnx"}                                           # standard operations alone
+
+
+@pytest.mark.slow
+def test_torch_onnx_export_itself():
+    """Traced with PyTorch's operations instead of ours."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="exporting a graph needs onnxruntime")
+    pytest.importorskip("onnxscript", reason="exporting a graph needs onnxscript")
+    model = random_network(small_config(objective="flow", **SMALL))
+    inputs = example_inputs(model)
+    with torch.no_grad():
+        program = torch.onnx.export(model, inputs, dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+        names = [given.name for given in session.get_inputs()]
+        (output,) = session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
+        assert relative_error(torch.from_numpy(output), model(*inputs)) < 1e-5
