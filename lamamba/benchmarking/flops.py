@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -76,6 +77,19 @@ def count(config: UNetConfig) -> Cost:
         layer_norm=operations.layer_norm,
         activation_bytes=_saved_bytes(model, x, timestep, labels),
     )
+
+
+def multiply_adds_by_module(model: nn.Module, *inputs: Any, **more: Any) -> dict[str, int]:
+    """Multiply-adds of products and convolutions in a forward pass, by the path of each module; "" is the whole.
+
+    Args:
+        model: a network on the meta device.
+        inputs, more: of its forward pass, for one image.
+    """
+    with torch.no_grad(), _Operations() as operations:
+        model(*inputs, **more)
+    counts = {name.partition(".")[2]: sum(by.values()) // 2 for name, by in operations.get_flop_counts().items()}
+    return {**counts, "": operations.get_total_flops() // 2}
 
 
 def _saved_bytes(model: LaMambaUNet, *inputs: Any) -> int:

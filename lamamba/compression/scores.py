@@ -1,0 +1,244 @@
+"""Scores of units: how much the output changes without each (LAPTOP-Diff's criterion), and criteria beside it.
+
+    d_u = f(x without u) - f(x)             the difference that removing unit u makes in the network's output f
+    score_u = E ||d_u||^2                   its output loss, per element
+    E ||sum of d_u||^2 = sum of G_uv        predicted for a set with cross terms, G_uv = E <d_u, d_v>
+    sum of score_u                          predicted for a set by additivity: the paper's assumption
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lamamba.compression.calibration import Calibration
+from lamamba.compression.units import Removable, Unit, canonical
+from lamamba.utils.files import read_json, write_atomically
+from lamamba.utils.progress import Progress, Report
+
+Criterion = Literal["output", "task", "magnitude", "random", "hand"]
+"""output: the change of the output; task: the change of the training loss; magnitude: the sum of squared weights;
+random; hand: the last blocks of each stage first, as BK-SDM removes them."""
+SCORES_VERSION = 1
+TIME_BINS = 10
+"""Of equal width over the timesteps 0 .. 1000."""
+KEPT_BYTES = 2**24
+"""Of the differences that are kept of each unit, for the cross terms; the first samples that fit."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The score of every unit of a network; serves any number of plans."""
+
+    criterion: Criterion
+    units: tuple[Unit, ...]
+    values: np.ndarray
+    """(u,) in the order of units; of "output" the mean squared change of an element of the output."""
+    errors: np.ndarray
+    """(u,) standard errors of the values over samples; 0 where there are no samples."""
+    bins: np.ndarray
+    """(u, TIME_BINS) means over the samples of each range of times; NaN where there were none."""
+    products: np.ndarray | None
+    """(u, u) means of the products of two units' differences; of "output" alone."""
+    energy: float
+    """Mean square of an element of the whole network's output: a relative loss is value / energy."""
+    parameters: int
+    """Of the whole network."""
+    multiply_adds: int
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Teacher with its hash, data, samples, seed, times."""
+
+    def index(self, names: Iterable[str]) -> list[int]:
+        order = {unit.name: number for number, unit in enumerate(self.units)}
+        return [order[name] for name in canonical(self.units, names)]
+
+    def predicted(self, names: Iterable[str]) -> float:
+        """The loss of removing units together, by additivity."""
+        return float(self.values[self.index(names)].sum())
+
+    def predicted_with_cross_terms(self, names: Iterable[str]) -> float | None:
+        """The same by E ||sum of differences||^2; None where differences are not known."""
+        chosen = self.index(names)
+        return None if self.products is None else float(self.products[np.ix_(chosen, chosen)].sum())
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, self.to_json())
+
+    def to_json(self) -> str:
+        values = {
+            "version": SCORES_VERSION, "criterion": self.criterion, "about": dict(self.about),
+            "parameters": self.parameters, "multiply_adds": self.multiply_adds, "energy": self.energy,
+            "units": [
+                {
+                    **dataclasses.asdict(unit), "score": float(value), "standard_error": float(error),
+                    "by_time": [None if math.isnan(mean) else float(mean) for mean in bins],
+                }
+                for unit, value, error, bins in zip(self.units, self.values, self.errors, self.bins, strict=True)
+            ],
+            "products": None if self.products is None else self.products.tolist(),
+        }
+        return json.dumps(values, indent=1) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> Scores:
+        """Read scores.json.
+
+        Raises:
+            ValueError: when it is damaged or of a newer format.
+        """
+        values = read_json(path, SCORES_VERSION)
+        try:
+            fields = [each.name for each in dataclasses.fields(Unit)]
+            rows = values["units"]
+            products = values["products"]
+            scores = cls(
+                values["criterion"], tuple(Unit(**{name: row[name] for name in fields}) for row in rows),
+                np.array([row["score"] for row in rows], float), np.array([row["standard_error"] for row in rows], float),
+                np.array([row["by_time"] for row in rows], float), None if products is None else np.array(products, float),
+                float(values["energy"]), int(values["parameters"]), int(values["multiply_adds"]), values["about"],
+            )
+            shapes = scores.bins.shape == (len(rows), TIME_BINS) and (
+                products is None or scores.products.shape == (len(rows), len(rows))  # type: ignore[union-attr]
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no file of scores, or damaged: {error}") from error
+        if not shapes or not np.isfinite(scores.values).all():
+            raise ValueError(f"{path} is damaged: its scores are not finite, or their numbers differ")
+        return scores
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What removing one unit changes, over a calibration set of n samples."""
+
+    losses: np.ndarray
+    """(n,) mean squared change of an element of the output, or change of the training loss."""
+    kept: np.ndarray | None = None
+    """(k, elements) float32: the change itself, of the first k samples."""
+
+
+def measure_unit(
+    network: Removable, name: str, calibration: Calibration, whole: list[Tensor], criterion: Criterion = "output"
+) -> Differences:
+    """Remove one unit and compare.
+
+    Args:
+        network: with the unit.
+        calibration: what to compare on.
+        whole: the outputs of the whole network, by `Calibration.predictions`.
+        criterion: "output" or "task".
+    """
+    with network.masked([name]) as masked:
+        outputs = calibration.predictions(masked)
+    if criterion == "task":
+        changes = [
+            batch.loss(output) - batch.loss(reference)  # type: ignore[misc]
+            for batch, output, reference in zip(calibration.batches, outputs, whole, strict=True)
+        ]
+        return Differences(torch.cat(changes).double().numpy())
+    changes = [(output - reference).flatten(1).cpu() for output, reference in zip(outputs, whole, strict=True)]
+    change = torch.cat(changes)                                                 # (n, elements)
+    kept = max(1, min(len(change), KEPT_BYTES // (4 * change.shape[1])))
+    return Differences(change.double().square().mean(1).numpy(), change[:kept].numpy())
+
+
+def gather(
+    network: Removable, criterion: Criterion, found: Mapping[str, Differences], calibration: Calibration, energy: float,
+    about: Mapping[str, Any],
+) -> Scores:
+    """Scores from the differences of every unit, by name."""
+    losses = np.stack([found[unit.name].losses for unit in network.units])                                  # (u, n)
+    n = losses.shape[1]
+    bin_of = np.minimum((calibration.times.double().numpy() / 1000 * TIME_BINS).astype(int), TIME_BINS - 1)
+    bins = np.full((len(losses), TIME_BINS), np.nan)
+    for number in set(bin_of.tolist()):
+        bins[:, number] = losses[:, bin_of == number].mean(1)
+    products = None
+    if criterion == "output":
+        kept = np.stack([found[unit.name].kept for unit in network.units])                        # (u, k, elements)
+        flat = kept.reshape(len(kept), -1)
+        products = (flat @ flat.T).astype(float) / flat.shape[1]
+    errors = losses.std(1, ddof=1) / math.sqrt(n) if n > 1 else np.zeros(len(losses))
+    return Scores(
+        criterion, network.units, losses.mean(1), errors, bins, products, energy, network.parameters,
+        network.multiply_adds, about,
+    )
+
+
+def score(
+    network: Removable, calibration: Calibration, *, criterion: Criterion = "output", seed: int = 0,
+    about: Mapping[str, Any] | None = None, report: Report = lambda progress: None,
+) -> Scores:
+    """Score every unit, in memory; `lamamba.compression.job` does it in a folder, resumable and by many processes.
+
+    Args:
+        network: by `find_units`.
+        calibration: not read by "magnitude", "random" and "hand".
+        criterion: see `Criterion`.
+        seed: of "random".
+
+    Raises:
+        ValueError: when "task" meets a calibration set without data.
+        FloatingPointError: when an output is not finite.
+    """
+    about = {**calibration.about, **(about or {})}
+    if criterion in RULES:
+        return by_rule(network, criterion, seed, about)
+    check_criterion(criterion, calibration)
+    whole, found = calibration.predictions(network.model), {}
+    for number, unit in enumerate(network.units):
+        found[unit.name] = measure_unit(network, unit.name, calibration, whole, criterion)
+        report(Progress("scoring", number + 1, len(network.units), unit="units", note=unit.name))
+    return gather(network, criterion, found, calibration, energy_of(whole), about)
+
+
+def energy_of(outputs: list[Tensor]) -> float:
+    """Mean square of an element."""
+    return float(torch.cat([output.flatten().double().cpu() for output in outputs]).square().mean())
+
+
+def check_criterion(criterion: Criterion, calibration: Calibration) -> None:
+    """Raises ValueError where a calibration set has no training loss."""
+    if criterion == "task" and any(batch.loss is None for batch in calibration.batches):
+        raise ValueError("criterion 'task' needs data: states of sampling have no clean image to compare with")
+
+
+# criteria that look at no sample
+
+def _magnitude(network: Removable, unit: Unit, generator: np.random.Generator) -> float:
+    return sum(float(weight.double().square().sum()) for weight in network.own_parameters(unit.name))
+
+
+def _random(network: Removable, unit: Unit, generator: np.random.Generator) -> float:
+    return float(generator.random())
+
+
+def _by_hand(network: Removable, unit: Unit, generator: np.random.Generator) -> float:
+    """The place of a block, counted from the end of its stage; only whole blocks go."""
+    blocks = [each.name for each in network.units if each.group == unit.group and each.kind == unit.kind]
+    return float(len(blocks) - blocks.index(unit.name)) if unit.kind in ("block", "transformer", "resnet") else math.inf
+
+
+RULES: dict[str, Callable[[Removable, Unit, np.random.Generator], float]] = {
+    "magnitude": _magnitude, "random": _random, "hand": _by_hand,
+}
+
+
+def by_rule(network: Removable, criterion: Criterion, seed: int, about: Mapping[str, Any]) -> Scores:
+    """Scores by a criterion that looks at no sample: "magnitude", "random" or "hand"."""
+    generator = np.random.default_rng(seed)
+    values = np.array([RULES[criterion](network, unit, generator) for unit in network.units])
+    nothing = np.full((len(values), TIME_BINS), np.nan)
+    return Scores(
+        criterion, network.units, values, np.zeros(len(values)), nothing, None, 1.0, network.parameters,
+        network.multiply_adds, about,
+    )
