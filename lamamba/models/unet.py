@@ -78,6 +78,12 @@ class Head(nn.Module):
         return self.linear(self.norm(self.expand(x), shift, scale))
 
 
+FEATURES = (
+    *(f"encoder.{s}" for s in range(NUM_STAGES)), "bottleneck", *(f"decoder.{s}" for s in range(NUM_STAGES)),
+)
+"""The stages whose outputs `LaMambaUNet.forward` returns with return_features, in order."""
+
+
 class LaMambaUNet(ModelMixin, ConfigMixin):
     """LaMamba-Diff: a diffusion U-Net of selective scans and window attention (arXiv 2408.02615).
 
@@ -222,8 +228,8 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
 
     def forward(
         self, x: Tensor, timestep: Tensor | float | None, class_labels: Tensor | None = None, *,
-        conditioning: Tensor | None = None,
-    ) -> Tensor:
+        conditioning: Tensor | None = None, return_features: bool = False,
+    ) -> Any:
         """Predict noise and variance, v, or the flow's velocity from a noisy input.
 
         Args:
@@ -232,10 +238,12 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
             class_labels: (b,) int64 in 0 .. num_classes, where num_classes means "no class";
                 None for an unconditional network.
             conditioning: (b, condition_outputs) from `condition`, in place of timestep and class_labels.
+            return_features: whether to return the features of every stage, too, for distillation.
 
         Returns:
             (b, out_channels, h, w): for objective "noise" the noise, then the variance's interpolation; for "flow" the
-            velocity eps - x0.
+            velocity eps - x0. With return_features, a pair of it and a tuple of the stages' outputs (b, h_s, w_s, c_s)
+            in the order of FEATURES.
 
         Raises:
             ValueError: when x, timestep, class_labels or conditioning do not fit the configuration.
@@ -245,19 +253,23 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         at = dict(zip((1, 2, 4), self.geometries, strict=True))
         x = self.patch_embedding(x) + self._positions()                                             # (b, h, w, width)
 
-        skips = []
+        skips, features = [], []
         for s, stage in enumerate(self.encoder):
             x = stage(x, c, at[STAGE_SCALES[s]], modulations[s])
             skips.append(x)
+            features.append(x)
             if s < 2:
                 x = self.merges[s](x)                                           # (b, h / 2, w / 2, 2 c)
         if "bottleneck" not in self.architecture.removed_blocks:
             x = x + self.bottleneck(x, c, at[4], modulations[NUM_STAGES])
+        features.append(x)
         for s, stage in enumerate(self.decoder):
             if s >= 2:
                 x = self.expands[s - 2](x)                                      # (b, 2 h, 2 w, c / 2)
             x = stage(x + skips.pop(), c, at[STAGE_SCALES[NUM_STAGES - 1 - s]], modulations[NUM_STAGES + 1 + s])
-        return self.head(x, c, head_modulation).permute(0, 3, 1, 2)                         # (b, out_channels, h, w)
+            features.append(x)
+        output = self.head(x, c, head_modulation).permute(0, 3, 1, 2)                       # (b, out_channels, h, w)
+        return (output, tuple(features)) if return_features else output
 
     def _condition(
         self, x: Tensor, timestep: Tensor | float | None, class_labels: Tensor | None, conditioning: Tensor | None

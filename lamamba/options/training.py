@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from typing_extensions import Self
 
-from lamamba.config import Objective, UNetConfig, unknown_name
-from lamamba.options.base import FilePath, Ge, Gt, Lt, Name, OrInfinity, from_dict, options, read_toml
+from lamamba.config import NUM_STAGES, Objective, UNetConfig, unknown_name
+from lamamba.options.base import FilePath, Ge, Gt, Lt, Name, OrInfinity, Words, from_dict, options, read_toml
 from lamamba.options.sampling import DenoisingOptions
 
 RUN_VERSION = 3
@@ -53,9 +53,21 @@ class ModelOptions:
     """Side in input pixels of one token."""
     scan: Literal["continuous", "cross"] | None = None
     """Reading order of the grid."""
+    ssm_ratio: float | None = None
+    """Channels of the scan per channel of its stage."""
+    mlp_ratio: float | None = None
+    """Hidden channels of the MLP per channel of its stage."""
+    removed_blocks: Words | None = None
+    """Removed blocks and branches of a pruned network (lamamba compress): encoder.0.1, decoder.3.0.attention."""
     objective: Objective = "noise"
     """"noise": DDPM with learned variance, the paper's; "v": a mix of noise and image (Salimans & Ho);
     "flow": rectified flow, quicker on small data."""
+
+    @classmethod
+    def of(cls, config: UNetConfig) -> ModelOptions:
+        """The options that build a network of this configuration from its data."""
+        names = [entry.name for entry in dataclasses.fields(cls) if entry.name != "preset"]
+        return cls(preset="s", **{name: getattr(config, name) for name in names})
 
     def build(self, *, channels: int, num_classes: int, input_size: int) -> UNetConfig:
         """The network's full configuration for images of this many channels, classes and input pixels.
@@ -231,6 +243,37 @@ class StartOptions:
 
 
 @options
+class DistillOptions:
+    """A teacher whose output and features the network learns besides the data (LAPTOP-Diff, arXiv 2404.11098)."""
+
+    teacher: Name | None = None
+    """A run, a checkpoint or a saved model; None: no distillation. It stays as it is, and is known by its hash."""
+    task: Annotated[float, Ge(0)] = 1.0
+    """Weight of the objective's own loss."""
+    output: Annotated[float, Ge(0)] = 1.0
+    """Weight of the output's squared distance to the teacher's."""
+    feature: Annotated[float, Ge(0)] = 1.0
+    """Weight of the features' distance."""
+    features: Literal["normalised", "plain", "none"] = "normalised"
+    """"normalised": each stage's distance over the norm of the teacher's features, so that no stage dominates;
+    "plain": mean squared distances; "none": only the output."""
+    stages: Words = ()
+    """Stages whose features count: encoder.0 .. encoder.3, bottleneck, decoder.0 .. decoder.3; by default all."""
+
+    def __post_init__(self) -> None:
+        known = [*(f"encoder.{s}" for s in range(NUM_STAGES)), "bottleneck", *(f"decoder.{s}" for s in range(NUM_STAGES))]
+        for stage in self.stages:
+            if stage not in known:
+                raise unknown_name("stage", stage, known)
+        if self.task == self.output == 0 and (self.features == "none" or self.feature == 0):
+            raise ValueError("task, output and feature are all 0: nothing would be learned")
+
+    def weights(self) -> dict[str, float]:
+        """The weight of each term of the loss."""
+        return {"task": self.task, "output": self.output, "feature": self.feature}
+
+
+@options
 class SampleGridOptions(DenoisingOptions):
     """A picture of samples now and then. Its guidance is saved with the model as the model's own."""
 
@@ -267,6 +310,7 @@ class TrainConfig:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     start: StartOptions = field(default_factory=StartOptions)
+    distill: DistillOptions = field(default_factory=DistillOptions)
     processes: ProcessOptions = field(default_factory=ProcessOptions)
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
     faults: FaultOptions = field(default_factory=FaultOptions)
@@ -313,12 +357,12 @@ class TrainConfig:
         found = []
         for decay in self.ema_decays:
             initial = decay**self.steps
-            if initial > 0.02 and self.start.source is None:
+            if initial > 0.02:
                 fitting = 1 - 5 / max(self.steps, 10)
+                shows = "look like noise" if self.start.source is None else f"be nearly those of {self.start.source}"
                 found.append(
                     f"after {self.steps} steps, ema_decay {decay} leaves {initial:.0%} of the averaged weights at "
-                    "their initial values; samples will look like noise. "
-                    f"--ema-decays {fitting:.4g} would fit this run"
+                    f"their initial values; samples will {shows}. --ema-decays {fitting:.4g} would fit this run"
                 )
         if self.steps < self.optimizer.warmup_steps:
             found.append(f"the run ends before its warm-up: steps={self.steps} of {self.optimizer.warmup_steps}")

@@ -111,7 +111,7 @@ class RunFolder:
 
     def create(
         self, config: TrainConfig, architecture: UNetConfig, metadata: ModelMetadata, fingerprint: str | None = None,
-        excluded: Sequence[str] = (),
+        excluded: Sequence[str] = (), teacher: str | None = None,
     ) -> None:
         """Write config.json, or check that the folder holds a run of the same configuration.
 
@@ -123,6 +123,7 @@ class RunFolder:
             metadata: of its model.
             fingerprint: of the data.
             excluded: files of the data that no index counts, which a restart must exclude again.
+            teacher: hash of the network that this one learns from.
 
         Raises:
             ValueError: when the folder holds a run with another configuration; every difference is named.
@@ -131,6 +132,7 @@ class RunFolder:
             "version": RUN_VERSION, "lamamba": __version__, "train": config.to_dict(),
             "architecture": architecture.to_dict(), "sampling": dataclasses.asdict(metadata),
             "data": {"fingerprint": fingerprint, "left_out": list(excluded)},
+            **({"teacher": {"sha256": teacher}} if teacher else {}),
         }
         values = json.loads(json.dumps(values))
         if self.config.exists() and self.names():
@@ -150,7 +152,7 @@ class RunFolder:
             "train.data.kind", "train.data.manifest", "train.data.max_bad_images", "train.data.autoencoder",
             "train.steps", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every",
             "train.device", "train.sampling", "train.processes", "train.faults", "train.watch.trackers",
-            "train.watch.project", "train.watch.held_out_every", "train.score",
+            "train.watch.project", "train.watch.held_out_every", "train.score", "train.distill.teacher",
         }
         found = [
             f"{name}: {before!r} there, {after!r} here"

@@ -5,6 +5,7 @@ It knows neither samplers nor scores: callbacks get a `StepState` after every op
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -38,6 +39,7 @@ from lamamba.training.checkpoint import (
     write_checkpoint,
 )
 from lamamba.training.data import Batch, TrainingData, as_training_set
+from lamamba.training.distill import Teacher
 from lamamba.training.distributed import Processes, precision_policy
 from lamamba.training.interrupt import Interrupted, StopRequest, stop_signals
 from lamamba.training.non_finite import find_origin
@@ -132,8 +134,12 @@ def train(
         processes.on_rank_0(lock.acquire)
         with own_random_state(), precision_policy(config.precision), stop_signals() as request:
             excluded = getattr(samples, "excluded", ())                         # latents and digits have none
-            processes.on_rank_0(lambda: run.create(config, architecture, metadata, samples.fingerprint, excluded))
-            return _Trainer(config, samples, architecture, metadata, run, processes).run(callbacks, request)
+            teacher = Teacher(config.distill, architecture, processes.device) if config.distill.teacher else None
+            processes.on_rank_0(lambda: run.create(
+                config, architecture, metadata, samples.fingerprint, excluded, teacher and teacher.sha256
+            ))
+            trainer = _Trainer(config, samples, architecture, metadata, run, processes, teacher)
+            return trainer.run(callbacks, request)
     finally:
         lock.release()
 
@@ -144,6 +150,8 @@ class _StepResult:
 
     loss: float
     """Mean over the batch."""
+    terms: dict[str, float]
+    """Mean of each term of a distillation's loss, unweighted; empty without a teacher."""
     grad_norm: float
     is_finite: bool
     is_stop_requested: bool
@@ -154,8 +162,9 @@ class _Trainer:
 
     def __init__(
         self, config: TrainConfig, samples: TrainingSet, architecture: UNetConfig, metadata: ModelMetadata,
-        folder: RunFolder, processes: Processes,
+        folder: RunFolder, processes: Processes, teacher: Teacher | None,
     ):
+        self._teacher = teacher
         self._config, self._samples, self._null_label = config, samples, architecture.num_classes
         self._metadata, self._folder, self._processes = metadata, folder, processes
         self._data = TrainingData(samples, config, processes)
@@ -214,6 +223,17 @@ class _Trainer:
 
     def _losses(self, batch: Batch, network: nn.Module) -> Tensor:
         """Each sample's loss, (b,)."""
+        return self._weighted(self._terms(batch, network))
+
+    def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
+        """The loss of its terms: (b,)."""
+        if self._teacher is None:
+            return terms["task"]
+        weights = self._config.distill.weights()
+        return torch.stack([weights[name] * term for name, term in terms.items()]).sum(0)
+
+    def _terms(self, batch: Batch, network: nn.Module) -> dict[str, Tensor]:
+        """Each sample's loss by term, (b,): "task", and with a teacher "output" and "feature"."""
         device = self._processes.device
         x0, eps = batch.x0.to(device, non_blocking=True), batch.eps.to(device, non_blocking=True)
         t = self._schedule.timestep(batch.time).to(device)                      # (b,)
@@ -223,25 +243,34 @@ class _Trainer:
             labels = drop_labels(batch.labels, batch.label_draw, self._config.label_dropout, self._null_label)
             labels = labels.to(device)
         with self._processes.autocast():
-            output = network(xt, t, labels)                                     # (b, out_channels, h, w)
-        return training_loss(output.float(), x0, xt, t, eps, self._schedule, self._gamma)
+            features: tuple[Tensor, ...] = ()
+            if self._teacher is not None and self._teacher.needs_features:
+                output, features = network(xt, t, labels, return_features=True)
+            else:
+                output = network(xt, t, labels)                                 # (b, out_channels, h, w)
+            learned = {} if self._teacher is None else self._teacher.terms(xt, t, labels, output, features)
+        return {"task": training_loss(output.float(), x0, xt, t, eps, self._schedule, self._gamma), **learned}
 
     def _forward_backward(self, batch: list[Batch], request: StopRequest) -> _StepResult:
         """Accumulate the gradient of a batch over its micro-batches, on every rank."""
         config, state, processes = self._config, self._state, self._processes
         state.optimizer.zero_grad(set_to_none=True)
-        totals = []
+        totals, parts = [], []
         for number, micro_batch in enumerate(batch):
             with processes.accumulate(self._network, is_last=number == len(batch) - 1):
-                losses = self._losses(micro_batch, self._network)
+                terms = self._terms(micro_batch, self._network)
+                losses = self._weighted(terms)
                 # DDP and FSDP take the mean over ranks; the sum over all of them, over the batch, is wanted
                 (losses.sum() * (processes.world_size / config.batch_size)).backward()
             totals.append(losses.detach().sum())
+            parts.append([] if self._teacher is None else [term.detach().sum() for term in terms.values()])
         total = float(torch.stack(totals).sum())
         norm = float(whole(nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.max_grad_norm)))
         is_wrong = not (math.isfinite(total) and math.isfinite(norm))
-        total, faults, stops = processes.sum(total, float(is_wrong), float(request.name is not None))
-        return _StepResult(total / config.batch_size, norm, faults == 0, stops > 0)
+        sums = [float(sum(part)) for part in zip(*parts, strict=True)]
+        total, faults, stops, *sums = processes.sum(total, float(is_wrong), float(request.name is not None), *sums)
+        means = {f"{name}_loss": value / config.batch_size for name, value in zip(terms, sums, strict=False)}
+        return _StepResult(total / config.batch_size, means, norm, faults == 0, stops > 0)
 
     def _update(self, result: _StepResult) -> None:
         state = self._state
@@ -251,7 +280,7 @@ class _Trainer:
         for decay, average in state.averages.items():
             update_ema(average, state.model, decay)
         state.step += 1
-        self._clock.tick(state.step, result.loss)
+        self._clock.tick(state.step, {"loss": result.loss, **result.terms})
 
     def _after_step(
         self, result: _StepResult, callbacks: Sequence[Callback], metrics: MetricsFile
@@ -260,10 +289,10 @@ class _Trainer:
         config, state, clock, checkpoint = self._config, self._state, self._clock, None
         is_last = state.step == config.steps
         rate, memory = state.optimizer.param_groups[0]["lr"], peak_memory(self._processes.device)
-        held_out = {}
+        held_out: dict[str, float] = {}
         if config.watch.held_out and (state.step % config.watch.held_out_every == 0 or is_last):
             with clock.paused():
-                held_out = {"held_out_loss": self._held_out_loss()}
+                held_out = self._held_out_losses()
         if state.step % config.log_every == 0 or is_last or held_out:
             metrics.write(clock.line(state.step) | {
                 "grad_norm": result.grad_norm, "learning_rate": rate, "peak_memory_bytes": memory, **held_out,
@@ -335,16 +364,21 @@ class _Trainer:
         )
 
     @torch.no_grad()
-    def _held_out_loss(self) -> float:
-        """Mean loss of the averaged network on held-out images, at fixed times and noise."""
-        config, processes, total = self._config, self._processes, 0.0
+    def _held_out_losses(self) -> dict[str, float]:
+        """Mean loss of the averaged network on held-out images, at fixed times and noise, and of its terms."""
+        config, processes, totals = self._config, self._processes, collections.Counter[str]()
         micro_batches = processes.world_size * config.processes.accumulation_steps
         for batch, count in self._data.held_out(max(1, config.batch_size // micro_batches)):
-            total += float(self._losses(batch, self._state.ema)[:count].sum())
+            terms = self._terms(batch, self._state.ema)
+            named = {"held_out_loss": self._weighted(terms)}
+            if self._teacher is not None:
+                named |= {f"held_out_{name}_loss": term for name, term in terms.items()}
+            for name, losses in named.items():
+                totals[name] += float(losses[:count].sum())
         if processes.is_sharded:
             self._state.ema.reshard()
-        (total,) = processes.sum(total)
-        return total / config.watch.held_out
+        sums = processes.sum(*totals.values())
+        return {name: value / config.watch.held_out for name, value in zip(totals, sums, strict=True)}
 
     def _restore(self) -> bool:
         """Go to the newest whole checkpoint; returns whether there is one."""
@@ -396,7 +430,7 @@ class _Clock:
     def __init__(self, batch_size: int, first_step: int):
         self._batch_size, self._first_step = batch_size, first_step
         self._began, self._paused = time.perf_counter(), 0.0
-        self._line_step, self._line_seconds, self._losses = first_step, 0.0, list[float]()
+        self._line_step, self._line_seconds, self._losses = first_step, 0.0, list[dict[str, float]]()
         self.rate = self.seconds = 0.0
 
     @contextlib.contextmanager
@@ -408,16 +442,16 @@ class _Clock:
         finally:
             self._paused += time.perf_counter() - began
 
-    def tick(self, step: int, loss: float) -> None:
+    def tick(self, step: int, losses: dict[str, float]) -> None:
         """Count a step."""
-        self._losses.append(loss)
+        self._losses.append(losses)
         self.seconds = time.perf_counter() - self._began
         self.rate = max(0, step - self._first_step) * self._batch_size / max(self.seconds - self._paused, 1e-9)
 
     def line(self, step: int) -> dict[str, float]:
-        """Mean loss and images per second since the last line."""
+        """Mean losses and images per second since the last line."""
         training = self.seconds - self._paused
         rate = max(0, step - self._line_step) * self._batch_size / max(training - self._line_seconds, 1e-9)
-        loss = sum(self._losses) / len(self._losses)
+        losses = {name: sum(each[name] for each in self._losses) / len(self._losses) for name in self._losses[0]}
         self._line_step, self._line_seconds, self._losses = step, training, []
-        return {"step": step, "loss": loss, "images_per_second": round(rate, 2), "seconds": round(self.seconds, 2)}
+        return {"step": step, **losses, "images_per_second": round(rate, 2), "seconds": round(self.seconds, 2)}
