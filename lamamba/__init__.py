@@ -20,6 +20,17 @@ if TYPE_CHECKING:
     from lamamba.api.benchmark import BenchmarkResult, benchmark
     from lamamba.api.check_data import CheckDataResult, CheckLatentsResult, check_data
     from lamamba.api.compare import CompareResult, compare
+    from lamamba.api.compare_criteria import CompareCriteriaResult, compare_criteria
+    from lamamba.api.compress import (
+        CompressResult,
+        PlanRemovalResult,
+        RemoveUnitsResult,
+        ScoreUnitsResult,
+        compress,
+        plan_removal,
+        remove_units,
+        score_units,
+    )
     from lamamba.api.compute_statistics import StatisticsResult, compute_statistics
     from lamamba.api.convert import ConvertResult, convert
     from lamamba.api.demo import DemoResult, demo
@@ -39,6 +50,13 @@ if TYPE_CHECKING:
     from lamamba.options.app import AppOptions
     from lamamba.options.benchmark import BenchmarkOptions
     from lamamba.options.check_data import CheckDataOptions
+    from lamamba.options.compress import (
+        CompareCriteriaOptions,
+        CompressOptions,
+        PlanRemovalOptions,
+        RemoveUnitsOptions,
+        ScoreUnitsOptions,
+    )
     from lamamba.options.convert import ConvertOptions
     from lamamba.options.demo import DemoOptions
     from lamamba.options.doctor import DoctorOptions
@@ -65,8 +83,14 @@ _MODULES = {
     "CheckDataResult": "api.check_data",
     "CheckLatentsResult": "api.check_data",
     "compare": "api.compare",
+    "compare_criteria": "api.compare_criteria",
+    "CompareCriteriaOptions": "options.compress",
+    "CompareCriteriaResult": "api.compare_criteria",
     "CompareOptions": "options.evaluation",
     "CompareResult": "api.compare",
+    "compress": "api.compress",
+    "CompressOptions": "options.compress",
+    "CompressResult": "api.compress",
     "compute_statistics": "api.compute_statistics",
     "convert": "api.convert",
     "ConvertOptions": "options.convert",
@@ -97,15 +121,24 @@ _MODULES = {
     "open_app": "api.open_app",
     "open_model": "runs.model",
     "plan": "api.train",
+    "plan_removal": "api.compress",
+    "PlanRemovalOptions": "options.compress",
+    "PlanRemovalResult": "api.compress",
     "plot": "api.plot",
     "PlotOptions": "options.plot",
     "PlotResult": "api.plot",
+    "remove_units": "api.compress",
+    "RemoveUnitsOptions": "options.compress",
+    "RemoveUnitsResult": "api.compress",
     "sample": "api.sample",
     "sample_folder": "api.sample_folder",
     "SampleFolderOptions": "options.sample_folder",
     "SampleFolderResult": "api.sample_folder",
     "SampleOptions": "options.sampling",
     "SampleResult": "api.sample",
+    "score_units": "api.compress",
+    "ScoreUnitsOptions": "options.compress",
+    "ScoreUnitsResult": "api.compress",
     "StatisticsOptions": "options.evaluation",
     "StatisticsResult": "api.compute_statistics",
     "to_official": "models.official",
@@ -124,8 +157,12 @@ __all__ = [
     "CheckDataOptions",
     "CheckDataResult",
     "CheckLatentsResult",
+    "CompareCriteriaOptions",
+    "CompareCriteriaResult",
     "CompareOptions",
     "CompareResult",
+    "CompressOptions",
+    "CompressResult",
     "ConvertOptions",
     "ConvertResult",
     "DemoOptions",
@@ -144,12 +181,18 @@ __all__ = [
     "LaMambaUNet",
     "MetricOptions",
     "Model",
+    "PlanRemovalOptions",
+    "PlanRemovalResult",
     "PlotOptions",
     "PlotResult",
+    "RemoveUnitsOptions",
+    "RemoveUnitsResult",
     "SampleFolderOptions",
     "SampleFolderResult",
     "SampleOptions",
     "SampleResult",
+    "ScoreUnitsOptions",
+    "ScoreUnitsResult",
     "StatisticsOptions",
     "StatisticsResult",
     "TrainOptions",
@@ -160,6 +203,8 @@ __all__ = [
     "benchmark",
     "check_data",
     "compare",
+    "compare_criteria",
+    "compress",
     "compute_statistics",
     "convert",
     "demo",
@@ -172,9 +217,12 @@ __all__ = [
     "open_app",
     "open_model",
     "plan",
+    "plan_removal",
     "plot",
+    "remove_units",
     "sample",
     "sample_folder",
+    "score_units",
     "to_official",
     "train",
 ]

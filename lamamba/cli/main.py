@@ -19,6 +19,7 @@ VERBS = {
     "train": "train a network from a recipe (or resume: run the same command again)",
     "sample": "images from a trained network",
     "app": "sample in the browser",
+    "compress": "half the layers, chosen by LAPTOP-Diff's criterion, and healed by distillation",
     "evaluate": "FID and other figures, each with its whole protocol",
     "plot": "loss, gradient norm and speed of one or several runs as a picture",
     "info": "parameters, multiply-adds and memory of a network, without allocating it",

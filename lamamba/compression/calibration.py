@@ -104,7 +104,7 @@ def from_data(
     config = model.architecture
     needs, has = (config.in_channels, *config.input_size), (data.channels, data.input_size, data.input_size)
     if needs != has:
-        raise ValueError(f"{data.name} holds samples of {has}, the network takes {needs}: give the data of its training")
+        raise ValueError(f"{data.name} has samples of {has}, the network takes {needs}: give the data of its training")
     if config.num_classes and config.num_classes != len(data.label_names):
         raise ValueError(
             f"{data.name} has {len(data.label_names)} classes, the network {config.num_classes}: give the data of its "
@@ -155,7 +155,7 @@ def from_sampling(
         scheduler = make_scheduler(sampler, config.objective, steps)
         labels = [number % config.num_classes for number in seeds] if config.num_classes else None
         guided = GuidedModel(model, scheduler.timesteps.tolist(), Guidance(1.0), labels=labels or ())
-        predict, states = guided.predictor(labels, device), []
+        predict, states = guided.predictor(labels, device), list[tuple[float, Tensor]]()
 
         def record(x: Tensor, t: Tensor, predict: Any = predict, states: list[Any] = states) -> Tensor:
             states.append((float(t), x.cpu()))

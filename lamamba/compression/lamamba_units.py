@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class LaMambaUnits(Removable):
 
     def __init__(self, model: LaMambaUNet):
         self.model, config = model, model.architecture
-        self._stages = {
+        self._stages: dict[str, Any] = {
             **{f"encoder.{number}": stage for number, stage in enumerate(model.encoder)},
             "bottleneck": model.bottleneck,
             **{f"decoder.{number}": stage for number, stage in enumerate(model.decoder)},

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -23,7 +23,6 @@ from lamamba.compression.units import Unit, ancestors, canonical
 from lamamba.config import unknown_name
 from lamamba.utils.files import read_json, write_json
 
-By = Literal["parameters", "multiply-adds", "time"]
 PLAN_VERSION = 1
 
 
@@ -32,7 +31,7 @@ class Plan:
     """Which units to remove, and what that is expected to cost and save."""
 
     removed: tuple[str, ...]
-    by: By
+    by: str
     criterion: str
     parameters: float
     """Share that is removed."""
@@ -86,7 +85,7 @@ class Plan:
 
 
 def make_plan(
-    scores: Scores, *, remove: float | None = None, max_loss: float | None = None, by: By = "parameters",
+    scores: Scores, *, remove: float | None = None, max_loss: float | None = None, by: str = "parameters",
     keep: Iterable[str] = (), times: Mapping[str, float] | None = None, allowed: Iterable[str] | None = None,
 ) -> Plan:
     """The best set of units to remove.
@@ -101,7 +100,7 @@ def make_plan(
         allowed: the only units that may go; by default all.
 
     Raises:
-        ValueError: when the share cannot be reached (with the largest that can), a unit is unknown, or times are missing.
+        ValueError: when the share cannot be reached (with the largest that can), a unit is unknown, or times lack.
     """
     if (remove is None) == (max_loss is None):
         raise ValueError("give either the share to remove or the largest loss (remove, max_loss), one of them")
@@ -117,7 +116,7 @@ def make_plan(
 
 
 def describe(
-    scores: Scores, names: Iterable[str], *, by: By = "parameters", times: Mapping[str, float] | None = None
+    scores: Scores, names: Iterable[str], *, by: str = "parameters", times: Mapping[str, float] | None = None
 ) -> Plan:
     """What removing a set of units saves and is predicted to cost."""
     names = canonical(scores.units, names)
@@ -132,7 +131,7 @@ def describe(
     )
 
 
-def _costs(scores: Scores, by: By, times: Mapping[str, float] | None) -> tuple[np.ndarray, float]:
+def _costs(scores: Scores, by: str, times: Mapping[str, float] | None) -> tuple[np.ndarray, float]:
     if by == "time":
         if times is None:
             raise ValueError("by='time' needs the measured time of every unit (times)")
@@ -195,7 +194,7 @@ def _least_loss(scores: Scores, costs: np.ndarray, wanted: float, free: np.ndarr
             f"{wanted / whole:.1%} cannot be removed: without every unit that may go, {reached / whole:.1%} are removed"
         )
     values, share = np.where(free, scores.values, 0.0), wanted / whole
-    values = values - min(0.0, values.min()) if scores.criterion == "task" else values     # a gain is no reason to remove
+    values = np.maximum(values, 0.0)                                            # of "task": a gain is no reason
     chosen = None
     while chosen is None or costs[scores.index(chosen)].sum() < wanted:         # the solver may miss it by 1e-6
         chosen = _solve(values, scores.units, free, costs / whole, share, np.inf)
@@ -215,7 +214,7 @@ def _most_removed(scores: Scores, costs: np.ndarray, bound: float, free: np.ndar
         limit -= 2e-6
 
 
-def in_order(scores: Scores, remove: float, by: By = "parameters", keep: Iterable[str] = ()) -> Plan:
+def in_order(scores: Scores, remove: float, by: str = "parameters", keep: Iterable[str] = ()) -> Plan:
     """Remove units from the lowest score to the highest until a share is reached: how "hand" and "random" remove.
 
     Raises:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ from lamamba.compression.units import Removable, Unit, canonical
 from lamamba.utils.files import read_json, write_atomically
 from lamamba.utils.progress import Progress, Report
 
-Criterion = Literal["output", "task", "magnitude", "random", "hand"]
-"""output: the change of the output; task: the change of the training loss; magnitude: the sum of squared weights;
-random; hand: the last blocks of each stage first, as BK-SDM removes them."""
+CRITERIA = {
+    "output": "change of the output (LAPTOP-Diff)", "task": "change of the training loss",
+    "magnitude": "sum of squared weights", "random": "random order", "hand": "last blocks of the stages first (BK-SDM)",
+}
 SCORES_VERSION = 1
 TIME_BINS = 10
 """Of equal width over the timesteps 0 .. 1000."""
@@ -39,7 +40,7 @@ KEPT_BYTES = 2**24
 class Scores:
     """The score of every unit of a network; serves any number of plans."""
 
-    criterion: Criterion
+    criterion: str
     units: tuple[Unit, ...]
     values: np.ndarray
     """(u,) in the order of units; of "output" the mean squared change of an element of the output."""
@@ -98,13 +99,15 @@ class Scores:
         values = read_json(path, SCORES_VERSION)
         try:
             fields = [each.name for each in dataclasses.fields(Unit)]
-            rows = values["units"]
-            products = values["products"]
+            rows, products = values["units"], values["products"]
+            units = tuple(Unit(**{name: row[name] for name in fields}) for row in rows)
+            score, error, by_time = (
+                np.array([row[name] for row in rows], float) for name in ("score", "standard_error", "by_time")
+            )
             scores = cls(
-                values["criterion"], tuple(Unit(**{name: row[name] for name in fields}) for row in rows),
-                np.array([row["score"] for row in rows], float), np.array([row["standard_error"] for row in rows], float),
-                np.array([row["by_time"] for row in rows], float), None if products is None else np.array(products, float),
-                float(values["energy"]), int(values["parameters"]), int(values["multiply_adds"]), values["about"],
+                values["criterion"], units, score, error, by_time,
+                None if products is None else np.array(products, float), float(values["energy"]),
+                int(values["parameters"]), int(values["multiply_adds"]), values["about"],
             )
             shapes = scores.bins.shape == (len(rows), TIME_BINS) and (
                 products is None or scores.products.shape == (len(rows), len(rows))  # type: ignore[union-attr]
@@ -127,7 +130,7 @@ class Differences:
 
 
 def measure_unit(
-    network: Removable, name: str, calibration: Calibration, whole: list[Tensor], criterion: Criterion = "output"
+    network: Removable, name: str, calibration: Calibration, whole: list[Tensor], criterion: str = "output"
 ) -> Differences:
     """Remove one unit and compare.
 
@@ -152,7 +155,7 @@ def measure_unit(
 
 
 def gather(
-    network: Removable, criterion: Criterion, found: Mapping[str, Differences], calibration: Calibration, energy: float,
+    network: Removable, criterion: str, found: Mapping[str, Differences], calibration: Calibration, energy: float,
     about: Mapping[str, Any],
 ) -> Scores:
     """Scores from the differences of every unit, by name."""
@@ -164,8 +167,7 @@ def gather(
         bins[:, number] = losses[:, bin_of == number].mean(1)
     products = None
     if criterion == "output":
-        kept = np.stack([found[unit.name].kept for unit in network.units])                        # (u, k, elements)
-        flat = kept.reshape(len(kept), -1)
+        flat = np.stack([np.ravel(np.asarray(found[unit.name].kept)) for unit in network.units])  # (u, k elements)
         products = (flat @ flat.T).astype(float) / flat.shape[1]
     errors = losses.std(1, ddof=1) / math.sqrt(n) if n > 1 else np.zeros(len(losses))
     return Scores(
@@ -175,7 +177,7 @@ def gather(
 
 
 def score(
-    network: Removable, calibration: Calibration, *, criterion: Criterion = "output", seed: int = 0,
+    network: Removable, calibration: Calibration, *, criterion: str = "output", seed: int = 0,
     about: Mapping[str, Any] | None = None, report: Report = lambda progress: None,
 ) -> Scores:
     """Score every unit, in memory; `lamamba.compression.job` does it in a folder, resumable and by many processes.
@@ -183,7 +185,7 @@ def score(
     Args:
         network: by `find_units`.
         calibration: not read by "magnitude", "random" and "hand".
-        criterion: see `Criterion`.
+        criterion: a key of CRITERIA.
         seed: of "random".
 
     Raises:
@@ -206,7 +208,7 @@ def energy_of(outputs: list[Tensor]) -> float:
     return float(torch.cat([output.flatten().double().cpu() for output in outputs]).square().mean())
 
 
-def check_criterion(criterion: Criterion, calibration: Calibration) -> None:
+def check_criterion(criterion: str, calibration: Calibration) -> None:
     """Raises ValueError where a calibration set has no training loss."""
     if criterion == "task" and any(batch.loss is None for batch in calibration.batches):
         raise ValueError("criterion 'task' needs data: states of sampling have no clean image to compare with")
@@ -233,7 +235,7 @@ RULES: dict[str, Callable[[Removable, Unit, np.random.Generator], float]] = {
 }
 
 
-def by_rule(network: Removable, criterion: Criterion, seed: int, about: Mapping[str, Any]) -> Scores:
+def by_rule(network: Removable, criterion: str, seed: int, about: Mapping[str, Any]) -> Scores:
     """Scores by a criterion that looks at no sample: "magnitude", "random" or "hand"."""
     generator = np.random.default_rng(seed)
     values = np.array([RULES[criterion](network, unit, generator) for unit in network.units])

@@ -1,7 +1,7 @@
 """The removable units of a network, and what removing each saves.
 
-Units form a tree: a LaMamba block holds its three branches, the bottleneck its blocks. A unit removed takes those inside
-it along, and may cost less than they do together: a block without branches needs no condition projection.
+Units form a tree: a LaMamba block holds its three branches, the bottleneck its blocks. A removed unit takes those
+inside it along, and may save more than they do together: a block without branches needs no condition projection.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -112,26 +111,3 @@ def ancestors(units: dict[str, Unit], name: str) -> list[str]:
         found.append(parent)
         name = parent
     return found
-
-
-def find_units(model: Any) -> Removable:
-    """A network as removable units.
-
-    Raises:
-        ValueError: for a network of another kind.
-    """
-    from lamamba.compression.lamamba_units import LaMambaUnits
-    from lamamba.models.unet import LaMambaUNet
-
-    if isinstance(model, LaMambaUNet):
-        return LaMambaUnits(model)
-    raise ValueError(f"{type(model).__name__} is neither a LaMambaUNet nor a U-Net of diffusers")
-
-
-def candidates(model: Any) -> tuple[Unit, ...]:
-    """What can be removed from a network; a unit stands before those inside it.
-
-    Raises:
-        ValueError: for a network that is neither a LaMambaUNet nor a U-Net of diffusers.
-    """
-    return find_units(model).units

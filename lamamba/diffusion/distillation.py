@@ -2,7 +2,7 @@
 
     output      mean over the elements of (student - teacher)^2
     normalised  sum over feature points i of  ||s_i - t_i||^2 / ||t_i||^2       no term dominates
-    plain       sum over feature points i of  mean (s_i - t_i)^2                 as BK-SDM; the largest features dominate
+    plain       sum over feature points i of  mean (s_i - t_i)^2                as BK-SDM; the largest dominate
 
 The paper weighs each term by the L2 norm of the teacher's feature; that the norm is each sample's own (so that the loss
 of a sample depends on no other) is our choice. Each loss is (b,).

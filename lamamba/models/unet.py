@@ -78,12 +78,6 @@ class Head(nn.Module):
         return self.linear(self.norm(self.expand(x), shift, scale))
 
 
-FEATURES = (
-    *(f"encoder.{s}" for s in range(NUM_STAGES)), "bottleneck", *(f"decoder.{s}" for s in range(NUM_STAGES)),
-)
-"""The stages whose outputs `LaMambaUNet.forward` returns with return_features, in order."""
-
-
 class LaMambaUNet(ModelMixin, ConfigMixin):
     """LaMamba-Diff: a diffusion U-Net of selective scans and window attention (arXiv 2408.02615).
 
@@ -243,7 +237,7 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         Returns:
             (b, out_channels, h, w): for objective "noise" the noise, then the variance's interpolation; for "flow" the
             velocity eps - x0. With return_features, a pair of it and a tuple of the stages' outputs (b, h_s, w_s, c_s)
-            in the order of FEATURES.
+            in the order of lamamba.config.STAGES.
 
         Raises:
             ValueError: when x, timestep, class_labels or conditioning do not fit the configuration.

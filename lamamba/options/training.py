@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from typing_extensions import Self
 
-from lamamba.config import NUM_STAGES, Objective, UNetConfig, unknown_name
+from lamamba.config import STAGES, Objective, UNetConfig, unknown_name
 from lamamba.options.base import FilePath, Ge, Gt, Lt, Name, OrInfinity, Words, from_dict, options, read_toml
 from lamamba.options.sampling import DenoisingOptions
 
@@ -261,10 +261,9 @@ class DistillOptions:
     """Stages whose features count: encoder.0 .. encoder.3, bottleneck, decoder.0 .. decoder.3; by default all."""
 
     def __post_init__(self) -> None:
-        known = [*(f"encoder.{s}" for s in range(NUM_STAGES)), "bottleneck", *(f"decoder.{s}" for s in range(NUM_STAGES))]
         for stage in self.stages:
-            if stage not in known:
-                raise unknown_name("stage", stage, known)
+            if stage not in STAGES:
+                raise unknown_name("stage", stage, STAGES)
         if self.task == self.output == 0 and (self.features == "none" or self.feature == 0):
             raise ValueError("task, output and feature are all 0: nothing would be learned")
 

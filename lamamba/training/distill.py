@@ -1,4 +1,4 @@
-"""The teacher of a distillation (LAPTOP-Diff, arXiv 2404.11098): a frozen network, and how far the student is from it."""
+"""The teacher of a distillation (LAPTOP-Diff, arXiv 2404.11098): a frozen network that a student is compared with."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lamamba.config import UNetConfig
+from lamamba.config import STAGES, UNetConfig
 from lamamba.diffusion.distillation import feature_losses, output_loss
-from lamamba.models.unet import FEATURES, LaMambaUNet
 from lamamba.options.training import DistillOptions
 from lamamba.runs.model import fingerprint, open_network
 
@@ -34,7 +33,7 @@ class Teacher:
         self.sha256 = fingerprint(network)
         self._options, self._channels = options, student.in_channels
         self._network = network.to(device).requires_grad_(False).eval()
-        self._points = [FEATURES.index(stage) for stage in options.stages or FEATURES]
+        self._points = [STAGES.index(stage) for stage in options.stages or STAGES]
 
     @property
     def needs_features(self) -> bool:

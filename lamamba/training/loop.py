@@ -136,7 +136,7 @@ def train(
             excluded = getattr(samples, "excluded", ())                         # latents and digits have none
             teacher = Teacher(config.distill, architecture, processes.device) if config.distill.teacher else None
             processes.on_rank_0(lambda: run.create(
-                config, architecture, metadata, samples.fingerprint, excluded, teacher and teacher.sha256
+                config, architecture, metadata, samples.fingerprint, excluded, teacher.sha256 if teacher else None
             ))
             trainer = _Trainer(config, samples, architecture, metadata, run, processes, teacher)
             return trainer.run(callbacks, request)
@@ -366,7 +366,7 @@ class _Trainer:
     @torch.no_grad()
     def _held_out_losses(self) -> dict[str, float]:
         """Mean loss of the averaged network on held-out images, at fixed times and noise, and of its terms."""
-        config, processes, totals = self._config, self._processes, collections.Counter[str]()
+        config, processes, totals = self._config, self._processes, collections.defaultdict[str, float](float)
         micro_batches = processes.world_size * config.processes.accumulation_steps
         for batch, count in self._data.held_out(max(1, config.batch_size // micro_batches)):
             terms = self._terms(batch, self._state.ema)

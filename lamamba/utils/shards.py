@@ -105,6 +105,8 @@ class ShardedJob(ABC, Generic[P]):
     """For the progress."""
     what: str
     """The results in a word, for messages."""
+    unit: str = "images"
+    """What the shards are made of, in a word."""
     own: tuple[str, ...] = ()
     """How names of results begin that may be in the folder before the work; others are refused."""
     digits = 5
@@ -176,7 +178,8 @@ class ShardedJob(ABC, Generic[P]):
         """Report a number of images; by default those of the finished shards, whoever made them."""
         done = self._num_finished if done is None else done
         resumed = 0 if task else self._resumed
-        self._send(Progress(task or self.task, int(done), self.plan.sizes[0], resumed=resumed, note=note))
+        total = self.plan.sizes[0]
+        self._send(Progress(task or self.task, int(done), total, unit=self.unit, resumed=resumed, note=note))
 
     @property
     def _num_finished(self) -> int:
@@ -377,5 +380,5 @@ class ShardedJob(ABC, Generic[P]):
                 raise
             raise OSError(
                 f"{self.folder} takes no more ({error.strerror}): {self._num_finished:,} of {self.plan.sizes[0]:,} "
-                "images are finished and stay; make room and run the same command again"
+                f"{self.unit} are finished and stay; make room and run the same command again"
             ) from error

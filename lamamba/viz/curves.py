@@ -35,20 +35,20 @@ class _PlainLogFormatter(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def _set_log(axes: Axes) -> None:
+def set_log(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(_PlainLogFormatter())
     axes.yaxis.set_minor_formatter(_PlainLogFormatter(minor_thresholds=(1, 0.4)))
 
 
-def _tidy(panels: Sequence[Axes]) -> None:
+def tidy(panels: Sequence[Axes]) -> None:
     """A light grid, and no frame above and on the right."""
     for axes in panels:
         axes.grid(alpha=0.3, which="both" if axes.get_yscale() == "log" else "major")
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG atomically: a failure leaves no partial file."""
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,22 +112,22 @@ def run_curves(
             panels[3].plot(*zip(*sorted(latest.items()), strict=True), "o-", color=color, markersize=4)
     panels[0].set(ylabel="loss", title=next(iter(runs)) if len(runs) == 1 else None)
     panels[1].set(ylabel="gradient norm")
-    _set_log(panels[1])
+    set_log(panels[1])
     panels[2].set(ylabel="images / s", ylim=(0, None))
     if scores:
         names = {f"{line['name']}, {line['images']} images" for lines in scores.values() for line in lines}
         panels[3].set(ylabel=names.pop() if len(names) == 1 else "score")
-        _set_log(panels[3])
+        set_log(panels[3])
     panels[-1].set(xlabel="optimizer step")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
     losses = sorted(float(line["loss"]) for lines in runs.values() for line in lines)
     if losses[-1] > 3 * losses[int(0.95 * len(losses))]:                        # the first steps would flatten the rest
-        _set_log(panels[0])
-    _tidy(panels)
+        set_log(panels[0])
+    tidy(panels)
     if len(runs) > 1 or len(panels[0].get_legend_handles_labels()[0]) > 1:
         panels[0].legend(frameon=False, fontsize="small")
     figure.align_ylabels(panels)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_run(
@@ -186,7 +186,7 @@ def cost_curves(
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _power_lines(axes: Axes, tokens: Sequence[float]) -> None:
@@ -248,7 +248,7 @@ def evaluation_curves(entries: Sequence[Mapping[str, Any]], distance: str, path:
         axes.xaxis.set_major_formatter("{x:g}" if is_sweep else "{x:,.0f}")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _curve_styles() -> Iterator[dict[str, Any]]:
