@@ -88,13 +88,13 @@ def compare_criteria(options: CompareCriteriaOptions, *, progress: ProgressOptio
     with reporting(progress) as report:
         table = _Table(out / "compare.json", {**teacher.about(), **held_out.about})
         work = _Comparison(options, teacher, network, held_out, table)
-        whole = work.figures("whole", None, report)
+        whole = work.figures("samples whole", None, report)
         cases = list(work.cases(report))
         for number, (key, criterion, plan) in enumerate(cases):
             report(Progress("comparing", number, len(cases), unit="networks", note=key))
             work.measure(key, criterion, plan, report)
         sets = work.sets(report)
-    points = tuple(table.entries[key] for key, _, _ in cases)
+    points = tuple({**table.entries[key], **table.entries.get(f"samples {key}", {})} for key, _, _ in cases)
     pictures = [out / "criteria.png"]
     curves = {str(name): [point for point in points if point["criterion"] == name] for name in options.criteria}
     known = {name: label for name, label in LABELS.items() if any(name in point for point in points)}
@@ -152,15 +152,13 @@ class _Comparison:
                     yield f"{criterion} {share:g} {draw}", criterion, make(scores, remove=share)
 
     def measure(self, key: str, criterion: str, plan: Plan, report: Report) -> None:
-        if key in self.table.entries:
-            return
-        loss = relative_loss(self.network, plan.removed, self.held_out)
-        entry = {
-            "criterion": criterion, "share": plan.parameters, "multiply_adds": plan.multiply_adds, "loss": loss,
-            "predicted": plan.predicted, "predicted_with_cross_terms": plan.predicted_with_cross_terms,
-            "removed": plan.removed,
-        }
-        self.table.put(key, {**entry, **self.figures(f"samples {key}", plan, report)})
+        if key not in self.table.entries:
+            self.table.put(key, {
+                "criterion": criterion, "share": plan.parameters, "multiply_adds": plan.multiply_adds,
+                "loss": relative_loss(self.network, plan.removed, self.held_out), "predicted": plan.predicted,
+                "predicted_with_cross_terms": plan.predicted_with_cross_terms, "removed": plan.removed,
+            })
+        self.figures(f"samples {key}", plan, report)
 
     def figures(self, key: str, plan: Plan | None, report: Report) -> dict[str, float]:
         """Distance and others of samples of the network without the plan's units; {} without a reference."""
