@@ -93,7 +93,7 @@ def train(
     data = open_data(config, run.path) if data is None else data
     architecture, metadata = describe(config, data)
     pictures = _pictures(config, metadata, run, is_main)
-    resumed = int(run.names()[-1].removeprefix("step_")) if run.names() else 0
+    resumed = max(run.steps(), default=0)
     if is_main:
         _announce(config, data, architecture, run, resumed)
     with _showing(progress if is_main else None, resumed) as show:
@@ -101,7 +101,7 @@ def train(
     bad = run.bad_images.read_text(encoding="utf-8").splitlines() if run.bad_images.is_file() else []
     lines = run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.is_file() else []
     return TrainResult(
-        run.path, state.step, run.checkpoints / run.names()[-1], json.loads(lines[-1]) if lines else {}, len(bad), state
+        run.path, state.step, run.checkpoint(state.step), json.loads(lines[-1]) if lines else {}, len(bad), state
     )
 
 
