@@ -110,6 +110,26 @@ def _cause(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
+def run_values(
+    config: TrainConfig, architecture: UNetConfig, metadata: ModelMetadata, fingerprint: str,
+    excluded: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The content of config.json.
+
+    Args:
+        config: of the run.
+        architecture: of its network.
+        metadata: of its model.
+        fingerprint: of the data.
+        excluded: files of the data that no index counts, which a restart must exclude again.
+    """
+    return json.loads(json.dumps({
+        "version": RUN_VERSION, "lamamba": __version__, "train": config.to_dict(),
+        "architecture": architecture.to_dict(), "sampling": dataclasses.asdict(metadata),
+        "data": {"fingerprint": fingerprint, "left_out": list(excluded)},
+    }))
+
+
 class RunFolder:
     """A run's folder."""
 
@@ -129,37 +149,39 @@ class RunFolder:
         Raises:
             FileExistsError: when it holds something that is not a run.
         """
-        if not self.config.exists() and self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
-            raise FileExistsError(f"{self.path} exists, is not empty and holds no run; give another folder with --out")
+        if not self.config.exists():
+            self._check_empty()
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def create(
-        self, config: TrainConfig, architecture: UNetConfig, metadata: ModelMetadata, fingerprint: str | None = None,
-        excluded: Sequence[str] = (),
-    ) -> None:
-        """Write config.json, or check that the folder holds a run of the same configuration.
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Check that the folder takes a run of this configuration; nothing is written.
 
         A run without a checkpoint may be started again with another configuration.
 
         Args:
-            config: of the run.
-            architecture: of its network.
-            metadata: of its model.
-            fingerprint: of the data.
-            excluded: files of the data that no index counts, which a restart must exclude again.
+            values: see `run_values`.
 
         Raises:
+            FileExistsError: as `prepare`.
             ValueError: when the folder holds a run with another configuration; every difference is named.
         """
-        values = {
-            "version": RUN_VERSION, "lamamba": __version__, "train": config.to_dict(),
-            "architecture": architecture.to_dict(), "sampling": dataclasses.asdict(metadata),
-            "data": {"fingerprint": fingerprint, "left_out": list(excluded)},
-        }
-        values = json.loads(json.dumps(values))
-        if self.config.exists() and self.names():
+        if not self.config.exists():
+            self._check_empty()
+        elif self.names():
             self._check_same(read_json(self.config, RUN_VERSION), values)
-        else:
+
+    def _check_empty(self) -> None:
+        if self.path.is_dir() and any(path.name != ".lock" for path in self.path.iterdir()):
+            raise FileExistsError(f"{self.path} exists, is not empty and holds no run; give another folder with --out")
+
+    def create(self, values: Mapping[str, Any]) -> None:
+        """Write config.json, where `check` allows it.
+
+        Raises: as `check`.
+        """
+        if self.config.exists():
+            self.check(values)
+        if not self.names():
             for file in (self.scores, self.bad_images):
                 file.unlink(missing_ok=True)
         if strangers := self.strangers():
@@ -171,7 +193,7 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
         write_atomically(self.config, json.dumps(values, indent=2) + "\n")
 
-    def _check_same(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+    def _check_same(self, old: dict[str, Any], new: Mapping[str, Any]) -> None:
         old = {**old, "train": TrainConfig.from_dict(old["train"]).to_dict()}   # options that it did not know yet
         old["sampling"] = json.loads(json.dumps(dataclasses.asdict(CodecConfig()))) | old["sampling"]
         may_change = {
@@ -192,7 +214,8 @@ class RunFolder:
                 "repeat its options to resume it, or give another folder with --out"
             )
         old_data, new_data = old.get("data"), new["data"]                       # older runs did not write it down
-        if old_data is not None and old_data["fingerprint"] != new_data["fingerprint"]:
+        is_known = new_data["fingerprint"] != ""                                # a plan may be made without the data
+        if old_data is not None and is_known and old_data["fingerprint"] != new_data["fingerprint"]:
             raise ValueError(
                 f"{self.path} began with other data than {new['train']['data']['source']} holds now (fingerprint "
                 f"{str(old_data['fingerprint'])[:12]} there, {str(new_data['fingerprint'])[:12]} here): files, classes "
