@@ -18,7 +18,7 @@ from lamamba import LaMambaUNet
 from lamamba.data.digits import Digits
 from lamamba.data.images import Images
 from lamamba.data.sources import FolderSource
-from lamamba.options.training import DataOptions, OptimizerOptions, TrainConfig, WatchOptions
+from lamamba.options.training import DataOptions, TrainConfig, WatchOptions
 from lamamba.runs.folder import RunFolder
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import open_network
