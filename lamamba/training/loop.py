@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from lamamba.diffusion.schedule import make_schedule
 from lamamba.inference.compiling import compile_network
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.training import TrainConfig
-from lamamba.runs.folder import RunFolder
+from lamamba.runs.folder import RunFolder, run_values
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.training.checkpoint import (
     TrainState,
@@ -40,7 +41,7 @@ from lamamba.training.checkpoint import (
 )
 from lamamba.training.data import Batch, TrainingData, as_training_set
 from lamamba.training.distill import Teacher
-from lamamba.training.distributed import Processes, precision_policy
+from lamamba.training.distributed import Processes, computing_threads, precision_policy
 from lamamba.training.interrupt import Interrupted, StopRequest, stop_signals
 from lamamba.training.non_finite import find_origin
 from lamamba.training.start import continue_official, start_network
@@ -108,13 +109,38 @@ def describe(config: TrainConfig, data: ImageSet | TrainingSet) -> tuple[UNetCon
     return architecture, metadata
 
 
+def open_teacher(config: TrainConfig, architecture: UNetConfig, device: torch.device) -> Teacher | None:
+    """The network that a run learns from, if there is one.
+
+    Raises:
+        FileNotFoundError, ValueError: when it is missing, damaged, or does not fit the run's network.
+    """
+    return None if config.distill.teacher is None else Teacher(config.distill, architecture, device)
+
+
+def described(config: TrainConfig, samples: TrainingSet, teacher: Teacher | None = None) -> dict[str, Any]:
+    """The content of the run's config.json."""
+    excluded = getattr(samples, "excluded", ())                                 # latents and digits have none
+    values = run_values(config, *describe(config, samples), samples.fingerprint, excluded)
+    return values if teacher is None else {**values, "teacher": {"sha256": teacher.sha256}}
+
+
 def train(
-    config: TrainConfig, data: ImageSet | TrainingSet, folder: str | Path, callbacks: Sequence[Callback] = ()
+    config: TrainConfig, data: ImageSet | TrainingSet, folder: str | Path, callbacks: Sequence[Callback] = (),
+    on_resume: Sequence[Callback] = (),
 ) -> TrainState:
     """Train a network from its first step, or on from the folder's newest whole checkpoint, to the last.
 
     The same configuration gives the same run to the bit on one machine, however often it is stopped and resumed, and
     the same run to rounding at any world size. Under a launcher, every process calls this.
+
+    Args:
+        config: of the run.
+        data: to train on.
+        folder: of the run.
+        callbacks: called after every optimizer step.
+        on_resume: called once with the state of the checkpoint that the run goes on from, whose loss, gradient norm and
+            learning rate are NaN: for what a stop between a checkpoint and the callbacks has left undone.
 
     Raises:
         ValueError: when configuration, data and folder do not fit together.
@@ -132,14 +158,12 @@ def train(
     processes.on_rank_0(run.prepare)
     try:
         processes.on_rank_0(lock.acquire)
-        with own_random_state(), precision_policy(config.precision), stop_signals() as request:
-            excluded = getattr(samples, "excluded", ())                         # latents and digits have none
-            teacher = Teacher(config.distill, architecture, processes.device) if config.distill.teacher else None
-            processes.on_rank_0(lambda: run.create(
-                config, architecture, metadata, samples.fingerprint, excluded, teacher.sha256 if teacher else None
-            ))
+        threads = computing_threads(config.processes.threads)
+        with own_random_state(), threads, precision_policy(config.precision), stop_signals() as request:
+            teacher = open_teacher(config, architecture, processes.device)
+            processes.on_rank_0(lambda: run.create(described(config, samples, teacher)))
             trainer = _Trainer(config, samples, architecture, metadata, run, processes, teacher)
-            return trainer.run(callbacks, request)
+            return trainer.run(callbacks, on_resume, request)
     finally:
         lock.release()
 
@@ -190,12 +214,17 @@ class _Trainer:
         )
         self._state = TrainState(model, averages, optimizer)
 
-    def run(self, callbacks: Sequence[Callback], request: StopRequest) -> TrainState:
+    def run(
+        self, callbacks: Sequence[Callback], on_resume: Sequence[Callback], request: StopRequest
+    ) -> TrainState:
         """Train from the newest checkpoint, or from the start, to the last step."""
         config, state = self._config, self._state
-        self._begin()
+        is_resumed = self._begin()
         batches = self._data.micro_batches(state.next_batch)
         self._clock = _Clock(config.batch_size, state.step)
+        with self._clock.paused():
+            for callback in on_resume if is_resumed else ():
+                callback(self._step_state(math.nan, math.nan, math.nan))
         with MetricsFile(self._folder, config, is_main=self._processes.is_main) as metrics:
             metrics.remove_after(state.step)
             while state.step < config.steps:
@@ -212,14 +241,22 @@ class _Trainer:
         self._log_event("finished", step=state.step)
         return state
 
-    def _begin(self) -> None:
-        """Resume from the newest checkpoint, or start: from fresh weights or an official checkpoint."""
+    def _begin(self) -> bool:
+        """Resume from the newest checkpoint (True), or start: from fresh weights or an official checkpoint."""
         if self._restore():
-            return
+            return True
         if self._config.start.mode == "everything":
             continue_official(Path(str(self._config.start.source)), self._state)
         if self._config.faults.on_non_finite == "back":                         # there must be something to go back to
             self._save(must=True)
+        return False
+
+    def _step_state(self, loss: float, grad_norm: float, rate: float) -> StepState:
+        state, clock = self._state, self._clock
+        return StepState(
+            state.step, self._config.steps, loss, grad_norm, rate, clock.rate, clock.seconds,
+            peak_memory(self._processes.device), state.ema, lambda: whole_network(state.ema, self._processes),
+        )
 
     def _losses(self, batch: Batch, network: nn.Module) -> Tensor:
         """Each sample's loss, (b,)."""
@@ -288,19 +325,16 @@ class _Trainer:
         """Measure, log, save and call back, each when it is due; returns the checkpoint, if one was written."""
         config, state, clock, checkpoint = self._config, self._state, self._clock, None
         is_last = state.step == config.steps
-        rate, memory = state.optimizer.param_groups[0]["lr"], peak_memory(self._processes.device)
-        held_out: dict[str, float] = {}
+        rate, held_out = state.optimizer.param_groups[0]["lr"], dict[str, float]()
         if config.watch.held_out and (state.step % config.watch.held_out_every == 0 or is_last):
             with clock.paused():
                 held_out = self._held_out_losses()
         if state.step % config.log_every == 0 or is_last or held_out:
             metrics.write(clock.line(state.step) | {
-                "grad_norm": result.grad_norm, "learning_rate": rate, "peak_memory_bytes": memory, **held_out,
+                "grad_norm": result.grad_norm, "learning_rate": rate,
+                "peak_memory_bytes": peak_memory(self._processes.device), **held_out,
             })
-        step_state = StepState(
-            state.step, config.steps, result.loss, result.grad_norm, rate, clock.rate, clock.seconds, memory, state.ema,
-            lambda: whole_network(state.ema, self._processes),
-        )
+        step_state = self._step_state(result.loss, result.grad_norm, rate)
         with clock.paused():
             if state.step % config.checkpoint_every == 0 or is_last:
                 checkpoint = self._save(must=is_last)
