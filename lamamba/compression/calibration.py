@@ -158,7 +158,7 @@ def from_sampling(
         predict, states = guided.predictor(labels, device), list[tuple[float, Tensor]]()
 
         def record(x: Tensor, t: Tensor, predict: Any = predict, states: list[Any] = states) -> Tensor:
-            states.append((float(t), x.cpu()))
+            states.append((float(t.flatten()[0]), x.cpu()))
             return predict(x, t)
 
         noise = torch.stack([noise_of(number, (config.in_channels, *config.input_size)) for number in seeds])

@@ -21,6 +21,11 @@ from matplotlib.ticker import LogFormatter
 from lamamba.config import LATENT_SCALE
 from lamamba.utils.files import settle, temporary_name
 
+DISTILLATION = {
+    "task_loss": "task", "output_loss": "distance to the teacher's output",
+    "feature_loss": "distance to the teacher's features",
+}
+"""Terms of a distillation's loss in metrics.jsonl."""
 OUR_COLOR, PEER_COLOR = "#1f6fb4", "#b4641f"
 
 
@@ -121,7 +126,8 @@ def run_curves(
     panels[-1].set(xlabel="optimizer step")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
     losses = sorted(float(line["loss"]) for lines in runs.values() for line in lines)
-    if losses[-1] > 3 * losses[int(0.95 * len(losses))]:                        # the first steps would flatten the rest
+    has_terms = len(runs) == 1 and any(key in line for lines in runs.values() for line in lines for key in DISTILLATION)
+    if has_terms or losses[-1] > 3 * losses[int(0.95 * len(losses))]:           # the first steps, or the largest term, would flatten the rest
         set_log(panels[0])
     tidy(panels)
     if len(runs) > 1 or len(panels[0].get_legend_handles_labels()[0]) > 1:
@@ -145,6 +151,11 @@ def _draw_run(
         label = mean if span > 1 or not is_alone else logged
         dot = "o" if len(steps) == 1 else None                                             # no line to see
         axes.plot(steps, _running_mean(values, span), color=color, linewidth=1.6, marker=dot, label=label)
+    if is_alone:                                                                # of a distillation
+        for number, (key, label) in enumerate(DISTILLATION.items(), start=1):
+            terms = [(line["step"], line[key]) for line in lines if key in line]
+            if terms:
+                panels[0].plot(*zip(*terms, strict=True), color=_colors()[number], linewidth=1, label=label)
     points = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
     if points:
         panels[0].plot(
