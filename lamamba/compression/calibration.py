@@ -65,24 +65,38 @@ class Calibration:
         Raises:
             FloatingPointError: when it is not finite.
         """
-        device = next(model.parameters()).device
-        with torch.no_grad():
-            output = model(**batch.to(device).inputs)
-        prediction = getattr(output, "sample", output)[:, : self.channels].float()
-        if not prediction.isfinite().all():
+        return self._output(model, batch)[:, : self.channels]
+
+    def _output(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(b, out_channels, h, w) float32, in evaluation mode."""
+        device, was_training = next(model.parameters()).device, model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                output = model(**batch.to(device).inputs)
+        finally:
+            model.train(was_training)
+        output = getattr(output, "sample", output).float()
+        if not output.isfinite().all():
             raise FloatingPointError(
                 "the network's output is not finite on the calibration set: weights or data are damaged"
             )
-        return prediction
+        return output
 
     def predictions(self, model: nn.Module) -> list[Tensor]:
-        """Of all batches; the network is in evaluation mode."""
-        was_training = model.training
-        model.eval()
-        try:
-            return [self.predict(model, batch) for batch in self.batches]
-        finally:
-            model.train(was_training)
+        """Of all batches."""
+        return [self.predict(model, batch) for batch in self.batches]
+
+    def losses(self, model: nn.Module) -> list[Tensor]:
+        """The training loss of each sample of all batches, (b,) each.
+
+        Raises:
+            ValueError: for states of sampling, which have no clean image to compare with.
+            FloatingPointError: as `predict`.
+        """
+        if any(batch.loss is None for batch in self.batches):
+            raise ValueError("criterion 'task' needs data: states of sampling have no clean image to compare with")
+        return [batch.loss(self._output(model, batch)) for batch in self.batches if batch.loss is not None]
 
 
 def from_data(

@@ -20,10 +20,9 @@ from lamamba.compression.scores import (
     SCORES_VERSION,
     Differences,
     Scores,
-    check_criterion,
-    energy_of,
     gather,
     measure_unit,
+    measure_whole,
 )
 from lamamba.compression.units import Removable
 from lamamba.utils.files import differences_in_words
@@ -59,7 +58,7 @@ class _Job(ShardedJob[_Plan]):
     ):
         super().__init__(folder, plan, rank=rank, report=report)
         self._network, self._calibration, self._criterion = network, calibration, criterion
-        self._whole = calibration.predictions(network.model)
+        self._whole, self._energy = measure_whole(network, calibration, criterion)
 
     def path(self, name: str) -> Path:
         return self.work / name
@@ -77,7 +76,7 @@ class _Job(ShardedJob[_Plan]):
             with np.load(self.path(_file_name(number))) as arrays:
                 found[unit.name] = Differences(arrays["losses"], arrays["kept"])
         return gather(
-            self._network, self._criterion, found, self._calibration, energy_of(self._whole), self.plan.values["about"]
+            self._network, self._criterion, found, self._calibration, self._energy, self.plan.values["about"]
         ).to_json()
 
     def read_result(self) -> tuple[_Plan, Mapping[int, Note], Mapping[str, list[Any]]]:
@@ -110,7 +109,6 @@ def score_in_folder(
         FloatingPointError: when an output is not finite.
         OSError: when the disk is full; units that are done stay.
     """
-    check_criterion(criterion, calibration)
     about = json.loads(json.dumps({**calibration.about, **(about or {}), "criterion": criterion}))
     if (folder / SCORES).is_file():
         scores = Scores.load(folder / SCORES)

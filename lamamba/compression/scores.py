@@ -51,7 +51,7 @@ class Scores:
     products: np.ndarray | None
     """(u, u) means of the products of two units' differences; of "output" alone."""
     energy: float
-    """Mean square of an element of the whole network's output: a relative loss is value / energy."""
+    """Mean square of an element of the whole network's output (of "task": its mean loss); relative: value / energy."""
     parameters: int
     """Of the whole network."""
     multiply_adds: int
@@ -137,21 +137,31 @@ def measure_unit(
     Args:
         network: with the unit.
         calibration: what to compare on.
-        whole: the outputs of the whole network, by `Calibration.predictions`.
+        whole: of the whole network, by `Calibration.predictions`, or for "task" by `Calibration.losses`.
         criterion: "output" or "task".
     """
     with network.masked([name]) as masked:
-        outputs = calibration.predictions(masked)
+        found = calibration.losses(masked) if criterion == "task" else calibration.predictions(masked)
+    change = torch.cat([(without - reference).cpu() for without, reference in zip(found, whole, strict=True)])
     if criterion == "task":
-        changes = [
-            batch.loss(output) - batch.loss(reference)  # type: ignore[misc]
-            for batch, output, reference in zip(calibration.batches, outputs, whole, strict=True)
-        ]
-        return Differences(torch.cat(changes).double().numpy())
-    changes = [(output - reference).flatten(1).cpu() for output, reference in zip(outputs, whole, strict=True)]
-    change = torch.cat(changes)                                                 # (n, elements)
+        return Differences(change.double().numpy())
+    change = change.flatten(1)                                                  # (n, elements)
     kept = max(1, min(len(change), KEPT_BYTES // (4 * change.shape[1])))
     return Differences(change.double().square().mean(1).numpy(), change[:kept].numpy())
+
+
+def measure_whole(network: Removable, calibration: Calibration, criterion: str) -> tuple[list[Tensor], float]:
+    """What units are compared with, and its size: mean square of the output, or mean training loss.
+
+    Raises:
+        ValueError: when "task" meets a calibration set without data.
+        FloatingPointError: when an output is not finite.
+    """
+    if criterion == "task":
+        losses = calibration.losses(network.model)
+        return losses, float(torch.cat(losses).double().mean())
+    outputs = calibration.predictions(network.model)
+    return outputs, energy_of(outputs)
 
 
 def gather(
@@ -195,12 +205,11 @@ def score(
     about = {**calibration.about, **(about or {})}
     if criterion in RULES:
         return by_rule(network, criterion, seed, about)
-    check_criterion(criterion, calibration)
-    whole, found = calibration.predictions(network.model), {}
+    (whole, energy), found = measure_whole(network, calibration, criterion), {}
     for number, unit in enumerate(network.units):
         found[unit.name] = measure_unit(network, unit.name, calibration, whole, criterion)
         report(Progress("scoring", number + 1, len(network.units), unit="units", note=unit.name))
-    return gather(network, criterion, found, calibration, energy_of(whole), about)
+    return gather(network, criterion, found, calibration, energy, about)
 
 
 def energy_of(outputs: list[Tensor]) -> float:
@@ -208,16 +217,10 @@ def energy_of(outputs: list[Tensor]) -> float:
     return float(torch.cat([output.flatten().double().cpu() for output in outputs]).square().mean())
 
 
-def check_criterion(criterion: str, calibration: Calibration) -> None:
-    """Raises ValueError where a calibration set has no training loss."""
-    if criterion == "task" and any(batch.loss is None for batch in calibration.batches):
-        raise ValueError("criterion 'task' needs data: states of sampling have no clean image to compare with")
-
-
 # criteria that look at no sample
 
 def _magnitude(network: Removable, unit: Unit, generator: np.random.Generator) -> float:
-    return sum(float(weight.double().square().sum()) for weight in network.own_parameters(unit.name))
+    return sum(float(weight.detach().double().square().sum()) for weight in network.own_parameters(unit.name))
 
 
 def _random(network: Removable, unit: Unit, generator: np.random.Generator) -> float:

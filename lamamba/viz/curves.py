@@ -126,8 +126,8 @@ def run_curves(
     panels[-1].set(xlabel="optimizer step")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
     losses = sorted(float(line["loss"]) for lines in runs.values() for line in lines)
-    has_terms = len(runs) == 1 and any(key in line for lines in runs.values() for line in lines for key in DISTILLATION)
-    if has_terms or losses[-1] > 3 * losses[int(0.95 * len(losses))]:           # the first steps, or the largest term, would flatten the rest
+    has_terms = len(runs) == 1 and any("task_loss" in line for lines in runs.values() for line in lines)
+    if has_terms or losses[-1] > 3 * losses[int(0.95 * len(losses))]:           # the largest would flatten the rest
         set_log(panels[0])
     tidy(panels)
     if len(runs) > 1 or len(panels[0].get_legend_handles_labels()[0]) > 1:

@@ -62,7 +62,8 @@ def test_bins_over_time_average_to_the_score(calibration, scores):
 
 
 def test_the_learned_variance_does_not_count(calibration, network):
-    assert network.model.architecture.output_channels == 2 and calibration.channels == 1
+    assert network.model.architecture.output_channels == 2
+    assert calibration.channels == 1
     assert all(output.shape[1] == 1 for output in calibration.predictions(network.model))
 
 
@@ -83,7 +84,8 @@ def test_a_stopped_scoring_goes_on_to_the_same_scores(network, calibration, scor
         score_in_folder(network, calibration, tmp_path / "s", report=stop)
     seen = []
     made = score_in_folder(network, calibration, tmp_path / "s", report=seen.append)
-    assert seen[0].resumed == 3 and seen[-1].unit == "units"
+    assert seen[0].resumed == 3
+    assert seen[-1].unit == "units"
     assert made.values == pytest.approx(scores.values, rel=1e-6)
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["scores.json"]
     again = score_in_folder(network, calibration, tmp_path / "s")
@@ -95,7 +97,8 @@ def test_a_stopped_scoring_goes_on_to_the_same_scores(network, calibration, scor
 def test_states_of_sampling_serve_where_there_is_no_data(network):
     states = from_sampling(network.model, samples=6, batch_size=4, steps=5)
     found = score(network, states)
-    assert np.isfinite(found.values).all() and len(set(states.times.tolist())) > 1
+    assert np.isfinite(found.values).all()
+    assert len(set(states.times.tolist())) > 1
     with pytest.raises(ValueError, match="needs data"):
         score(network, states, criterion="task")
     with pytest.raises(ValueError, match="no step of"):
@@ -105,7 +108,8 @@ def test_states_of_sampling_serve_where_there_is_no_data(network):
 @pytest.mark.parametrize("criterion", list(CRITERIA))
 def test_every_criterion_scores_every_unit(network, calibration, criterion):
     found = score(network, calibration, criterion=criterion, seed=3)
-    assert len(found.values) == len(network.units) and not np.isnan(found.values).any()
+    assert len(found.values) == len(network.units)
+    assert not np.isnan(found.values).any()
     assert found.to_json() == score(network, calibration, criterion=criterion, seed=3).to_json()
     if criterion in RULES:
         assert found.products is None
@@ -146,11 +150,13 @@ def test_a_set_is_measured_as_the_pruned_network(network, calibration):
 def test_sets_are_measured_half_sensible_half_random(network, scores, calibration):
     sets = measure_sets(network, scores, calibration, sets=6)
     assert [each.kind for each in sets] == ["sensible", "random"] * 3
-    assert all(0.05 <= each.share for each in sets) and -1 <= rank_correlation(sets) <= 1
+    assert all(each.share >= 0.05 for each in sets)
+    assert -1 <= rank_correlation(sets) <= 1
     assert json.dumps([each.measured for each in sets])
 
 
 def test_the_default_is_a_tenth_without_label(network):
     calibration = from_data(network.model, DATA, samples=200)
     labels = torch.cat([batch.inputs["class_labels"] for batch in calibration.batches])
-    assert 0.03 < (labels == 10).float().mean() < 0.2 and calibrations.LABEL_DROPOUT == 0.1
+    assert 0.03 < (labels == 10).float().mean() < 0.2
+    assert calibrations.LABEL_DROPOUT == 0.1
