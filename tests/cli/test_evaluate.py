@@ -31,6 +31,7 @@ from lamamba.sampling import generate
 from lamamba.utils.files import sha256, write_json
 from lamamba.viz.curves import evaluation_curves
 from tests.networks import random_network, small_config
+from tests.training.together import command, command_on
 
 SAMPLE = ["--reference", "digits", "--features", "digits", "--num-images", 40, "--steps", 2, "--device", "cpu"]
 
@@ -96,14 +97,8 @@ def test_figures_of_a_run_are_those_of_its_samples(lamamba, run):
 
 def test_figures_are_the_same_at_any_number_of_processes(lamamba, run):
     assert lamamba("evaluate", run, *SAMPLE, "--shard-size", 25)[0] == 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lamamba",
-         "evaluate", str(run), *map(str, SAMPLE), "--shard-size", "25", "--out", "two.json"],
-        capture_output=True, text=True, env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("FD-digits") == 1                                  # rank 0 prints
+    printed = command_on(2, Path.cwd(), "evaluate", run, *SAMPLE, "--shard-size", 25, "--out", "two.json")
+    assert "".join(printed).count("FD-digits") == printed[0].count("FD-digits") == 1        # rank 0 prints
     one, two = figures("evaluation.json"), figures("two.json")
     assert two.keys() == one.keys()
     for name, value in one.items():
@@ -111,23 +106,23 @@ def test_figures_are_the_same_at_any_number_of_processes(lamamba, run):
 
 
 def test_a_kill_loses_at_most_one_shard(lamamba, run, reference):
-    command = [sys.executable, "-m", "lamamba", "evaluate", str(run), *map(str, SAMPLE), "--shard-size", "4",
-               "--reference", str(reference), "--num-images", "120", "--steps", "8", "--keep-features"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    evaluate = ["evaluate", run, *SAMPLE, "--shard-size", 4, "--reference", reference, "--num-images", 120,
+                "--steps", 8, "--keep-features"]
+    process = command(Path.cwd(), *evaluate)
     deadline = time.monotonic() + 120
     while len(shards := sorted(Path().glob("evaluation.work/*/shard_*.safetensors"))) < 3:
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
     times = {shard: shard.stat().st_mtime_ns for shard in shards}
-    assert lamamba(*command[3:])[0] == 0
+    assert lamamba(*evaluate)[0] == 0
     again = [shard for shard, before in times.items() if shard.stat().st_mtime_ns != before]
     assert len(again) <= 1                                                      # renamed, but without its hash yet
     assert len(list(Path().glob("evaluation.work/*/shard_*.safetensors"))) == 30
     undisturbed = figures("evaluation.json")
-    assert lamamba(*command[3:-1], "--out", "again.json", "--shard-size", 50)[0] == 0
+    assert lamamba(*evaluate[:-1], "--out", "again.json", "--shard-size", 50)[0] == 0
     assert figures("again.json") == pytest.approx(undisturbed, rel=1e-4, abs=1e-5)
 
 
