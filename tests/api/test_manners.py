@@ -20,9 +20,9 @@ OFFICIAL = Path(__file__).parent.parent / "parity" / "official_checkpoint.pt"
 
 
 def tiny(out, **changes):
-    return lamamba.TrainOptions.from_recipe(
-        "digits", out=out, **{"steps": 1, "model": {"width": 8, "num_heads": 2}, "sampling": {"every": 0}, **changes}
-    )
+    model = {"width": 8, "num_heads": 2, "depths": (1, 1, 1, 1), "bottleneck_depth": 1}
+    fields = {"steps": 1, "batch_size": 4, "model": model, "sampling": {"every": 0}}
+    return lamamba.TrainOptions.from_recipe("digits", out=out, **{**fields, **changes})
 
 
 def random_states():

@@ -115,12 +115,11 @@ def test_ones_own_folder(lamamba, tmp_path):
 
 
 def test_info(lamamba):
-    _, out, _ = lamamba("info", "xl", "--image-size", 512)
-    assert "181.56 G" in out
     _, out, _ = lamamba("info", "xl", "--image-size", 256, "--state-size", 16)
     assert "50.47 G" in out
-    _, out, _ = lamamba("info", "s", "--json")
-    assert json.loads(out)["parameters"] == 26708256
+    small, large = (json.loads(lamamba("info", "s", "--image-size", side, "--json")[1]) for side in (256, 512))
+    assert small["parameters"] == large["parameters"] == 26708256
+    assert 3.9 * small["matrix"] < large["matrix"] < 4.1 * small["matrix"]
 
 
 def test_convert_there_and_back(lamamba, tmp_path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from lamamba.sampling import generate
 from lamamba.training.interrupt import EXIT_INTERRUPTED, stop_signals
 from tests.cli.test_commands import TINY
 from tests.data.test_images import write_images
-from tests.training.together import command, free_port
+from tests.training.together import command, command_on, free_port
 
 EXPECTED = {
     "xl_256": ("652.48 M", "5,004.6 steps per epoch"), "b_256": ("105.31 M", "256 images = 1 process x 1 x 256"),
@@ -54,23 +55,31 @@ LAUNCHERS = {
                    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()), "-m",
                    "lamamba"],                                                  # --cpu would start one process only
 }
+SCORED = ["train", "digits", *TINY, "--out", "run", "--sampling.every", "3", "--sampling.num-steps", "2",
+          "--score.every", "3", "--score.features", "digits", "--score.images", "20", "--score.reference", "digits"]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+def assert_two_trained(printed: str, run: Path) -> None:
+    assert printed.count("done: ") == 1                                         # of rank 0
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert (events[0]["processes"], events[-1]["event"]) == (2, "finished")
+    assert (run / "samples" / "step_00000003.png").is_file()
+    assert len((run / "scores.jsonl").read_text().splitlines()) == 1
+
+
+def test_each_process_of_a_group_runs_the_same_command(tmp_path):
+    assert_two_trained("".join(command_on(2, tmp_path, *SCORED)), tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers_start_the_same_command_unchanged(launcher, tmp_path):
-    options = ["--out", str(tmp_path / "run"), "--sampling.every", "3", "--sampling.num-steps", "2", "--score.every",
-               "3", "--score.features", "digits", "--score.images", "20", "--score.reference", "digits"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *LAUNCHERS[launcher], "train", "digits", *TINY, *options], capture_output=True, text=True,
-        env=environment,
+        [sys.executable, *LAUNCHERS[launcher], *SCORED], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("done: ") == 1                                     # of rank 0
-    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert (events[0]["processes"], events[-1]["event"]) == (2, "finished")
-    assert (tmp_path / "run" / "samples" / "step_00000003.png").is_file()
-    assert len((tmp_path / "run" / "scores.jsonl").read_text().splitlines()) == 1
+    assert_two_trained(done.stdout, tmp_path / "run")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
