@@ -31,7 +31,7 @@ from lamamba.sampling import generate
 from lamamba.utils.files import sha256, write_json
 from lamamba.viz.curves import evaluation_curves
 from tests.networks import random_network, small_config
-from tests.training.together import command, command_on
+from tests.training.together import command, command_on, needs_fork_server
 
 SAMPLE = ["--reference", "digits", "--features", "digits", "--num-images", 40, "--steps", 2, "--device", "cpu"]
 
@@ -95,6 +95,7 @@ def test_figures_of_a_run_are_those_of_its_samples(lamamba, run):
     assert len(protocol["network"]["sha256"]) == len(protocol["samples"]["weights_sha256"]) == 64
 
 
+@needs_fork_server
 def test_figures_are_the_same_at_any_number_of_processes(lamamba, run):
     assert lamamba("evaluate", run, *SAMPLE, "--shard-size", 25)[0] == 0
     printed = command_on(2, Path.cwd(), "evaluate", run, *SAMPLE, "--shard-size", 25, "--out", "two.json")
@@ -105,6 +106,7 @@ def test_figures_are_the_same_at_any_number_of_processes(lamamba, run):
         assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
+@needs_fork_server
 def test_a_kill_loses_at_most_one_shard(lamamba, run, reference):
     evaluate = ["evaluate", run, *SAMPLE, "--shard-size", 4, "--reference", reference, "--num-images", 120,
                 "--steps", 8, "--keep-features"]

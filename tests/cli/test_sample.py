@@ -15,7 +15,7 @@ from lamamba.runs.metadata import ModelMetadata
 from lamamba.sampling.settings import Interpolated, read_image_metadata
 from lamamba.viz.films import chosen_frames, save_film
 from tests.networks import random_network, small_config
-from tests.training.together import command
+from tests.training.together import command, needs_fork_server
 
 
 def save_model(folder: Path, seed: int = 0, names=("ant", "bee", "cat"), **changes) -> None:
@@ -145,6 +145,7 @@ def test_mp4(sample):
 MANY = ["-n", 22, "--steps", 2, "--batch-size", 4, "--threads", 1, "--random-labels", "--format", "both"]
 
 
+@needs_fork_server
 def test_a_folder_of_images_by_one_process_or_by_two_that_are_killed_and_a_third(sample, tmp_path):
     status, out, err = sample("flow", *MANY, "--out", "one")
     assert (status, out.count("22 images")) == (0, 2), err                      # said before and after

@@ -24,7 +24,7 @@ from lamamba.sampling import generate
 from lamamba.training.interrupt import EXIT_INTERRUPTED, stop_signals
 from tests.cli.test_commands import TINY
 from tests.data.test_images import write_images
-from tests.training.together import command, command_on, free_port
+from tests.training.together import command, command_on, free_port, needs_fork_server
 
 EXPECTED = {
     "xl_256": ("652.48 M", "5,004.6 steps per epoch"), "b_256": ("105.31 M", "256 images = 1 process x 1 x 256"),
@@ -67,6 +67,7 @@ def assert_two_trained(printed: str, run: Path) -> None:
     assert len((run / "scores.jsonl").read_text().splitlines()) == 1
 
 
+@needs_fork_server
 def test_each_process_of_a_group_runs_the_same_command(tmp_path):
     assert_two_trained("".join(command_on(2, tmp_path, *SCORED)), tmp_path / "run")
 

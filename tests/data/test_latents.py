@@ -26,7 +26,7 @@ from lamamba.evaluation.callbacks import open_decoder
 from lamamba.training.draws import draw
 from tests.autoencoders import make_dc, make_kl, make_tiny
 from tests.data.test_images import write_images
-from tests.training.together import command, command_on
+from tests.training.together import command, command_on, needs_fork_server
 
 SHAPE = (4, 8, 8)
 
@@ -320,12 +320,14 @@ def kill_in_the_middle(process, out, shards=1):
     process.join()
 
 
+@needs_fork_server
 def test_two_processes_of_a_group_make_the_same_bytes(many, tmp_path):
     printed = command_on(2, tmp_path, *encode_command(many, tmp_path / "two"))
     assert "".join(printed).count("200 images in 25 verified shards") == 1
     assert hashes(tmp_path / "two") == hashes(many / "alone")
 
 
+@needs_fork_server
 def test_two_of_three_processes_finish_when_one_is_killed(many, tmp_path):
     out = tmp_path / "three"
     processes = [command(tmp_path, *encode_command(many, out), output=f"{k}.txt") for k in range(3)]
@@ -336,6 +338,7 @@ def test_two_of_three_processes_finish_when_one_is_killed(many, tmp_path):
     assert hashes(out) == hashes(many / "alone")
 
 
+@needs_fork_server
 def test_an_encoding_killed_in_the_middle_goes_on_with_finished_shards(many, tmp_path):
     out = tmp_path / "killed"
     process = command(tmp_path, *encode_command(many, out))

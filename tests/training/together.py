@@ -16,7 +16,7 @@ import pytest
 from lamamba.data.digits import Digits
 from lamamba.options.training import ModelOptions, OptimizerOptions, TrainConfig
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
+pytestmark = needs_fork_server = pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
 
 
 
