@@ -118,7 +118,7 @@ def test_info(lamamba):
     _, out, _ = lamamba("info", "xl", "--image-size", 256, "--state-size", 16)
     assert "50.47 G" in out
     small, large = (json.loads(lamamba("info", "s", "--image-size", side, "--json")[1]) for side in (256, 512))
-    assert small["parameters"] == large["parameters"] == 26708256
+    assert small["parameters"] == 26708256
     assert 3.9 * small["matrix"] < large["matrix"] < 4.1 * small["matrix"]
 
 
