@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import importlib.util
 import logging
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +63,10 @@ def open_app(options: AppOptions | None = None, *, in_background: bool = False) 
 
     session = open_session(options.model, options.autoencoder, options.device)
     logger.info("%s: %.2f M parameters, on %s", session.title, session.num_parameters / 1e6, session.device)
-    with _direct_connections(options.host, options.share):                      # gradio's import reads them, too
+    if "GRADIO_TEMP_DIR" not in os.environ:                                     # gradio's own may be another user's
+        os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="lamamba-app-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with _direct_connections(options.host, options.share):                      # gradio's import reads both, too
         from lamamba.app.page import serve
 
         page = serve(session, host=options.host, port=port, share=options.share, browser=options.open)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import html
 import os
 import random
 import shlex
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,9 +90,6 @@ def serve(
         OSError: when the port is taken.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    if "GRADIO_TEMP_DIR" not in os.environ:                                     # its own may belong to another user
-        os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="lamamba-app-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     page = build_page(session)
     functions = [each for each in page.get_config_file()["dependencies"] if each["backend_fn"]]
     page.launch(
