@@ -101,7 +101,9 @@ def evaluate(options: EvaluateOptions, *, progress: ProgressOption = "auto") -> 
             sample_set = open_sample_set()
             image_shape = evaluator.fit(sample_set.runs[0]).shape               # refused before any work
             if reference is None:
-                reference = evaluator.open_reference(options.reference, image_shape, options.metrics.reference_rows)
+                reference = evaluator.open_reference(
+                    options.reference, sample_set.runs[0], options.metrics.reference_rows
+                )
             reference.check(network.info, image_shape)
             protocol = make_protocol(sample_set, network, reference, options, device)
             entries.append(evaluator.evaluate(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lamamba.data.digits import SIDE
 from lamamba.diffusion.denoise import make_scheduler, samplers_for
 from lamamba.evaluation.images import ArrayImages, DigitImages, FolderImages, GeneratedImages, Images, NpzImages
 from lamamba.evaluation.reference import is_statistics, load_statistics
@@ -27,12 +28,15 @@ NUM_IMAGES = 50_000
 """Samples behind a published FID."""
 
 
-def open_images(name: str | np.ndarray, image_size: int = 8, limit: int | None = None) -> Images:
+def open_images(
+    name: str | np.ndarray, image_size: int | None = None, limit: int | None = None, channels: int | None = None
+) -> Images:
     """Open existing images. The plan of a folder that `lamamba sample -n` has filled becomes part of the protocol.
 
     Args:
         name: "digits", an npz file, a folder, or an array of images.
-        image_size: of "digits".
+        image_size: of "digits" (by default 8), and that to which files are cropped (by default they have one size).
+        channels: to which these files are converted; by default all are as the first one.
         limit: use only so many, the first ones.
 
     Raises:
@@ -42,12 +46,13 @@ def open_images(name: str | np.ndarray, image_size: int = 8, limit: int | None =
         images: Images = ArrayImages(name, limit)
         name = "the array"
     elif name == "digits":
-        images = DigitImages(image_size, limit)
+        images = DigitImages(image_size or SIDE, limit)
     else:
         folder = Path(name).parent if Path(name).name == NPZ else Path(name)
         if (folder / UNFINISHED).is_dir():
             raise ValueError(f"lamamba sample has not filled {folder} yet; run it again, it goes on where it was")
-        made = NpzImages(name, limit=limit) if name.endswith(".npz") else FolderImages(name, limit)
+        is_npz = name.endswith(".npz")
+        made = NpzImages(name, limit=limit) if is_npz else FolderImages(name, limit, image_size, channels)
         if (folder / SHARDS).is_file() and (plan := find_plan(folder)) is not None:
             made.metadata["made_by"] = plan.to_dict()
         images = made
@@ -240,7 +245,7 @@ def _existing_images(options: EvaluateOptions) -> SampleSet:
     given = [f"--{key.replace('_', '-')}" for key, value in defaults.items() if getattr(options, key) != value]
     if given:
         raise ValueError(f"{name} holds images, not a model: {', '.join(given)} cannot change them")
-    size, reference = 8, options.reference
+    size, reference = None, options.reference
     if is_name and samples == "digits" and is_statistics(reference):
         size = (load_statistics(reference).image_shape or (size,))[0]
     images = open_images(samples, size, options.num_images)
