@@ -148,6 +148,7 @@ class Sampler:
         )
         self._options, self._on_step = options, on_step
         config = self._model.network.architecture
+        self.architecture = config.to_dict()
         self._sampler = options.sampler or samplers_for(config.objective)[0]
         steps = len(make_scheduler(self._sampler, config.objective, options.steps).timesteps)
         decoder = self._model.decoder
@@ -198,6 +199,8 @@ class SampleSet:
     step: int | None = None
     ema: EMA | None = None
     guidance: float | None = None
+    architecture: dict[str, Any] | None = None
+    """Of the network."""
 
 
 def find_sample_sets(
@@ -224,7 +227,8 @@ def find_sample_sets(
         seeds = [options.seed + count * repeat for repeat in range(options.repeats)]
         runs: list[Images] = [samplers[candidate].images(count, seed, scale) for seed in seeds]
         name = f"guidance {scale:g}" if len(options.guidance) > 1 else candidate.name
-        return SampleSet(name, runs, candidate.step, candidate.ema, scale)
+        architecture = samplers[candidate].architecture
+        return SampleSet(name, runs, candidate.step, candidate.ema, scale, architecture)
 
     return [functools.partial(open_samples, candidate, scale) for candidate in candidates for scale in options.guidance]
 
