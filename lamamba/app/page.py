@@ -22,6 +22,7 @@ from lamamba.app.session import MAX_GUIDANCE, MAX_SEED, Frame, Request, Session
 from lamamba.config import unknown_name
 from lamamba.diffusion.denoise import SAMPLERS
 from lamamba.sampling.settings import png_text
+from lamamba.utils.text import counted
 from lamamba.viz.grids import grid_picture
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -271,7 +272,7 @@ def _cell_pixels(columns: int, count: int, has_names: bool) -> int:
 
 def _heading(session: Session) -> str:
     height, width = session.size
-    classes = f"{len(session.class_names)} classes" if session.class_names else "no classes"
+    classes = counted(len(session.class_names), "class") if session.class_names else "no classes"
     return (
         f"<h1>LaMamba-Diff</h1><p>{html.escape(session.title)}: {session.num_parameters / 1e6:.2f} M parameters, "
         f"{classes}, {width} x {height} pixels, on {html.escape(session.device)}</p>"
@@ -280,8 +281,7 @@ def _heading(session: Session) -> str:
 
 def _status(frame: Frame) -> str:
     if frame.is_last:
-        count = len(frame.images)
-        text = f"{count} {'picture' if count == 1 else 'pictures'} in {frame.seconds:.1f} s"
+        text = f"{counted(len(frame.images), 'picture')} in {frame.seconds:.1f} s"
     else:
         text = f"step {frame.done} of {frame.total}: the clean picture as the network predicts it now"
     share = 100 * frame.done / max(1, frame.total)

@@ -50,8 +50,8 @@ def main(arguments: list[str]) -> None:
 
     from lamamba.api.compute_statistics import compute_statistics
     from lamamba.api.evaluate import evaluate
-    from lamamba.utils.distributed import is_main_process
+    from lamamba.utils.distributed import is_rank_zero
 
     result = evaluate(options) if isinstance(options, EvaluateOptions) else compute_statistics(options)
-    if is_main_process():
+    if is_rank_zero():
         print(result)

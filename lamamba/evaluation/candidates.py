@@ -23,6 +23,7 @@ from lamamba.sampling.generate import ImageGenerator
 from lamamba.sampling.labels import label_of
 from lamamba.sampling.plan import NPZ, SHARDS, UNFINISHED, find_plan
 from lamamba.utils.files import read_json
+from lamamba.utils.text import counted
 
 NUM_IMAGES = 50_000
 """Samples behind a published FID."""
@@ -57,7 +58,8 @@ def open_images(
             made.metadata["made_by"] = plan.to_dict()
         images = made
     if limit is not None and len(images) < limit:
-        raise ValueError(f"{name} has {len(images):,} images, and --num-images {limit} asks for more; leave it out")
+        has = counted(len(images), "image")
+        raise ValueError(f"{name} has {has}, and num_images={limit} asks for more; leave it out")
     return images
 
 
@@ -106,7 +108,7 @@ def find_candidates(path: Path, ema: EMA | None = None, *, every: bool = False) 
             raise FileNotFoundError(f"{path} is a run without a checkpoint yet; train it further")
         folders = [run.checkpoints / name for name in (names if every else names[-1:])]
     elif every:
-        raise ValueError(f"{path} is no run: --every-checkpoint scores the checkpoints of a run's folder")
+        raise ValueError(f"{path} is no run: every_checkpoint scores the checkpoints of a run's folder")
     else:
         folders = [shipped_model() if is_shipped(path) else path]
     found = []
@@ -114,7 +116,7 @@ def find_candidates(path: Path, ema: EMA | None = None, *, every: bool = False) 
         kept = list_averages(folder)
         if not kept:
             if ema is not None:
-                raise ValueError(f"{folder} is a single network; --ema chooses among a checkpoint's averages")
+                raise ValueError(f"{folder} is a single network; ema chooses among a checkpoint's averages")
             found.append(Candidate(path.name or str(path), path, folder))
             continue
         if ema is not None and ema not in kept:
@@ -178,7 +180,7 @@ class Sampler:
         """Images of consecutive seeds, sampled when they are read."""
         classes = range(self._model.num_classes)
         if guidance != 1 and not classes:
-            raise ValueError(f"{self._metadata['name']} is unconditional: guidance needs classes, leave --guidance out")
+            raise ValueError(f"{self._metadata['name']} is unconditional: guidance needs classes, leave it out")
         seeds = range(first_seed, first_seed + count)
 
         def make(seeds: range, labels: Sequence[int] | None) -> np.ndarray:
@@ -246,7 +248,7 @@ def _existing_images(options: EvaluateOptions) -> SampleSet:
         "repeats": 1, "every_checkpoint": False, "ema": None, "guidance": (1.0,), "seed": 0, "sampler": None,
         "steps": None, "autoencoder": None,
     }
-    given = [f"--{key.replace('_', '-')}" for key, value in defaults.items() if getattr(options, key) != value]
+    given = [key for key, value in defaults.items() if getattr(options, key) != value]
     if given:
         raise ValueError(f"{name} holds images, not a model: {', '.join(given)} cannot change them")
     size, reference = None, options.reference

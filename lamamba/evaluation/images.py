@@ -18,6 +18,7 @@ from PIL import Image
 from lamamba.data.digits import Digits
 from lamamba.data.images import DECODERS, BadImage, centre_crop, decode
 from lamamba.data.sources import Source, open_source
+from lamamba.utils.text import counted
 
 
 class Images(Protocol):
@@ -304,7 +305,7 @@ class AsGrey(_Converted):
         images = self._images.read(indices)
         if (images != images[..., :1]).any():
             name = self.metadata.get("name")
-            raise ValueError(f"{name} has colour images and {self._network} reads grey ones; choose other --features")
+            raise ValueError(f"{name} has colour images and {self._network} reads grey ones; choose other features")
         return images[..., :1]
 
 
@@ -329,16 +330,16 @@ def fit_channels(images: Images, channels: int, network: str, *, repeat_grey: bo
     """
     name = images.metadata.get("name", "the model's samples")
     if len(images) < 2:
-        raise ValueError(f"{name} has {len(images)} image; distances between sets need at least 2 of each")
+        raise ValueError(f"{name} has {counted(len(images), 'image')}; distances between sets need at least 2 of each")
     if images.shape[2] == channels:
         return images
     if images.shape[2] == 3 and images.metadata.get("kind") != "generated":
         return AsGrey(images, network)
     if images.shape[2] == 3:
-        raise ValueError(f"{name} has colour images and {network} reads grey ones; choose other --features")
+        raise ValueError(f"{name} has colour images and {network} reads grey ones; choose other features")
     if not repeat_grey:
         raise ValueError(
-            f"{name} has grey images and {network} reads colour; --grey repeat gives it three equal channels, which is "
+            f"{name} has grey images and {network} reads colour; grey='repeat' gives it three equal channels, which is "
             "not what published figures mean"
         )
     return AsColour(images, 3)

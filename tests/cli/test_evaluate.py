@@ -359,7 +359,7 @@ def test_errors_are_one_line(lamamba, colour, run, reference):
         (["floats.npz", *folder], "floats.npz has float64 (12, 6, 5, 3) under 'arr_0'; samples are uint8 images"),
         (["broken", *folder], "a.png is no good image (truncated"),
         (["nothing", *folder], "nothing does not exist"),
-        (["folder", *folder, "--repeats", 2, "--steps", 3], "holds images, not a model: --repeats, --steps cannot"),
+        (["folder", *folder, "--repeats", 2, "--steps", 3], "holds images, not a model: repeats, steps cannot"),
         (["folder", "--reference", "folder", "--features", "incepton"], "did you mean 'inception'"),
         (["folder", "--reference", "folder", "--features", "json:nothing"], "json has no function nothing"),
         (["folder", *folder, "--shard-size", 0], "shard_size=0 must be at least 1"),
