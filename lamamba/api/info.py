@@ -10,6 +10,7 @@ from lamamba.benchmarking.flops import Cost, count
 from lamamba.config import PRESETS, UNetConfig, unknown_name
 from lamamba.options.info import InfoOptions
 from lamamba.utils.files import read_json
+from lamamba.utils.text import counted
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class InfoResult:
         config, cost = self.config, self.cost
         (height, width), (rows, columns) = config.input_size, config.token_grid
         return f"""\
-LaMamba-Diff, width {config.width}, state size {config.state_size}, {config.num_classes} classes
+LaMamba-Diff, width {config.width}, state size {config.state_size}, {counted(config.num_classes, 'class')}
 input                       {config.in_channels} x {height} x {width}, {rows} x {columns} tokens
 parameters                  {cost.parameters / 1e6:.2f} M
 
