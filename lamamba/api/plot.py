@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lamamba.options.plot import PlotOptions
 from lamamba.utils.files import check_target
-from lamamba.viz.curves import read_metrics, run_curves
+from lamamba.viz.curves import SCORES, read_metrics, run_curves
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def plot(options: PlotOptions) -> PlotResult:
             raise FileNotFoundError(f"{run} has no metrics.jsonl; give the folder of a run that has begun")
         metrics[str(run)] = read_metrics(path)
         if (path.parent / "scores.jsonl").is_file():
-            scores[str(run)] = read_metrics(path.parent / "scores.jsonl")
+            scores[str(run)] = read_metrics(path.parent / "scores.jsonl", SCORES)
     run_curves(metrics, options.out, options.smooth, scores)
     last_steps = {run: lines[-1]["step"] for run, lines in metrics.items()}
     return PlotResult(options.out, last_steps, options.out.read_bytes())

@@ -74,7 +74,7 @@ def excluded_at_start(folder: str | Path) -> tuple[str, ...] | None:
     if (folder / INDEX).is_file():
         return Index.load(folder).plan.excluded
     path = folder / UNFINISHED / PLAN
-    return Plan.from_dict(read_json(path, LATENTS_VERSION).get("plan", {})).excluded if path.is_file() else None
+    return Plan.from_dict(read_json(path, LATENTS_VERSION).get("plan"), path).excluded if path.is_file() else None
 
 
 def encode(

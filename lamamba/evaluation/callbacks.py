@@ -49,14 +49,22 @@ def open_decoder(metadata: ModelMetadata, device: torch.device) -> LatentDecoder
 
 
 def _sample(
-    network: LaMambaUNet, labels: list[int] | None, num: int, options: DenoisingOptions, decoder: Decoder | None
-) -> np.ndarray:
-    """Images of seeds 0 .. num - 1, (num, h, w, c) uint8; unconditional networks are sampled without guidance."""
+    state: StepState, network: LaMambaUNet, labels: list[int] | None, num: int, options: DenoisingOptions,
+    decoder: Decoder | None,
+) -> np.ndarray | None:
+    """Images of seeds 0 .. num - 1, (num, h, w, c) uint8; unconditional networks are sampled without guidance.
+
+    None, with a warning, where they are not finite: training goes on.
+    """
     guidance = default_guidance(options.guidance, network.architecture.num_classes) if labels is not None else 1.0
-    return generate(
-        network, labels, range(num), sampler=options.sampler, num_steps=options.steps, guidance=guidance,
-        batch_size=BATCH_SIZE, decoder=decoder,
-    )
+    try:
+        return generate(
+            network, labels, range(num), sampler=options.sampler, num_steps=options.steps, guidance=guidance,
+            batch_size=BATCH_SIZE, decoder=decoder,
+        )
+    except FloatingPointError as error:
+        logger.warning("step %d has no samples: %s", state.step, error)
+        return None
 
 
 class SampleGrid:
@@ -84,7 +92,9 @@ class SampleGrid:
             return
         rows = max(1, len(self._names))
         labels = [row for row in range(rows) for _ in range(options.per_class)] if self._names else None
-        images = _sample(network, labels, rows * options.per_class, options, self._decoder)
+        images = _sample(state, network, labels, rows * options.per_class, options, self._decoder)
+        if images is None:
+            return
         picture = grid_picture(images, options.per_class, self._names)
         save_picture(picture, self._folder / f"step_{state.step:08d}.png")
 
@@ -142,7 +152,9 @@ class QuickScore:
         features, reference = self._evaluator
         classes = network.architecture.num_classes
         labels = [k % classes for k in range(options.images)] if classes else None
-        images = _sample(network, labels, options.images, self._sampling, self._decoder)
+        images = _sample(state, network, labels, options.images, self._sampling, self._decoder)
+        if images is None:
+            return
         score = frechet_distance(*moments(_statistics(features, images)), *reference)
         line = {"step": state.step, "name": features.distance_name, "score": score, "images": options.images}
         with self._path.open("a", encoding="utf-8") as file:
