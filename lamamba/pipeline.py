@@ -245,7 +245,7 @@ class LaMambaPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a number out of range or an unknown name; near ones are named.
         """
-        wanted = [labels] if isinstance(labels, int | str | np.integer) else list(labels)
+        wanted = labels if isinstance(labels, Sequence) and not isinstance(labels, str) else np.ravel(labels).tolist()
         return [find_label(label, self._names, self.unet.config["num_classes"]) for label in wanted]
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 
 from lamamba.config import UNetConfig
 from lamamba.models.official import load_official, to_official
+from lamamba.options.base import verb
 from lamamba.options.convert import ConvertOptions
 from lamamba.runs.metadata import assumed_metadata
 from lamamba.runs.model import open_network
@@ -40,6 +41,7 @@ class ConvertResult:
         )
 
 
+@verb
 def convert(options: ConvertOptions) -> ConvertResult:
     """Convert an official LaMamba-Diff checkpoint (.pt) to a folder in our format, or a folder back to .pt.
 

@@ -12,6 +12,7 @@ import numpy as np
 from lamamba.api.train import TrainResult, train
 from lamamba.data.digits import Digits
 from lamamba.metrics.digits import DigitScore, score_digits
+from lamamba.options.base import verb
 from lamamba.options.demo import SHOWN_PER_DIGIT, DemoOptions
 from lamamba.options.training import TrainOptions
 from lamamba.runs.metadata import default_guidance
@@ -67,6 +68,7 @@ more: lamamba sample {out / 'run'} --classes 3,7 --seed 0 --out grid.png"""
         return (self.folder / "digits.png").read_bytes()
 
 
+@verb
 def demo(options: DemoOptions | None = None, *, progress: ProgressOption = "auto") -> DemoResult:
     """Train on 1,797 real handwritten digits, sample digits, and write pictures and a report.
 

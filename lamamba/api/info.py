@@ -9,6 +9,7 @@ from typing import Any
 from lamamba.benchmarking.flops import Cost, count
 from lamamba.config import PRESETS, UNetConfig, unknown_name
 from lamamba.models.weights import read_config
+from lamamba.options.base import verb
 from lamamba.options.info import InfoOptions
 from lamamba.runs.folder import RunFolder
 
@@ -40,6 +41,7 @@ for one image and one forward pass:
   activations kept for training      {cost.activation_bytes / 2**20:.0f} MiB (float32)"""
 
 
+@verb
 def info(options: InfoOptions) -> InfoResult:
     """Count a network on PyTorch's meta device: nothing is allocated.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lamamba.options.base import verb
 from lamamba.options.plot import PlotOptions
 from lamamba.utils.files import check_target
 from lamamba.viz.curves import SCORES, read_metrics, run_curves
@@ -28,6 +29,7 @@ class PlotResult:
         return self.png
 
 
+@verb
 def plot(options: PlotOptions) -> PlotResult:
     """Draw loss, gradient norm, images per second and quick scores of runs over their optimizer steps.
 

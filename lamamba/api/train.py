@@ -16,6 +16,7 @@ from lamamba.config import UNetConfig
 from lamamba.data.images import ImageSet
 from lamamba.data.sets import TrainingSet
 from lamamba.evaluation.callbacks import QuickScore, SampleGrid, open_decoder
+from lamamba.options.base import verb
 from lamamba.options.training import TrainConfig, TrainOptions
 from lamamba.runs.folder import RunFolder
 from lamamba.runs.metadata import ModelMetadata
@@ -67,6 +68,7 @@ class TrainResult:
         return self.sample_grid.read_bytes() if self.sample_grid else None
 
 
+@verb
 def train(
     options: TrainOptions, *, data: ImageSet | TrainingSet | None = None, callbacks: Sequence[Callback] = (),
     progress: ProgressOption = "auto",
@@ -223,6 +225,7 @@ learning rate     {config.schedule_in_words()}"""
         return "\n".join([plan, *(f"warning: {warning}" for warning in self.warnings)])
 
 
+@verb
 def plan(options: TrainOptions) -> TrainPlan:
     """What a run would be; its data need not be there where the recipe describes it. Nothing is written.
 

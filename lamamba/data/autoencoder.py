@@ -38,7 +38,7 @@ def pixels_per_latent(config: Mapping[str, Any]) -> int:
     """
     names = ("block_out_channels", "down_block_out_channels", "encoder_block_out_channels")
     stages = next((stages for name in names if (stages := config.get(name))), None)
-    if not _is_list(stages) or not 1 <= len(stages) <= 16:
+    if not isinstance(stages, list | tuple) or not 1 <= len(stages) <= 16:
         raise ValueError(f"a {config.get('_class_name')} is not one of {', '.join(KINDS)}, or its stages are no list")
     return 2 ** (len(stages) - 1)
 

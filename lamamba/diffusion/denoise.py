@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -141,8 +142,9 @@ def set_steps(scheduler: Any, num_steps: int) -> None:
         ValueError: for a number of steps out of range.
     """
     config = scheduler.config
-    if not isinstance(num_steps, int) or not 1 <= num_steps <= NUM_TIMESTEPS:
+    if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or not 1 <= num_steps <= NUM_TIMESTEPS:
         raise ValueError(f"num_steps={num_steps!r} must be a whole number from 1 to {NUM_TIMESTEPS}")
+    num_steps = int(num_steps)                                                  # NumPy's, too
     if "FlowMatch" in type(scheduler).__name__:
         # N equal steps from 1 to 0; by default diffusers' last step begins at 1/1000, after N - 1 longer ones
         scheduler.sigma_min = 1 / num_steps

@@ -70,10 +70,7 @@ def read_result(path: str | Path) -> list[Entry]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is no file; give a result that lamamba evaluate has written")
-    try:
-        return list(read_record(_Result, Path(path), VERSION).entries)
-    except ValueError as error:
-        raise ValueError(f"{error} (it is no result of lamamba evaluate, or damaged)") from error
+    return list(read_record(_Result, Path(path), VERSION).entries)
 
 
 def write_result(path: Path, entries: Sequence[Entry]) -> None:

@@ -34,6 +34,8 @@ class DinoFeatures:
             raise RuntimeError("DINOv2 comes with transformers: pip install 'lamamba-diff[dinov2]'") from error
         model = Dinov2Model.from_pretrained(str(weights or "facebook/dinov2-large"), use_safetensors=True)
         _fit_positions(model, self.SIDE)
+        for tensor in [*model.parameters(), *model.buffers()]:                  # of a file that is mapped
+            tensor.data = tensor.data.clone()
         self._model, self._device = model.eval().requires_grad_(False).to(device), device
         name = f"dinov2-{model.config.hidden_size}-{model.config.num_hidden_layers}"
         resize = f"{self.SIDE} x {self.SIDE}, bicubic with antialiasing"

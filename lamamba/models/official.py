@@ -247,11 +247,10 @@ def load_official(
         ValueError: naming every missing, unexpected and reshaped tensor, or why the file cannot be read.
     """
     if isinstance(source, str | Path):
-        content = read_official(source)
         try:
-            return load_official(content, config, weights=weights)
+            return load_official(read_official(source), config, weights=weights)
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+            raise ValueError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
     content = source
     if weights is None:
         weights = "model" if "model" in content and "ema" not in content else "ema"

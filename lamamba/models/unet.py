@@ -164,6 +164,7 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         """The grid that the network runs on, (height, width) in tokens; see `set_grid`."""
         return self._run_grid
 
+    @torch.inference_mode(False)                                                # training may use the tables later
     def _build_geometries(self, run_grid: Grid) -> None:
         config = self.architecture
         self._run_grid = run_grid

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AllowInfNan, BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError, with_config
@@ -74,7 +76,7 @@ Labels = Annotated[tuple[int | str, ...], _split(str), Strict(False), _word(str)
 
 __all__ = [
     "FilePath", "Ge", "Gt", "Labels", "Le", "Lt", "Name", "Numbers", "OrInfinity", "PositiveInts", "Words", "from_dict",
-    "options", "read_record", "read_toml", "record",
+    "options", "read_record", "read_toml", "record", "verb",
 ]
 
 
@@ -137,9 +139,26 @@ def read_record(cls: type[T], path: Path, newest_version: int | None = None) -> 
     return from_dict(cls, read_json(path, newest_version), path)
 
 
-@functools.cache
-def _adapter(cls: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(cls)
+_adapter: Any = functools.cache(TypeAdapter)
+
+P = ParamSpec("P")
+
+
+def verb(function: Callable[P, T]) -> Callable[P, T]:
+    """Make a function of `options` refuse what is not of its annotation.
+
+    Raises (the function, when called):
+        TypeError: naming the options that fit.
+    """
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        hint, bound = get_type_hints(function)["options"], inspect.signature(function).bind(*args, **kwargs)
+        if "options" in bound.arguments and not isinstance(given := bound.arguments["options"], hint):
+            name, kind = function.__name__, (get_args(hint) or (hint,))[0].__name__
+            raise TypeError(f"lamamba.{name} takes {kind}, not {given!r:.60}: lamamba.{name}(lamamba.{kind}(...))")
+        return function(*args, **kwargs)
+
+    return call
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Plan(ShardPlan):
     """Images per batch of the network and per shard. Another number rounds otherwise: one grey level."""
     threads: Annotated[int, Ge(0)] = 0
     """On a CPU, cores of each process (another number may round otherwise, too); 0 on other devices."""
-    channels: Literal[1, 3] = 3
+    channels: int = 3
     """Of the images: 1 or 3."""
 
     def __post_init__(self) -> None:

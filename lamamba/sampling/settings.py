@@ -6,11 +6,12 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from lamamba._version import __version__
+from lamamba.config import unknown_name
 from lamamba.diffusion.guidance import Guidance
 from lamamba.options.base import Ge, from_dict, record
 from lamamba.utils.files import parse_json
@@ -18,6 +19,7 @@ from lamamba.utils.files import parse_json
 SETTINGS_VERSION = 1
 PNG_KEY = "lamamba"
 """Of the text in a PNG that holds the settings as JSON."""
+DTYPES = ("float32", "bfloat16", "float16")
 MAX_SEED = 2**63 - 1
 
 
@@ -50,9 +52,13 @@ class Settings:
     autoencoder: str | None = None
     """Of models of latents, as it was named."""
     autoencoder_sha256: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: str = "float32"
     """In which the network computed."""
     compiled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise unknown_name("dtype", self.dtype, DTYPES)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -69,6 +69,20 @@ def test_recipes_by_path_and_numbers_of_numpy():
     assert (options.steps, options.optimizer.learning_rate) == (3, 0.5)
 
 
+@pytest.mark.parametrize("given", ["s", None, 3, {"model": "s"}])
+@pytest.mark.parametrize("name", [
+    "benchmark", "check_data", "compare", "compute_statistics", "convert", "demo", "doctor", "encode", "evaluate",
+    "export", "info", "open_app", "plan", "plot", "sample", "sample_folder", "train",
+])
+def test_a_verb_says_which_options_it_takes(name, given):
+    if given is None and name in ("demo", "doctor", "open_app"):
+        pytest.skip("None means the defaults")
+    with pytest.raises(TypeError, match=rf"lamamba.{name} takes (\w+Options), not .*: lamamba.{name}\(lamamba.\1\("):
+        getattr(lamamba, name)(given)
+    with pytest.raises(TypeError, match=r"\(lamamba\.\w+Options\(\.\.\.\)\)"):
+        getattr(lamamba, name)(options=["wrong"])
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("make", [
     lambda value: lamamba.BenchmarkOptions(seconds=value),
