@@ -340,12 +340,10 @@ class LatentSet:
         """Moments (b, parts, c, h, w) as stored, of images or, where mirror (b,) bool is true, their mirror images."""
         chosen = np.asarray(indices, dtype=np.int64)
         numbers = np.searchsorted(self._starts, chosen, side="right") - 1
-        rows, plan = chosen - self._starts[numbers], self.plan
+        rows = chosen - self._starts[numbers]
         views = np.zeros(len(chosen), dtype=np.int64) if mirror is None else mirror.astype(np.int64)
-        out = np.empty((len(chosen), plan.parts, *plan.shape), dtype=plan.storage)
-        for k, (number, row, view) in enumerate(zip(numbers.tolist(), rows.tolist(), views.tolist(), strict=True)):
-            out[k] = self._read(number, row, view)
-        return torch.from_numpy(out)
+        places = zip(numbers.tolist(), rows.tolist(), views.tolist(), strict=True)
+        return torch.from_numpy(np.stack([self._read(*place) for place in places]))
 
     def read(self, indices: Sequence[int], draws: SampleDraws) -> tuple[Tensor, Tensor]:
         """x0 (b, c, h, w) float32, drawn from the posteriors, and labels (b,) int64."""

@@ -8,7 +8,7 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from lamamba.inference.compiling import compile_network
 from lamamba.inference.packing import pack_weights
 from lamamba.models.unet import LaMambaUNet
 from lamamba.models.weights import check_weights, read_config
+from lamamba.options.base import from_dict
 from lamamba.pretrained import shipped_model
 from lamamba.runs.folder import MANIFEST, CheckpointState, RunFolder, check_manifest
 from lamamba.runs.metadata import ModelMetadata, assumed_metadata
@@ -183,27 +184,34 @@ def load_network(folder: Path) -> LaMambaUNet:
 
 def _open_pipeline(folder: Path) -> tuple[LaMambaUNet, ModelMetadata]:
     """The network of a diffusers pipeline, and what its files say about the images."""
-    index = read_json(folder / PIPELINE_INDEX)
+    path = folder / PIPELINE_INDEX
+    index = read_json(path)
     unet = index.get("unet")
-    if not isinstance(unet, list) or unet[-1] != "LaMambaUNet":
+    if not isinstance(unet, list) or unet[-1:] != ["LaMambaUNet"]:
         raise ValueError(
             f"{folder} is a diffusers pipeline of another kind ({index.get('_class_name')}): it has no LaMambaUNet"
         )
     network = load_network(folder / "unet")
     config = network.architecture
     codec, pixels = CodecConfig(), 1
-    if (index.get("vae") or [None])[0] is not None:
-        values = read_json(folder / "vae" / "config.json")
-        pixels, codec = pixels_per_latent(values), CodecConfig.of_config(values)
-        if saved := index.get("codec"):
-            plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items()}
-            codec = CodecConfig(codec="latents", **plain)
-        codec = dataclasses.replace(codec, autoencoder=str(folder / "vae"))
-    return network, ModelMetadata(
-        **dataclasses.asdict(codec), objective=config.objective, image_size=config.input_size[0] * pixels,
-        label_names=short_names(as_names(index.get("id2label"), config.num_classes)),
-        guidance=index.get("guidance_scale"),
-    )
+    try:
+        if index.get("vae") not in (None, [None, None]):
+            path = folder / "vae" / "config.json"
+            values = read_json(path)
+            pixels, codec = pixels_per_latent(values), CodecConfig.of_config(values)
+            path = folder / PIPELINE_INDEX
+            if saved := index.get("codec"):
+                codec = from_dict(CodecConfig, {"codec": "latents", **saved} if isinstance(saved, dict) else saved)
+            codec = dataclasses.replace(codec, autoencoder=str(folder / "vae"))
+        metadata = from_dict(ModelMetadata, {
+            **dataclasses.asdict(codec), "objective": config.objective, "image_size": config.input_size[0] * pixels,
+            "label_names": short_names(as_names(index.get("id2label"), config.num_classes)),
+            "guidance": index.get("guidance_scale"),
+        })
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    metadata.check_fits(config, path)
+    return network, metadata
 
 
 def fingerprint(model: LaMambaUNet) -> str:

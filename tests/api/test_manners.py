@@ -126,7 +126,7 @@ def test_targets_are_tried_before_the_work(tmp_path):
 def test_a_plot_of_lines_that_are_no_runs(text, tmp_path):
     path = tmp_path / "other.jsonl"
     path.write_text(text + "\n")
-    with pytest.raises(ValueError, match="lines without a step"):
+    with pytest.raises(ValueError, match="is not of a training run: line 1 has step="):
         lamamba.plot(lamamba.PlotOptions(runs=(path,), out=tmp_path / "plot.png"))
 
 
