@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing.util
 import os
 import shutil
 import tempfile
@@ -33,9 +34,6 @@ def backend(request, monkeypatch):
     native.load.cache_clear()
 
 
-FOLDER = pytest.StashKey[tuple[str, str]]()
-
-
 def pytest_configure(config):
     """One folder for all that tests, launchers, compilers and gradio put into the temporary directory; then it goes.
 
@@ -43,18 +41,9 @@ def pytest_configure(config):
     """
     if "PYTEST_XDIST_WORKER" not in os.environ:
         folder = tempfile.mkdtemp(prefix="lamamba-")                            # short: sockets are made in it
-        config.stash[FOLDER] = os.environ.get("TMPDIR", ""), folder
         tempfile.tempdir = os.environ["TMPDIR"] = folder
-
-
-def pytest_unconfigure(config):
-    if found := config.stash.get(FOLDER, None):
-        before, folder = found
-        tempfile.tempdir = None
-        os.environ["TMPDIR"] = before
-        if not before:
-            del os.environ["TMPDIR"]
-        shutil.rmtree(folder, ignore_errors=True)
+        # after multiprocessing has removed its own folder in it, at -100
+        multiprocessing.util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-200)
 
 
 @pytest.fixture(autouse=True)

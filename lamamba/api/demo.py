@@ -106,9 +106,7 @@ def _sample(
 ) -> np.ndarray:
     sampling, network = recipe.sampling, training.state.ema
     guidance = default_guidance(sampling.guidance, network.architecture.num_classes)
-    logger.info(
-        f"sampling {len(labels)} digits: {sampling.sampler}, {sampling.steps} steps, guidance {guidance:g}"
-    )
+    logger.info(f"sampling {len(labels)} digits: {sampling.steps} steps, guidance {guidance:g}")
     with reporting(progress) as report:
         return generate(
             network, labels.tolist(), range(FIRST_SEED, FIRST_SEED + len(labels)), sampler=sampling.sampler,

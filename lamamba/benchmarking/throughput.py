@@ -26,6 +26,7 @@ from lamamba.benchmarking.peers import PEERS, DiT, build_peer, find_peer, peer_a
 from lamamba.config import LATENT_SCALE, PRESETS, UNetConfig, unknown_name
 from lamamba.inference.packing import can_pack
 from lamamba.models.unet import LaMambaUNet
+from lamamba.utils.repeatable import own_random_state
 
 Mode = Literal["forward", "train"]
 Processes = Literal["auto", "together", "apart"]
@@ -249,6 +250,32 @@ def free_memory(device: str) -> int | None:
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
+
+
+def training_rate(config: UNetConfig, batch_size: int, device: torch.device, bfloat16: bool) -> float:
+    """Images per second of forward and backward passes of a network, measured within seconds.
+
+    Batches grow up to batch_size as long as they are quick: small ones say enough where they are slow.
+    """
+    with own_random_state(), device:
+        model = LaMambaUNet(config).train()
+    batch, seconds = 1, 0.0
+    while True:
+        x = torch.zeros(batch, config.in_channels, *config.input_size, device=device)
+        t = torch.full((batch,), 500.0, device=device)
+        labels = torch.zeros(batch, dtype=torch.int64, device=device) if config.num_classes else None
+        for _ in range(2):                                                      # the first one warms up
+            began = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                output = model(x, t, labels)
+            output.float().square().sum().backward()
+            float(model.label_embedding.weight.grad.sum())                      # waits for a GPU
+            seconds = time.perf_counter() - began
+            if seconds > SLOW_PASS:
+                break
+        if batch >= batch_size or seconds > SLOW_PASS / 10:
+            return batch / seconds
+        batch = min(2 * batch, batch_size)
 
 
 def fit_together(cases: Sequence[Case]) -> bool:

@@ -1,11 +1,4 @@
-"""lamamba evaluate: FID and other figures, with the protocol written beside every figure."""
-
-from __future__ import annotations
-
-from lamamba.cli.parse import parse
-from lamamba.options.evaluation import CompareOptions, EvaluateOptions, StatisticsOptions
-
-DESCRIPTION = """Evaluate samples against a reference: FID, sFID, Inception Score, precision and recall, density and
+"""Evaluate samples against a reference: FID, sFID, Inception Score, precision and recall, density and
 coverage, KID.
 
   lamamba evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz
@@ -25,6 +18,11 @@ beside it until the end: when the command is killed, the same command goes on wh
 Feature networks: inception (FID as published; the weights are downloaded once, or named with --weights), dinov2
 (FD-DINOv2; needs transformers), digits (part of the package), or module:name for a function of your own from uint8
 images (n, h, w, 3) to features (n, d)."""
+
+from __future__ import annotations
+
+from lamamba.cli.parse import parse
+from lamamba.options.evaluation import CompareOptions, EvaluateOptions, StatisticsOptions
 
 STATISTICS_DESCRIPTION = """Save the statistics of reference images for `lamamba evaluate --reference`.
 
@@ -47,7 +45,7 @@ def main(arguments: list[str]) -> None:
         return
     options = parse(
         StatisticsOptions, rest, "evaluate stats", STATISTICS_DESCRIPTION
-    ) if task == "stats" else parse(EvaluateOptions, arguments or ["--help"], "evaluate", DESCRIPTION)
+    ) if task == "stats" else parse(EvaluateOptions, arguments or ["--help"], "evaluate", __doc__)
 
     from lamamba.api.compute_statistics import compute_statistics
     from lamamba.api.evaluate import evaluate

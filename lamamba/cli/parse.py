@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def parse(
-    cls: type[T], arguments: list[str], verb: str, description: str, default: T | None = None,
+    cls: type[T], arguments: list[str], verb: str, description: str | None, default: T | None = None,
     aliases: tuple[str, ...] = (),
 ) -> T:
     """Parse arguments into options. For --help, print it and exit with status 0.

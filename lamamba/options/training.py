@@ -162,6 +162,9 @@ class ProcessOptions:
     """Keep only the blocks' inputs and compute the rest again for the backward pass: less memory, a third more time."""
     compile: bool = False
     """torch.compile the network: minutes at the start, faster steps on GPUs. Not with sharding."""
+    threads: Annotated[Positive | None, tyro.conf.arg(aliases=("--threads",))] = None
+    """CPU threads of each process that compute; by default PyTorch's choice. On a busy machine, as many as cores are
+    free."""
     data_workers: Count = 0
     """Worker processes that read ahead, for each training process; 0: threads do, or nothing."""
     data_threads: Count | None = None
@@ -282,7 +285,7 @@ class TrainConfig:
     number; the first one is what samples come from."""
     label_dropout: Share = 0.1
     """Probability of training a sample without its label, which guidance needs."""
-    seed: Count = 0
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Decides initial weights, order of images, noise, times, mirrors and dropped labels."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""

@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,9 +73,32 @@ def _hash_together(folder: Path, processes: ProcessGroup) -> dict[str, str]:
     return dict(sorted(hashes.items()))
 
 
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _step_of(path: Path) -> int | None:
+    """The step of a checkpoint that training has written, whole or damaged; None for a copy under another step, a link.
+
+    A whole state.json of another step tells the copy; a damaged one is for `check_manifest` to name.
+    """
+    digits = path.name.removeprefix("step_")
+    if not re.fullmatch("[0-9]{8,18}", digits) or path.name != _name(int(digits)):
+        return None
+    if not path.is_dir() or path.is_symlink():
+        return None
+    try:
+        if CheckpointState.load(path).step != int(digits):
+            hashes = read_record(_Manifest, path / MANIFEST).files
+            return None if hashes.get("state.json") == sha256(path / "state.json") else int(digits)
+    except ValueError:
+        pass
+    return int(digits)
+
+
 def _move_aside(checkpoint: Path) -> None:
     """Rename a damaged checkpoint to damaged_NAME, where it can be inspected."""
-    if checkpoint.exists():
+    if os.path.lexists(checkpoint):
         aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(checkpoint, aside)
@@ -144,6 +168,26 @@ class _Manifest:
     files_sha256: str
 
 
+def run_values(
+    config: TrainConfig, architecture: UNetConfig, metadata: ModelMetadata, fingerprint: str,
+    excluded: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The content of config.json.
+
+    Args:
+        config: of the run.
+        architecture: of its network.
+        metadata: of its model.
+        fingerprint: of the data.
+        excluded: files of the data that no index counts, which a restart must exclude again.
+    """
+    return json.loads(json.dumps({
+        "version": RUN_VERSION, "lamamba": __version__, "train": config.to_dict(),
+        "architecture": architecture.to_dict(), "sampling": dataclasses.asdict(metadata),
+        "data": {"fingerprint": fingerprint, "left_out": list(excluded)},
+    }))
+
+
 class RunFolder:
     """A run's folder."""
 
@@ -163,39 +207,46 @@ class RunFolder:
         Raises:
             FileExistsError: when it holds something that is not a run.
         """
-        if not self.config.exists() and self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
-            raise FileExistsError(f"{self.path} exists, is not empty and holds no run; give another folder with --out")
+        if not self.config.exists():
+            self._check_empty()
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def create(
-        self, config: TrainConfig, architecture: UNetConfig, metadata: ModelMetadata, fingerprint: str | None = None,
-        excluded: Sequence[str] = (),
-    ) -> None:
-        """Write config.json, or check that the folder holds a run of the same configuration.
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Check that the folder takes a run of this configuration; nothing is written.
 
         A run without a checkpoint may be started again with another configuration.
 
         Args:
-            config: of the run.
-            architecture: of its network.
-            metadata: of its model.
-            fingerprint: of the data.
-            excluded: files of the data that no index counts, which a restart must exclude again.
+            values: see `run_values`.
 
         Raises:
+            FileExistsError: as `prepare`.
             ValueError: when the folder holds a run with another configuration; every difference is named.
         """
-        values = {
-            "version": RUN_VERSION, "lamamba": __version__, "train": config.to_dict(),
-            "architecture": architecture.to_dict(), "sampling": dataclasses.asdict(metadata),
-            "data": {"fingerprint": fingerprint, "left_out": list(excluded)},
-        }
-        values = json.loads(json.dumps(values))
-        if self.config.exists() and self.names():
+        if not self.config.exists():
+            self._check_empty()
+        elif self.names():
             self._check_same(self.read_config(), values)
-        else:
+
+    def _check_empty(self) -> None:
+        if self.path.is_dir() and any(path.name != ".lock" for path in self.path.iterdir()):
+            raise FileExistsError(f"{self.path} exists, is not empty and holds no run; give another folder with --out")
+
+    def create(self, values: Mapping[str, Any]) -> None:
+        """Write config.json, where `check` allows it.
+
+        Raises: as `check`.
+        """
+        if self.config.exists():
+            self.check(values)
+        if not self.names():
             for file in (self.scores, self.bad_images):
                 file.unlink(missing_ok=True)
+        if strangers := self.strangers():
+            logger.warning(
+                "%s: %s were not written by this run; training neither reads nor removes them", self.checkpoints,
+                ", ".join(strangers)
+            )
         self.samples.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         write_atomically(self.config, json.dumps(values, indent=2) + "\n")
@@ -221,7 +272,7 @@ class RunFolder:
         except ValueError as error:
             raise ValueError(f"{self.config}: {error}") from error
 
-    def _check_same(self, saved: RunConfig, new: dict[str, Any]) -> None:
+    def _check_same(self, saved: RunConfig, new: Mapping[str, Any]) -> None:
         old = {entry.name: getattr(saved, entry.name) for entry in dataclasses.fields(saved) if entry.name != "data"}
         old["train"] = TrainConfig.from_dict(saved.train, self.config).to_dict()    # options that it did not know yet
         old["sampling"] = json.loads(json.dumps(dataclasses.asdict(CodecConfig()))) | old["sampling"]
@@ -243,7 +294,8 @@ class RunFolder:
                 "repeat its options to resume it, or give another folder with --out"
             )
         old_data, new_data = saved.data, new["data"]                            # older runs did not write it down
-        if old_data is not None and old_data.fingerprint != new_data["fingerprint"]:
+        is_known = new_data["fingerprint"] != ""                                # a plan may be made without the data
+        if old_data is not None and is_known and old_data.fingerprint != new_data["fingerprint"]:
             raise ValueError(
                 f"{self.path} began with other data than {new['train']['data']['source']} holds now (fingerprint "
                 f"{str(old_data.fingerprint)[:12]} there, {str(new_data['fingerprint'])[:12]} here): files, classes "
@@ -263,10 +315,23 @@ class RunFolder:
         return data.left_out if data is not None else None
 
     def names(self) -> list[str]:
-        """Checkpoints by name, oldest first, whole or not."""
-        if not self.checkpoints.is_dir():
-            return []
-        return sorted(path.name for path in self.checkpoints.iterdir() if path.name.startswith("step_"))
+        """Checkpoints by name, oldest first, whole or not: those that training has written here, no copies of them."""
+        return [_name(step) for step in self.steps()]
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self.checkpoints / _name(step)
+
+    def steps(self) -> list[int]:
+        """Their steps."""
+        return sorted(step for step in map(_step_of, self._candidates()) if step is not None)
+
+    def strangers(self) -> list[str]:
+        """Names like a checkpoint's that training has not written: copies, links, files."""
+        return sorted(path.name for path in self._candidates() if _step_of(path) is None)
+
+    def _candidates(self) -> list[Path]:
+        return list(self.checkpoints.glob("step_*")) if self.checkpoints.is_dir() else []
 
     def log_event(self, event: str, **values: Any) -> None:
         """Append an event of the run, with its time, to events.jsonl. A full disk is logged, not raised."""
@@ -295,7 +360,7 @@ class RunFolder:
             OSError: when the disk is full or not writable; older checkpoints are untouched and nothing is left behind.
             MainProcessError: on the other ranks.
         """
-        checkpoint = self.checkpoints / f"step_{step:08d}"
+        checkpoint = self.checkpoint(step)
         temporary = self.checkpoints / f".tmp_{checkpoint.name}"
         try:
             if not processes.broadcast(processes.on_rank_0(lambda: self._begin_save(checkpoint, temporary))):
@@ -303,7 +368,7 @@ class RunFolder:
             fill(temporary)
             hashes = _hash_together(temporary, processes)
             processes.on_rank_0(lambda: self._finish_save(checkpoint, temporary, hashes))
-            processes.on_rank_0(lambda: self._remove_old(keep, keep_every))
+            processes.on_rank_0(lambda: self._remove_old(step, keep, keep_every))
         except MainProcessError:
             raise
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
@@ -317,14 +382,15 @@ class RunFolder:
 
     def _begin_save(self, checkpoint: Path, temporary: Path) -> bool:
         """Make the temporary folder; False where the checkpoint exists and is whole."""
-        if checkpoint.exists():
+        if _step_of(checkpoint) is not None:
             try:
                 check_manifest(checkpoint)
                 return False                                                    # replacing a whole one would risk it
             except ValueError:
                 pass
         for leftover in self.checkpoints.glob(".*_step_*"):                     # by a kill during a save
-            shutil.rmtree(leftover)
+            if re.fullmatch("[.](tmp|old)_step_[0-9]{8,}", leftover.name):
+                shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
         return True
 
@@ -335,15 +401,15 @@ class RunFolder:
         folders = {(temporary / name).parent for name in hashes} | {temporary}
         for path in [*(temporary / name for name in hashes), temporary / MANIFEST, *folders]:
             flush(path)
-        _move_aside(checkpoint)                                                 # a damaged one of this step
+        _move_aside(checkpoint)                                                 # a damaged one, or a copy of another
         os.replace(temporary, checkpoint)
         flush(self.checkpoints)
 
-    def _remove_old(self, keep: int, keep_every: int) -> None:
-        for name in self.names()[:-keep]:
-            if not keep_every or int(name.removeprefix("step_")) % keep_every:
-                dropped = self.checkpoints / f".old_{name}"                     # never half a checkpoint of that name
-                os.replace(self.checkpoints / name, dropped)
+    def _remove_old(self, saved: int, keep: int, keep_every: int) -> None:
+        for step in self.steps()[:-keep]:
+            if step != saved and (not keep_every or step % keep_every):
+                dropped = self.checkpoints / f".old_{_name(step)}"              # never half a checkpoint of that name
+                os.replace(self.checkpoints / _name(step), dropped)
                 shutil.rmtree(dropped)
 
     def newest(self) -> Path | None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from lamamba.diffusion.schedule import make_schedule
 from lamamba.inference.compiling import compile_network
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.training import TrainConfig
-from lamamba.runs.folder import RunFolder
+from lamamba.runs.folder import RunFolder, run_values
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.training.checkpoint import (
     TrainState,
@@ -38,7 +39,7 @@ from lamamba.training.checkpoint import (
     write_checkpoint,
 )
 from lamamba.training.data import Batch, TrainingData, as_training_set
-from lamamba.training.distributed import Processes, precision_policy
+from lamamba.training.distributed import Processes, computing_threads, precision_policy
 from lamamba.training.interrupt import Interrupted, StopRequest, stop_signals
 from lamamba.training.non_finite import find_origin
 from lamamba.training.start import continue_official, start_network
@@ -106,13 +107,28 @@ def describe(config: TrainConfig, data: ImageSet | TrainingSet) -> tuple[UNetCon
     return architecture, metadata
 
 
+def described(config: TrainConfig, samples: TrainingSet) -> dict[str, Any]:
+    """The content of the run's config.json."""
+    excluded = getattr(samples, "excluded", ())                                 # latents and digits have none
+    return run_values(config, *describe(config, samples), samples.fingerprint, excluded)
+
+
 def train(
-    config: TrainConfig, data: ImageSet | TrainingSet, folder: str | Path, callbacks: Sequence[Callback] = ()
+    config: TrainConfig, data: ImageSet | TrainingSet, folder: str | Path, callbacks: Sequence[Callback] = (),
+    on_resume: Sequence[Callback] = (),
 ) -> TrainState:
     """Train a network from its first step, or on from the folder's newest whole checkpoint, to the last.
 
     The same configuration gives the same run to the bit on one machine, however often it is stopped and resumed, and
     the same run to rounding at any world size. Under a launcher, every process calls this.
+
+    Args:
+        config: of the run.
+        data: to train on.
+        folder: of the run.
+        callbacks: called after every optimizer step.
+        on_resume: called once with the state of the checkpoint that the run goes on from, whose loss, gradient norm and
+            learning rate are NaN: for what a stop between a checkpoint and the callbacks has left undone.
 
     Raises:
         ValueError: when configuration, data and folder do not fit together.
@@ -130,10 +146,10 @@ def train(
     processes.on_rank_0(run.prepare)
     try:
         processes.on_rank_0(lock.acquire)
-        with own_random_state(), precision_policy(config.precision), stop_signals() as request:
-            excluded = getattr(samples, "excluded", ())                         # latents and digits have none
-            processes.on_rank_0(lambda: run.create(config, architecture, metadata, samples.fingerprint, excluded))
-            return _Trainer(config, samples, architecture, metadata, run, processes).run(callbacks, request)
+        threads = computing_threads(config.processes.threads)
+        with own_random_state(), threads, precision_policy(config.precision), stop_signals() as request:
+            processes.on_rank_0(lambda: run.create(described(config, samples)))
+            return _Trainer(config, samples, architecture, metadata, run, processes).run(callbacks, on_resume, request)
     finally:
         lock.release()
 
@@ -181,12 +197,17 @@ class _Trainer:
         )
         self._state = TrainState(model, averages, optimizer)
 
-    def run(self, callbacks: Sequence[Callback], request: StopRequest) -> TrainState:
+    def run(
+        self, callbacks: Sequence[Callback], on_resume: Sequence[Callback], request: StopRequest
+    ) -> TrainState:
         """Train from the newest checkpoint, or from the start, to the last step."""
         config, state = self._config, self._state
-        self._begin()
+        is_resumed = self._begin()
         batches = self._data.micro_batches(state.next_batch)
         self._clock = _Clock(config.batch_size, state.step)
+        with self._clock.paused():
+            for callback in on_resume if is_resumed else ():
+                callback(self._step_state(math.nan, math.nan, math.nan))
         with MetricsFile(self._folder, config, is_main=self._processes.is_main) as metrics:
             metrics.remove_after(state.step)
             while state.step < config.steps:
@@ -203,14 +224,22 @@ class _Trainer:
         self._log_event("finished", step=state.step)
         return state
 
-    def _begin(self) -> None:
-        """Resume from the newest checkpoint, or start: from fresh weights or an official checkpoint."""
+    def _begin(self) -> bool:
+        """Resume from the newest checkpoint (True), or start: from fresh weights or an official checkpoint."""
         if self._restore():
-            return
+            return True
         if self._config.start.mode == "everything":
             continue_official(Path(str(self._config.start.source)), self._state)
         if self._config.faults.on_non_finite == "back":                         # there must be something to go back to
             self._save(must=True)
+        return False
+
+    def _step_state(self, loss: float, grad_norm: float, rate: float) -> StepState:
+        state, clock = self._state, self._clock
+        return StepState(
+            state.step, self._config.steps, loss, grad_norm, rate, clock.rate, clock.seconds,
+            peak_memory(self._processes.device), state.ema, lambda: whole_network(state.ema, self._processes),
+        )
 
     def _losses(self, batch: Batch, network: nn.Module) -> Tensor:
         """Each sample's loss, (b,)."""
@@ -259,19 +288,16 @@ class _Trainer:
         """Measure, log, save and call back, each when it is due; returns the checkpoint, if one was written."""
         config, state, clock, checkpoint = self._config, self._state, self._clock, None
         is_last = state.step == config.steps
-        rate, memory = state.optimizer.param_groups[0]["lr"], peak_memory(self._processes.device)
-        held_out = {}
+        rate, held_out = state.optimizer.param_groups[0]["lr"], {}
         if config.watch.held_out and (state.step % config.watch.held_out_every == 0 or is_last):
             with clock.paused():
                 held_out = {"held_out_loss": self._held_out_loss()}
         if state.step % config.log_every == 0 or is_last or held_out:
             metrics.write(clock.line(state.step) | {
-                "grad_norm": result.grad_norm, "learning_rate": rate, "peak_memory_bytes": memory, **held_out,
+                "grad_norm": result.grad_norm, "learning_rate": rate,
+                "peak_memory_bytes": peak_memory(self._processes.device), **held_out,
             })
-        step_state = StepState(
-            state.step, config.steps, result.loss, result.grad_norm, rate, clock.rate, clock.seconds, memory, state.ema,
-            lambda: whole_network(state.ema, self._processes),
-        )
+        step_state = self._step_state(result.loss, result.grad_norm, rate)
         with clock.paused():
             if state.step % config.checkpoint_every == 0 or is_last:
                 checkpoint = self._save(must=is_last)

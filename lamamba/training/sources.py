@@ -75,15 +75,17 @@ def _open_images(data: DataOptions, run: RunFolder | None) -> Images:
     )
 
 
-def plan_data(config: TrainConfig) -> TrainingSet:
+def plan_data(config: TrainConfig, out: Path | None = None) -> TrainingSet:
     """The data for a plan; where it is not there yet, what the recipe says of it.
+
+    Args: as `open_data`.
 
     Raises:
         OSError, ValueError: when the data does not fit, or is missing and the recipe does not say what it would be.
     """
     data = config.data
     if data.expected_images is None or Path(data.source).exists():
-        return open_data(config)
+        return open_data(config, out)
     return PlannedData(data)
 
 

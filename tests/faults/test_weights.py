@@ -38,7 +38,7 @@ def change(path, **values):
 
 
 @pytest.mark.parametrize(("values", "said"), [
-    (dict(width=100_000, num_heads=2), r"position_embedding has shape \(8, 8, 8\), the configuration needs \(8, 8, 100"),
+    (dict(width=100_000, num_heads=2), r"position_embedding has shape \(8, 8, 8\), the configuration needs \(8, 8, 10"),
     (dict(depths=[10**6, 1, 1, 1]), r"config\.json: depths=\(1000000, 1, 1, 1\) must be 4 whole numbers, 1 to 1000"),
     (dict(depths=[900, 900, 900, 900]), "make 7205 blocks, more than there are tensors"),
     (dict(grid=[4096, 8]), "tokens is too large: at most 2048"),
@@ -64,7 +64,8 @@ def test_sizes_are_compared_with_the_header_before_anything_is_allocated(saved, 
 
 
 @pytest.mark.parametrize(("values", "said"), [
-    (dict(label_names=5), "label_names=5 must be a list"), (dict(label_names=["a"]), "1 names, and the network 3 classes"),
+    (dict(label_names=5), "label_names=5 must be a list"),
+    (dict(label_names=["a"]), "label_names has 1 names, and the network 3 classes"),
     (dict(codec="zz"), "codec 'zz' is unknown"), (dict(image_size=-8), "image_size=-8 must be at least 1"),
     (dict(image_size=24), "image_size=24 does not fit the network's input"), (dict(scale=0.0), "decode nothing"),
     (dict(guidance="2"), "guidance='2' must be a number"), (dict(objective="noise"), "the network's is 'flow'"),

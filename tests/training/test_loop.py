@@ -18,53 +18,21 @@ from lamamba import LaMambaUNet
 from lamamba.data.digits import Digits
 from lamamba.data.images import Images
 from lamamba.data.sources import FolderSource
-from lamamba.options.training import DataOptions, ModelOptions, OptimizerOptions, TrainConfig, WatchOptions
+from lamamba.options.training import DataOptions, TrainConfig, WatchOptions
 from lamamba.runs.folder import RunFolder
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import open_network
 from lamamba.training.checkpoint import update_ema
 from lamamba.training.loop import train
 from tests.data.test_images import write_images
-
-TINY = ModelOptions(width=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1, window_size=4, objective="flow")
-
-
-def config(**changes) -> TrainConfig:
-    fields = dict(
-        model=TINY, batch_size=4, steps=4, ema_decays=(0.5,), log_every=1, checkpoint_every=2, device="cpu",
-        optimizer=OptimizerOptions(learning_rate=1e-2, max_grad_norm=1.0),
-    )
-    return TrainConfig(**{**fields, **changes})
-
-
-class FewDigits(Digits):
-    """The first few digits."""
-
-    def __init__(self, count):
-        super().__init__()
-        self.images, self.labels = self.images[:count], self.labels[:count]
-
-
-def states_equal(a, b) -> bool:
-    same = all(
-        torch.equal(p, q)
-        for one, other in ((a.model, b.model), (a.ema, b.ema))
-        for p, q in zip(one.parameters(), other.parameters(), strict=True)
-    )
-    moments = all(
-        torch.equal(a.optimizer.state[p][key], b.optimizer.state[q][key])
-        for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True)
-        for key in ("exp_avg", "exp_avg_sq", "step")
-    )
-    return same and moments and a.step == b.step
+from tests.training.together import TINY, FewDigits, config, states_equal
 
 
 @pytest.mark.parametrize("objective", ["flow", "noise", "v"])
 def test_learns_a_few_images(tmp_path, objective):
     losses = []
     model = dataclasses.replace(TINY, width=16, objective=objective)
-    settings = config(model=model, steps=60, batch_size=16, checkpoint_every=60,
-                      optimizer=OptimizerOptions(learning_rate=5e-3, max_grad_norm=1.0))
+    settings = config(model=model, steps=40, batch_size=16, checkpoint_every=40)
     train(settings, FewDigits(4), tmp_path, [lambda step_state: losses.append(step_state.loss)])
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
 

@@ -189,12 +189,10 @@ def test_a_whole_official_checkpoint_is_continued_as_its_own_optimizer_would(tmp
     assert state.step == begun + 1
 
     gradients = gradient_of_step(settings, begun)
-    names = [name for name, _ in state.model.named_parameters()]
-    order = [key for key in content["model"] if key in {official_name(name) for name in names}]
-    theirs = {key: torch.nn.Parameter(content["model"][key].clone()) for key in order}
+    ours = {official_name(name): (name, p) for name, p in state.model.named_parameters()}
+    theirs = {key: torch.nn.Parameter(value.clone()) for key, value in content["model"].items() if key in ours}
     optimizer = torch.optim.AdamW(theirs.values(), lr=1e-4)
     optimizer.load_state_dict(content["opt"])
-    ours = {official_name(name): (name, p) for name, p in state.model.named_parameters()}
     for key, parameter in theirs.items():
         parameter.grad = gradients[ours[key][0]].reshape(parameter.shape)
     optimizer.step()

@@ -18,7 +18,21 @@ from lamamba.options.training import ModelOptions, OptimizerOptions, TrainConfig
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
 
-TINY = ModelOptions(width=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1, window_size=4, objective="flow")
+
+
+@dataclasses.dataclass(frozen=True)
+class FewBlocks(ModelOptions):
+    """A network with one block in the first and last stages and none in the others, for the time of a step."""
+
+    def build(self, **sizes):
+        whole = super().build(**sizes)
+        kept = ("encoder.0.0", "decoder.3.0")
+        stages = (f"{part}.{stage}.{k}" for part, n in (("encoder", 1), ("decoder", 2)) for stage in range(4)
+                  for k in range(n))
+        return dataclasses.replace(whole, removed_blocks=("bottleneck", *(name for name in stages if name not in kept)))
+
+
+TINY = FewBlocks(width=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1, window_size=4, objective="flow")
 
 
 def config(**changes) -> TrainConfig:
