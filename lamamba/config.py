@@ -47,7 +47,9 @@ def as_grid(value: Any, name: str = "grid") -> Grid:
     """
     if isinstance(value, int) and not isinstance(value, bool):
         value = (value, value)
-    if not isinstance(value, list | tuple) or len(value) != 2 or not all(type(side) is int for side in value):
+    if isinstance(value, list | tuple):
+        value = tuple(side.item() if type(side).__module__ == "numpy" and side.ndim == 0 else side for side in value)
+    if not isinstance(value, tuple) or len(value) != 2 or not all(type(side) is int for side in value):
         raise ValueError(f"{name}={value!r} is neither a whole number nor a pair (height, width) of them")
     return value[0], value[1]
 

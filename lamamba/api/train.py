@@ -120,7 +120,7 @@ def train(
             state = loop.train(config, data, run.path, [show, *pictures, *callbacks], [
                 functools.partial(picture, if_missing=True) for picture in pictures
             ])
-    bad = run.bad_images.read_text(encoding="utf-8").splitlines() if run.bad_images.is_file() else []
+    bad = run.bad_images.read_text(encoding="utf-8", errors="replace").splitlines() if run.bad_images.is_file() else []
     lines = run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.is_file() else []
     return TrainResult(
         run.path, state.step, run.checkpoint(state.step), json.loads(lines[-1]) if lines else {}, len(bad), state
