@@ -208,7 +208,7 @@ def test_a_shard_that_is_cut_off_while_it_is_read_is_named(encoded, tmp_path):
     latents = LatentSet(tmp_path / "latents")
     before = latents.moments([0, 3, 5])
     shard = tmp_path / "latents" / "shard_00000.safetensors"
-    os.truncate(shard, shard.stat().st_size - 100)
+    os.truncate(shard, shard.stat().st_size // 2)
     assert torch.equal(latents.moments([0]), before[:1])
     with pytest.raises(ValueError, match=r"shard_00000\.safetensors ends before image 3: it is truncated"):
         latents.moments([3])
