@@ -10,6 +10,7 @@ from pathlib import Path
 from lamamba.data.latents import Index, check_latents
 from lamamba.data.manifest import CheckedFile, Manifest, check_files, make_manifest, manifest_path
 from lamamba.data.sources import open_source
+from lamamba.options.base import verb
 from lamamba.options.check_data import CheckDataOptions
 from lamamba.utils.files import check_target
 from lamamba.utils.progress import Progress, ProgressOption, Report, reporting
@@ -77,6 +78,7 @@ autoencoder   {plan.codec.autoencoder} ({str(plan.codec.autoencoder_sha256)[:12]
 {plan.codec.shift:g}"""
 
 
+@verb
 def check_data(
     options: CheckDataOptions, *, progress: ProgressOption = "auto"
 ) -> CheckDataResult | CheckLatentsResult:

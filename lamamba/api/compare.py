@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from lamamba.evaluation.results import Entry, differences, disagreements, read_result, table
+from lamamba.options.base import verb
 from lamamba.options.evaluation import CompareOptions
 
 
@@ -26,6 +27,7 @@ class CompareResult:
         return "\n".join(lines)
 
 
+@verb
 def compare(options: CompareOptions) -> CompareResult:
     """Read results and compare their protocols.
 

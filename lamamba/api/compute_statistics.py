@@ -10,6 +10,7 @@ from lamamba.evaluation.candidates import open_images
 from lamamba.evaluation.evaluator import Evaluator
 from lamamba.evaluation.reference import Reference
 from lamamba.metrics.networks import open_network
+from lamamba.options.base import verb
 from lamamba.options.evaluation import StatisticsOptions
 from lamamba.utils.distributed import launched_group, local_device
 from lamamba.utils.files import check_target
@@ -37,6 +38,7 @@ class StatisticsResult:
         )
 
 
+@verb
 def compute_statistics(options: StatisticsOptions, *, progress: ProgressOption = "auto") -> StatisticsResult:
     """Compute mean and covariance of the features of reference images, and save them with the features of some.
 

@@ -12,10 +12,11 @@ import torch
 
 from lamamba.config import UNetConfig
 from lamamba.models.official import load_official, to_official
+from lamamba.options.base import verb
 from lamamba.options.convert import ConvertOptions
 from lamamba.runs.metadata import assumed_metadata
 from lamamba.runs.model import open_network
-from lamamba.utils.files import temporary_name
+from lamamba.utils.files import replacing, temporary_name
 from lamamba.utils.text import counted
 
 logger = logging.getLogger("lamamba.convert")
@@ -42,6 +43,7 @@ class ConvertResult:
         )
 
 
+@verb
 def convert(options: ConvertOptions) -> ConvertResult:
     """Convert an official LaMamba-Diff checkpoint (.pt) to a folder in our format, or a folder back to .pt.
 
@@ -88,12 +90,6 @@ def _to_official(source: Path, target: Path) -> ConvertResult:
         raise ValueError(f"{source} is a folder in our format, so the target must be a .pt file, not {target}")
     model, _ = open_network(source)
     state = to_official(model)
-    temporary = temporary_name(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary.open("wb") as file:                                      # a path would be written into the file
-            torch.save({"model": state, "ema": state}, file)
-        temporary.rename(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(target) as temporary, temporary.open("wb") as file:          # a path would be written into the file
+        torch.save({"model": state, "ema": state}, file)
     return ConvertResult(target, model.architecture, len(state))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -13,10 +12,12 @@ import numpy as np
 from lamamba.api.train import TrainResult, train
 from lamamba.data.digits import Digits
 from lamamba.metrics.digits import DigitScore, score_digits
+from lamamba.options.base import verb
 from lamamba.options.demo import SHOWN_PER_DIGIT, DemoOptions
 from lamamba.options.training import TrainOptions
 from lamamba.runs.metadata import default_guidance
 from lamamba.sampling import generate
+from lamamba.utils.files import write_atomically, write_json
 from lamamba.utils.progress import Progress, ProgressOption, reporting
 from lamamba.utils.text import counted
 from lamamba.viz.curves import read_metrics, run_curves
@@ -68,6 +69,7 @@ more: lamamba sample {out / 'run'} --classes 3,7 --seed 0 --out grid.png"""
         return (self.folder / "digits.png").read_bytes()
 
 
+@verb
 def demo(options: DemoOptions | None = None, *, progress: ProgressOption = "auto") -> DemoResult:
     """Train on 1,797 real handwritten digits, sample digits, and write pictures and a report.
 
@@ -95,8 +97,8 @@ def demo(options: DemoOptions | None = None, *, progress: ProgressOption = "auto
     result = DemoResult(out, score, seconds, training, samples, labels)
     figures = {"asked" if name == "num_samples" else name: value for name, value in asdict(score).items()}
     values = {"score": figures, "seconds": seconds, "config": recipe.config.to_dict()}
-    (out / "report.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    (out / "report.md").write_text(_report(result.summary, training.step, recipe.seed), encoding="utf-8")
+    write_json(out / "report.json", values)
+    write_atomically(out / "report.md", _report(result.summary, training.step, recipe.seed))
     return result
 
 

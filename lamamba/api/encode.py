@@ -15,6 +15,7 @@ from lamamba.data.encode import excluded_at_start, make_plan
 from lamamba.data.latents import Index, Plan
 from lamamba.data.manifest import excluded_files
 from lamamba.data.sources import open_source
+from lamamba.options.base import verb
 from lamamba.options.encode import EncodeOptions
 from lamamba.utils.distributed import is_rank_zero, local_device
 from lamamba.utils.progress import ProgressOption, reporting
@@ -54,6 +55,7 @@ class EncodeResult:
         )
 
 
+@verb
 def encode(options: EncodeOptions, *, progress: ProgressOption = "auto") -> EncodeResult:
     """Encode images with a frozen autoencoder, together with any other processes that do the same.
 

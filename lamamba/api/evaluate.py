@@ -14,6 +14,7 @@ from lamamba.evaluation.protocol import make_protocol
 from lamamba.evaluation.reference import Reference
 from lamamba.evaluation.results import Entry, table, write_result
 from lamamba.metrics.networks import open_network
+from lamamba.options.base import verb
 from lamamba.options.evaluation import EvaluateOptions
 from lamamba.utils.distributed import launched_group, local_device
 from lamamba.utils.files import check_target
@@ -74,6 +75,7 @@ class _StepReport:
         self._report(dataclasses.replace(self._last, note=f"step {step}/{steps}"))
 
 
+@verb
 def evaluate(options: EvaluateOptions, *, progress: ProgressOption = "auto") -> EvaluateResult:
     """Compute FID, sFID, Inception Score, precision, recall, density, coverage and KID, where features allow them.
 

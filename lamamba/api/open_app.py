@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lamamba.options.app import AppOptions
+from lamamba.options.base import verb
 
 logger = logging.getLogger("lamamba.app")
 
@@ -42,6 +43,7 @@ class AppResult:
         return f"the page was at {self.url}" if not self.page.is_running else f"the page: {self.share_url or self.url}"
 
 
+@verb
 def open_app(options: AppOptions | None = None, *, in_background: bool = False) -> AppResult:
     """Serve a page on which to choose classes and settings, watch the denoising and save the pictures.
 

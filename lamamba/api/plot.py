@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lamamba.options.base import verb
 from lamamba.options.plot import PlotOptions
 from lamamba.utils.files import check_target, read_json
-from lamamba.viz.curves import read_metrics, run_curves
+from lamamba.viz.curves import SCORES, read_metrics, run_curves
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class PlotResult:
         return self.png
 
 
+@verb
 def plot(options: PlotOptions) -> PlotResult:
     """Draw loss, gradient norm, images per second and quick scores of runs over their optimizer steps.
 
@@ -47,7 +49,7 @@ def plot(options: PlotOptions) -> PlotResult:
             raise FileNotFoundError(f"{run} has no metrics.jsonl; give the folder of a run that has begun")
         metrics[str(run)] = read_metrics(path)
         if (path.parent / "scores.jsonl").is_file():
-            scores[str(run)] = read_metrics(path.parent / "scores.jsonl")
+            scores[str(run)] = read_metrics(path.parent / "scores.jsonl", SCORES)
         if (path.parent / "config.json").is_file():
             losses.append(_loss(read_json(path.parent / "config.json")))
     note = _incomparable(losses)

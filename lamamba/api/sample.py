@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lamamba.data.codec import PixelCodec
 from lamamba.diffusion.denoise import make_scheduler
+from lamamba.options.base import verb
 from lamamba.options.sampling import SampleOptions
 from lamamba.sampling.generate import DEFAULT_BATCH_SIZE
 from lamamba.sampling.prepare import PreparedModel, fill_from_picture, prepare
@@ -70,6 +71,7 @@ class SampleResult:
         return png.getvalue()
 
 
+@verb
 def sample(options: SampleOptions, *, progress: ProgressOption = "auto") -> SampleResult:
     """Sample images from a trained model; with `options.out` into a PNG that carries its settings, or into a film.
 

@@ -17,6 +17,7 @@ import PIL
 import torch
 
 from lamamba._version import __version__
+from lamamba.options.base import verb
 from lamamba.options.sample_folder import SampleFolderOptions
 from lamamba.runs.model import Model
 from lamamba.sampling.folder import MakeImages, sample_many
@@ -57,6 +58,7 @@ class SampleFolderResult:
         return f"done: {self.folder}, {counted(self.num, 'image')} ({what}), verified; pixels {pixels}"
 
 
+@verb
 def sample_folder(options: SampleFolderOptions, *, progress: ProgressOption = "auto") -> SampleFolderResult:
     """Fill a folder with images, together with any other processes that do the same.
 

@@ -21,6 +21,7 @@ from lamamba.config import UNetConfig
 from lamamba.data.images import ImageSet
 from lamamba.data.sets import TrainingSet
 from lamamba.evaluation.callbacks import QuickScore, SampleGrid, check_sampler, open_decoder
+from lamamba.options.base import verb
 from lamamba.options.training import TrainConfig, TrainOptions
 from lamamba.runs.folder import RunFolder
 from lamamba.runs.metadata import ModelMetadata
@@ -84,6 +85,7 @@ class TrainResult:
         return self.sample_grid.read_bytes() if self.sample_grid else None
 
 
+@verb
 def train(
     options: TrainOptions, *, data: ImageSet | TrainingSet | None = None, callbacks: Sequence[Callback] = (),
     progress: ProgressOption = "auto",
@@ -119,7 +121,7 @@ def train(
             state = loop.train(config, data, run.path, [show, *pictures, *callbacks], [
                 functools.partial(picture, if_missing=True) for picture in pictures
             ])
-    bad = run.bad_images.read_text(encoding="utf-8").splitlines() if run.bad_images.is_file() else []
+    bad = run.bad_images.read_text(encoding="utf-8", errors="replace").splitlines() if run.bad_images.is_file() else []
     lines = run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.is_file() else []
     return TrainResult(
         run.path, state.step, run.checkpoint(state.step), json.loads(lines[-1]) if lines else {}, len(bad), state
@@ -309,6 +311,7 @@ def _values(section: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {word}" for key, word in words.items() if word not in (None, ""))
 
 
+@verb
 def plan(options: TrainOptions) -> TrainPlan:
     """What a run would be; its data need not be there where the recipe describes it. Nothing is written.
 

@@ -240,7 +240,7 @@ class _Handlers:
                     yield from self._finished(sample, look, _status(frame))
                 else:
                     yield self._grid(sample, look), _status(frame), gr.update(interactive=False), "", None
-        except (ValueError, RuntimeError, MemoryError) as error:
+        except (ValueError, RuntimeError, MemoryError, FloatingPointError) as error:
             raise gr.Error(html.escape(_sentence(error)), title="That does not work", print_exception=False) from None
 
     def rescale(self, sample: _Sample | None, look: str) -> Iterator[tuple[Any, ...]]:

@@ -57,14 +57,21 @@ def open_decoder(metadata: ModelMetadata, device: torch.device) -> LatentDecoder
 def _sample(
     network: LaMambaUNet, labels: list[int] | None, num: int, options: DenoisingOptions, decoder: Decoder | None,
     report: Report,
-) -> np.ndarray:
-    """Images of seeds 0 .. num - 1, (num, h, w, c) uint8; unconditional networks are sampled without guidance."""
+) -> np.ndarray | None:
+    """Images of seeds 0 .. num - 1, (num, h, w, c) uint8; unconditional networks are sampled without guidance.
+
+    None, with a warning, where they are not finite: training goes on.
+    """
     guidance = default_guidance(options.guidance, network.architecture.num_classes) if labels is not None else 1.0
-    return generate(
-        network, labels, range(num), sampler=options.sampler, num_steps=options.steps, guidance=guidance,
-        batch_size=BATCH_SIZE, decoder=decoder,
-        on_step=lambda done, total: report(Progress("sampling", done, total, unit="steps")),
-    )
+    try:
+        return generate(
+            network, labels, range(num), sampler=options.sampler, num_steps=options.steps, guidance=guidance,
+            batch_size=BATCH_SIZE, decoder=decoder,
+            on_step=lambda done, total: report(Progress("sampling", done, total, unit="steps")),
+        )
+    except FloatingPointError as error:
+        logger.warning("no samples of this step: %s", error)
+        return None
 
 
 def check_sampler(options: DenoisingOptions, metadata: ModelMetadata) -> None:
@@ -108,7 +115,8 @@ class SampleGrid:
         rows = max(1, len(self._names))
         labels = [row for row in range(rows) for _ in range(options.per_class)] if self._names else None
         images = _sample(network, labels, rows * options.per_class, options, self._decoder, self._report)
-        save_picture(grid_picture(images, options.per_class, self._names), path)
+        if images is not None:
+            save_picture(grid_picture(images, options.per_class, self._names), path)
 
 
 class QuickScore:
@@ -178,6 +186,8 @@ class QuickScore:
         classes = network.architecture.num_classes
         labels = [k % classes for k in range(options.images)] if classes else None
         images = _sample(network, labels, options.images, self._sampling, self._decoder, self._report)
+        if images is None:
+            return
         score = frechet_distance(*moments(_statistics(features, images)), *reference)
         line = {"step": state.step, "name": features.distance_name, "score": score, "images": options.images}
         with self._path.open("a", encoding="utf-8") as file:

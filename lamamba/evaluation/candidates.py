@@ -17,12 +17,11 @@ from lamamba.evaluation.images import ArrayImages, DigitImages, FolderImages, Ge
 from lamamba.evaluation.reference import is_statistics, load_statistics
 from lamamba.options.evaluation import EvaluateOptions
 from lamamba.pretrained import shipped_model
-from lamamba.runs.folder import RunFolder
+from lamamba.runs.folder import CheckpointState, RunFolder
 from lamamba.runs.model import EMA, PIPELINE_INDEX, SHIPPED, list_averages, open_model
 from lamamba.sampling.generate import ImageGenerator
 from lamamba.sampling.labels import label_of
 from lamamba.sampling.plan import NPZ, SHARDS, UNFINISHED, find_plan
-from lamamba.utils.files import read_json
 from lamamba.utils.text import counted
 
 NUM_IMAGES = 50_000
@@ -121,7 +120,7 @@ def find_candidates(path: Path, ema: EMA | None = None, *, every: bool = False) 
             continue
         if ema is not None and ema not in kept:
             raise ValueError(f"{folder} has no average {ema}; it has {', '.join(str(each) for each in kept)}")
-        step, averages = int(read_json(folder / "state.json")["step"]), [each for each in kept if each != "none"]
+        step, averages = CheckpointState.load(folder).step, [each for each in kept if each != "none"]
         for average in [ema] if ema is not None else averages if every else averages[:1]:
             name = f"{step}" + (f" ema {average}" if every and len(averages) > 1 else "")
             found.append(Candidate(name, path, folder, step, average))

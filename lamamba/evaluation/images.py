@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import lzma
+import math
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -127,7 +130,9 @@ def _words(shape: tuple[int, ...]) -> str:
 
 
 class NpzImages:
-    """The uint8 images of an npz file, as ADM's evaluator reads them: arr_0, (n, h, w, 3). Never loaded whole.
+    """The uint8 images of an npz file, as ADM's evaluator reads them: arr_0, (n, h, w, 3).
+
+    Never loaded whole, but for those stored by columns.
 
     Raises:
         FileNotFoundError: when it is missing.
@@ -146,6 +151,8 @@ class NpzImages:
         self._at = 0
         with zipfile.ZipFile(path) as archive:
             checksum = archive.getinfo(f"{name}.npy").CRC
+            with archive.open(f"{name}.npy") as stream:
+                self._whole = npz_array(path, name) if _header(stream)[2] else None
         self.metadata: dict[str, Any] = {
             "kind": "npz", "name": str(path), "fingerprint": digest(shape, checksum, self._count),
         }
@@ -154,6 +161,8 @@ class NpzImages:
         return self._count
 
     def read(self, indices: range) -> np.ndarray:
+        if self._whole is not None:
+            return np.ascontiguousarray(self._whole[indices.start : indices.stop])
         size = int(np.prod(self.shape))
         try:
             if self._stream is None or self._at > indices.start:
@@ -165,7 +174,7 @@ class NpzImages:
                 self._stream.read(skipped * size)
                 self._at += skipped
             content = self._stream.read(len(indices) * size)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        except _DAMAGE as error:
             raise ValueError(f"{self._path} is damaged near image {self._at} ({error}); fetch it again") from error
         if len(content) != len(indices) * size:
             raise ValueError(f"{self._path} ends before image {indices.stop}; make or fetch it again")
@@ -176,13 +185,21 @@ class NpzImages:
         return None
 
 
-def _header(stream: Any) -> tuple[tuple[int, ...], np.dtype]:
+def _header(stream: Any) -> tuple[tuple[int, ...], np.dtype, bool]:
+    """Shape, type, and whether the array is stored by columns (Fortran's order)."""
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(stream)
-    if fortran and len(shape) > 1:
-        raise ValueError("its arrays are stored by columns; save them with np.ascontiguousarray")
-    return shape, dtype
+    if any(type(side) is not int or side < 0 for side in shape):
+        raise ValueError(f"an array of shape {shape}")
+    return shape, dtype, fortran and len(shape) > 1
+
+
+_DAMAGE = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, ValueError, KeyError, RuntimeError,
+    SyntaxError, OverflowError, MemoryError,
+)
+"""What zipfile and NumPy raise for damaged files."""
 
 
 def npz_entries(path: str | Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -197,11 +214,16 @@ def npz_entries(path: str | Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]
     entries = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith(".npy"):
-                    with archive.open(name) as stream:
-                        entries[name.removesuffix(".npy")] = _header(stream)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+            for member in archive.infolist():
+                if member.filename.endswith(".npy"):
+                    with archive.open(member) as stream:
+                        shape, dtype, _ = _header(stream)
+                        if math.prod(shape) * dtype.itemsize > member.file_size:
+                            raise ValueError(f"{member.filename} is shorter than its shape {shape} says")
+                        entries[member.filename.removesuffix(".npy")] = shape, dtype
+    except PermissionError:
+        raise
+    except _DAMAGE as error:
         raise ValueError(f"{path} is damaged or no npz file ({error}); make or fetch it again") from error
     for name, (_, dtype) in entries.items():
         if dtype.hasobject:
@@ -210,11 +232,11 @@ def npz_entries(path: str | Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
 def npz_array(path: str | Path, name: str) -> np.ndarray:
-    """One small array of an npz file; nothing is unpickled."""
+    """One array of an npz file, whole; nothing is unpickled."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return archive[name]
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path}: {name!r} is missing or damaged ({error}); make or fetch it again") from error
 
 

@@ -42,6 +42,8 @@ class DinoFeatures:
                 "name a folder that holds them: weights=FOLDER. Without them: features=inception or module:function"
             ) from error
         _fit_positions(model, self.SIDE)
+        for tensor in [*model.parameters(), *model.buffers()]:                  # of a file that is mapped
+            tensor.data = tensor.data.clone()
         self._model, self._device = model.eval().requires_grad_(False).to(device), device
         name = f"dinov2-{model.config.hidden_size}-{model.config.num_hidden_layers}"
         resize = f"{self.SIDE} x {self.SIDE}, bicubic with antialiasing"

@@ -361,19 +361,25 @@ class TrainConfig:
         return plain(dataclasses.asdict(self))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Any, where: str | Path = "") -> Self:
         """Rebuild from nested plain values, also of older versions; missing ones keep their defaults.
+
+        Args:
+            values: nested, as from TOML or JSON.
+            where: the file that they come from, for messages.
 
         Raises:
             ValueError: naming an unknown option and its nearest neighbour, or a value that does not fit.
         """
+        if not isinstance(values, Mapping):
+            return from_dict(cls, values, where)                                # which says what fits
         values = dict(values)
         if "ema_decay" in values:                                               # version 1
             values["ema_decays"] = [values.pop("ema_decay")]
         sampling = values.get("sampling")
         if isinstance(sampling, Mapping) and "num_steps" in sampling:           # version 2
             values["sampling"] = {"steps" if key == "num_steps" else key: value for key, value in sampling.items()}
-        return from_dict(cls, values)
+        return from_dict(cls, values, where)
 
 
 @options
@@ -419,7 +425,7 @@ def load_recipe(name_or_path: str) -> TrainConfig:
     if not path.is_file():
         known = ", ".join(recipe_names())
         raise FileNotFoundError(f"recipe {path} does not exist; give a .toml file or one of {known}")
-    return TrainConfig.from_dict(read_toml(path))
+    return TrainConfig.from_dict(read_toml(path), path)
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"

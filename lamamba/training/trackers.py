@@ -110,10 +110,10 @@ class MetricsFile:
         if not self._is_rank_zero or not path.exists():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError, TypeError):                 # a line cut off by a kill
+            except (ValueError, KeyError, TypeError, RecursionError):           # a line cut off by a kill, or damaged
                 continue
         write_atomically(path, "".join(kept))

@@ -56,11 +56,15 @@ class ShardPlan(ABC):
 
     @classmethod
     @abstractmethod
-    def from_dict(cls, values: dict[str, Any]) -> Any:
+    def from_dict(cls, values: Any, where: str | Path = "") -> Any:
         """Undo `to_dict`.
 
+        Args:
+            values: from a file.
+            where: the file, for messages.
+
         Raises:
-            ValueError: for entries that are missing or unknown.
+            ValueError: for entries that are missing or unknown, or do not fit.
         """
 
     def compared(self) -> dict[str, Any]:
@@ -229,7 +233,7 @@ class ShardedJob(ABC, Generic[P]):
             if self.is_finished():
                 return
             if path.is_file():
-                self._check_same(type(self.plan).from_dict(read_json(path, self.version).get("plan", {})))
+                self._check_same(type(self.plan).from_dict(read_json(path, self.version).get("plan"), path))
             else:
                 self._write_plan()
         for number in self._order:

@@ -69,6 +69,20 @@ def test_recipes_by_path_and_numbers_of_numpy():
     assert (options.steps, options.optimizer.learning_rate) == (3, 0.5)
 
 
+@pytest.mark.parametrize("given", ["s", None, 3, {"model": "s"}])
+@pytest.mark.parametrize("name", [
+    "benchmark", "check_data", "compare", "compute_statistics", "convert", "demo", "doctor", "encode", "evaluate",
+    "export", "info", "open_app", "plan", "plot", "sample", "sample_folder", "train",
+])
+def test_a_verb_says_which_options_it_takes(name, given):
+    if given is None and name in ("demo", "doctor", "open_app"):
+        pytest.skip("None means the defaults")
+    with pytest.raises(TypeError, match=rf"lamamba.{name} takes (\w+Options), not .*: lamamba.{name}\(lamamba.\1\("):
+        getattr(lamamba, name)(given)
+    with pytest.raises(TypeError, match=r"\(lamamba\.\w+Options\(\.\.\.\)\)"):
+        getattr(lamamba, name)(options=["wrong"])
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("make", [
     lambda value: lamamba.BenchmarkOptions(seconds=value),
@@ -112,7 +126,7 @@ def test_targets_are_tried_before_the_work(tmp_path):
 def test_a_plot_of_lines_that_are_no_runs(text, tmp_path):
     path = tmp_path / "other.jsonl"
     path.write_text(text + "\n")
-    with pytest.raises(ValueError, match="lines without a step"):
+    with pytest.raises(ValueError, match="is not of a training run: line 1 has step="):
         lamamba.plot(lamamba.PlotOptions(runs=(path,), out=tmp_path / "plot.png"))
 
 

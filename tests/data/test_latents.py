@@ -201,6 +201,18 @@ def test_a_damaged_shard_is_named_and_made_anew(place, encoded, tmp_path, damage
     assert hashes(folder) == hashes(encoded)
 
 
+def test_a_shard_that_is_cut_off_while_it_is_read_is_named(encoded, tmp_path):
+    """A mapped one would end the process by a bus error."""
+    shutil.copytree(encoded, tmp_path / "latents")
+    latents = LatentSet(tmp_path / "latents")
+    before = latents.moments([0, 3, 5])
+    shard = tmp_path / "latents" / "shard_00000.safetensors"
+    os.truncate(shard, shard.stat().st_size // 2)
+    assert torch.equal(latents.moments([0]), before[:1])
+    with pytest.raises(ValueError, match=r"shard_00000\.safetensors ends before image 3: it is truncated"):
+        latents.moments([3])
+
+
 def test_bad_images_are_excluded_or_stop_the_encoding(place, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(place / "images", copy / "images")
