@@ -63,7 +63,7 @@ def open_model(
         name = autoencoder or metadata.autoencoder
         if name is None:
             _log_assumption(path, saved, metadata)
-            raise ValueError("this model makes latents: name the one that decodes them: autoencoder")
+            raise ValueError("this model makes latents: name the autoencoder that decodes them (option autoencoder)")
         loaded = Autoencoder(name, device)
         if saved is None:
             image_size = network.architecture.input_size[0] * pixels_per_latent(loaded.config)
