@@ -7,12 +7,12 @@ import hashlib
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -42,12 +42,12 @@ def call(place, *arguments, status=0):
     return told.getvalue()
 
 
-def torchrun(place, *arguments, **options):
+def torchrun(place, *arguments):
     """`torchrun ... lamamba ARGUMENTS` on two processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lamamba"]
     return subprocess.Popen([*command, *map(str, arguments)], cwd=place, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +99,11 @@ def content(run):
 @pytest.mark.slow
 def test_check_encode_train_on_two_processes_kill_resume_sample(place, latents):
     printed, _ = torchrun(place, *TRAINING, "--out", "whole").communicate()
-    process = torchrun(place, *TRAINING, "--out", "killed", start_new_session=True)
+    process = torchrun(place, *TRAINING, "--out", "killed")
     while len(RunFolder(place / "killed").names()) < 2 and process.poll() is None:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    for one in (process, *psutil.Process(process.pid).children(recursive=True)):   # torchrun's are no process group
+        one.kill()
     process.communicate()
     assert 0 < len(RunFolder(place / "killed").names()) < 6, printed
     printed, _ = torchrun(place, *TRAINING, "--out", "killed").communicate()

@@ -255,7 +255,7 @@ def test_sources_that_do_not_fit(tmp_path):
         train(config(start=dict(source="nowhere")), FewDigits(5), tmp_path / "nowhere")
     bare = tmp_path / "bare.pt"
     torch.save({"model": read_official(OFFICIAL)["model"]}, bare)
-    with pytest.raises(ValueError, match=r"lacks ema, opt.*--start.mode weights"):
+    with pytest.raises(ValueError, match=r"lacks ema, opt.*start.mode='weights'"):
         train(config(model=OFFICIAL_MODEL, start=dict(source=str(bare), mode="everything")), Latents(), tmp_path / "b")
     with pytest.raises(ValueError, match=r"latents has 6 classes, data.expected_classes=1000"):
         train(config(model=OFFICIAL_MODEL, data=dict(expected_classes=1000)), Latents(), tmp_path / "classes")
