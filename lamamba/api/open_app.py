@@ -108,7 +108,7 @@ def _free_port(host: str, port: int | None) -> int:
             if getattr(error, "errno", None) != errno.EADDRINUSE:
                 why = getattr(error, "strerror", None) or error
                 raise OSError(
-                    f"the page cannot be at --host {host!r}, port {candidate}: {why}; 127.0.0.1 is this computer alone"
+                    f"the page cannot be at {host}, port {candidate}: {why}; 127.0.0.1 is this computer alone"
                 ) from error
     taken = f"port {port} is" if port is not None else f"ports {FIRST_PORTS[0]} to {FIRST_PORTS[-1]} are all"
     raise OSError(f"{taken} taken: give another with --port" + (", or leave it out" if port is not None else ""))

@@ -28,7 +28,7 @@ from lamamba.runs.metadata import ModelMetadata, default_guidance
 from lamamba.sampling import generate
 from lamamba.training.loop import StepState
 from lamamba.utils.progress import Progress, Report
-from lamamba.viz.curves import read_metrics
+from lamamba.viz.curves import SCORES, read_metrics
 from lamamba.viz.grids import grid_picture, save_picture
 
 logger = logging.getLogger("lamamba.evaluation")
@@ -195,7 +195,7 @@ class QuickScore:
         logger.info(f"step {state.step}  {features.distance_name} {score:.4g} of {options.images} images")
 
     def _scored_steps(self) -> set[int]:
-        return {line["step"] for line in read_metrics(self._path)} if self._path.is_file() else set()
+        return {line["step"] for line in read_metrics(self._path, SCORES)} if self._path.is_file() else set()
 
 
 def _statistics(network: FeatureNetwork, images: np.ndarray) -> Statistics:
