@@ -4,7 +4,8 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from lamamba.config import unknown_name
 from lamamba.data.autoencoder import pixels_per_latent
-from lamamba.data.codec import CodecConfig, to_uint8
+from lamamba.data.codec import CodecConfig, check_pixels, to_uint8
 from lamamba.data.labels import as_names, find_label
 from lamamba.diffusion.denoise import (
     SAMPLERS,
@@ -244,7 +245,7 @@ class LaMambaPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a number out of range or an unknown name; near ones are named.
         """
-        wanted = [labels] if isinstance(labels, int | str | np.integer) else list(labels)
+        wanted = labels if isinstance(labels, Sequence) and not isinstance(labels, str) else np.ravel(labels).tolist()
         return [find_label(label, self._names, self.unet.config["num_classes"]) for label in wanted]
 
     @torch.no_grad()
@@ -305,6 +306,7 @@ class LaMambaPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: when labels, sizes, scheduler or the other arguments do not fit the model or each other.
+            FloatingPointError: when the network or the vae makes NaN or infinities.
         """
         self._check_call(output_type, image, strength, mask_image)
         names = self._tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -424,7 +426,8 @@ class LaMambaPipeline(DiffusionPipeline):
         pixels = _repeated(pixels, count, "image")
         if self.vae is None:
             return pixels.to(device, torch.float32)
-        encoded = self.vae.encode(pixels.to(device, self.vae.dtype))
+        with self._upcast():
+            encoded = self.vae.encode(pixels.to(device, self.vae.dtype))
         if hasattr(encoded, "latent_dist"):
             z = encoded.latent_dist.mode()
         else:
@@ -438,12 +441,27 @@ class LaMambaPipeline(DiffusionPipeline):
         pixels = processor.preprocess(mask, height=height, width=width)[:, :1]
         return _repeated(F.adaptive_max_pool2d(pixels, size), count, "mask_image").to(device, torch.float32)
 
+    @contextmanager
+    def _upcast(self) -> Iterator[None]:
+        """Run the vae in float32 where float16 overflows, as force_upcast in its configuration says."""
+        vae: Any = self.vae
+        needed = vae.dtype == torch.float16 and vae.config.get("force_upcast") and vae.device.type != "meta"
+        if needed:
+            torch.nn.Module.to(vae, torch.float32)
+        try:
+            yield
+        finally:
+            if needed:
+                torch.nn.Module.to(vae, torch.float16)
+
     def _finish(self, x0: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return x0
         if self.vae is not None:
-            z = self.codec_config.to_latents(x0).to(self.vae.dtype)
-            x0 = self.vae.decode(z, return_dict=False)[0].float()
+            with self._upcast():
+                z = self.codec_config.to_latents(x0).to(self.vae.dtype)
+                x0 = self.vae.decode(z, return_dict=False)[0].float()
+            check_pixels(x0, f"the vae in {self.vae.dtype}")
         if output_type == "pil":
             levels = to_uint8(x0)
             return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in levels]

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lamamba"
 LAYERS = [
     {"config", "_version", "_native", "pretrained"},
-    {"options", "utils"},
+    {"utils"},
+    {"options"},
     {"ops"},
     {"models", "diffusion", "data"},
     {"inference", "metrics", "viz"},

@@ -23,6 +23,7 @@ from lamamba.compression.plan import Plan, in_order, make_plan
 from lamamba.compression.scores import RULES, Scores, by_rule
 from lamamba.compression.units import Removable
 from lamamba.models.unet import LaMambaUNet
+from lamamba.options.base import verb
 from lamamba.options.compress import CompareCriteriaOptions
 from lamamba.options.evaluation import EvaluateOptions
 from lamamba.utils.distributed import local_device
@@ -74,6 +75,7 @@ class CompareCriteriaResult:
         return self.pictures[0].read_bytes()
 
 
+@verb
 def compare_criteria(options: CompareCriteriaOptions, *, progress: ProgressOption = "auto") -> CompareCriteriaResult:
     """Prune a network by several criteria at several shares; measure losses and, with a reference, its samples.
 

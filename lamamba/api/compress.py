@@ -25,6 +25,7 @@ from lamamba.compression.scores import RULES, Scores, by_rule, energy_of
 from lamamba.compression.timing import measure_times
 from lamamba.compression.units import Removable
 from lamamba.models.unet import LaMambaUNet
+from lamamba.options.base import verb
 from lamamba.options.compress import (
     BudgetOptions,
     CalibrationOptions,
@@ -47,7 +48,7 @@ from lamamba.runs.folder import RunFolder
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import SHIPPED, fingerprint, model_folder, open_network
 from lamamba.training.sources import open_data
-from lamamba.utils.distributed import is_main_process, local_device
+from lamamba.utils.distributed import is_rank_zero, local_device
 from lamamba.utils.files import read_json
 from lamamba.utils.progress import ProgressOption, Report, reporting
 
@@ -157,6 +158,7 @@ class ScoreUnitsResult:
         return self.picture.read_bytes()
 
 
+@verb
 def score_units(options: ScoreUnitsOptions, *, progress: ProgressOption = "auto") -> ScoreUnitsResult:
     """Score every unit of a network: the change of the output without it, E ||f(x without u) - f(x)||^2.
 
@@ -170,10 +172,10 @@ def score_units(options: ScoreUnitsOptions, *, progress: ProgressOption = "auto"
     """
     teacher = open_teacher(options.model, local_device(options.device))
     network = find_units(teacher.network)
-    with reporting(progress if is_main_process() else None) as report:
+    with reporting(progress if is_rank_zero() else None) as report:
         scores = _scores(teacher, network, options, options.out, options.criterion, report)
     picture = options.out / "units.png"
-    if is_main_process():
+    if is_rank_zero():
         draw_units(scores, picture)
     return ScoreUnitsResult(scores, options.out / SCORES, picture)
 
@@ -209,6 +211,7 @@ class PlanRemovalResult:
         return self.picture.read_bytes()
 
 
+@verb
 def plan_removal(options: PlanRemovalOptions, *, progress: ProgressOption = "auto") -> PlanRemovalResult:
     """The exact best set of units for a budget, with its predicted and its measured loss.
 
@@ -305,6 +308,7 @@ class RemoveUnitsResult:
         )
 
 
+@verb
 def remove_units(options: RemoveUnitsOptions) -> RemoveUnitsResult:
     """Make the pruned network of a plan: a folder that sample, app, evaluate, train, export and open_model read.
 
@@ -360,6 +364,7 @@ class CompressResult:
         return self.picture.read_bytes()
 
 
+@verb
 def compress(options: CompressOptions, *, progress: ProgressOption = "auto") -> CompressResult:
     """Score the units of a network, plan, remove and heal; the same call goes on where an earlier one was stopped.
 
@@ -372,7 +377,7 @@ def compress(options: CompressOptions, *, progress: ProgressOption = "auto") -> 
     if options.heal:
         data_options(teacher, None if options.data == "sampling" else options.data)                 # or refuse now
     network = find_units(teacher.network)
-    with reporting(progress if is_main_process() else None) as report:
+    with reporting(progress if is_rank_zero() else None) as report:
         scores = _scores(teacher, network, options, out, "output", report)
         plan_path = out / PLAN
         plan = _plan(scores, options, teacher, True, report)

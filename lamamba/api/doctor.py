@@ -16,6 +16,7 @@ from lamamba.inference.compiling import C_COMPILERS, CXX_COMPILERS, find_compile
 from lamamba.ops import native
 from lamamba.ops.layers import backend_for
 from lamamba.ops.selective_scan import OP
+from lamamba.options.base import verb
 from lamamba.options.doctor import DoctorOptions
 
 DTYPES = ("float32", "bfloat16")
@@ -41,6 +42,7 @@ class DoctorResult:
         return _report(self.findings)
 
 
+@verb
 def doctor(options: DoctorOptions | None = None) -> DoctorResult:
     """Versions, devices, compilers, the back end of each operator and why; checks of every back end that runs here.
 

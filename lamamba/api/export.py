@@ -10,6 +10,7 @@ from PIL import Image
 
 from lamamba.exporting.onnx import require_onnx
 from lamamba.exporting.pipeline_folder import write_pipeline_folder
+from lamamba.options.base import verb
 from lamamba.options.export import ExportOptions
 from lamamba.runs.model import open_model
 from lamamba.utils.progress import ProgressOption, reporting
@@ -41,6 +42,7 @@ class ExportResult:
         return png.getvalue()
 
 
+@verb
 def export(options: ExportOptions, *, progress: ProgressOption = "auto") -> ExportResult:
     """Make a diffusers pipeline of a trained network: weights, scheduler, autoencoder, label names, a model card.
 

@@ -54,12 +54,12 @@ def main(arguments: list[str]) -> None:
 
     from lamamba.api.compare_criteria import compare_criteria
     from lamamba.api.compress import compress, plan_removal, remove_units, score_units
-    from lamamba.utils.distributed import is_main_process
+    from lamamba.utils.distributed import is_rank_zero
 
     functions: dict[type, Callable[[Any], object]] = {
         ScoreUnitsOptions: score_units, PlanRemovalOptions: plan_removal, RemoveUnitsOptions: remove_units,
         CompareCriteriaOptions: compare_criteria, CompressOptions: compress,
     }
     result = functions[type(options)](options)
-    if is_main_process():
+    if is_rank_zero():
         print(result)

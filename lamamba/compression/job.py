@@ -44,7 +44,7 @@ class _Plan(ShardPlan):
         return json.loads(json.dumps(self.values))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> _Plan:
+    def from_dict(cls, values: Any, where: str | Path = "") -> _Plan:
         return cls(values)
 
 

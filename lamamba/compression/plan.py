@@ -21,11 +21,13 @@ from scipy.sparse import lil_matrix
 from lamamba.compression.scores import Scores
 from lamamba.compression.units import Unit, ancestors, canonical
 from lamamba.config import unknown_name
-from lamamba.utils.files import read_json, write_json
+from lamamba.options.base import read_record, record
+from lamamba.utils.files import write_json
 
 PLAN_VERSION = 1
 
 
+@record
 @dataclass(frozen=True)
 class Plan:
     """Which units to remove, and what that is expected to cost and save."""
@@ -45,11 +47,12 @@ class Plan:
     """The same, as E ||sum of differences||^2."""
     measured: float | None = None
     """Relative output loss of the set, measured on samples that no unit was scored on."""
-    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    version: int = PLAN_VERSION
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Teacher with its hash, data, samples, seed, times of the scores."""
 
     def save(self, path: Path) -> None:
-        write_json(path, {"version": PLAN_VERSION, **dataclasses.asdict(self)})
+        write_json(path, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Plan:
@@ -58,15 +61,7 @@ class Plan:
         Raises:
             ValueError: when it is damaged or of a newer format.
         """
-        values = dict(read_json(path, PLAN_VERSION))
-        values.pop("version", None)
-        try:
-            plan = cls(**{**values, "removed": tuple(values["removed"])})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no plan, or damaged: {error}") from error
-        if not all(isinstance(name, str) for name in plan.removed):
-            raise ValueError(f"{path} is damaged: removed={plan.removed!r} must be names of units")
-        return plan
+        return read_record(cls, path, PLAN_VERSION)
 
     def __str__(self) -> str:
         lines = [
@@ -127,7 +122,7 @@ def describe(
         sum(unit.multiply_adds for unit in chosen) / scores.multiply_adds,
         None if times is None else sum(times[name] for name in names) / times[""],
         scores.predicted(names) / scores.energy if is_output else None,
-        None if crossed is None else crossed / scores.energy, about=scores.about,
+        None if crossed is None else crossed / scores.energy, about=dict(scores.about),
     )
 
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lamamba.compression.calibration import Calibration
 from lamamba.compression.units import Removable, Unit, canonical
-from lamamba.utils.files import read_json, write_atomically
+from lamamba.options.base import Ge, Gt, read_record, record
+from lamamba.utils.files import write_atomically
 from lamamba.utils.progress import Progress, Report
 
 CRITERIA = {
@@ -80,7 +81,8 @@ class Scores:
             "parameters": self.parameters, "multiply_adds": self.multiply_adds, "energy": self.energy,
             "units": [
                 {
-                    **dataclasses.asdict(unit), "score": float(value), "standard_error": float(error),
+                    **dataclasses.asdict(unit), "score": float(value) if math.isfinite(value) else None,
+                    "standard_error": float(error),
                     "by_time": [None if math.isnan(mean) else float(mean) for mean in bins],
                 }
                 for unit, value, error, bins in zip(self.units, self.values, self.errors, self.bins, strict=True)
@@ -96,27 +98,44 @@ class Scores:
         Raises:
             ValueError: when it is damaged or of a newer format.
         """
-        values = read_json(path, SCORES_VERSION)
-        try:
-            fields = [each.name for each in dataclasses.fields(Unit)]
-            rows, products = values["units"], values["products"]
-            units = tuple(Unit(**{name: row[name] for name in fields}) for row in rows)
-            score, error, by_time = (
-                np.array([row[name] for row in rows], float) for name in ("score", "standard_error", "by_time")
-            )
-            scores = cls(
-                values["criterion"], units, score, error, by_time,
-                None if products is None else np.array(products, float), float(values["energy"]),
-                int(values["parameters"]), int(values["multiply_adds"]), values["about"],
-            )
-            shapes = scores.bins.shape == (len(rows), TIME_BINS) and (
-                products is None or scores.products.shape == (len(rows), len(rows))  # type: ignore[union-attr]
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no file of scores, or damaged: {error}") from error
-        if not shapes or not np.isfinite(scores.values).all():
-            raise ValueError(f"{path} is damaged: its scores are not finite, or their numbers differ")
-        return scores
+        file = read_record(_File, path, SCORES_VERSION)
+        rows, names, fields = file.units, {row.name for row in file.units}, dataclasses.fields(Unit)
+        if any(row.parent not in names | {None} for row in rows) or len(names) < len(rows):
+            raise ValueError(f"{path} is damaged: its units are not a tree of different names")
+        widths = {len(row.by_time) for row in rows} | {TIME_BINS}, {len(row) for row in file.products or ()}
+        if len(widths[0]) > 1 or (file.products is not None and widths[1] != {len(file.products)} != {len(rows)}):
+            raise ValueError(f"{path} is damaged: by_time or products have another number of values than units")
+        return cls(
+            file.criterion, tuple(Unit(**{field.name: getattr(row, field.name) for field in fields}) for row in rows),
+            np.array([math.inf if row.score is None else row.score for row in rows]),
+            np.array([row.standard_error for row in rows]), np.array([row.by_time for row in rows], float),
+            None if file.products is None else np.array(file.products), file.energy, file.parameters,
+            file.multiply_adds, file.about,
+        )
+
+
+@record
+@dataclass(frozen=True, kw_only=True)
+class _Row(Unit):
+    score: float | None
+    """None: infinite, never to be removed."""
+    standard_error: float
+    by_time: tuple[float | None, ...]
+
+
+@record
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """scores.json."""
+
+    version: int
+    criterion: str
+    about: dict[str, Any]
+    parameters: Annotated[int, Ge(1)]
+    multiply_adds: Annotated[int, Ge(1)]
+    energy: Annotated[float, Gt(0)]
+    units: tuple[_Row, ...]
+    products: tuple[tuple[float, ...], ...] | None
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ def as_names(id2label: Mapping[int | str, str] | Sequence[str] | None, num_class
     """
     if not id2label:
         return ()
+    if isinstance(id2label, str) or not isinstance(id2label, Mapping | Sequence):
+        raise ValueError(f"id2label={id2label!r:.60} must be names by class number, or a list of them")
     if isinstance(id2label, Mapping):
         try:
             numbered = {int(key): str(name) for key, name in id2label.items()}

@@ -28,7 +28,7 @@ from lamamba.runs.metadata import ModelMetadata, default_guidance
 from lamamba.sampling import generate
 from lamamba.training.loop import StepState
 from lamamba.utils.progress import Progress, Report
-from lamamba.viz.curves import read_metrics
+from lamamba.viz.curves import SCORES, read_metrics
 from lamamba.viz.grids import grid_picture, save_picture
 
 logger = logging.getLogger("lamamba.evaluation")
@@ -49,22 +49,29 @@ def open_decoder(metadata: ModelMetadata, device: torch.device) -> LatentDecoder
         return LatentDecoder(metadata.autoencoder, metadata, device)
     except OSError as error:
         raise OSError(
-            f"{error}. It is wanted for pictures while training: name where it is with --data.autoencoder, or train "
-            "without them (--sampling.every 0)"
+            f"{error}. It is wanted for pictures while training: name where it is with data.autoencoder, or train "
+            "without them (sampling.every=0)"
         ) from error
 
 
 def _sample(
     network: LaMambaUNet, labels: list[int] | None, num: int, options: DenoisingOptions, decoder: Decoder | None,
     report: Report,
-) -> np.ndarray:
-    """Images of seeds 0 .. num - 1, (num, h, w, c) uint8; unconditional networks are sampled without guidance."""
+) -> np.ndarray | None:
+    """Images of seeds 0 .. num - 1, (num, h, w, c) uint8; unconditional networks are sampled without guidance.
+
+    None, with a warning, where they are not finite: training goes on.
+    """
     guidance = default_guidance(options.guidance, network.architecture.num_classes) if labels is not None else 1.0
-    return generate(
-        network, labels, range(num), sampler=options.sampler, num_steps=options.steps, guidance=guidance,
-        batch_size=BATCH_SIZE, decoder=decoder,
-        on_step=lambda done, total: report(Progress("sampling", done, total, unit="steps")),
-    )
+    try:
+        return generate(
+            network, labels, range(num), sampler=options.sampler, num_steps=options.steps, guidance=guidance,
+            batch_size=BATCH_SIZE, decoder=decoder,
+            on_step=lambda done, total: report(Progress("sampling", done, total, unit="steps")),
+        )
+    except FloatingPointError as error:
+        logger.warning("no samples of this step: %s", error)
+        return None
 
 
 def check_sampler(options: DenoisingOptions, metadata: ModelMetadata) -> None:
@@ -108,7 +115,8 @@ class SampleGrid:
         rows = max(1, len(self._names))
         labels = [row for row in range(rows) for _ in range(options.per_class)] if self._names else None
         images = _sample(network, labels, rows * options.per_class, options, self._decoder, self._report)
-        save_picture(grid_picture(images, options.per_class, self._names), path)
+        if images is not None:
+            save_picture(grid_picture(images, options.per_class, self._names), path)
 
 
 class QuickScore:
@@ -124,7 +132,7 @@ class QuickScore:
         shape: of an image: height, width, channels.
         decoder: of latents.
         device: of the feature network.
-        is_rank_0: whether this is rank 0.
+        is_rank_zero: whether this is rank 0.
         report: gets the progress of the sampling.
 
     Raises:
@@ -133,12 +141,12 @@ class QuickScore:
 
     def __init__(
         self, options: ScoreOptions, sampling: DenoisingOptions, path: Path, shape: tuple[int, int, int],
-        decoder: Decoder | None, device: torch.device, *, is_rank_0: bool, report: Report = lambda progress: None,
+        decoder: Decoder | None, device: torch.device, *, is_rank_zero: bool, report: Report = lambda progress: None,
     ):
         self._options, self._sampling, self._path, self._decoder = options, sampling, path, decoder
         self._report = report
         self._evaluator: tuple[FeatureNetwork, Moments] | None = None
-        if is_rank_0:
+        if is_rank_zero:
             features = open_network(options.features, options.weights, device)
             self._evaluator = features, self._open_reference(features, shape)
 
@@ -178,6 +186,8 @@ class QuickScore:
         classes = network.architecture.num_classes
         labels = [k % classes for k in range(options.images)] if classes else None
         images = _sample(network, labels, options.images, self._sampling, self._decoder, self._report)
+        if images is None:
+            return
         score = frechet_distance(*moments(_statistics(features, images)), *reference)
         line = {"step": state.step, "name": features.distance_name, "score": score, "images": options.images}
         with self._path.open("a", encoding="utf-8") as file:
@@ -185,7 +195,7 @@ class QuickScore:
         logger.info(f"step {state.step}  {features.distance_name} {score:.4g} of {options.images} images")
 
     def _scored_steps(self) -> set[int]:
-        return {line["step"] for line in read_metrics(self._path)} if self._path.is_file() else set()
+        return {line["step"] for line in read_metrics(self._path, SCORES)} if self._path.is_file() else set()
 
 
 def _statistics(network: FeatureNetwork, images: np.ndarray) -> Statistics:

@@ -9,15 +9,15 @@ Another plan has a folder of its own.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from lamamba.evaluation.images import Images, digest
 from lamamba.metrics.features import FeatureNetwork
@@ -43,16 +43,23 @@ class _Plan(ShardPlan):
         return json.loads(json.dumps(self.values))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> _Plan:
+    def from_dict(cls, values: Any, where: str | Path = "") -> _Plan:
         return cls(values)
 
 
 class Features:
-    """The features of a set of images, on disk; made by `extract`."""
+    """The features of a set of images, on disk; made by `extract`. Each shard is compared with its hash as it is read.
 
-    def __init__(self, folder: Path, plan: ShardPlan):
-        self.folder, self.count = folder, plan.sizes[0]
+    Args:
+        folder: of the shards.
+        plan: of their numbers.
+        hashes: SHA-256 of each.
+    """
+
+    def __init__(self, folder: Path, plan: ShardPlan, hashes: Sequence[str]):
+        self.folder, self.count, self._hashes = folder, plan.sizes[0], hashes
         self._ranges = [plan.shard_range(number) for number in range(plan.num_shards)]
+        self._newest: tuple[int, dict[str, np.ndarray]] | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -66,13 +73,23 @@ class Features:
 
     def names(self) -> list[str]:
         """Names of the network's outputs."""
-        with safe_open(self.path(0), framework="numpy") as file:
-            return sorted(file.keys())
+        return sorted(self._load(0))
 
     def read(self, shard: int, name: str) -> np.ndarray:
-        """One output (n, ...) of a shard's images."""
-        with safe_open(self.path(shard), framework="numpy") as file:
-            return file.get_tensor(name)
+        """One output (n, ...) of a shard's images.
+
+        Raises:
+            ValueError: when the shard has changed since it was made.
+        """
+        return self._load(shard)[name]
+
+    def _load(self, shard: int) -> dict[str, np.ndarray]:
+        if self._newest is None or self._newest[0] != shard:
+            content = self.path(shard).read_bytes()
+            if hashlib.sha256(content).hexdigest() != self._hashes[shard]:
+                raise ValueError(f"{self.path(shard)} is not what was written; run the same command again")
+            self._newest = shard, load(content)
+        return self._newest[1]
 
     def rows(self, name: str = "features", limit: int | None = None) -> np.ndarray:
         """All rows in order, (count, d); or as many as `limit`, spread evenly."""
@@ -126,8 +143,10 @@ def extract(
     place = Path(folder) / digest(plan.values)[:16]
     place.mkdir(parents=True, exist_ok=True)
     write_atomically(place / PLAN, json.dumps(plan.values, indent=2) + "\n")
-    _ExtractionJob(place, plan, images, network, batch_size, task, rank=rank, report=report).run()
-    return Features(place, plan)
+    job = _ExtractionJob(place, plan, images, network, batch_size, task, rank=rank, report=report)
+    job.run()
+    _, notes, _ = job.read_result()
+    return Features(place, plan, [job.files_of(notes[k])[_file_name(k)][1] for k in range(plan.num_shards)])
 
 
 def _file_name(shard: int) -> str:
@@ -164,8 +183,8 @@ class _ExtractionJob(ShardedJob[_Plan]):
         return json.dumps(values, indent=2) + "\n"
 
     def read_result(self) -> tuple[_Plan, Mapping[int, Note], Mapping[str, list[Any]]]:
-        values = read_json(self.folder / self.result, FEATURES_VERSION)
         try:
+            values = read_json(self.folder / self.result, FEATURES_VERSION)
             notes = {k: self.make_note(dict(note["files"]), {}) for k, note in enumerate(values["shards"])}
         except (KeyError, TypeError, ValueError):                               # damaged: all are made again
             notes = {}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import lzma
+import math
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +19,9 @@ import numpy as np
 from PIL import Image
 
 from lamamba.data.digits import Digits
-from lamamba.data.images import DECODERS, BadImage, decode
+from lamamba.data.images import DECODERS, BadImage, centre_crop, decode
 from lamamba.data.sources import Source, open_source
+from lamamba.utils.text import counted
 
 
 class Images(Protocol):
@@ -52,14 +56,26 @@ def digest(*parts: object) -> str:
 class FolderImages:
     """Image files below a folder (or in tars), sorted by name.
 
+    Args:
+        folder: the folder, or tars.
+        limit: use only so many, the first ones.
+        size: side to which images of any size are cropped and scaled, as training does; by default all have one size.
+        channels: to which they are converted: 1 or 3; by default all are as the first one, with `size` grey ones among
+            colours become colour.
+
     Raises:
         FileNotFoundError, ValueError: when there are none.
     """
 
-    def __init__(self, folder: str | Path, limit: int | None = None):
+    def __init__(
+        self, folder: str | Path, limit: int | None = None, size: int | None = None, channels: int | None = None
+    ):
         self._source: Source = open_source(folder)
+        self._size, self._channels = size, channels
         self._count = min(len(self._source), limit or len(self._source))
         self.shape = self._open(0).shape
+        if size is not None and self.shape[2] == 3:
+            self._channels = 3
         sizes, times = [], []
         for k in range(self._count):
             file = Path(folder) / self._source.file(k)
@@ -75,12 +91,14 @@ class FolderImages:
 
     def _open(self, k: int) -> np.ndarray:
         file, content = self._source.file(k), self._source.read(k)
+        channels = self._channels or (1 if _is_grey(content) else 3)
         try:
-            grey = _is_grey(content)
-            image, _ = decode(content, channels=1 if grey else 3)
+            image, _ = decode(content, channels)
         except BadImage as error:
             raise ValueError(f"{self._source.name}: {file} is no good image ({error}); take it out") from error
-        return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, 1 if grey else 3)
+        if self._size is not None and image.size != (self._size, self._size):
+            image = centre_crop(image, self._size)
+        return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, channels)
 
     def read(self, indices: range) -> np.ndarray:
         with ThreadPoolExecutor(DECODERS) as pool:
@@ -89,7 +107,8 @@ class FolderImages:
             if image.shape != self.shape:
                 raise ValueError(
                     f"{self._source.name}: {self._source.file(k)} is {_words(image.shape)}, {self._source.file(0)} is "
-                    f"{_words(self.shape)}; all images of a set have one size and one kind (crop them as you trained)"
+                    f"{_words(self.shape)}; all images of a set have one size and one kind. lamamba evaluate stats "
+                    f"{self._source.name} --image-size N --out FILE.npz crops them as training does"
                 )
         return np.stack(images)
 
@@ -111,7 +130,9 @@ def _words(shape: tuple[int, ...]) -> str:
 
 
 class NpzImages:
-    """The uint8 images of an npz file, as ADM's evaluator reads them: arr_0, (n, h, w, 3). Never loaded whole.
+    """The uint8 images of an npz file, as ADM's evaluator reads them: arr_0, (n, h, w, 3).
+
+    Never loaded whole, but for those stored by columns.
 
     Raises:
         FileNotFoundError: when it is missing.
@@ -130,6 +151,8 @@ class NpzImages:
         self._at = 0
         with zipfile.ZipFile(path) as archive:
             checksum = archive.getinfo(f"{name}.npy").CRC
+            with archive.open(f"{name}.npy") as stream:
+                self._whole = npz_array(path, name) if _header(stream)[2] else None
         self.metadata: dict[str, Any] = {
             "kind": "npz", "name": str(path), "fingerprint": digest(shape, checksum, self._count),
         }
@@ -138,6 +161,8 @@ class NpzImages:
         return self._count
 
     def read(self, indices: range) -> np.ndarray:
+        if self._whole is not None:
+            return np.ascontiguousarray(self._whole[indices.start : indices.stop])
         size = int(np.prod(self.shape))
         try:
             if self._stream is None or self._at > indices.start:
@@ -149,7 +174,7 @@ class NpzImages:
                 self._stream.read(skipped * size)
                 self._at += skipped
             content = self._stream.read(len(indices) * size)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        except _DAMAGE as error:
             raise ValueError(f"{self._path} is damaged near image {self._at} ({error}); fetch it again") from error
         if len(content) != len(indices) * size:
             raise ValueError(f"{self._path} ends before image {indices.stop}; make or fetch it again")
@@ -160,13 +185,21 @@ class NpzImages:
         return None
 
 
-def _header(stream: Any) -> tuple[tuple[int, ...], np.dtype]:
+def _header(stream: Any) -> tuple[tuple[int, ...], np.dtype, bool]:
+    """Shape, type, and whether the array is stored by columns (Fortran's order)."""
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(stream)
-    if fortran and len(shape) > 1:
-        raise ValueError("its arrays are stored by columns; save them with np.ascontiguousarray")
-    return shape, dtype
+    if any(type(side) is not int or side < 0 for side in shape):
+        raise ValueError(f"an array of shape {shape}")
+    return shape, dtype, fortran and len(shape) > 1
+
+
+_DAMAGE = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, ValueError, KeyError, RuntimeError,
+    SyntaxError, OverflowError, MemoryError,
+)
+"""What zipfile and NumPy raise for damaged files."""
 
 
 def npz_entries(path: str | Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -181,11 +214,16 @@ def npz_entries(path: str | Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]
     entries = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith(".npy"):
-                    with archive.open(name) as stream:
-                        entries[name.removesuffix(".npy")] = _header(stream)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+            for member in archive.infolist():
+                if member.filename.endswith(".npy"):
+                    with archive.open(member) as stream:
+                        shape, dtype, _ = _header(stream)
+                        if math.prod(shape) * dtype.itemsize > member.file_size:
+                            raise ValueError(f"{member.filename} is shorter than its shape {shape} says")
+                        entries[member.filename.removesuffix(".npy")] = shape, dtype
+    except PermissionError:
+        raise
+    except _DAMAGE as error:
         raise ValueError(f"{path} is damaged or no npz file ({error}); make or fetch it again") from error
     for name, (_, dtype) in entries.items():
         if dtype.hasobject:
@@ -194,11 +232,11 @@ def npz_entries(path: str | Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
 def npz_array(path: str | Path, name: str) -> np.ndarray:
-    """One small array of an npz file; nothing is unpickled."""
+    """One array of an npz file, whole; nothing is unpickled."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return archive[name]
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path}: {name!r} is missing or damaged ({error}); make or fetch it again") from error
 
 
@@ -289,7 +327,7 @@ class AsGrey(_Converted):
         images = self._images.read(indices)
         if (images != images[..., :1]).any():
             name = self.metadata.get("name")
-            raise ValueError(f"{name} has colour images and {self._network} reads grey ones; choose other --features")
+            raise ValueError(f"{name} has colour images and {self._network} reads grey ones; choose other features")
         return images[..., :1]
 
 
@@ -314,16 +352,16 @@ def fit_channels(images: Images, channels: int, network: str, *, repeat_grey: bo
     """
     name = images.metadata.get("name", "the model's samples")
     if len(images) < 2:
-        raise ValueError(f"{name} has {len(images)} image; distances between sets need at least 2 of each")
+        raise ValueError(f"{name} has {counted(len(images), 'image')}; distances between sets need at least 2 of each")
     if images.shape[2] == channels:
         return images
     if images.shape[2] == 3 and images.metadata.get("kind") != "generated":
         return AsGrey(images, network)
     if images.shape[2] == 3:
-        raise ValueError(f"{name} has colour images and {network} reads grey ones; choose other --features")
+        raise ValueError(f"{name} has colour images and {network} reads grey ones; choose other features")
     if not repeat_grey:
         raise ValueError(
-            f"{name} has grey images and {network} reads colour; --grey repeat gives it three equal channels, which is "
+            f"{name} has grey images and {network} reads colour; grey='repeat' gives it three equal channels, which is "
             "not what published figures mean"
         )
     return AsColour(images, 3)

@@ -6,8 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import MinLen
+
+from lamamba.options.base import read_record, record
 from lamamba.utils.files import write_atomically
 
 VERSION = 1
@@ -31,6 +34,7 @@ WITHIN = {"inception_score": "inception_score_spread", "kernel": "kernel_spread"
 """Figures that have a spread within one evaluation."""
 
 
+@record
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """Figures of one set of weights at one guidance scale, or of existing images."""
@@ -51,6 +55,13 @@ class Entry:
     """Everything that the figures depend on."""
 
 
+@record
+@dataclass(frozen=True)
+class _Result:
+    version: int
+    entries: Annotated[tuple[Entry, ...], MinLen(1)]
+
+
 def read_result(path: str | Path) -> list[Entry]:
     """The entries of a result file.
 
@@ -59,16 +70,7 @@ def read_result(path: str | Path) -> list[Entry]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is no file; give a result that lamamba evaluate has written")
-    try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-        version, entries = result["version"], [Entry(**entry) for entry in result["entries"]]
-        if not entries:
-            raise ValueError("it has no entries")
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is no result of lamamba evaluate, or damaged ({error})") from error
-    if version != VERSION:
-        raise ValueError(f"{path} has format version {version}, this lamamba reads {VERSION}; upgrade it")
-    return entries
+    return list(read_record(_Result, Path(path), VERSION).entries)
 
 
 def write_result(path: Path, entries: Sequence[Entry]) -> None:
@@ -97,11 +99,12 @@ def disagreements(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Other differences: what one compares, such as model, sampler and seeds."""
+    """Other differences: what one compares, such as the network's architecture, sampler and seeds."""
     found = []
     for part in {**one, **other}:
         mine, theirs = one.get(part), other.get(part)
-        if part in MUST_AGREE or mine == theirs:
+        is_unknown = part == "architecture" and None in (mine, theirs)          # images, and older results
+        if part in MUST_AGREE or mine == theirs or is_unknown:
             continue
         if isinstance(mine, dict) and isinstance(theirs, dict):
             found += [f"{part}.{key}: {_short(mine.get(key))} | {_short(theirs.get(key))}"

@@ -17,10 +17,11 @@ from lamamba.exporting.model_card import TrainingInfo, model_card
 from lamamba.exporting.onnx import export_onnx
 from lamamba.options.export import ExportOptions
 from lamamba.pipeline import build_pipeline
+from lamamba.runs.folder import CheckpointState, RunFolder
 from lamamba.runs.metadata import default_guidance
 from lamamba.runs.model import Model, model_folder
 from lamamba.utils.distributed import pick_device
-from lamamba.utils.files import read_json, temporary_name
+from lamamba.utils.files import temporary_name
 from lamamba.utils.progress import Progress, Report
 from lamamba.viz.grids import grid_picture, save_picture
 
@@ -92,7 +93,7 @@ def _label_names(given: str | None, own: tuple[str, ...], num_classes: int) -> t
         return as_names(imagenet_names(), num_classes)
     file = Path(given)
     if not file.is_file():
-        raise FileNotFoundError(f"--labels {given} is neither \"imagenet\" nor a text file with one name per line")
+        raise FileNotFoundError(f"labels={given} is neither \"imagenet\" nor a text file with one name per line")
     return as_names(file.read_text(encoding="utf-8").split("\n")[:num_classes], num_classes)
 
 
@@ -123,9 +124,9 @@ def sample_grid(
 def _training_info(options: ExportOptions) -> TrainingInfo | None:
     """What the run says of a checkpoint; None for a saved model."""
     place = model_folder(options.source)
-    run_config = place.parent.parent / "config.json"
-    if place.parent.name != "checkpoints" or not run_config.is_file():
+    run = RunFolder(place.parent.parent)
+    if place.parent.name != "checkpoints" or not run.config.is_file():
         return None
-    run, state = read_json(run_config), read_json(place / "state.json")
-    decays = state.get("ema_decays") or run.get("train", {}).get("ema_decays") or [None]
-    return TrainingInfo(run, state.get("step"), options.ema or decays[0])
+    config, state = run.read_config(), CheckpointState.load(place)
+    decays = state.ema_decays or config.train.get("ema_decays") or [None]
+    return TrainingInfo(vars(config), state.step, options.ema or decays[0])

@@ -17,6 +17,8 @@ from lamamba.models.blocks import ConditionLinear, LaMambaBlock, ModulatedNorm
 from lamamba.models.embeddings import PatchEmbedding, TimestepEmbedding, position_table
 from lamamba.models.geometry import Geometry
 from lamamba.models.resample import PatchExpanding, PatchMerging
+from lamamba.models.weights import check_weights, read_config
+from lamamba.utils.tensors import weight_files
 
 
 class Stage(nn.Module):
@@ -162,6 +164,7 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         """The grid that the network runs on, (height, width) in tokens; see `set_grid`."""
         return self._run_grid
 
+    @torch.inference_mode(False)                                                # training may use the tables later
     def _build_geometries(self, run_grid: Grid) -> None:
         config = self.architecture
         self._run_grid = run_grid
@@ -362,7 +365,10 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
                 f"{pickles[0] if pickles else 'use_safetensors=False'}: weights as a pickle can run code when they are "
                 "opened, only safetensors are read; official checkpoints are read by lamamba convert"
             )
+        if place.is_dir() and not kwargs.get("variant") and not kwargs.get("quantization_config"):
+            check_weights(cls, read_config(place), weight_files(place), place)
         kwargs["use_safetensors"] = True
+        kwargs.setdefault("disable_mmap", True)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         faults = [

@@ -364,7 +364,7 @@ class TrainConfig:
                 shows = "look like noise" if self.start.source is None else f"be nearly those of {self.start.source}"
                 found.append(
                     f"after {self.steps} steps, ema_decay {decay} leaves {initial:.0%} of the averaged weights at "
-                    f"their initial values; samples will {shows}. --ema-decays {fitting:.4g} would fit this run"
+                    f"their initial values; samples will {shows}. ema_decays={fitting:.4g} would fit this run"
                 )
         if self.steps < self.optimizer.warmup_steps:
             found.append(f"the run ends before its warm-up: steps={self.steps} of {self.optimizer.warmup_steps}")
@@ -404,19 +404,25 @@ class TrainConfig:
         return plain(dataclasses.asdict(self))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Any, where: str | Path = "") -> Self:
         """Rebuild from nested plain values, also of older versions; missing ones keep their defaults.
+
+        Args:
+            values: nested, as from TOML or JSON.
+            where: the file that they come from, for messages.
 
         Raises:
             ValueError: naming an unknown option and its nearest neighbour, or a value that does not fit.
         """
+        if not isinstance(values, Mapping):
+            return from_dict(cls, values, where)                                # which says what fits
         values = dict(values)
         if "ema_decay" in values:                                               # version 1
             values["ema_decays"] = [values.pop("ema_decay")]
         sampling = values.get("sampling")
         if isinstance(sampling, Mapping) and "num_steps" in sampling:           # version 2
             values["sampling"] = {"steps" if key == "num_steps" else key: value for key, value in sampling.items()}
-        return from_dict(cls, values)
+        return from_dict(cls, values, where)
 
 
 @options
@@ -462,7 +468,7 @@ def load_recipe(name_or_path: str) -> TrainConfig:
     if not path.is_file():
         known = ", ".join(recipe_names())
         raise FileNotFoundError(f"recipe {path} does not exist; give a .toml file or one of {known}")
-    return TrainConfig.from_dict(read_toml(path))
+    return TrainConfig.from_dict(read_toml(path), path)
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -22,9 +22,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
@@ -32,11 +33,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lamamba._version import __version__
 from lamamba.config import UNetConfig
 from lamamba.data.codec import CodecConfig
+from lamamba.options.base import Ge, read_record, record
 from lamamba.options.training import RUN_VERSION, TrainConfig
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.utils.distributed import ProcessGroup
-from lamamba.utils.errors import MainProcessError
-from lamamba.utils.files import differences, flush, read_json, sha256, write_atomically, write_json
+from lamamba.utils.errors import RankZeroError
+from lamamba.utils.files import differences, flush, sha256, write_atomically, write_json
 
 logger = logging.getLogger("lamamba.training")
 
@@ -86,8 +88,8 @@ def _step_of(path: Path) -> int | None:
     if not path.is_dir() or path.is_symlink():
         return None
     try:
-        if read_json(path / "state.json").get("step") != int(digits):
-            hashes = read_json(path / MANIFEST).get("files") or {}
+        if CheckpointState.load(path).step != int(digits):
+            hashes = read_record(_Manifest, path / MANIFEST).files
             return None if hashes.get("state.json") == sha256(path / "state.json") else int(digits)
     except ValueError:
         pass
@@ -108,6 +110,64 @@ def _cause(error: BaseException) -> str:
         rank, (inner, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {_cause(inner)}"
     return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+@record
+@dataclass(frozen=True, kw_only=True)
+class _RunData:
+    fingerprint: str | None
+    left_out: tuple[str, ...] | None = None
+
+
+@record
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """config.json of a run."""
+
+    version: int
+    lamamba: str
+    train: dict[str, Any]
+    architecture: dict[str, Any]
+    sampling: dict[str, Any]
+    data: _RunData | None = None
+    """None in older runs."""
+    teacher: dict[str, str] | None = None
+    """Of a distillation: {"sha256": ...}."""
+
+
+@record
+@dataclass(frozen=True, kw_only=True)
+class CheckpointState:
+    """state.json of a checkpoint; entries that older versions did not write have their defaults."""
+
+    step: Annotated[int, Ge(0)]
+    version: int = 1
+    left_out: Annotated[int, Ge(0)] = 0
+    faults: Annotated[int, Ge(0)] = 0
+    ema_decays: tuple[float, ...] | None = None
+    optimizer_steps: float | None = None
+    processes: int | None = None
+    device: str | None = None
+    torch: str | None = None
+    precision: dict[str, Any] | None = None
+    sharding: str | None = None
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> CheckpointState:
+        """Read state.json.
+
+        Raises:
+            ValueError: when it is missing or damaged.
+        """
+        return read_record(cls, checkpoint / "state.json")
+
+
+@record
+@dataclass(frozen=True, kw_only=True)
+class _Manifest:
+    version: int
+    files: dict[str, str]
+    files_sha256: str
 
 
 def run_values(
@@ -168,11 +228,11 @@ class RunFolder:
         if not self.config.exists():
             self._check_empty()
         elif self.names():
-            self._check_same(read_json(self.config, RUN_VERSION), values)
+            self._check_same(self.read_config(), values)
 
     def _check_empty(self) -> None:
         if self.path.is_dir() and any(path.name != ".lock" for path in self.path.iterdir()):
-            raise FileExistsError(f"{self.path} exists, is not empty and holds no run; give another folder with --out")
+            raise FileExistsError(f"{self.path} exists, is not empty and holds no run; give another folder as out")
 
     def create(self, values: Mapping[str, Any]) -> None:
         """Write config.json, where `check` allows it.
@@ -193,8 +253,32 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
         write_atomically(self.config, json.dumps(values, indent=2) + "\n")
 
-    def _check_same(self, old: dict[str, Any], new: Mapping[str, Any]) -> None:
-        old = {**old, "train": TrainConfig.from_dict(old["train"]).to_dict()}   # options that it did not know yet
+    def read_config(self) -> RunConfig:
+        """Read config.json.
+
+        Raises:
+            ValueError: when it is missing, damaged or of a newer format.
+        """
+        config = read_record(RunConfig, self.config, RUN_VERSION)
+        TrainConfig.from_dict(config.train, self.config)
+        return config
+
+    def architecture(self) -> UNetConfig:
+        """The configuration of the run's network.
+
+        Raises:
+            ValueError: when config.json is missing or damaged.
+        """
+        try:
+            return UNetConfig.from_dict(self.read_config().architecture)
+        except ValueError as error:
+            raise ValueError(f"{self.config}: {error}") from error
+
+    def _check_same(self, saved: RunConfig, new: Mapping[str, Any]) -> None:
+        old = {entry.name: getattr(saved, entry.name) for entry in dataclasses.fields(saved) if entry.name != "data"}
+        if saved.teacher is None:
+            del old["teacher"]
+        old["train"] = TrainConfig.from_dict(saved.train, self.config).to_dict()    # options that it did not know yet
         old["sampling"] = json.loads(json.dumps(dataclasses.asdict(CodecConfig()))) | old["sampling"]
         may_change = {
             "version", "lamamba", "data", "sampling.version", "sampling.autoencoder", "sampling.guidance",
@@ -211,16 +295,16 @@ class RunFolder:
         if found:
             raise ValueError(
                 f"{self.path} holds a run with another configuration ({'; '.join(found)}); "
-                "repeat its options to resume it, or give another folder with --out"
+                "repeat its options to resume it, or give another folder as out"
             )
-        old_data, new_data = old.get("data"), new["data"]                       # older runs did not write it down
+        old_data, new_data = saved.data, new["data"]                            # older runs did not write it down
         is_known = new_data["fingerprint"] != ""                                # a plan may be made without the data
-        if old_data is not None and is_known and old_data["fingerprint"] != new_data["fingerprint"]:
+        if old_data is not None and is_known and old_data.fingerprint != new_data["fingerprint"]:
             raise ValueError(
                 f"{self.path} began with other data than {new['train']['data']['source']} holds now (fingerprint "
-                f"{str(old_data['fingerprint'])[:12]} there, {str(new_data['fingerprint'])[:12]} here): files, classes "
+                f"{str(old_data.fingerprint)[:12]} there, {str(new_data['fingerprint'])[:12]} here): files, classes "
                 "or latents were added, removed or made anew. Bring the former ones back to resume, or give another "
-                "folder with --out"
+                "folder as out"
             )
 
     def excluded(self) -> tuple[str, ...] | None:
@@ -231,8 +315,8 @@ class RunFolder:
         """
         if not self.config.exists() or not self.names():
             return None
-        data = read_json(self.config, RUN_VERSION).get("data") or {}
-        return tuple(data["left_out"]) if "left_out" in data else None
+        data = self.read_config().data
+        return data.left_out if data is not None else None
 
     def names(self) -> list[str]:
         """Checkpoints by name, oldest first, whole or not: those that training has written here, no copies of them."""
@@ -278,7 +362,7 @@ class RunFolder:
 
         Raises:
             OSError: when the disk is full or not writable; older checkpoints are untouched and nothing is left behind.
-            MainProcessError: on the other ranks.
+            RankZeroError: on the other ranks.
         """
         checkpoint = self.checkpoint(step)
         temporary = self.checkpoints / f".tmp_{checkpoint.name}"
@@ -289,7 +373,7 @@ class RunFolder:
             hashes = _hash_together(temporary, processes)
             processes.on_rank_0(lambda: self._finish_save(checkpoint, temporary, hashes))
             processes.on_rank_0(lambda: self._remove_old(step, keep, keep_every))
-        except MainProcessError:
+        except RankZeroError:
             raise
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -378,10 +462,10 @@ def check_manifest(checkpoint: Path) -> None:
         ValueError: naming the first file that is missing or changed.
     """
     hint = "remove the folder to go on from an older one"
-    manifest = read_json(checkpoint / MANIFEST, RUN_VERSION)
-    if manifest.get("files_sha256") != _hash_of_hashes(manifest.get("files", {})):
+    manifest = read_record(_Manifest, checkpoint / MANIFEST, RUN_VERSION)
+    if manifest.files_sha256 != _hash_of_hashes(manifest.files):
         raise ValueError(f"{checkpoint} is damaged: {MANIFEST} was changed; {hint}")
-    for name, digest in manifest["files"].items():
+    for name, digest in manifest.files.items():
         if not (checkpoint / name).is_file():
             raise ValueError(f"{checkpoint} is damaged: {name} is missing; {hint}")
         if sha256(checkpoint / name) != digest:

@@ -121,9 +121,9 @@ class _SamplingJob(ShardedJob[Plan]):
         manifest = read_json(self.folder / MANIFEST, SAMPLES_VERSION)
         path, notes = self.folder / SHARDS, list[Note]()
         if path.is_file() and sha256(path) == manifest.get("shards_sha256"):
-            notes = read_json(path, SAMPLES_VERSION)["shards"]
+            notes = read_json(path, SAMPLES_VERSION).get("shards", [])
         files = {} if self.plan.files == "png" else {NPZ: manifest.get("npz", [])}
-        return Plan.from_dict(manifest.get("plan", {})), dict(enumerate(notes)), files
+        return Plan.from_dict(manifest.get("plan"), self.folder / MANIFEST), dict(enumerate(notes)), files
 
 
 def _array_name(number: int) -> str:

@@ -89,8 +89,8 @@ def continue_official(path: Path, state: TrainState) -> None:
     state.step = step
     ours = state.optimizer.param_groups[0]
     for key in ("lr", "weight_decay", "betas"):
-        if group[key] != ours[key]:
-            logger.warning("%s was trained with %s=%s; this run goes on with %s", path, key, group[key], ours[key])
+        if group.get(key) != ours[key]:
+            logger.warning("%s was trained with %s=%s; this run goes on with %s", path, key, group.get(key), ours[key])
 
 
 def _check_same(saved: UNetConfig, wanted: UNetConfig, source: Path, changes: set[str]) -> None:
@@ -102,8 +102,8 @@ def _check_same(saved: UNetConfig, wanted: UNetConfig, source: Path, changes: se
     if differences:
         hint = ""
         if saved.num_classes != wanted.num_classes and "num_classes" not in changes:
-            hint = "; to train on other classes, give --start.replace-labels"
+            hint = "; to train on other classes, give start.replace_labels"
         raise ValueError(
-            f"{source} is another network than this run's ({'; '.join(differences)}): let --model.preset and its "
+            f"{source} is another network than this run's ({'; '.join(differences)}): let model.preset and its "
             f"options describe the one that is there{hint}"
         )

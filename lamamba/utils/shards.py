@@ -56,11 +56,15 @@ class ShardPlan(ABC):
 
     @classmethod
     @abstractmethod
-    def from_dict(cls, values: dict[str, Any]) -> Any:
+    def from_dict(cls, values: Any, where: str | Path = "") -> Any:
         """Undo `to_dict`.
 
+        Args:
+            values: from a file.
+            where: the file, for messages.
+
         Raises:
-            ValueError: for entries that are missing or unknown.
+            ValueError: for entries that are missing or unknown, or do not fit.
         """
 
     def compared(self) -> dict[str, Any]:
@@ -224,15 +228,15 @@ class ShardedJob(ABC, Generic[P]):
         foreign = [name for name in names if not name.startswith(self.own)]
         if foreign and not self.work.is_dir() and not self.is_finished():       # others may be making them just now
             raise FileExistsError(
-                f"{self.folder} exists and holds something else ({', '.join(foreign[:3])}); give another folder with "
-                "--out"
+                f"{self.folder} exists and holds something else ({', '.join(foreign[:3])}); give another folder "
+                "as out"
             )
         with self._locked("plan"):
             path = self.work / PLAN
             if self.is_finished():
                 return
             if path.is_file():
-                self._check_same(type(self.plan).from_dict(read_json(path, self.version).get("plan", {})))
+                self._check_same(type(self.plan).from_dict(read_json(path, self.version).get("plan"), path))
             else:
                 self._write_plan()
         for number in self._order:
@@ -247,7 +251,7 @@ class ShardedJob(ABC, Generic[P]):
         if found := old.differences(self.plan):
             raise ValueError(
                 f"{self.folder} holds {self.what} made otherwise ({'; '.join(found)}); repeat the options to go on "
-                "with them, or give another folder with --out"
+                "with them, or give another folder as out"
             )
 
     def _make_missing(self) -> None:

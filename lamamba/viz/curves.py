@@ -6,7 +6,7 @@ Figures are made without pyplot: nothing here changes the backend or the open fi
 from __future__ import annotations
 
 import itertools
-import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from lamamba.config import LATENT_SCALE
-from lamamba.utils.files import settle, temporary_name
+from lamamba.utils.files import parse_json, read_text, replacing
 
 DISTILLATION = {
     "task_loss": "task", "output_loss": "distance to the teacher's output",
@@ -56,29 +56,38 @@ def tidy(panels: Sequence[Axes]) -> None:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG atomically: a failure leaves no partial file."""
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-        settle(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+METRICS = ("loss", "grad_norm", "images_per_second")
+"""Numbers in every line of metrics.jsonl."""
+SCORES = ("score", "images")
+"""And of scores.jsonl."""
+
+
+def read_metrics(path: Path, keys: Sequence[str] = METRICS) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a truncated one, as a killed or running process leaves it, is skipped.
 
+    Args:
+        path: of the file.
+        keys: numbers that each line must have besides its step.
+
     Raises:
+        OSError: when it cannot be read.
         ValueError: when there is no complete line, or one is not of a run.
     """
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for number, text in enumerate(read_text(path).splitlines(), 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = parse_json(text)
+        except ValueError:
             continue
-    if not all(isinstance(line, dict) and "step" in line for line in lines):
-        raise ValueError(f"{path} is not of a training run: it has lines without a step")
+        for key in ("step", *keys):
+            value = line.get(key) if isinstance(line, dict) else None
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{path} is not of a training run: line {number} has {key}={value!r}, not a number")
+        lines.append(line)
     if not lines:
         raise ValueError(f"{path} has no lines yet; let the run make some steps")
     return lines
@@ -94,7 +103,7 @@ def _running_mean(values: Sequence[float], span: int) -> np.ndarray:
 
 def run_curves(
     runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, smooth: float = 0.02,
-    scores: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    scores: Mapping[str, Sequence[Mapping[str, Any]]] | None = None, note: str | None = None,
 ) -> None:
     """Draw loss, gradient norm, images per second and quick scores of one or several runs over the optimizer steps.
 
@@ -103,6 +112,7 @@ def run_curves(
         path: a PNG.
         smooth: span of the running mean as a share of the run; 0 draws the logged values alone.
         scores: lines of each run's scores.jsonl, where there is one, by the run's name.
+        note: above the losses, of several runs.
     """
     scores = scores or {}
     heights = (2.2, 1, 1, 1) if scores else (2.2, 1, 1)
@@ -115,12 +125,13 @@ def run_curves(
         if name in scores:
             latest = {line["step"]: line["score"] for line in scores[name]}     # a step done again replaces the first
             panels[3].plot(*zip(*sorted(latest.items()), strict=True), "o-", color=color, markersize=4)
-    panels[0].set(ylabel="loss", title=next(iter(runs)) if len(runs) == 1 else None)
+    panels[0].set(ylabel="loss", title=next(iter(runs)) if len(runs) == 1 else note)
+    panels[0].title.set_wrap(True)
     panels[1].set(ylabel="gradient norm")
     set_log(panels[1])
     panels[2].set(ylabel="images / s", ylim=(0, None))
     if scores:
-        names = {f"{line['name']}, {line['images']} images" for lines in scores.values() for line in lines}
+        names = {f"{line.get('name')}, {line['images']} images" for lines in scores.values() for line in lines}
         panels[3].set(ylabel=names.pop() if len(names) == 1 else "score")
         set_log(panels[3])
     panels[-1].set(xlabel="optimizer step")
@@ -156,7 +167,7 @@ def _draw_run(
             terms = [(line["step"], line[key]) for line in lines if key in line]
             if terms:
                 panels[0].plot(*zip(*terms, strict=True), color=_colors()[number], linewidth=1, label=label)
-    points = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
+    points = [(line["step"], loss) for line in lines if isinstance(loss := line.get("held_out_loss"), int | float)]
     if points:
         panels[0].plot(
             *zip(*points, strict=True), "o", color=color, markersize=4, markeredgecolor="white", label=held_out
