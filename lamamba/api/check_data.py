@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,6 @@ from lamamba.options.check_data import CheckDataOptions
 from lamamba.utils.files import check_target
 from lamamba.utils.progress import Progress, ProgressOption, Report, reporting
 from lamamba.utils.text import counted
-
-logger = logging.getLogger("lamamba.api")
 
 NAMED = 20
 """Bad files in the text of a result; the manifest has all of them."""
@@ -116,12 +113,6 @@ def _check_images(options: CheckDataOptions, report: Report) -> CheckDataResult:
         report(Progress("checking", done, len(source), note=f"{bad} bad" if bad else ""))
     manifest = make_manifest(source, found, options.min_side, strict=options.strict)
     manifest.save(path)
-    if empty := getattr(source, "empty_folders", ()):
-        named = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
-        logger.warning(
-            "%d subfolders hold no images and are no classes, so that later ones have lower numbers: %s",
-            len(empty), named,
-        )
     return CheckDataResult(manifest, path)
 
 
@@ -138,13 +129,14 @@ def _summary(manifest: Manifest, path: Path) -> str:
     for kind, number in manifest.converted.items():
         files = [found.file for found in manifest.converted_files if found.kind == kind]
         more = ", ..." if number > NAMED_CONVERTED else ""
-        lines.append(f"  of them {kind:<8}{number:,} (converted): {', '.join(files[:NAMED_CONVERTED])}{more}")
+        lines.append(f"  of them {kind:<7} {number:,} (converted): {', '.join(files[:NAMED_CONVERTED])}{more}")
     lines.append(f"bad       {len(manifest.bad):,}")
     lines += [f"  {kind:<18}{number:,}" for kind, number in Counter(bad.kind for bad in manifest.bad).most_common()]
     lines += [f"  {bad.file}: {bad.kind} ({bad.detail})" for bad in manifest.bad[:NAMED]]
     if len(manifest.bad) > NAMED:
         lines.append(f"  ... and {len(manifest.bad) - NAMED} more in the manifest")
     empty = [name for name, number in zip(manifest.label_names, counts, strict=False) if not number]
+    lines += [f"left out  {number:,} {reason}" for reason, number in manifest.left_out.items()]
     if empty:
         lines.append(f"warning: {counted(len(empty), 'class')} without a file: {', '.join(empty[:5])}")
     lines.append(f"manifest  {path}")

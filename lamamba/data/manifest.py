@@ -14,13 +14,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from lamamba.data.images import MIN_SIDE, BadImage, decode
-from lamamba.data.sources import Source, fingerprint
+from lamamba.data.images import MIN_SIDE, BadImage, read_image
+from lamamba.data.sources import MANIFEST_NAME, Source, fingerprint
 from lamamba.options.base import read_record, record
 from lamamba.utils.files import write_atomically
 
-MANIFEST_VERSION = 1
-MANIFEST_NAME = "lamamba-manifest.json"
+MANIFEST_VERSION = 2
 CHUNK = 32
 """Files per task of a worker process."""
 NAMED_CONVERTED = 1000
@@ -54,11 +53,13 @@ class Manifest:
     bad: tuple[FoundFile, ...]
     """Files that training excludes, in the source's order."""
     converted: dict[str, int] = field(default_factory=dict)
-    """Files that are used after a conversion, by kind: CMYK, 16-bit."""
+    """Files that are used after a conversion, by kind: CMYK, 16-bit, transparent."""
     converted_files: tuple[FoundFile, ...] = ()
     """The first of them."""
     min_side: int = MIN_SIDE
     """Images with fewer pixels on a side count as too small."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Files that are not looked at, by ending or reason; none in manifests of version 1."""
     version: int = MANIFEST_VERSION
 
     def save(self, path: Path) -> None:
@@ -117,11 +118,9 @@ def _check_chunk(indices: range) -> list[CheckedFile]:
 
 def _check_file(source: Source, index: int, min_side: int) -> CheckedFile:
     try:
-        _, note = decode(source.read(index), min_side=min_side)
+        _, note = read_image(source, index, min_side=min_side)
     except BadImage as error:
         return CheckedFile(index, error.kind, error.detail)
-    except OSError as error:                                                    # the disk's fault
-        return CheckedFile(index, "unreadable", str(error))
     return CheckedFile(index, conversion=note)
 
 
@@ -181,6 +180,7 @@ def make_manifest(
         source=source.name, fingerprint=fingerprint(source), images=len(source), label_names=source.label_names,
         images_per_class=tuple(counts[label] for label in range(max(1, len(source.label_names)))), bad=tuple(bad),
         converted=dict(sorted(converted.items())), converted_files=tuple(files), min_side=min_side,
+        left_out=dict(source.left_out.counts),
     )
 
 

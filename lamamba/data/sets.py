@@ -126,6 +126,11 @@ class PixelSet:
     def fingerprint(self) -> str:
         return _images_fingerprint(self._images)
 
+    @property
+    def source_files(self) -> Sequence[str]:
+        """Names of all files, where these are single files that may be deleted one by one."""
+        return getattr(self._images, "source_files", ())
+
     def read(self, indices: Sequence[int], draws: SampleDraws) -> tuple[Tensor, Tensor]:
         pixels, labels = _read_images(self._images, indices, draws)
         return self._pixels.encode(pixels, draws.mirror if self._mirror else None), torch.from_numpy(labels)
@@ -167,6 +172,11 @@ class EncodedSet:
     @property
     def fingerprint(self) -> str:
         return _fingerprint(_images_fingerprint(self._images), self._autoencoder.sha256)
+
+    @property
+    def source_files(self) -> Sequence[str]:
+        """Names of all files, where these are single files that may be deleted one by one."""
+        return getattr(self._images, "source_files", ())
 
     def read(self, indices: Sequence[int], draws: SampleDraws) -> tuple[Tensor, Tensor]:
         if self._autoencoder.device.type != "cpu" and os.getpid() != self._process:

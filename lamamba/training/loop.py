@@ -148,7 +148,8 @@ def train(
         processes.on_rank_0(lock.acquire)
         threads = computing_threads(config.processes.threads)
         with own_random_state(), threads, precision_policy(config.precision), stop_signals() as request:
-            processes.on_rank_0(lambda: run.create(described(config, samples)))
+            files = getattr(samples, "source_files", ())
+            processes.on_rank_0(lambda: run.create(described(config, samples), files))
             return _Trainer(config, samples, architecture, metadata, run, processes).run(callbacks, on_resume, request)
     finally:
         lock.release()
@@ -203,12 +204,16 @@ class _Trainer:
         """Train from the newest checkpoint, or from the start, to the last step."""
         config, state = self._config, self._state
         is_resumed = self._begin()
-        batches = self._data.micro_batches(state.next_batch)
         self._clock = _Clock(config.batch_size, state.step)
         with self._clock.paused():
             for callback in on_resume if is_resumed else ():
                 callback(self._step_state(math.nan, math.nan, math.nan))
+<<<<<<< HEAD
         with MetricsFile(self._folder, config, is_rank_zero=self._processes.is_rank_zero) as metrics:
+=======
+        data = self._data.micro_batches(state.next_batch)
+        with MetricsFile(self._folder, config, is_main=self._processes.is_main) as metrics, data as batches:
+>>>>>>> 1b53790 (Images, sources, workers: EXIF orientation, transparency on white, Pillow's own endings; what is left out is counted; deleted images, errors in workers (tests follow))
             metrics.remove_after(state.step)
             while state.step < config.steps:
                 batch = [next(batches) for _ in range(config.processes.accumulation_steps)]
