@@ -29,6 +29,8 @@ class CheckDataResult:
     """As it was written."""
     path: Path
     """Of the manifest."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Files that are not looked at, by ending or reason."""
 
     @property
     def num_files(self) -> int:
@@ -52,7 +54,8 @@ class CheckDataResult:
         return {kind: tuple(file.file for file in self.manifest.bad if file.kind == kind) for kind in kinds}
 
     def __str__(self) -> str:
-        return _summary(self.manifest, self.path)
+        left_out = [f"left out  {number:,} {reason}" for reason, number in self.left_out.items()]
+        return "\n".join([*_summary(self.manifest), *left_out, f"manifest  {self.path}"])
 
 
 @dataclass(frozen=True)
@@ -113,14 +116,14 @@ def _check_images(options: CheckDataOptions, report: Report) -> CheckDataResult:
         report(Progress("checking", done, len(source), note=f"{bad} bad" if bad else ""))
     manifest = make_manifest(source, found, options.min_side, strict=options.strict)
     manifest.save(path)
-    return CheckDataResult(manifest, path)
+    return CheckDataResult(manifest, path, dict(source.left_out.counts))
 
 
 def _check_latents(folder: Path, report: Report) -> CheckLatentsResult:
     return CheckLatentsResult(folder, check_latents(folder, report))
 
 
-def _summary(manifest: Manifest, path: Path) -> str:
+def _summary(manifest: Manifest) -> list[str]:
     counts = manifest.images_per_class
     classes = f"{counted(len(manifest.label_names), 'class')} with {min(counts)} to {max(counts)} files" \
         if manifest.label_names else "no classes"
@@ -136,8 +139,6 @@ def _summary(manifest: Manifest, path: Path) -> str:
     if len(manifest.bad) > NAMED:
         lines.append(f"  ... and {len(manifest.bad) - NAMED} more in the manifest")
     empty = [name for name, number in zip(manifest.label_names, counts, strict=False) if not number]
-    lines += [f"left out  {number:,} {reason}" for reason, number in manifest.left_out.items()]
     if empty:
         lines.append(f"warning: {counted(len(empty), 'class')} without a file: {', '.join(empty[:5])}")
-    lines.append(f"manifest  {path}")
-    return "\n".join(lines)
+    return lines

@@ -19,7 +19,7 @@ from lamamba.data.sources import MANIFEST_NAME, Source, fingerprint
 from lamamba.options.base import read_record, record
 from lamamba.utils.files import write_atomically
 
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 1
 CHUNK = 32
 """Files per task of a worker process."""
 NAMED_CONVERTED = 1000
@@ -58,8 +58,6 @@ class Manifest:
     """The first of them."""
     min_side: int = MIN_SIDE
     """Images with fewer pixels on a side count as too small."""
-    left_out: dict[str, int] = field(default_factory=dict)
-    """Files that are not looked at, by ending or reason; none in manifests of version 1."""
     version: int = MANIFEST_VERSION
 
     def save(self, path: Path) -> None:
@@ -180,7 +178,6 @@ def make_manifest(
         source=source.name, fingerprint=fingerprint(source), images=len(source), label_names=source.label_names,
         images_per_class=tuple(counts[label] for label in range(max(1, len(source.label_names)))), bad=tuple(bad),
         converted=dict(sorted(converted.items())), converted_files=tuple(files), min_side=min_side,
-        left_out=dict(source.left_out.counts),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
@@ -198,7 +198,7 @@ class EncodedSet:
 
 def read_ahead(
     function: Callable[[T], U], items: Iterable[T], *, threads: int, depth: int | None = None
-) -> Iterator[U]:
+) -> Generator[U, None, None]:
     """function(item) of every item, in order, computed ahead by threads.
 
     Args:
