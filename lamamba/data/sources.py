@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from lamamba.utils.text import counted
+
 logger = logging.getLogger("lamamba.data")
 
 DATASETS_PREFIX = "datasets:"
@@ -151,10 +153,10 @@ def open_source(name: str | Path, files: Collection[str] = ()) -> Source:
 
 def _notes(source: Source) -> Iterator[str]:
     if source.left_out:
-        yield f"{source.left_out.counts.total():,} files are left out: {source.left_out}"
+        yield f"{counted(source.left_out.counts.total(), 'file')} left out: {source.left_out}"
     if empty := getattr(source, "empty_folders", ()):
         named = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
-        yield f"{len(empty)} subfolders hold no images and are no classes, later ones have lower numbers: {named}"
+        yield f"{counted(len(empty), 'subfolder')} without images, no class; later ones have lower numbers: {named}"
     spelled: dict[str, str] = {}
     for label in source.label_names:
         if (other := spelled.setdefault(label.casefold(), label)) != label:

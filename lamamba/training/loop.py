@@ -208,12 +208,9 @@ class _Trainer:
         with self._clock.paused():
             for callback in on_resume if is_resumed else ():
                 callback(self._step_state(math.nan, math.nan, math.nan))
-<<<<<<< HEAD
-        with MetricsFile(self._folder, config, is_rank_zero=self._processes.is_rank_zero) as metrics:
-=======
         data = self._data.micro_batches(state.next_batch)
-        with MetricsFile(self._folder, config, is_main=self._processes.is_main) as metrics, data as batches:
->>>>>>> 1b53790 (Images, sources, workers: EXIF orientation, transparency on white, Pillow's own endings; what is left out is counted; deleted images, errors in workers (tests follow))
+        metrics_file = MetricsFile(self._folder, config, is_rank_zero=self._processes.is_rank_zero)
+        with metrics_file as metrics, data as batches:
             metrics.remove_after(state.step)
             while state.step < config.steps:
                 batch = [next(batches) for _ in range(config.processes.accumulation_steps)]

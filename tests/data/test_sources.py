@@ -58,7 +58,7 @@ def test_what_systems_put_beside_images_is_no_class_and_no_image(tmp_path, caplo
     source = open_source(tmp_path)
     assert (source.label_names, source.labels.tolist()) == (("cats", "dogs"), [0, 0, 1, 1])
     assert source.left_out.counts == {JUNK_REASON: len(JUNK)}
-    assert f"{len(JUNK)} files are left out: {len(JUNK)} hidden or of the system (" in caplog.text
+    assert f"{len(JUNK)} files left out: {len(JUNK)} hidden or of the system (" in caplog.text
     hidden = tmp_path / ".cache"                                                # only names below the source count
     shutil.copytree(tmp_path / "cats", hidden)
     assert len(open_source(hidden)) == 2
