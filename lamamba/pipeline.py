@@ -25,6 +25,7 @@ from torch import Tensor
 from lamamba.config import unknown_name
 from lamamba.data.autoencoder import pixels_per_latent
 from lamamba.data.codec import CodecConfig, check_pixels, to_uint8
+from lamamba.data.images import opaque, upright
 from lamamba.data.labels import as_names, find_label
 from lamamba.diffusion.denoise import (
     SAMPLERS,
@@ -420,7 +421,9 @@ class LaMambaPipeline(DiffusionPipeline):
         """x0 (count, c, h, w) of images."""
         channels = self.unet.config["in_channels"] if self.vae is None else self.vae.config.get("in_channels", 3)
         height, width = (side * self.pixels_per_input for side in size)
-        pixels = self._processor(is_grey=channels == 1).preprocess(image, height=height, width=width)
+        pixels = self._processor(is_grey=channels == 1).preprocess(
+            _flat(image, "white"), height=height, width=width
+        )
         if pixels.shape[1] != channels:
             raise ValueError(f"image has {pixels.shape[1]} channels, this model's pictures have {channels}")
         pixels = _repeated(pixels, count, "image")
@@ -438,7 +441,7 @@ class LaMambaPipeline(DiffusionPipeline):
         """(count, 1, h, w), 1 wherever any pixel below a point of the network's input is to be made anew."""
         processor = self._processor(is_grey=True, do_normalize=False, do_binarize=True)
         height, width = (side * self.pixels_per_input for side in size)
-        pixels = processor.preprocess(mask, height=height, width=width)[:, :1]
+        pixels = processor.preprocess(_flat(mask, "black"), height=height, width=width)[:, :1]
         return _repeated(F.adaptive_max_pool2d(pixels, size), count, "mask_image").to(device, torch.float32)
 
     @contextmanager
@@ -502,6 +505,13 @@ def build_pipeline(
         part.register_to_config(_name_or_path="")
     scale = metadata.guidance if guidance_scale is None else guidance_scale
     return LaMambaPipeline(network, vae, scheduler, dict(enumerate(names)) if names else None, codec, scale)
+
+
+def _flat(images: Any, background: str) -> Any:
+    """PIL images upright and without transparency; others unchanged."""
+    if isinstance(images, list | tuple):
+        return [_flat(image, background) for image in images]
+    return opaque(upright(images), background) if isinstance(images, Image.Image) else images
 
 
 def _repeated(images: Tensor, count: int, name: str) -> Tensor:

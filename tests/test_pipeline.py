@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
@@ -220,6 +221,27 @@ def test_inpainting_changes_the_white_part_alone(sampler, objective):
     assert float((image[:, 5:] - original[:, 5:]).abs().mean()) > 0.1
     with pytest.raises(ValueError, match="give image, too"):
         run(pipe, mask_image=Image.fromarray(mask))
+
+
+def test_transparent_and_turned_inputs_count_as_they_look():
+    """An image lies on white, a mask on black: what nobody has painted stays."""
+    pipe = make_pipeline("ddim", objective="noise")
+    grey = np.asarray(picture())
+    levels = np.stack([grey, np.where(np.arange(8) < 4, 255, 0) * np.ones((8, 1), int)], axis=-1).astype(np.uint8)
+    turned, exif = picture(), Image.Exif()
+    exif[0x0112] = 6
+    held = io.BytesIO()
+    turned.save(held, "PNG", exif=exif)
+    for given, plain in (
+        (Image.fromarray(levels), Image.fromarray(np.where(levels[..., 1], grey, 255).astype(np.uint8))),
+        (Image.open(held), picture().transpose(Image.Transpose.ROTATE_270)),
+    ):
+        assert torch.equal(run(pipe, image=[given], strength=0.3), run(pipe, image=plain, strength=0.3))
+    painted = np.full((8, 8, 4), (255, 255, 255, 0), np.uint8)
+    painted[:, 5:, 3] = 255
+    mask = Image.fromarray(painted[..., 3])
+    same = run(pipe, image=picture(), mask_image=mask)
+    assert torch.equal(run(pipe, image=picture(), mask_image=Image.fromarray(painted)), same)
 
 
 def test_inpainting_latents_keeps_the_known_latents():

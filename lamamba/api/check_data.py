@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,6 @@ from lamamba.options.check_data import CheckDataOptions
 from lamamba.utils.files import check_target
 from lamamba.utils.progress import Progress, ProgressOption, Report, reporting
 from lamamba.utils.text import counted
-
-logger = logging.getLogger("lamamba.api")
 
 NAMED = 20
 """Bad files in the text of a result; the manifest has all of them."""
@@ -32,6 +29,8 @@ class CheckDataResult:
     """As it was written."""
     path: Path
     """Of the manifest."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Files that are not looked at, by ending or reason."""
 
     @property
     def num_files(self) -> int:
@@ -55,7 +54,8 @@ class CheckDataResult:
         return {kind: tuple(file.file for file in self.manifest.bad if file.kind == kind) for kind in kinds}
 
     def __str__(self) -> str:
-        return _summary(self.manifest, self.path)
+        left_out = [f"left out  {number:,} {reason}" for reason, number in self.left_out.items()]
+        return "\n".join([*_summary(self.manifest), *left_out, f"manifest  {self.path}"])
 
 
 @dataclass(frozen=True)
@@ -116,20 +116,14 @@ def _check_images(options: CheckDataOptions, report: Report) -> CheckDataResult:
         report(Progress("checking", done, len(source), note=f"{bad} bad" if bad else ""))
     manifest = make_manifest(source, found, options.min_side, strict=options.strict)
     manifest.save(path)
-    if empty := getattr(source, "empty_folders", ()):
-        named = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
-        logger.warning(
-            "%d subfolders hold no images and are no classes, so that later ones have lower numbers: %s",
-            len(empty), named,
-        )
-    return CheckDataResult(manifest, path)
+    return CheckDataResult(manifest, path, dict(source.left_out.counts))
 
 
 def _check_latents(folder: Path, report: Report) -> CheckLatentsResult:
     return CheckLatentsResult(folder, check_latents(folder, report))
 
 
-def _summary(manifest: Manifest, path: Path) -> str:
+def _summary(manifest: Manifest) -> list[str]:
     counts = manifest.images_per_class
     classes = f"{counted(len(manifest.label_names), 'class')} with {min(counts)} to {max(counts)} files" \
         if manifest.label_names else "no classes"
@@ -138,7 +132,7 @@ def _summary(manifest: Manifest, path: Path) -> str:
     for kind, number in manifest.converted.items():
         files = [found.file for found in manifest.converted_files if found.kind == kind]
         more = ", ..." if number > NAMED_CONVERTED else ""
-        lines.append(f"  of them {kind:<8}{number:,} (converted): {', '.join(files[:NAMED_CONVERTED])}{more}")
+        lines.append(f"  of them {kind:<7} {number:,} (converted): {', '.join(files[:NAMED_CONVERTED])}{more}")
     lines.append(f"bad       {len(manifest.bad):,}")
     lines += [f"  {kind:<18}{number:,}" for kind, number in Counter(bad.kind for bad in manifest.bad).most_common()]
     lines += [f"  {bad.file}: {bad.kind} ({bad.detail})" for bad in manifest.bad[:NAMED]]
@@ -147,5 +141,4 @@ def _summary(manifest: Manifest, path: Path) -> str:
     empty = [name for name, number in zip(manifest.label_names, counts, strict=False) if not number]
     if empty:
         lines.append(f"warning: {counted(len(empty), 'class')} without a file: {', '.join(empty[:5])}")
-    lines.append(f"manifest  {path}")
-    return "\n".join(lines)
+    return lines

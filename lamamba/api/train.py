@@ -18,7 +18,7 @@ from lamamba.benchmarking.flops import Cost, count
 from lamamba.benchmarking.memory import TrainingMemory, training_memory
 from lamamba.benchmarking.throughput import free_memory, training_rate
 from lamamba.config import UNetConfig
-from lamamba.data.images import ImageSet
+from lamamba.data.images import ImageSet, read_bad_files
 from lamamba.data.sets import TrainingSet
 from lamamba.evaluation.callbacks import QuickScore, SampleGrid, check_sampler, open_decoder
 from lamamba.options.base import verb
@@ -121,10 +121,10 @@ def train(
             state = loop.train(config, data, run.path, [show, *pictures, *callbacks], [
                 functools.partial(picture, if_missing=True) for picture in pictures
             ])
-    bad = run.bad_images.read_text(encoding="utf-8", errors="replace").splitlines() if run.bad_images.is_file() else []
     lines = run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.is_file() else []
     return TrainResult(
-        run.path, state.step, run.checkpoint(state.step), json.loads(lines[-1]) if lines else {}, len(bad), state
+        run.path, state.step, run.checkpoint(state.step), json.loads(lines[-1]) if lines else {},
+        len(read_bad_files(run.bad_images)), state,
     )
 
 

@@ -20,6 +20,7 @@ from starlette.middleware import Middleware
 from lamamba.app.requests import RequestFilter
 from lamamba.app.session import MAX_GUIDANCE, MAX_SEED, Frame, Request, Session
 from lamamba.config import unknown_name
+from lamamba.data.labels import texts_for
 from lamamba.diffusion.denoise import SAMPLERS
 from lamamba.sampling.settings import png_text
 from lamamba.utils.text import counted
@@ -132,7 +133,7 @@ class _Outputs:
 
 def _build_controls(session: Session) -> _Controls:
     names = list(session.class_names)
-    classes = _class_chooser(names)
+    classes = _class_chooser(list(zip(names, texts_for(names), strict=True)))
     num_images = gr.Slider(1, 20, value=8, step=1, label="Pictures of each" if names else "Pictures")
     with gr.Row(elem_id="seed-row"):
         seed = gr.Number(
@@ -168,15 +169,18 @@ def _build_controls(session: Session) -> _Controls:
     return _Controls(settings, seed, new_seed, go, stop, scaling)
 
 
-def _class_chooser(names: list[str]) -> Any:
-    if not names:
+def _class_chooser(choices: list[tuple[str, str]]) -> Any:
+    """Of names, and what /draw takes for them."""
+    if not choices:
         return gr.State([])
-    if len(names) <= FEW_CLASSES:
+    values = [value for _, value in choices]
+    if len(choices) <= FEW_CLASSES:
         return gr.CheckboxGroup(
-            names, value=names[:10], label="Classes, a row each", show_select_all=True, elem_id="classes"
+            choices, value=values[:10], label="Classes, a row each", show_select_all=True, elem_id="classes"
         )
     return gr.Dropdown(
-        names, value=names[:1], multiselect=True, label="Classes, a row each", info="type to search", elem_id="classes"
+        choices, value=values[:1], multiselect=True, label="Classes, a row each", info="type to search",
+        elem_id="classes",
     )
 
 

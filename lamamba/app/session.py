@@ -23,6 +23,7 @@ from lamamba.runs.metadata import default_guidance
 from lamamba.runs.model import Model, move, open_model
 from lamamba.sampling import generate
 from lamamba.sampling.settings import ImageMetadata, Settings
+from lamamba.sampling.table import find_labels
 from lamamba.utils.distributed import pick_device
 
 MAX_IMAGES = 100
@@ -44,7 +45,7 @@ class Request:
     """Settings of one sampling run."""
 
     classes: tuple[str, ...] = ()
-    """Names, one row each; none for an unconditional model."""
+    """Names or numbers, one row each; none for an unconditional model."""
     num_images: int = 8
     """Of each class, or in all for an unconditional model."""
     seed: int = 0
@@ -112,10 +113,8 @@ class Session:
         config = self.model.network.architecture
         if config.num_classes and not request.classes:
             raise ValueError("no class is chosen: pick at least one")
-        for name in request.classes:
-            if name not in self.class_names:
-                raise unknown_name("class", name, self.class_names)
         _check_whole("the number of images", request.num_images, 1, MAX_IMAGES)
+        self._labels(request)
         _check_whole("the seed", request.seed, 0, MAX_SEED)
         if (count := self._count(request)) > MAX_IMAGES:
             raise ValueError(
@@ -194,12 +193,14 @@ class Session:
 
     def row_names_of(self, request: Request) -> tuple[str, ...]:
         """Names to the left of the grid's rows."""
-        return request.classes if len(request.classes) > 1 else ()
+        labels = (self._labels(request) or [])[:: request.num_images]
+        return tuple(self.class_names[label] for label in labels) if len(labels) > 1 else ()
 
     def _labels(self, request: Request) -> list[int] | None:
         if not self.class_names:
             return None
-        return [self.class_names.index(name) for name in request.classes for _ in range(request.num_images)]
+        labels = find_labels(request.classes, self.class_names, len(self.class_names))
+        return [label for label in labels for _ in range(request.num_images)]
 
     def _count(self, request: Request) -> int:
         return request.num_images * max(1, len(request.classes))

@@ -14,13 +14,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from lamamba.data.images import MIN_SIDE, BadImage, decode
-from lamamba.data.sources import Source, fingerprint
+from lamamba.data.images import MIN_SIDE, BadImage, read_image
+from lamamba.data.sources import MANIFEST_NAME, Source, fingerprint
 from lamamba.options.base import read_record, record
 from lamamba.utils.files import write_atomically
 
 MANIFEST_VERSION = 1
-MANIFEST_NAME = "lamamba-manifest.json"
 CHUNK = 32
 """Files per task of a worker process."""
 NAMED_CONVERTED = 1000
@@ -54,7 +53,7 @@ class Manifest:
     bad: tuple[FoundFile, ...]
     """Files that training excludes, in the source's order."""
     converted: dict[str, int] = field(default_factory=dict)
-    """Files that are used after a conversion, by kind: CMYK, 16-bit."""
+    """Files that are used after a conversion, by kind: CMYK, 16-bit, transparent."""
     converted_files: tuple[FoundFile, ...] = ()
     """The first of them."""
     min_side: int = MIN_SIDE
@@ -117,11 +116,9 @@ def _check_chunk(indices: range) -> list[CheckedFile]:
 
 def _check_file(source: Source, index: int, min_side: int) -> CheckedFile:
     try:
-        _, note = decode(source.read(index), min_side=min_side)
+        _, note = read_image(source, index, min_side=min_side)
     except BadImage as error:
         return CheckedFile(index, error.kind, error.detail)
-    except OSError as error:                                                    # the disk's fault
-        return CheckedFile(index, "unreadable", str(error))
     return CheckedFile(index, conversion=note)
 
 

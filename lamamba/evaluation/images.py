@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import lzma
 import math
@@ -16,10 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from lamamba.data.digits import Digits
-from lamamba.data.images import DECODERS, BadImage, centre_crop, decode
+from lamamba.data.images import DECODERS, BadImage, centre_crop, read_image
 from lamamba.data.sources import Source, open_source
 from lamamba.utils.text import counted
 
@@ -90,15 +88,14 @@ class FolderImages:
         return self._count
 
     def _open(self, k: int) -> np.ndarray:
-        file, content = self._source.file(k), self._source.read(k)
-        channels = self._channels or (1 if _is_grey(content) else 3)
         try:
-            image, _ = decode(content, channels)
+            image, _ = read_image(self._source, k, self._channels)
         except BadImage as error:
+            file = self._source.file(k)
             raise ValueError(f"{self._source.name}: {file} is no good image ({error}); take it out") from error
         if self._size is not None and image.size != (self._size, self._size):
             image = centre_crop(image, self._size)
-        return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, channels)
+        return np.atleast_3d(np.asarray(image, dtype=np.uint8))
 
     def read(self, indices: range) -> np.ndarray:
         with ThreadPoolExecutor(DECODERS) as pool:
@@ -114,15 +111,6 @@ class FolderImages:
 
     def classes(self, indices: range) -> None:
         return None
-
-
-def _is_grey(content: bytes) -> bool:
-    """Whether a file holds grey levels; False for what cannot be opened, which `decode` then explains."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.mode in ("L", "LA", "1") or image.mode.startswith("I")
-    except (OSError, SyntaxError, ValueError):
-        return False
 
 
 def _words(shape: tuple[int, ...]) -> str:

@@ -21,7 +21,7 @@ from lamamba.runs.folder import CheckpointState, RunFolder
 from lamamba.runs.metadata import default_guidance
 from lamamba.runs.model import Model, model_folder
 from lamamba.utils.distributed import pick_device
-from lamamba.utils.files import temporary_name
+from lamamba.utils.files import read_text, temporary_name
 from lamamba.utils.progress import Progress, Report
 from lamamba.viz.grids import grid_picture, save_picture
 
@@ -94,7 +94,13 @@ def _label_names(given: str | None, own: tuple[str, ...], num_classes: int) -> t
     file = Path(given)
     if not file.is_file():
         raise FileNotFoundError(f"labels={given} is neither \"imagenet\" nor a text file with one name per line")
-    return as_names(file.read_text(encoding="utf-8").split("\n")[:num_classes], num_classes)
+    lines = read_text(file).rstrip("\n").split("\n")
+    try:
+        if "" in map(str.strip, lines):
+            raise ValueError(f"line {[line.strip() for line in lines].index('') + 1} is empty")
+        return as_names(lines, num_classes)
+    except ValueError as error:
+        raise ValueError(f"labels={given}: {error}; write a line for each class") from error
 
 
 def sample_grid(

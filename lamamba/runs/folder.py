@@ -3,6 +3,7 @@
     RUN/config.json                     the run's configuration, the network's, and what a sampler must know
     RUN/metrics.jsonl                   one line per logged step
     RUN/scores.jsonl                    quick scores, where requested
+    RUN/data_files.txt.gz               names of the images of a folder: deleted ones keep their places
     RUN/bad_images.tsv                  files that could not be read, once there are any, and why
     RUN/events.jsonl                    starts, saves, faults and stops, with their time
     RUN/samples/step_00000500.png       sample grids
@@ -15,12 +16,14 @@ manifest shows. Nothing is ever unpickled.
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -38,7 +41,7 @@ from lamamba.options.training import RUN_VERSION, TrainConfig
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.utils.distributed import ProcessGroup
 from lamamba.utils.errors import RankZeroError
-from lamamba.utils.files import differences, flush, sha256, write_atomically, write_json
+from lamamba.utils.files import differences, flush, sha256, write_all, write_atomically, write_json
 
 logger = logging.getLogger("lamamba.training")
 
@@ -202,6 +205,7 @@ class RunFolder:
         self.bad_images = self.path / "bad_images.tsv"
         self.events = self.path / "events.jsonl"
         self.config = self.path / "config.json"
+        self._data_files = self.path / "data_files.txt.gz"
 
     def prepare(self) -> None:
         """Make the folder, ready to be locked.
@@ -234,16 +238,18 @@ class RunFolder:
         if self.path.is_dir() and any(path.name != ".lock" for path in self.path.iterdir()):
             raise FileExistsError(f"{self.path} exists, is not empty and holds no run; give another folder as out")
 
-    def create(self, values: Mapping[str, Any]) -> None:
-        """Write config.json, where `check` allows it.
+    def create(self, values: Mapping[str, Any], data_files: Sequence[str] = ()) -> None:
+        """Write config.json, where `check` allows it, and the names of the data's files.
 
         Raises: as `check`.
         """
         if self.config.exists():
             self.check(values)
         if not self.names():
-            for file in (self.scores, self.bad_images):
+            for file in (self.scores, self.bad_images, self._data_files):
                 file.unlink(missing_ok=True)
+            if data_files:
+                write_all({self._data_files: gzip.compress("\n".join(data_files).encode(), mtime=0)})
         if strangers := self.strangers():
             logger.warning(
                 "%s: %s were not written by this run; training neither reads nor removes them", self.checkpoints,
@@ -317,6 +323,21 @@ class RunFolder:
             return None
         data = self.read_config().data
         return data.left_out if data is not None else None
+
+    def data_files(self) -> list[str]:
+        """Names of the data's files when the run began; none without a checkpoint, in older runs, or of other data.
+
+        Raises:
+            ValueError: when the list is damaged.
+        """
+        if not self._data_files.exists() or not self.names():
+            return []
+        try:
+            return gzip.decompress(self._data_files.read_bytes()).decode().split("\n")
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{self._data_files} is damaged ({error}); where no image was deleted the run resumes without that file"
+            ) from error
 
     def names(self) -> list[str]:
         """Checkpoints by name, oldest first, whole or not: those that training has written here, no copies of them."""

@@ -160,8 +160,8 @@ def train(
         processes.on_rank_0(lock.acquire)
         threads = computing_threads(config.processes.threads)
         with own_random_state(), threads, precision_policy(config.precision), stop_signals() as request:
-            teacher = open_teacher(config, architecture, processes.device)
-            processes.on_rank_0(lambda: run.create(described(config, samples, teacher)))
+            teacher, files = open_teacher(config, architecture, processes.device), getattr(samples, "source_files", ())
+            processes.on_rank_0(lambda: run.create(described(config, samples, teacher), files))
             trainer = _Trainer(config, samples, architecture, metadata, run, processes, teacher)
             return trainer.run(callbacks, on_resume, request)
     finally:
@@ -220,12 +220,13 @@ class _Trainer:
         """Train from the newest checkpoint, or from the start, to the last step."""
         config, state = self._config, self._state
         is_resumed = self._begin()
-        batches = self._data.micro_batches(state.next_batch)
         self._clock = _Clock(config.batch_size, state.step)
         with self._clock.paused():
             for callback in on_resume if is_resumed else ():
                 callback(self._step_state(math.nan, math.nan, math.nan))
-        with MetricsFile(self._folder, config, is_rank_zero=self._processes.is_rank_zero) as metrics:
+        data = self._data.micro_batches(state.next_batch)
+        metrics_file = MetricsFile(self._folder, config, is_rank_zero=self._processes.is_rank_zero)
+        with metrics_file as metrics, data as batches:
             metrics.remove_after(state.step)
             while state.step < config.steps:
                 batch = [next(batches) for _ in range(config.processes.accumulation_steps)]

@@ -57,7 +57,7 @@ def open_data(config: TrainConfig, out: Path | None = None) -> TrainingSet:
 
 def _open_images(data: DataOptions, run: RunFolder | None) -> Images:
     """Images without the excluded files: those of the manifest, or those excluded since the run began."""
-    source = open_source(data.source)
+    source = open_source(data.source, () if run is None else run.data_files())
     excluded, note = excluded_files(source, data.manifest)
     newly_excluded: set[str] = set()
     if run is not None and (at_the_start := run.excluded()) is not None:

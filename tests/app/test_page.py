@@ -238,6 +238,18 @@ def test_models_of_other_kinds_have_a_page_too(tmp_path):
         assert (facts.settings.height, facts.settings.width) == (8, 16)
 
 
+def test_the_page_shows_names_and_takes_what_finds_them():
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    from lamamba.app.page import build_page
+
+    network = random_network(small_config(num_classes=3))
+    metadata = ModelMetadata(objective=network.architecture.objective, image_size=8, label_names=("1", "10", "tea"))
+    model = Model("toy", network, metadata, fingerprint(network), None)
+    page = build_page(Session(model, "toy"))
+    (chooser,) = (block for block in page.blocks.values() if getattr(block, "elem_id", None) == "classes")
+    assert chooser.choices == [("1", "0"), ("10", "1"), ("tea", "tea")]
+
+
 def test_without_gradio_one_line_says_what_to_install(tmp_path):
     code = "import sys; sys.modules['gradio'] = None; from lamamba.cli.main import main; sys.exit(main(['app']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

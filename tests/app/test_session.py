@@ -74,6 +74,14 @@ def test_the_default_guidance_is_the_models_own(session):
     assert Session(dataclasses.replace(session.model, metadata=metadata), "digits").default_guidance == 3.5
 
 
+def test_classes_whose_names_are_numbers_go_by_number(session):
+    names = tuple(str(10 - label) for label in range(10))
+    metadata = dataclasses.replace(session.model.metadata, label_names=names)
+    facts = Session(dataclasses.replace(session.model, metadata=metadata), "toy").metadata_of(
+        Request(classes=("1", "9"), num_images=1))
+    assert (facts.labels, facts.row_names) == ((1, 9), ("9", "1"))
+
+
 def test_defaults_are_written_down(session):
     facts = session.metadata_of(Request(classes=("0",), num_images=8))
     assert facts.settings.sampler == session.samplers[0]
@@ -117,7 +125,7 @@ def test_two_requests_at_once_do_not_mix(session):
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"classes": ()}, "no class is chosen"),
-    ({"classes": ("three",)}, "class 'three' is unknown"),
+    ({"classes": ("three",)}, "label 'three' is unknown"),
     ({"num_images": 0}, "number of images is 0"),
     ({"num_images": 2.5}, "number of images is 2.5"),
     ({"num_images": 60}, f"up to {MAX_IMAGES} at once"),
