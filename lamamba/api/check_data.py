@@ -14,6 +14,7 @@ from lamamba.options.base import verb
 from lamamba.options.check_data import CheckDataOptions
 from lamamba.utils.files import check_target
 from lamamba.utils.progress import Progress, ProgressOption, Report, reporting
+from lamamba.utils.text import counted
 
 logger = logging.getLogger("lamamba.api")
 
@@ -68,8 +69,8 @@ class CheckLatentsResult:
         plan = self.index.plan
         kind = "means and deviations" if plan.parts == 2 else "latents"
         return f"""\
-{self.folder}: {len(self.index.shards)} shards, all as they were written
-images        {plan.images:,} of {plan.source}, {len(plan.label_names) or 'no'} classes
+{self.folder}: {counted(len(self.index.shards), 'shard')}, all as they were written
+images        {plan.images:,} of {plan.source}, {counted(len(plan.label_names), 'class')}
 image size    {plan.image_size} x {plan.image_size}
 latents       {plan.shape[0]} x {plan.shape[1]} x {plan.shape[2]}, {kind}, {plan.storage}, \
 {'with' if plan.views == 2 else 'without'} mirror images
@@ -105,7 +106,7 @@ def _check_images(options: CheckDataOptions, report: Report) -> CheckDataResult:
     try:
         check_target(path)
     except (OSError, ValueError) as error:
-        raise type(error)(f"{error}; name a path that can be written with --manifest") from error
+        raise type(error)(f"{error}; name a path that can be written as manifest") from error
     found: list[CheckedFile] = []
     bad = 0
     for done, file in enumerate(check_files(source, options.workers, options.min_side), 1):
@@ -130,10 +131,10 @@ def _check_latents(folder: Path, report: Report) -> CheckLatentsResult:
 
 def _summary(manifest: Manifest, path: Path) -> str:
     counts = manifest.images_per_class
-    classes = f"{len(manifest.label_names)} classes with {min(counts)} to {max(counts)} files" \
+    classes = f"{counted(len(manifest.label_names), 'class')} with {min(counts)} to {max(counts)} files" \
         if manifest.label_names else "no classes"
     good = manifest.images - len(manifest.bad)
-    lines = [f"{manifest.source}: {manifest.images:,} files, {classes}", f"good      {good:,}"]
+    lines = [f"{manifest.source}: {counted(manifest.images, 'file')}, {classes}", f"good      {good:,}"]
     for kind, number in manifest.converted.items():
         files = [found.file for found in manifest.converted_files if found.kind == kind]
         more = ", ..." if number > NAMED_CONVERTED else ""
@@ -145,6 +146,6 @@ def _summary(manifest: Manifest, path: Path) -> str:
         lines.append(f"  ... and {len(manifest.bad) - NAMED} more in the manifest")
     empty = [name for name, number in zip(manifest.label_names, counts, strict=False) if not number]
     if empty:
-        lines.append(f"warning: {len(empty)} classes have no file: {', '.join(empty[:5])}")
+        lines.append(f"warning: {counted(len(empty), 'class')} without a file: {', '.join(empty[:5])}")
     lines.append(f"manifest  {path}")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ class CompareResult:
     entries: tuple[Entry, ...]
     """Of all files, named by file, and by entry where a file has several."""
     differences: tuple[tuple[str, ...], ...]
-    """Of each entry: how its protocol differs from the first one's (model, sampler, guidance, seeds, versions)."""
+    """Of each entry: how its protocol differs from the first one's: architecture, sampler, guidance, seeds."""
 
     def __str__(self) -> str:
         first, lines = self.entries[0], [table(self.entries)]

@@ -17,6 +17,7 @@ from lamamba.options.convert import ConvertOptions
 from lamamba.runs.metadata import assumed_metadata
 from lamamba.runs.model import open_network
 from lamamba.utils.files import replacing, temporary_name
+from lamamba.utils.text import counted
 
 logger = logging.getLogger("lamamba.convert")
 
@@ -37,7 +38,8 @@ class ConvertResult:
             return f"{self.path}: {self.num_tensors} tensors under the official names, as \"model\" and \"ema\""
         return (
             f"{self.path}: width {config.width}, {config.num_heads} heads, window {config.window_size}, state size "
-            f"{config.state_size}, {config.scan} scan, {config.num_classes} classes, {config.token_grid} tokens"
+            f"{config.state_size}, {config.scan} scan, {counted(config.num_classes, 'class')}, "
+            f"{config.token_grid} tokens"
         )
 
 
@@ -60,7 +62,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
     if not source.is_dir():
         return _from_official(options)
     if options.weights:
-        raise ValueError("--weights chooses among an official checkpoint's; a folder has one set: leave it out")
+        raise ValueError("weights chooses among an official checkpoint's; a folder has one set: leave it out")
     return _to_official(source, target)
 
 

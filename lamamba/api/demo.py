@@ -19,6 +19,7 @@ from lamamba.runs.metadata import default_guidance
 from lamamba.sampling import generate
 from lamamba.utils.files import write_atomically, write_json
 from lamamba.utils.progress import Progress, ProgressOption, reporting
+from lamamba.utils.text import counted
 from lamamba.viz.curves import read_metrics, run_curves
 from lamamba.viz.grids import grid_picture, save_picture
 
@@ -106,7 +107,7 @@ def _sample(
 ) -> np.ndarray:
     sampling, network = recipe.sampling, training.state.ema
     guidance = default_guidance(sampling.guidance, network.architecture.num_classes)
-    logger.info(f"sampling {len(labels)} digits: {sampling.steps} steps, guidance {guidance:g}")
+    logger.info(f"sampling {len(labels)} digits: {counted(sampling.steps or 0, 'step')}, guidance {guidance:g}")
     with reporting(progress) as report:
         return generate(
             network, labels.tolist(), range(FIRST_SEED, FIRST_SEED + len(labels)), sampler=sampling.sampler,
@@ -127,7 +128,7 @@ def _draw(out: Path, samples: np.ndarray, labels: np.ndarray, digits: Digits) ->
 def _report(summary: str, steps: int, seed: int) -> str:
     return f"""# LaMamba-Diff on handwritten digits
 
-Trained from scratch for {steps} steps (seed {seed}) on 1,797 real digits of 8 x 8 pixels, enlarged below.
+Trained from scratch for {counted(steps, 'step')} (seed {seed}) on 1,797 real digits of 8 x 8 pixels, enlarged below.
 
 ```
 {summary}

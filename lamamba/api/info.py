@@ -12,6 +12,7 @@ from lamamba.models.weights import read_config
 from lamamba.options.base import verb
 from lamamba.options.info import InfoOptions
 from lamamba.runs.folder import RunFolder
+from lamamba.utils.text import counted
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class InfoResult:
         config, cost = self.config, self.cost
         (height, width), (rows, columns) = config.input_size, config.token_grid
         return f"""\
-LaMamba-Diff, width {config.width}, state size {config.state_size}, {config.num_classes} classes
+LaMamba-Diff, width {config.width}, state size {config.state_size}, {counted(config.num_classes, 'class')}
 input                       {config.in_channels} x {height} x {width}, {rows} x {columns} tokens
 parameters                  {cost.parameters / 1e6:.2f} M
 

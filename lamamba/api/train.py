@@ -34,8 +34,9 @@ from lamamba.training.loop import Callback, StepState, describe
 from lamamba.training.sources import PlannedData, open_data, plan_data
 from lamamba.training.start import check_start
 from lamamba.utils.cores import waiting_threads
-from lamamba.utils.distributed import is_main_process, launched_processes, local_device
+from lamamba.utils.distributed import is_rank_zero, launched_processes, local_device
 from lamamba.utils.progress import Progress, ProgressOption, Report, duration, is_watched, reporting
+from lamamba.utils.text import counted
 
 logger = logging.getLogger("lamamba.api")
 
@@ -76,8 +77,8 @@ class TrainResult:
         return max(RunFolder(self.folder).samples.glob("step_*.png"), default=None)
 
     def __str__(self) -> str:
-        bad = RunFolder(self.folder).bad_images
-        note = f"{self.bad_images} files could not be read, replaced by others: {bad}\n" if self.bad_images else ""
+        bad, files = RunFolder(self.folder).bad_images, counted(self.bad_images, "file")
+        note = f"{files} could not be read, replaced by others: {bad}\n" if self.bad_images else ""
         return f"{note}done: {self.folder}\nsample it: lamamba sample {self.folder} --out grid.png"
 
     def _repr_png_(self) -> bytes | None:
@@ -105,18 +106,18 @@ def train(
         BlockingIOError: when another job trains in the folder.
         FloatingPointError: when a loss or gradient is not finite, and the options say to stop.
         Interrupted: when a signal stopped the run, after a checkpoint.
-        MainProcessError: on the other ranks, when rank 0 raises.
+        RankZeroError: on the other ranks, when rank 0 raises.
     """
-    config, run, is_rank_0 = options.config, RunFolder(options.out), is_main_process()
+    config, run = options.config, RunFolder(options.out)
     data = as_training_set(open_data(config, run.path) if data is None else data, config)
     architecture, metadata = describe(config, data)
     is_logged = progress == "auto" and not is_watched()
-    with reporting("auto" if is_logged and is_rank_0 else None) as report:
+    with reporting("auto" if is_logged and is_rank_zero() else None) as report:
         pictures = _pictures(config, architecture, metadata, run, report)
         resumed = max(run.steps(), default=0)
-        if is_rank_0:
+        if is_rank_zero():
             _announce(config, data, architecture, run, resumed)
-        with _showing(progress if is_rank_0 else None, resumed) as show:
+        with _showing(progress if is_rank_zero() else None, resumed) as show:
             state = loop.train(config, data, run.path, [show, *pictures, *callbacks], [
                 functools.partial(picture, if_missing=True) for picture in pictures
             ])
@@ -135,9 +136,9 @@ def _pictures(
     Raises:
         OSError, ValueError: for what they could not do later: a sampler for other models, a reference that is missing.
     """
-    sampling, score, device, is_rank_0 = config.sampling, config.score, local_device(config.device), is_main_process()
+    sampling, score, device = config.sampling, config.score, local_device(config.device)
     check_sampler(sampling, metadata)
-    decoder = open_decoder(metadata, device) if is_rank_0 and (sampling.every or score.every) else None
+    decoder = open_decoder(metadata, device) if is_rank_zero() and (sampling.every or score.every) else None
     pictures: list[SampleGrid | QuickScore] = [
         SampleGrid(sampling, run.samples, metadata.label_names, decoder, report)
     ]
@@ -145,7 +146,7 @@ def _pictures(
         channels = 3 if metadata.codec == "latents" else architecture.in_channels
         shape = (metadata.image_size, metadata.image_size, channels)
         pictures.append(
-            QuickScore(score, sampling, run.scores, shape, decoder, device, is_rank_0=is_rank_0, report=report)
+            QuickScore(score, sampling, run.scores, shape, decoder, device, is_rank_zero=is_rank_zero(), report=report)
         )
     return pictures
 
@@ -155,8 +156,8 @@ def _announce(
 ) -> None:
     parameters = count(architecture).parameters
     logger.info(
-        f"{run.path}: {len(data):,} images of {data.name}, {architecture.num_classes or 'no'} classes, "
-        f"{parameters / 1e6:.2f} M parameters; {config.steps:,} steps of {config.batch_size}, "
+        f"{run.path}: {counted(len(data), 'image')} of {data.name}, {counted(architecture.num_classes, 'class')}, "
+        f"{parameters / 1e6:.2f} M parameters; {counted(config.steps, 'step')} of {config.batch_size}, "
         f"{config.steps * config.batch_size / len(data):,.1f} epochs"
     )
     if resumed:
@@ -181,9 +182,9 @@ def _warnings(config: TrainConfig, data: TrainingSet, architecture: UNetConfig, 
         steps = math.ceil(MOST_EPOCHS * len(data) / config.batch_size)
         shorter = f"; steps={steps} sees each {MOST_EPOCHS} times" if steps < config.steps else ""
         found.append(
-            f"{parameters / 1e6:.1f} M parameters for {len(data):,} images, seen {epochs:,.0f} times each: the network "
-            f"will learn them by heart. model.width={width} ({count(smaller).parameters / 1e6:.1f} M) fits so few and "
-            f"is faster{shorter}"
+            f"{parameters / 1e6:.1f} M parameters for {counted(len(data), 'image')}, seen {epochs:,.0f} times each: "
+            f"they will be learnt by heart. model.width={width} ({count(smaller).parameters / 1e6:.1f} M) fits so "
+            f"few and is faster{shorter}"
         )
     return found
 
@@ -267,10 +268,10 @@ class TrainPlan:
 
     def __str__(self) -> str:
         config, architecture, cost, memory = self.options.config, self.architecture, self.cost, self.memory
-        plural = "s" if self.micro_batch > 1 else ""
         per_epoch = self.images / config.batch_size
-        group = "1 process" if self.processes == 1 else f"{self.processes} processes"
-        latents, time = "", "unknown: it is measured where the data is"
+        group = counted(self.processes, "process")
+        size, accumulated = config.data.image_size, config.processes.accumulation_steps
+        steps, latents, time = counted(config.steps, "step"), "", "unknown: it is measured where the data is"
         if self.metadata.codec == "latents":
             shape = " x ".join(map(str, (architecture.in_channels, *architecture.input_size)))
             latents = f", as latents ({shape}) of {self.metadata.autoencoder or 'an autoencoder'}"
@@ -281,14 +282,14 @@ class TrainPlan:
             )
         plan = f"""\
 run folder        {self.options.out}
-data              {self.data}: {self.images:,} images, {config.data.image_size} x {config.data.image_size}{latents}
+data              {self.data}: {counted(self.images, 'image')}, {size} x {size}{latents}
 device            {self.device}, {group}
 parameters        {cost.parameters / 1e6:.2f} M
 multiply-adds     {cost.matrix / 1e9:.3f} G per image and forward pass, and {cost.scan / 1e9:.3f} G of the scan
 memory            about {memory.peak / 2**30:.2f} GiB on each device: {memory.state / 2**30:.2f} weights, averages and \
-optimizer, {memory.step / 2**30:.2f} for a step of {self.micro_batch} image{plural} at a time
-step              {config.batch_size} images = {group} x {config.processes.accumulation_steps} x {self.micro_batch}
-run               {config.steps:,} steps, {per_epoch:,.1f} steps per epoch: {config.steps / per_epoch:,.1f} epochs
+optimizer, {memory.step / 2**30:.2f} for a step of {counted(self.micro_batch, 'image')} at a time
+step              {counted(config.batch_size, 'image')} = {group} x {accumulated} x {self.micro_batch}
+run               {steps}, {per_epoch:,.1f} steps per epoch: {config.steps / per_epoch:,.1f} epochs
 time              {time}
 learning rate     {config.schedule_in_words()}
 

@@ -122,13 +122,13 @@ class Session:
                 f"{len(request.classes)} classes with {request.num_images} images each are {count}; this page makes up "
                 f"to {MAX_IMAGES} at once: choose fewer of either (lamamba sample makes any number)"
             )
-        sampler = request.sampler or self.samplers[0]
+        sampler = self.samplers[0] if request.sampler is None else request.sampler
         if sampler not in self.samplers:
-            raise unknown_name("sampler for this model", sampler, self.samplers)
+            raise unknown_name("sampler for this model", str(sampler), self.samplers)
         if request.steps is not None:
-            _check_whole(
-                "the number of steps", request.steps, SAMPLERS[sampler].min_steps, SAMPLERS[sampler].max_steps)
-        if not isinstance(request.guidance, int | float) or not 0 <= request.guidance <= MAX_GUIDANCE:
+            kind = SAMPLERS[sampler]
+            _check_whole("the number of steps", request.steps, kind.min_steps, kind.max_steps)
+        if type(request.guidance) not in (int, float) or not 0 <= request.guidance <= MAX_GUIDANCE:
             raise ValueError(f"guidance {request.guidance!r} must be a number from 0 to {MAX_GUIDANCE}; 1 is none")
         if not config.num_classes and request.guidance != 1:
             raise ValueError(f"guidance {request.guidance:g} needs classes; this model has none: use 1")

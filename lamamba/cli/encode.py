@@ -22,8 +22,8 @@ def main(arguments: list[str]) -> None:
     options = parse(EncodeOptions, arguments, "encode", __doc__)
 
     from lamamba.api.encode import encode
-    from lamamba.utils.distributed import is_main_process
+    from lamamba.utils.distributed import is_rank_zero
 
     result = encode(options)
-    if is_main_process():
+    if is_rank_zero():
         print(result)

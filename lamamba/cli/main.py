@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, metadata
 from lamamba._version import __version__
 from lamamba.config import unknown_name
 from lamamba.training.interrupt import EXIT_INTERRUPTED, Interrupted
-from lamamba.utils.errors import MainProcessError
+from lamamba.utils.errors import RankZeroError
 
 VERBS = {
     "demo": "train on handwritten digits in five minutes, sample, evaluate, and write a report",
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(stop, file=sys.stderr)
         return EXIT_INTERRUPTED
-    except MainProcessError:                                                    # rank 0 prints the failure
+    except RankZeroError:                                                    # rank 0 prints the failure
         return EXIT_FAILURE
     except Exception as error:
         if os.environ.get("LAMAMBA_TRACEBACK") == "1":

@@ -51,10 +51,10 @@ def main(arguments: list[str]) -> None:
     chosen = parse(SampleArguments, arguments, "sample", __doc__)
     if chosen.is_folder:
         from lamamba.api.sample_folder import sample_folder
-        from lamamba.utils.distributed import is_main_process
+        from lamamba.utils.distributed import is_rank_zero
 
         result = sample_folder(_select(SampleFolderOptions, chosen, out=chosen.out or Path("samples")))
-        if is_main_process():
+        if is_rank_zero():
             print(result)
     else:
         from lamamba.api.sample import sample

@@ -306,7 +306,7 @@ class LatentSet:
             )
         if self._mirror and plan.views == 1:
             raise ValueError(
-                f"{self._folder} was made without mirror images; encode without --no-mirror, or set data.mirror=false"
+                f"{self._folder} was made without mirror images; encode with mirror, or set data.mirror=false"
             )
 
     def __len__(self) -> int:

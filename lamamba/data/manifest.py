@@ -150,7 +150,7 @@ def check_files(source: Source, workers: int | None = None, min_side: int = MIN_
             yield from waiting.pop(0).result()
             waiting += [pool.submit(_check_chunk, chunk) for chunk in itertools.islice(chunks, 1)]
     except BrokenProcessPool as error:
-        raise RuntimeError(f"a process that checked {source.name} died; fewer --workers need less memory") from error
+        raise RuntimeError(f"a process that checked {source.name} died; fewer workers need less memory") from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -49,8 +49,8 @@ def open_decoder(metadata: ModelMetadata, device: torch.device) -> LatentDecoder
         return LatentDecoder(metadata.autoencoder, metadata, device)
     except OSError as error:
         raise OSError(
-            f"{error}. It is wanted for pictures while training: name where it is with --data.autoencoder, or train "
-            "without them (--sampling.every 0)"
+            f"{error}. It is wanted for pictures while training: name where it is with data.autoencoder, or train "
+            "without them (sampling.every=0)"
         ) from error
 
 
@@ -132,7 +132,7 @@ class QuickScore:
         shape: of an image: height, width, channels.
         decoder: of latents.
         device: of the feature network.
-        is_rank_0: whether this is rank 0.
+        is_rank_zero: whether this is rank 0.
         report: gets the progress of the sampling.
 
     Raises:
@@ -141,12 +141,12 @@ class QuickScore:
 
     def __init__(
         self, options: ScoreOptions, sampling: DenoisingOptions, path: Path, shape: tuple[int, int, int],
-        decoder: Decoder | None, device: torch.device, *, is_rank_0: bool, report: Report = lambda progress: None,
+        decoder: Decoder | None, device: torch.device, *, is_rank_zero: bool, report: Report = lambda progress: None,
     ):
         self._options, self._sampling, self._path, self._decoder = options, sampling, path, decoder
         self._report = report
         self._evaluator: tuple[FeatureNetwork, Moments] | None = None
-        if is_rank_0:
+        if is_rank_zero:
             features = open_network(options.features, options.weights, device)
             self._evaluator = features, self._open_reference(features, shape)
 

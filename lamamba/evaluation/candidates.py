@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lamamba.data.digits import SIDE
 from lamamba.diffusion.denoise import make_scheduler, samplers_for
 from lamamba.evaluation.images import ArrayImages, DigitImages, FolderImages, GeneratedImages, Images, NpzImages
 from lamamba.evaluation.reference import is_statistics, load_statistics
@@ -21,17 +22,21 @@ from lamamba.runs.model import EMA, PIPELINE_INDEX, SHIPPED, list_averages, open
 from lamamba.sampling.generate import ImageGenerator
 from lamamba.sampling.labels import label_of
 from lamamba.sampling.plan import NPZ, SHARDS, UNFINISHED, find_plan
+from lamamba.utils.text import counted
 
 NUM_IMAGES = 50_000
 """Samples behind a published FID."""
 
 
-def open_images(name: str | np.ndarray, image_size: int = 8, limit: int | None = None) -> Images:
+def open_images(
+    name: str | np.ndarray, image_size: int | None = None, limit: int | None = None, channels: int | None = None
+) -> Images:
     """Open existing images. The plan of a folder that `lamamba sample -n` has filled becomes part of the protocol.
 
     Args:
         name: "digits", an npz file, a folder, or an array of images.
-        image_size: of "digits".
+        image_size: of "digits" (by default 8), and that to which files are cropped (by default they have one size).
+        channels: to which these files are converted; by default all are as the first one.
         limit: use only so many, the first ones.
 
     Raises:
@@ -41,17 +46,19 @@ def open_images(name: str | np.ndarray, image_size: int = 8, limit: int | None =
         images: Images = ArrayImages(name, limit)
         name = "the array"
     elif name == "digits":
-        images = DigitImages(image_size, limit)
+        images = DigitImages(image_size or SIDE, limit)
     else:
         folder = Path(name).parent if Path(name).name == NPZ else Path(name)
         if (folder / UNFINISHED).is_dir():
             raise ValueError(f"lamamba sample has not filled {folder} yet; run it again, it goes on where it was")
-        made = NpzImages(name, limit=limit) if name.endswith(".npz") else FolderImages(name, limit)
+        is_npz = name.endswith(".npz")
+        made = NpzImages(name, limit=limit) if is_npz else FolderImages(name, limit, image_size, channels)
         if (folder / SHARDS).is_file() and (plan := find_plan(folder)) is not None:
             made.metadata["made_by"] = plan.to_dict()
         images = made
     if limit is not None and len(images) < limit:
-        raise ValueError(f"{name} has {len(images):,} images, and --num-images {limit} asks for more; leave it out")
+        has = counted(len(images), "image")
+        raise ValueError(f"{name} has {has}, and num_images={limit} asks for more; leave it out")
     return images
 
 
@@ -100,7 +107,7 @@ def find_candidates(path: Path, ema: EMA | None = None, *, every: bool = False) 
             raise FileNotFoundError(f"{path} is a run without a checkpoint yet; train it further")
         folders = [run.checkpoints / name for name in (names if every else names[-1:])]
     elif every:
-        raise ValueError(f"{path} is no run: --every-checkpoint scores the checkpoints of a run's folder")
+        raise ValueError(f"{path} is no run: every_checkpoint scores the checkpoints of a run's folder")
     else:
         folders = [shipped_model() if is_shipped(path) else path]
     found = []
@@ -108,7 +115,7 @@ def find_candidates(path: Path, ema: EMA | None = None, *, every: bool = False) 
         kept = list_averages(folder)
         if not kept:
             if ema is not None:
-                raise ValueError(f"{folder} is a single network; --ema chooses among a checkpoint's averages")
+                raise ValueError(f"{folder} is a single network; ema chooses among a checkpoint's averages")
             found.append(Candidate(path.name or str(path), path, folder))
             continue
         if ema is not None and ema not in kept:
@@ -142,6 +149,7 @@ class Sampler:
         )
         self._options, self._on_step = options, on_step
         config = self._model.network.architecture
+        self.architecture = config.to_dict()
         self._sampler = options.sampler or samplers_for(config.objective)[0]
         steps = len(make_scheduler(self._sampler, config.objective, options.steps).timesteps)
         decoder = self._model.decoder
@@ -171,7 +179,7 @@ class Sampler:
         """Images of consecutive seeds, sampled when they are read."""
         classes = range(self._model.num_classes)
         if guidance != 1 and not classes:
-            raise ValueError(f"{self._metadata['name']} is unconditional: guidance needs classes, leave --guidance out")
+            raise ValueError(f"{self._metadata['name']} is unconditional: guidance needs classes, leave it out")
         seeds = range(first_seed, first_seed + count)
 
         def make(seeds: range, labels: Sequence[int] | None) -> np.ndarray:
@@ -192,6 +200,8 @@ class SampleSet:
     step: int | None = None
     ema: EMA | None = None
     guidance: float | None = None
+    architecture: dict[str, Any] | None = None
+    """Of the network."""
 
 
 def find_sample_sets(
@@ -218,7 +228,8 @@ def find_sample_sets(
         seeds = [options.seed + count * repeat for repeat in range(options.repeats)]
         runs: list[Images] = [samplers[candidate].images(count, seed, scale) for seed in seeds]
         name = f"guidance {scale:g}" if len(options.guidance) > 1 else candidate.name
-        return SampleSet(name, runs, candidate.step, candidate.ema, scale)
+        architecture = samplers[candidate].architecture
+        return SampleSet(name, runs, candidate.step, candidate.ema, scale, architecture)
 
     return [functools.partial(open_samples, candidate, scale) for candidate in candidates for scale in options.guidance]
 
@@ -236,10 +247,10 @@ def _existing_images(options: EvaluateOptions) -> SampleSet:
         "repeats": 1, "every_checkpoint": False, "ema": None, "guidance": (1.0,), "seed": 0, "sampler": None,
         "steps": None, "autoencoder": None,
     }
-    given = [f"--{key.replace('_', '-')}" for key, value in defaults.items() if getattr(options, key) != value]
+    given = [key for key, value in defaults.items() if getattr(options, key) != value]
     if given:
         raise ValueError(f"{name} holds images, not a model: {', '.join(given)} cannot change them")
-    size, reference = 8, options.reference
+    size, reference = None, options.reference
     if is_name and samples == "digits" and is_statistics(reference):
         size = (load_statistics(reference).image_shape or (size,))[0]
     images = open_images(samples, size, options.num_images)

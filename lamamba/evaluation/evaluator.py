@@ -78,15 +78,22 @@ class Evaluator:
             network=self.network.info,
         )
 
-    def open_reference(self, name: str | np.ndarray, image_shape: tuple[int, ...], num_rows: int) -> Reference:
-        """The reference of samples of this shape: from a file of statistics, or computed of images.
+    def open_reference(self, name: str | np.ndarray, samples: Images, num_rows: int) -> Reference:
+        """The reference of samples: from a file of statistics, or computed of images.
+
+        Files are cropped and scaled to the samples' size, as training does; those for a model's samples are converted
+        to its channels, too.
 
         Raises:
             FileNotFoundError, ValueError: when it is missing, damaged or does not fit.
         """
         if isinstance(name, str) and is_statistics(name):
-            return self._load_reference(name, image_shape, num_rows)
-        images = open_images(name, image_size=image_shape[0])
+            return self._load_reference(name, self.fit(samples).shape, num_rows)
+        image_shape, is_model = samples.shape, samples.metadata["kind"] == "generated"
+        is_square = image_shape[0] == image_shape[1]
+        images = open_images(
+            name, image_shape[0] if is_square else None, channels=image_shape[2] if is_model and is_square else None
+        )
         name = name if isinstance(name, str) else "array"
         if images.shape[:2] != image_shape[:2]:
             sizes = " and ".join(f"{s[0]} x {s[1]}" for s in (images.shape, image_shape))

@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image
 
 from lamamba.data.digits import Digits
-from lamamba.data.images import DECODERS, BadImage, decode
+from lamamba.data.images import DECODERS, BadImage, centre_crop, decode
 from lamamba.data.sources import Source, open_source
+from lamamba.utils.text import counted
 
 
 class Images(Protocol):
@@ -55,14 +56,26 @@ def digest(*parts: object) -> str:
 class FolderImages:
     """Image files below a folder (or in tars), sorted by name.
 
+    Args:
+        folder: the folder, or tars.
+        limit: use only so many, the first ones.
+        size: side to which images of any size are cropped and scaled, as training does; by default all have one size.
+        channels: to which they are converted: 1 or 3; by default all are as the first one, with `size` grey ones among
+            colours become colour.
+
     Raises:
         FileNotFoundError, ValueError: when there are none.
     """
 
-    def __init__(self, folder: str | Path, limit: int | None = None):
+    def __init__(
+        self, folder: str | Path, limit: int | None = None, size: int | None = None, channels: int | None = None
+    ):
         self._source: Source = open_source(folder)
+        self._size, self._channels = size, channels
         self._count = min(len(self._source), limit or len(self._source))
         self.shape = self._open(0).shape
+        if size is not None and self.shape[2] == 3:
+            self._channels = 3
         sizes, times = [], []
         for k in range(self._count):
             file = Path(folder) / self._source.file(k)
@@ -78,12 +91,14 @@ class FolderImages:
 
     def _open(self, k: int) -> np.ndarray:
         file, content = self._source.file(k), self._source.read(k)
+        channels = self._channels or (1 if _is_grey(content) else 3)
         try:
-            grey = _is_grey(content)
-            image, _ = decode(content, channels=1 if grey else 3)
+            image, _ = decode(content, channels)
         except BadImage as error:
             raise ValueError(f"{self._source.name}: {file} is no good image ({error}); take it out") from error
-        return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, 1 if grey else 3)
+        if self._size is not None and image.size != (self._size, self._size):
+            image = centre_crop(image, self._size)
+        return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, channels)
 
     def read(self, indices: range) -> np.ndarray:
         with ThreadPoolExecutor(DECODERS) as pool:
@@ -92,7 +107,8 @@ class FolderImages:
             if image.shape != self.shape:
                 raise ValueError(
                     f"{self._source.name}: {self._source.file(k)} is {_words(image.shape)}, {self._source.file(0)} is "
-                    f"{_words(self.shape)}; all images of a set have one size and one kind (crop them as you trained)"
+                    f"{_words(self.shape)}; all images of a set have one size and one kind. lamamba evaluate stats "
+                    f"{self._source.name} --image-size N --out FILE.npz crops them as training does"
                 )
         return np.stack(images)
 
@@ -311,7 +327,7 @@ class AsGrey(_Converted):
         images = self._images.read(indices)
         if (images != images[..., :1]).any():
             name = self.metadata.get("name")
-            raise ValueError(f"{name} has colour images and {self._network} reads grey ones; choose other --features")
+            raise ValueError(f"{name} has colour images and {self._network} reads grey ones; choose other features")
         return images[..., :1]
 
 
@@ -336,16 +352,16 @@ def fit_channels(images: Images, channels: int, network: str, *, repeat_grey: bo
     """
     name = images.metadata.get("name", "the model's samples")
     if len(images) < 2:
-        raise ValueError(f"{name} has {len(images)} image; distances between sets need at least 2 of each")
+        raise ValueError(f"{name} has {counted(len(images), 'image')}; distances between sets need at least 2 of each")
     if images.shape[2] == channels:
         return images
     if images.shape[2] == 3 and images.metadata.get("kind") != "generated":
         return AsGrey(images, network)
     if images.shape[2] == 3:
-        raise ValueError(f"{name} has colour images and {network} reads grey ones; choose other --features")
+        raise ValueError(f"{name} has colour images and {network} reads grey ones; choose other features")
     if not repeat_grey:
         raise ValueError(
-            f"{name} has grey images and {network} reads colour; --grey repeat gives it three equal channels, which is "
+            f"{name} has grey images and {network} reads colour; grey='repeat' gives it three equal channels, which is "
             "not what published figures mean"
         )
     return AsColour(images, 3)

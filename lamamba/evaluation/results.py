@@ -99,11 +99,12 @@ def disagreements(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Other differences: what one compares, such as model, sampler and seeds."""
+    """Other differences: what one compares, such as the network's architecture, sampler and seeds."""
     found = []
     for part in {**one, **other}:
         mine, theirs = one.get(part), other.get(part)
-        if part in MUST_AGREE or mine == theirs:
+        is_unknown = part == "architecture" and None in (mine, theirs)          # images, and older results
+        if part in MUST_AGREE or mine == theirs or is_unknown:
             continue
         if isinstance(mine, dict) and isinstance(theirs, dict):
             found += [f"{part}.{key}: {_short(mine.get(key))} | {_short(theirs.get(key))}"

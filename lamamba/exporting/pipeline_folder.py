@@ -93,7 +93,7 @@ def _label_names(given: str | None, own: tuple[str, ...], num_classes: int) -> t
         return as_names(imagenet_names(), num_classes)
     file = Path(given)
     if not file.is_file():
-        raise FileNotFoundError(f"--labels {given} is neither \"imagenet\" nor a text file with one name per line")
+        raise FileNotFoundError(f"labels={given} is neither \"imagenet\" nor a text file with one name per line")
     return as_names(file.read_text(encoding="utf-8").split("\n")[:num_classes], num_classes)
 
 

@@ -298,7 +298,7 @@ def _download() -> Path:
             failures.append(f"{url}: {error}")
     raise OSError(
         f"the Inception weights could not be downloaded ({'; '.join(failures)}); fetch them elsewhere, and name the "
-        "file with --weights"
+        "file: weights=FILE. Without them: features=digits for handwritten digits, or features=module:function"
     )
 
 

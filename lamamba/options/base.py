@@ -22,8 +22,9 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
+import tyro
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AllowInfNan, BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError, with_config
 from pydantic.dataclasses import dataclass as validated_dataclass
@@ -90,6 +91,7 @@ def options(cls: type[T]) -> type[T]:
     Raises (the class, when called):
         ValueError: in one line: field, what came, what fits.
     """
+    _show_plainly(cls)
     made: Any = validated_dataclass(
         cls, frozen=True, kw_only=True, config=ConfigDict(
             strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False,
@@ -106,6 +108,30 @@ def options(cls: type[T]) -> type[T]:
 
     made.__init__ = __init__
     return made
+
+
+def _show_plainly(cls: type) -> None:
+    """Help of the command line: "--width INT" for an int that may be None; no "(default: None)"."""
+    hints = get_type_hints(cls, include_extras=True)
+    for name in inspect.get_annotations(cls):
+        more = getattr(hints[name], "__metadata__", ())
+        if getattr(cls, name, ...) is None and not any(getattr(item, "metavar", None) for item in more):
+            shown = tyro.conf.arg(metavar=_metavar(hints[name]), help_behavior_hint="")
+            cls.__annotations__[name] = Annotated[hints[name], shown]
+
+
+def _metavar(hint: Any) -> str:
+    """A type in the words of the command line: INT, FLOAT FLOAT, {all,first-three}."""
+    if given := [item.metavar for item in getattr(hint, "__metadata__", ()) if getattr(item, "metavar", None)]:
+        return given[0]
+    parts = [part for part in get_args(hint) if part is not type(None)]
+    if get_origin(hint) is Annotated:
+        return _metavar(hint.__origin__)
+    if get_origin(hint) is Literal:
+        return "{" + ",".join(map(str, parts)) + "}"
+    if get_origin(hint) is tuple:
+        return " ".join(_metavar(part) for part in parts)
+    return "|".join(_metavar(part) for part in parts) if parts else hint.__name__.upper()
 
 
 record = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))

@@ -321,7 +321,7 @@ class TrainConfig:
                 found.append(
                     f"after {self.steps} steps, ema_decay {decay} leaves {initial:.0%} of the averaged weights at "
                     "their initial values; samples will look like noise. "
-                    f"--ema-decays {fitting:.4g} would fit this run"
+                    f"ema_decays={fitting:.4g} would fit this run"
                 )
         if self.steps < self.optimizer.warmup_steps:
             found.append(f"the run ends before its warm-up: steps={self.steps} of {self.optimizer.warmup_steps}")

@@ -37,7 +37,7 @@ from lamamba.options.base import Ge, read_record, record
 from lamamba.options.training import RUN_VERSION, TrainConfig
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.utils.distributed import ProcessGroup
-from lamamba.utils.errors import MainProcessError
+from lamamba.utils.errors import RankZeroError
 from lamamba.utils.files import differences, flush, sha256, write_atomically, write_json
 
 logger = logging.getLogger("lamamba.training")
@@ -230,7 +230,7 @@ class RunFolder:
 
     def _check_empty(self) -> None:
         if self.path.is_dir() and any(path.name != ".lock" for path in self.path.iterdir()):
-            raise FileExistsError(f"{self.path} exists, is not empty and holds no run; give another folder with --out")
+            raise FileExistsError(f"{self.path} exists, is not empty and holds no run; give another folder as out")
 
     def create(self, values: Mapping[str, Any]) -> None:
         """Write config.json, where `check` allows it.
@@ -291,7 +291,7 @@ class RunFolder:
         if found:
             raise ValueError(
                 f"{self.path} holds a run with another configuration ({'; '.join(found)}); "
-                "repeat its options to resume it, or give another folder with --out"
+                "repeat its options to resume it, or give another folder as out"
             )
         old_data, new_data = saved.data, new["data"]                            # older runs did not write it down
         is_known = new_data["fingerprint"] != ""                                # a plan may be made without the data
@@ -300,7 +300,7 @@ class RunFolder:
                 f"{self.path} began with other data than {new['train']['data']['source']} holds now (fingerprint "
                 f"{str(old_data.fingerprint)[:12]} there, {str(new_data['fingerprint'])[:12]} here): files, classes "
                 "or latents were added, removed or made anew. Bring the former ones back to resume, or give another "
-                "folder with --out"
+                "folder as out"
             )
 
     def excluded(self) -> tuple[str, ...] | None:
@@ -358,7 +358,7 @@ class RunFolder:
 
         Raises:
             OSError: when the disk is full or not writable; older checkpoints are untouched and nothing is left behind.
-            MainProcessError: on the other ranks.
+            RankZeroError: on the other ranks.
         """
         checkpoint = self.checkpoint(step)
         temporary = self.checkpoints / f".tmp_{checkpoint.name}"
@@ -369,7 +369,7 @@ class RunFolder:
             hashes = _hash_together(temporary, processes)
             processes.on_rank_0(lambda: self._finish_save(checkpoint, temporary, hashes))
             processes.on_rank_0(lambda: self._remove_old(step, keep, keep_every))
-        except MainProcessError:
+        except RankZeroError:
             raise
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -63,7 +63,7 @@ def open_model(
         name = autoencoder or metadata.autoencoder
         if name is None:
             _log_assumption(path, saved, metadata)
-            raise ValueError("this model makes latents: name the autoencoder that decodes them with --autoencoder")
+            raise ValueError("this model makes latents: name the one that decodes them: autoencoder")
         loaded = Autoencoder(name, device)
         if saved is None:
             image_size = network.architecture.input_size[0] * pixels_per_latent(loaded.config)
@@ -71,7 +71,7 @@ def open_model(
             metadata = dataclasses.replace(metadata, **codec, image_size=image_size)
         decoder = LatentDecoder(loaded, metadata)
     elif autoencoder is not None:
-        raise ValueError("this model makes pixels: leave --autoencoder out")
+        raise ValueError("this model makes pixels: leave autoencoder out")
     _log_assumption(path, saved, metadata)
     return Model(SHIPPED if path is None else str(path), network, metadata, fingerprint(network), decoder)
 

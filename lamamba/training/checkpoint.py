@@ -85,13 +85,13 @@ def whole_network(network: LaMambaUNet, processes: Processes) -> LaMambaUNet | N
     A network that is not sharded is returned as it is; a sharded one is gathered on the CPU.
     """
     if not processes.is_sharded:
-        return network if processes.is_main else None
+        return network if processes.is_rank_zero else None
     state = {}
     for name, parameter in network.named_parameters():
         tensor = whole(parameter)
-        if processes.is_main:
+        if processes.is_rank_zero:
             state[name] = tensor.cpu()
-    if not processes.is_main:
+    if not processes.is_rank_zero:
         return None
     copy_ = LaMambaUNet(network.architecture)
     copy_.load_state_dict(state, assign=True)
@@ -135,7 +135,7 @@ def write_checkpoint(
     """Write all files into an empty folder, all ranks together; nothing is flushed or renamed yet.
 
     Raises:
-        OSError, RuntimeError: when a file cannot be written; MainProcessError on the ranks that could write theirs.
+        OSError, RuntimeError: when a file cannot be written; RankZeroError on the ranks that could write theirs.
     """
     first = next(iter(state.averages))
     values = {

@@ -124,7 +124,7 @@ class TrainingData:
                 raise
             raise RuntimeError(
                 f"a process that reads data has died ({str(error).splitlines()[0]}); most often the system had no "
-                "memory left for it: fewer --processes.data-workers help. The run resumes from its last checkpoint"
+                "memory left for it: fewer processes.data_workers help. The run resumes from its last checkpoint"
             ) from error
 
 

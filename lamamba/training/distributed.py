@@ -95,7 +95,7 @@ def check_processes(config: TrainConfig) -> None:
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() == "true":
             raise ValueError(
-                f"accelerate launch asks for {name}; start without it and give --processes.sharding full, "
+                f"accelerate launch asks for {name}; start without it and give processes.sharding='full', "
                 "which splits the network by PyTorch's own FSDP2"
             )
     world_size = launched_processes()

@@ -45,7 +45,7 @@ from lamamba.training.non_finite import find_origin
 from lamamba.training.start import continue_official, start_network
 from lamamba.training.trackers import MetricsFile
 from lamamba.utils.distributed import local, peak_memory, whole
-from lamamba.utils.errors import MainProcessError
+from lamamba.utils.errors import RankZeroError
 from lamamba.utils.locks import FolderLock
 from lamamba.utils.repeatable import own_random_state
 
@@ -137,7 +137,7 @@ def train(
             the weights were not touched by it.
         Interrupted: when a signal stopped the run, after a checkpoint.
         OSError: when the last checkpoint could not be written.
-        MainProcessError: on the other ranks, when rank 0 raises.
+        RankZeroError: on the other ranks, when rank 0 raises.
     """
     processes = Processes(config)
     samples = as_training_set(data, config)
@@ -208,7 +208,7 @@ class _Trainer:
         with self._clock.paused():
             for callback in on_resume if is_resumed else ():
                 callback(self._step_state(math.nan, math.nan, math.nan))
-        with MetricsFile(self._folder, config, is_main=self._processes.is_main) as metrics:
+        with MetricsFile(self._folder, config, is_rank_zero=self._processes.is_rank_zero) as metrics:
             metrics.remove_after(state.step)
             while state.step < config.steps:
                 batch = [next(batches) for _ in range(config.processes.accumulation_steps)]
@@ -320,7 +320,7 @@ class _Trainer:
         report = self._report(batch, result)
         newest = self._folder.names()[-1:] or ["none yet"]
         last = f" Last checkpoint: {newest[0]}."
-        hint = " A lower --optimizer.learning-rate or --optimizer.max-grad-norm 1 often helps"
+        hint = " A lower optimizer.learning_rate or optimizer.max_grad_norm=1 often helps"
         self._log_event("not finite", step=state.step + 1, batch=number, policy=options.on_non_finite, report=report)
         if options.on_non_finite == "stop":
             raise FloatingPointError(report + last + hint)
@@ -398,7 +398,7 @@ class _Trainer:
                 state.step, lambda folder: write_checkpoint(folder, state, self._metadata, processes, setup),
                 processes, keep=config.keep_checkpoints, keep_every=config.keep_every,
             )
-        except (OSError, MainProcessError) as error:
+        except (OSError, RankZeroError) as error:
             if must:
                 raise
             self._warn("%s. Training goes on", error)
@@ -408,11 +408,11 @@ class _Trainer:
         return checkpoint
 
     def _log_event(self, event: str, **values: object) -> None:
-        if self._processes.is_main:
+        if self._processes.is_rank_zero:
             self._folder.log_event(event, **values)
 
     def _warn(self, message: str, *values: object) -> None:
-        if self._processes.is_main:
+        if self._processes.is_rank_zero:
             logger.warning(message, *values)
 
 

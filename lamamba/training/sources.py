@@ -18,7 +18,7 @@ from lamamba.data.sets import EncodedSet, PixelSet, TrainingSet
 from lamamba.data.sources import open_source
 from lamamba.options.training import DataOptions, TrainConfig
 from lamamba.runs.folder import RunFolder
-from lamamba.utils.distributed import is_main_process, local_device
+from lamamba.utils.distributed import is_rank_zero, local_device
 
 logger = logging.getLogger("lamamba.training")
 
@@ -62,9 +62,9 @@ def _open_images(data: DataOptions, run: RunFolder | None) -> Images:
     newly_excluded: set[str] = set()
     if run is not None and (at_the_start := run.excluded()) is not None:
         excluded, newly_excluded = at_the_start, set(excluded) - set(at_the_start)
-    if note and is_main_process():
+    if note and is_rank_zero():
         logger.warning(note)
-    if newly_excluded and is_main_process():
+    if newly_excluded and is_rank_zero():
         logger.info(
             f"{len(newly_excluded)} files that the manifest names now were not known to be bad when this run began: "
             "its order stays, and where they cannot be read the next good ones replace them"

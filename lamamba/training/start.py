@@ -102,8 +102,8 @@ def _check_same(saved: UNetConfig, wanted: UNetConfig, source: Path, changes: se
     if differences:
         hint = ""
         if saved.num_classes != wanted.num_classes and "num_classes" not in changes:
-            hint = "; to train on other classes, give --start.replace-labels"
+            hint = "; to train on other classes, give start.replace_labels"
         raise ValueError(
-            f"{source} is another network than this run's ({'; '.join(differences)}): let --model.preset and its "
+            f"{source} is another network than this run's ({'; '.join(differences)}): let model.preset and its "
             f"options describe the one that is there{hint}"
         )

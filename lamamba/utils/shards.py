@@ -225,8 +225,8 @@ class ShardedJob(ABC, Generic[P]):
         foreign = [name for name in names if not name.startswith(self.own)]
         if foreign and not self.work.is_dir() and not self.is_finished():       # others may be making them just now
             raise FileExistsError(
-                f"{self.folder} exists and holds something else ({', '.join(foreign[:3])}); give another folder with "
-                "--out"
+                f"{self.folder} exists and holds something else ({', '.join(foreign[:3])}); give another folder "
+                "as out"
             )
         with self._locked("plan"):
             path = self.work / PLAN
@@ -248,7 +248,7 @@ class ShardedJob(ABC, Generic[P]):
         if found := old.differences(self.plan):
             raise ValueError(
                 f"{self.folder} holds {self.what} made otherwise ({'; '.join(found)}); repeat the options to go on "
-                "with them, or give another folder with --out"
+                "with them, or give another folder as out"
             )
 
     def _make_missing(self) -> None:

@@ -98,7 +98,7 @@ def _running_mean(values: Sequence[float], span: int) -> np.ndarray:
 
 def run_curves(
     runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, smooth: float = 0.02,
-    scores: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    scores: Mapping[str, Sequence[Mapping[str, Any]]] | None = None, note: str | None = None,
 ) -> None:
     """Draw loss, gradient norm, images per second and quick scores of one or several runs over the optimizer steps.
 
@@ -107,6 +107,7 @@ def run_curves(
         path: a PNG.
         smooth: span of the running mean as a share of the run; 0 draws the logged values alone.
         scores: lines of each run's scores.jsonl, where there is one, by the run's name.
+        note: above the losses, of several runs.
     """
     scores = scores or {}
     heights = (2.2, 1, 1, 1) if scores else (2.2, 1, 1)
@@ -119,7 +120,8 @@ def run_curves(
         if name in scores:
             latest = {line["step"]: line["score"] for line in scores[name]}     # a step done again replaces the first
             panels[3].plot(*zip(*sorted(latest.items()), strict=True), "o-", color=color, markersize=4)
-    panels[0].set(ylabel="loss", title=next(iter(runs)) if len(runs) == 1 else None)
+    panels[0].set(ylabel="loss", title=next(iter(runs)) if len(runs) == 1 else note)
+    panels[0].title.set_wrap(True)
     panels[1].set(ylabel="gradient norm")
     _set_log(panels[1])
     panels[2].set(ylabel="images / s", ylim=(0, None))

@@ -20,9 +20,9 @@ OFFICIAL = Path(__file__).parent.parent / "parity" / "official_checkpoint.pt"
 
 
 def tiny(out, **changes):
-    return lamamba.TrainOptions.from_recipe(
-        "digits", out=out, **{"steps": 1, "model": {"width": 8, "num_heads": 2}, "sampling": {"every": 0}, **changes}
-    )
+    model = {"width": 8, "num_heads": 2, "depths": (1, 1, 1, 1), "bottleneck_depth": 1}
+    fields = {"steps": 1, "batch_size": 4, "model": model, "sampling": {"every": 0}}
+    return lamamba.TrainOptions.from_recipe("digits", out=out, **{**fields, **changes})
 
 
 def random_states():
@@ -112,7 +112,7 @@ def test_targets_are_tried_before_the_work(tmp_path):
     calls = []
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="is a folder; name a file in it; name a path .* --manifest"):
+    with pytest.raises(ValueError, match="is a folder; name a file in it; name a path .* manifest"):
         lamamba.check_data(
             lamamba.CheckDataOptions(source=tmp_path / "images", manifest=tmp_path), progress=calls.append)
     with pytest.raises(ValueError, match="is a folder; name a file in it"):

@@ -17,13 +17,19 @@ from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import Model, fingerprint, open_model, open_network
 from lamamba.sampling import generate
 from lamamba.sampling.settings import ImageMetadata
+from tests.networks import random_network, small_config
 
 REQUEST = Request(classes=("3", "7"), num_images=2, seed=11, sampler="flow-euler", steps=6, guidance=1.75)
 
 
 @pytest.fixture(scope="module")
-def session():
-    return Session(open_model(shipped_model()), "digits")
+def session(tmp_path_factory):
+    """Of a small network with the digits' classes."""
+    folder = tmp_path_factory.mktemp("model")
+    random_network(small_config(in_channels=1, num_classes=10, objective="flow", width=8)).save_pretrained(folder)
+    ModelMetadata(objective="flow", image_size=8, label_names=tuple("0123456789"), guidance=1.75).save(
+        folder / "sampling.json")
+    return Session(open_model(folder), "digits")
 
 
 def expected(session, labels, seeds, **settings):
@@ -36,7 +42,8 @@ def test_samples_are_those_of_generate(session):
     np.testing.assert_array_equal(last.images, images)
 
 
-def test_frames_show_the_denoising(session):
+def test_frames_show_the_denoising():
+    session = Session(open_model(shipped_model()), "digits")
     frames = list(session.sample(dataclasses.replace(REQUEST, steps=30)))
     assert [frame.is_last for frame in frames] == [False] * (len(frames) - 1) + [True]
     assert len(frames) >= 3

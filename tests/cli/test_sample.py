@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,8 +15,7 @@ from lamamba.runs.metadata import ModelMetadata
 from lamamba.sampling.settings import Interpolated, read_image_metadata
 from lamamba.viz.films import chosen_frames, save_film
 from tests.networks import random_network, small_config
-
-COMMAND = [sys.executable, "-m", "lamamba"]
+from tests.training.together import command, needs_fork_server
 
 
 def save_model(folder: Path, seed: int = 0, names=("ant", "bee", "cat"), **changes) -> None:
@@ -150,22 +145,21 @@ def test_mp4(sample):
 MANY = ["-n", 22, "--steps", 2, "--batch-size", 4, "--threads", 1, "--random-labels", "--format", "both"]
 
 
+@needs_fork_server
 def test_a_folder_of_images_by_one_process_or_by_two_that_are_killed_and_a_third(sample, tmp_path):
     status, out, err = sample("flow", *MANY, "--out", "one")
     assert (status, out.count("22 images")) == (0, 2), err                      # said before and after
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    options = ["sample", "flow", *map(str, MANY), "--out", "several"]
     several = [
-        subprocess.Popen([*COMMAND, *options], stdout=subprocess.PIPE, text=True,
-                         env={**environment, "RANK": str(rank), "WORLD_SIZE": "2"})
+        command(tmp_path, "sample", "flow", *MANY, "--out", "several", output=f"rank{rank}.txt",
+                environment={"RANK": str(rank), "WORLD_SIZE": "2"})
         for rank in range(2)
     ]
-    while all(p.poll() is None for p in several) and not list(Path("several").glob(".sampling/shard_*.json")):
+    while all(p.is_alive() for p in several) and not list(Path("several").glob(".sampling/shard_*.json")):
         time.sleep(0.01)
     for process in several:
-        process.send_signal(signal.SIGKILL)
-    said = [process.communicate()[0] for process in several]
-    assert said[1] == ""                                                        # the first one speaks
+        process.kill()
+        process.join()
+    assert Path("rank1.txt").read_text() == ""                                  # the first one speaks
     assert sample("flow", *MANY, "--out", "several")[0] == 0
     names = {f"{k:06d}.png" for k in range(22)} | {"samples.npz"}
     one = {name: digest for name, digest in hashes(tmp_path / "one").items() if name in names}

@@ -42,6 +42,17 @@ def test_models_samplers_and_names_may_differ():
     assert differences(PROTOCOL, PROTOCOL) == []
 
 
+@pytest.mark.parametrize(("one", "other", "found"), [
+    ({"width": 64, "depths": [2, 2, 2, 2]}, {"width": 32, "depths": [1, 1, 1, 1]},
+     ["architecture.width: 64 | 32", "architecture.depths: [2, 2, 2, 2] | [1, 1, 1, 1]"]),
+    ({"width": 64}, {"width": 64}, []), (None, {"width": 64}, []), (None, None, []),
+])
+def test_architectures_that_differ_are_shown(one, other, found):
+    first, second = ({**PROTOCOL, **({"architecture": value} if value else {})} for value in (one, other))
+    assert differences(first, second) == found
+    assert disagreements(first, second) == []
+
+
 def test_a_table_across_and_down():
     other = Entry(name="b", figures={"frechet": 3.0}, spread={"frechet": 0.25}, protocol=PROTOCOL)
     lines = table([ENTRY, other]).splitlines()

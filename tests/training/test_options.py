@@ -230,7 +230,7 @@ def gradient_of_step(settings, step):
 def test_fine_tuning_replaces_the_label_table_and_nothing_else(tmp_path):
     official = load_official(OFFICIAL)
     settings = dict(model=OFFICIAL_MODEL, batch_size=2, steps=1, optimizer=dict(learning_rate=1e-12))
-    with pytest.raises(ValueError, match=r"num_classes: 6 there, 4 here.*--start.replace-labels"):
+    with pytest.raises(ValueError, match=r"num_classes: 6 there, 4 here.*start.replace_labels"):
         train(config(**settings, start=dict(source=str(OFFICIAL))), Latents(4), tmp_path / "kept")
     replaced = config(**settings, start=dict(source=str(OFFICIAL), replace_labels=True))
     state = train(replaced, Latents(4), tmp_path / "tuned")
@@ -248,7 +248,7 @@ def test_fine_tuning_replaces_the_label_table_and_nothing_else(tmp_path):
 
 
 def test_sources_that_do_not_fit(tmp_path):
-    with pytest.raises(ValueError, match=r"width: 8 there, 16 here.*--model.preset"):
+    with pytest.raises(ValueError, match=r"width: 8 there, 16 here.*model.preset"):
         train(config(model=ModelOptions(width=16, num_heads=2, objective="noise"), start=dict(source=str(OFFICIAL))),
               Latents(), tmp_path / "wide")
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):

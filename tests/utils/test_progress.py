@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 
 import pytest
 
@@ -55,6 +56,7 @@ def test_a_bar_on_a_terminal_has_them_too(monkeypatch):
     assert "features" in shown
     assert "0/1000" in shown
     assert "images/s" in shown
+    assert re.search(r"\d\d:\d\d<(\d\d:\d\d|\?)", shown)                    # time taken, time left
 
 
 def test_functions_and_none_and_nothing_else():
