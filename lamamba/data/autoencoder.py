@@ -17,7 +17,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lamamba.utils.tensors import FLOATS, check_finite, read_header, weight_files
+from lamamba.utils.tensors import FLOATS, PICKLES, check_finite, read_header, weight_files
 
 logger = logging.getLogger("lamamba.data")
 
@@ -25,7 +25,6 @@ KINDS = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderDC", "Autoencod
 """Classes of diffusers whose latents are one grid per image."""
 WITH_POSTERIOR = ("AutoencoderKL", "AsymmetricAutoencoderKL")
 """Those whose latents are drawn from a normal posterior; the others are deterministic."""
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _IRRELEVANT = {"sample_size", "force_upcast"}
 """Entries of a configuration that do not change latents."""
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from lamamba.data.autoencoder import Autoencoder
 from lamamba.data.codec import CodecConfig
 from lamamba.data.sets import SampleDraws
-from lamamba.options.base import Ge, from_dict, record
+from lamamba.options.base import Ge, Lt, from_dict, record
 from lamamba.utils.files import read_json, sha256
 from lamamba.utils.progress import Progress, Report
 from lamamba.utils.shards import ShardPlan
@@ -122,7 +122,7 @@ class Shard:
     file: str
     bytes: int
     sha256: str
-    labels: tuple[int, ...]
+    labels: tuple[Annotated[int, Ge(0), Lt(2**31)], ...]
     files: tuple[str, ...]
     excluded: dict[str, str]
     """Images that could not be decoded when the shard was made, and why; "left_out" in JSON."""

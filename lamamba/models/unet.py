@@ -18,7 +18,7 @@ from lamamba.models.embeddings import PatchEmbedding, TimestepEmbedding, positio
 from lamamba.models.geometry import Geometry
 from lamamba.models.resample import PatchExpanding, PatchMerging
 from lamamba.models.weights import check_weights, read_config
-from lamamba.utils.tensors import weight_files
+from lamamba.utils.tensors import PICKLE_ADVICE, weight_files
 
 
 class Stage(nn.Module):
@@ -359,12 +359,8 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
             raise OSError(
                 f"{place} is a run, a checkpoint or a pipeline: lamamba.open_model({str(place)!r}).network opens it"
             )
-        pickles = [*place.glob("*.bin"), *place.glob("*.pt"), *place.glob("*.ckpt")] if place.is_dir() else []
-        if kwargs.get("use_safetensors") is False or (pickles and not any(place.glob("*.safetensors"))):
-            raise ValueError(
-                f"{pickles[0] if pickles else 'use_safetensors=False'}: weights as a pickle can run code when they are "
-                "opened, only safetensors are read; official checkpoints are read by lamamba convert"
-            )
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(f"use_safetensors=False: weights {PICKLE_ADVICE}")
         if place.is_dir() and not kwargs.get("variant") and not kwargs.get("quantization_config"):
             check_weights(cls, read_config(place), weight_files(place), place)
         kwargs["use_safetensors"] = True

@@ -258,8 +258,13 @@ def _follow(cls: Any, location: tuple[int | str, ...]) -> tuple[Any, str]:
             path += f"[{step}]"
         elif step in hints:                                                     # others name members of a union
             path += f".{step}" if path else step
-            owner = hints[step] if dataclasses.is_dataclass(hints[step]) else owner
+            owner = _dataclass_in(hints[step]) or owner
     return owner, path
+
+
+def _dataclass_in(hint: Any) -> Any:
+    """The dataclass of a hint, or of what it holds: an item, a section; None where it has none."""
+    return hint if dataclasses.is_dataclass(hint) else next(filter(None, map(_dataclass_in, get_args(hint))), None)
 
 
 def _words(hint: Any) -> list[str]:

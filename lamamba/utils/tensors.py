@@ -15,6 +15,11 @@ from torch import Tensor, nn
 
 from lamamba.utils.files import read_json
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLE_ADVICE = (
+    "as a pickle can run code when they are opened, only safetensors are read; official checkpoints are read by "
+    "lamamba convert"
+)
 FLOATS = ("F32", "BF16", "F16", "F64")
 """Types that weights may have, by safetensors' names."""
 
@@ -58,11 +63,13 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: when there are none.
-        ValueError: when the index of several is damaged.
+        ValueError: when they are only a pickle, or the index of several is damaged.
     """
     if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         return [folder / SAFETENSORS_WEIGHTS_NAME]
     index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file() and any(pickles := [file for ending in PICKLES for file in folder.glob(f"*{ending}")]):
+        raise ValueError(f"{pickles[0]}: weights {PICKLE_ADVICE}")
     if not index.is_file():
         raise FileNotFoundError(f"{folder} holds no weights: there is no {SAFETENSORS_WEIGHTS_NAME} in it")
     names = read_json(index).get("weight_map")

@@ -368,7 +368,7 @@ def test_errors_are_one_line(lamamba, colour, run, reference):
         ([run, *SAMPLE, "--num-images", 1], "num_images=1 must be at least 2"),
         (["compare", "nothing.json", "x.json"], "nothing.json is no file"),
         (["compare", "x.json"], "at least two result files"),
-        (["compare", "folder/00.png", "folder/01.png"], "is no result of lamamba evaluate"),
+        (["compare", "folder/00.png", "folder/01.png"], "is not text in UTF-8"),
         (["stats", "folder", *MEANS, "--out", "x.json"], "must end in .npz"),
     ]:
         status, printed, error = lamamba("evaluate", *arguments)

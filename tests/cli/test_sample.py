@@ -213,7 +213,7 @@ def test_balanced_labels_of_an_unconditional_model_and_of_chosen_classes(sample)
     (["flow", "--batch-size", "0"], "batch_size=0 must be at least 1"),
     (["--like", "nowhere.png"], "nowhere.png does not exist"),
     (["model.pt"], "a pickled checkpoint can run code, so it is not opened here: lamamba convert model.pt DIR"),
-    (["broken"], "broken are missing or damaged"),
+    (["broken"], "broken/diffusion_pytorch_model.safetensors is damaged"),
     (["empty"], "holds no network"),
 ])
 def test_mistakes_are_answered_in_one_line_before_any_work(sample, arguments, said, models):
