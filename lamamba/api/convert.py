@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from lamamba.models.official import load_official, to_official
 from lamamba.options.convert import ConvertOptions
 from lamamba.runs.metadata import assumed_metadata
 from lamamba.runs.model import open_network
-from lamamba.utils.files import temporary_name
+from lamamba.utils.files import replacing
 
 logger = logging.getLogger("lamamba.convert")
 
@@ -71,13 +70,10 @@ def _from_official(options: ConvertOptions) -> ConvertResult:
         model = load_official(options.source, weights=options.weights)
     for warning in caught:
         logger.warning("%s", warning.message)
-    temporary = temporary_name(target)
-    try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
         model.save_pretrained(temporary)
         assumed_metadata(model.architecture).save(temporary / "sampling.json")
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return ConvertResult(target, model.architecture, 0)
 
 
@@ -86,12 +82,7 @@ def _to_official(source: Path, target: Path) -> ConvertResult:
         raise ValueError(f"{source} is a folder in our format, so the target must be a .pt file, not {target}")
     model, _ = open_network(source)
     state = to_official(model)
-    temporary = temporary_name(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary.open("wb") as file:                                      # a path would be written into the file
-            torch.save({"model": state, "ema": state}, file)
-        temporary.rename(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(target) as temporary, temporary.open("wb") as file:          # a path would be written into the file
+        torch.save({"model": state, "ema": state}, file)
     return ConvertResult(target, model.architecture, len(state))

@@ -15,6 +15,7 @@ from lamamba._version import __version__
 from lamamba.evaluation.images import Images, NpzImages, npz_array, npz_entries
 from lamamba.metrics.features import FeatureNetworkInfo
 from lamamba.metrics.statistics import check_features
+from lamamba.utils.files import replacing
 
 VERSION = 1
 """Of the statistics files that `Reference.save` writes."""
@@ -83,11 +84,9 @@ class Reference:
         arrays[PROTOCOL] = np.array(json.dumps(metadata))
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
         save: Any = np.savez                                                    # its types forbid dictionaries
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             save(file, **arrays)
-        temporary.replace(path)
 
 
 def is_statistics(path: str | np.ndarray) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +65,19 @@ def check_target(path: Path) -> None:
         raise OSError(f"{path} cannot be written ({reason}); nothing was done yet: name another place") from error
 
 
-def settle(temporary: Path, path: Path) -> None:
-    """Rename a complete temporary file, flushed to disk first, so that a file of that name is never a part of it."""
-    flush(temporary)
-    os.replace(temporary, path)
-    flush(path.parent)
+@contextmanager
+def replacing(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
+    """A name to write a file or folder under; at the end it is flushed to disk and renamed, after a failure removed."""
+    temporary = temporary_name(path).with_suffix(suffix)
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:
@@ -83,12 +93,8 @@ def flush(path: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file: at any time it has the old content or the new."""
-    temporary = temporary_name(path)
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        settle(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_all(contents: Mapping[Path, bytes]) -> dict[Path, list[int | str]]:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from lamamba.config import LATENT_SCALE
-from lamamba.utils.files import settle, temporary_name
+from lamamba.utils.files import replacing
 
 OUR_COLOR, PEER_COLOR = "#1f6fb4", "#b4641f"
 
@@ -52,12 +52,8 @@ def _save(figure: Figure, path: Path) -> None:
     """Write a PNG atomically: a failure leaves no partial file."""
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-        settle(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

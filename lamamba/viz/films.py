@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lamamba.utils.files import settle, temporary_name
+from lamamba.utils.files import replacing
 from lamamba.viz.grids import BACKGROUND
 
 FILM_SUFFIXES = (".gif", ".mp4")
@@ -41,15 +41,9 @@ def save_film(frames: Sequence[Image.Image], path: Path, frames_per_second: floa
         RuntimeError: when what MP4 needs is not installed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path).with_suffix(path.suffix.lower())
-    try:
-        if path.suffix.lower() == ".gif":
-            _save_gif(frames, temporary, frames_per_second)
-        else:
-            _save_mp4(frames, temporary, frames_per_second)
-        settle(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    suffix = path.suffix.lower()
+    with replacing(path, suffix) as temporary:
+        (_save_gif if suffix == ".gif" else _save_mp4)(frames, temporary, frames_per_second)
 
 
 def _save_gif(frames: Sequence[Image.Image], path: Path, frames_per_second: float) -> None:
