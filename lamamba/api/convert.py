@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from lamamba.options.base import verb
 from lamamba.options.convert import ConvertOptions
 from lamamba.runs.metadata import assumed_metadata
 from lamamba.runs.model import open_network
-from lamamba.utils.files import replacing, temporary_name
+from lamamba.utils.files import replacing
 from lamamba.utils.text import counted
 
 logger = logging.getLogger("lamamba.convert")
@@ -75,13 +74,10 @@ def _from_official(options: ConvertOptions) -> ConvertResult:
         model = load_official(options.source, weights=options.weights)
     for warning in caught:
         logger.warning("%s", warning.message)
-    temporary = temporary_name(target)
-    try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
         model.save_pretrained(temporary)
         assumed_metadata(model.architecture).save(temporary / "sampling.json")
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return ConvertResult(target, model.architecture, 0)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from lamamba.runs.folder import CheckpointState, RunFolder
 from lamamba.runs.metadata import default_guidance
 from lamamba.runs.model import Model, model_folder
 from lamamba.utils.distributed import pick_device
-from lamamba.utils.files import read_text, temporary_name
+from lamamba.utils.files import read_text, replacing
 from lamamba.utils.progress import Progress, Report
 from lamamba.viz.grids import grid_picture, save_picture
 
@@ -46,14 +45,9 @@ def write_pipeline_folder(
     Raises:
         ValueError: when sampler, autoencoder, names or guidance do not fit the network.
     """
-    temporary = temporary_name(options.target)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        grid, onnx_error = _write(options, model, temporary, report)
-        temporary.rename(options.target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return grid, onnx_error
+    options.target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(options.target) as folder:
+        return _write(options, model, folder, report)
 
 
 def _write(

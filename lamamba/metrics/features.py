@@ -58,11 +58,12 @@ def to_arrays(outputs: Mapping[str, Tensor]) -> Outputs:
 
 
 def hash_weights(model: torch.nn.Module) -> str:
-    """SHA-256 of a network's tensors, sorted by name."""
+    """SHA-256 of a network's tensors, sorted by name; without batch norms' counters, which not all files have."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(np.ascontiguousarray(tensor.cpu().float().numpy()).tobytes())
+        if not name.endswith(".num_batches_tracked"):
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            digest.update(np.ascontiguousarray(tensor.cpu().float().numpy()).tobytes())
     return digest.hexdigest()
 
 
