@@ -195,7 +195,7 @@ def test_mistakes_are_answered_in_one_line(lamamba, tmp_path, arguments, said):
     (["--sampler", "ddpm"], "use flow-euler or flow-heun"),
     (["--num", "0"], "num=0 must be at least 1"),
     (["--steps", "0"], "steps=0 must be at least 1"),
-    (["--autoencoder", "x"], "leave --autoencoder out"),
+    (["--autoencoder", "x"], "leave autoencoder out"),
 ])
 def test_sampling_mistakes_leave_the_old_picture(trained, lamamba, tmp_path, arguments, said):
     (tmp_path / "samples.png").write_text("precious")

@@ -200,7 +200,7 @@ def test_one_checkpoint_gives_no_curve_and_a_note(lamamba, run):
     write_json(place / MANIFEST, {"version": 1, "files": files, "files_sha256": _hash_of_hashes(files)})
     status, printed, error = lamamba("evaluate", "one", *SAMPLE, "--every-checkpoint")
     assert status == 0, error
-    assert "lamamba train keeps more with --keep-checkpoints or --keep-every" in printed
+    assert "training keeps more with keep_checkpoints or keep_every" in printed
     assert not Path("evaluation.png").exists()
 
 
@@ -393,7 +393,7 @@ def test_files_of_lamamba_sample_have_the_figures_of_the_model(lamamba, run):
         assert figures("files.json") == pytest.approx(wanted, rel=1e-4, abs=1e-5)
         plan = json.loads(Path("files.json").read_text())["entries"][0]["protocol"]["samples"]["made_by"]
         assert (plan["num"], plan["seed"], plan["rule"], plan["settings"]["steps"]) == (40, 0, "random", 2)
-    for count, message in ((41, "has 40 images, and --num-images 41 asks for more"), (0, "must be at least 2")):
+    for count, message in ((41, "has 40 images, and num_images=41 asks for more"), (0, "must be at least 2")):
         status, _, error = lamamba("evaluate", "folder", *against, "--num-images", count)
         assert (status, message in error) == (2, True), error
     Path("folder/.sampling").mkdir()

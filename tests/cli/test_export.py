@@ -152,7 +152,7 @@ def test_one_of_several_averages(tmp_path, capsys):
 
 @pytest.mark.parametrize(("extra", "said"), [
     (["--sampler", "ddpm"], "use flow-euler or flow-heun"),
-    (["--autoencoder", "x/y"], "this model makes pixels: leave --autoencoder out"),
+    (["--autoencoder", "x/y"], "this model makes pixels: leave autoencoder out"),
     (["--labels", "nowhere.txt"], "neither \"imagenet\" nor a text file"),
     (["--images", "-1"], "images=-1 must be at least 0"),
     (["--guidance", "nan"], "must be finite"),

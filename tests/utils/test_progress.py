@@ -30,7 +30,7 @@ def test_a_log_line_has_the_speed_and_the_time_left(clock, caplog):
         assert not caplog.messages                                              # not yet half a minute
         clock[0] += 20
         report(Progress("features", 100, 1000, note="step 3/4"))
-    assert caplog.messages == ["features 100/1000  2.5 images/s  360 s left  step 3/4"]
+    assert caplog.messages == ["features 100/1000  2.5 images/s  6 min left  step 3/4"]
 
 
 def test_resumed_work_does_not_count_for_the_speed(clock, caplog):
