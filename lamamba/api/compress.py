@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +50,14 @@ from lamamba.runs.folder import RunFolder
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import SHIPPED, fingerprint, model_folder, open_network
 from lamamba.training.sources import open_data
-from lamamba.utils.distributed import is_rank_zero, local_device
+from lamamba.utils.distributed import is_rank_zero, launched_group, local_device
 from lamamba.utils.files import read_json
 from lamamba.utils.progress import ProgressOption, Report, reporting
 
 logger = logging.getLogger("lamamba.api")
 
+TIMEOUT = timedelta(hours=12)
+"""Of processes that wait while others score, or rank 0 plans."""
 HELD_OUT_SEED = 1_000_003
 """Added to the seed of the samples on which a set of units is measured: no unit was scored on those."""
 
@@ -260,10 +264,16 @@ def _plan(
         plan = make_plan(
             scores, remove=options.remove, max_loss=options.max_loss, by=options.by, keep=options.keep, times=times
         )
+    plan = dataclasses.replace(plan, about={**plan.about, "budget": _budget(options)})
     if not measure or teacher is None:
         return plan
     held_out = calibrate(teacher, _calibration_of(scores), held_out=True)
     return dataclasses.replace(plan, measured=relative_loss(find_units(teacher.network), plan.removed, held_out))
+
+
+def _budget(options: BudgetOptions) -> dict[str, Any]:
+    """What a plan was asked for."""
+    return {"remove": options.remove, "max_loss": options.max_loss, "by": options.by, "keep": list(options.keep)}
 
 
 def _calibration_of(scores: Scores) -> CalibrationOptions:
@@ -329,7 +339,7 @@ def _remove(teacher: Teacher, plan: Plan, out: Path) -> RemoveUnitsResult:
     pruned = network.without(plan.removed)
     assert isinstance(pruned, LaMambaUNet)
     write_pruned(out, pruned, teacher.metadata, plan, model_folder(teacher.name))
-    return RemoveUnitsResult(out, pruned, sum(weight.numel() for weight in pruned.parameters()), network.parameters)
+    return RemoveUnitsResult(out, pruned, _count(pruned), network.parameters)
 
 
 @dataclass(frozen=True)
@@ -374,29 +384,43 @@ def compress(options: CompressOptions, *, progress: ProgressOption = "auto") -> 
     """
     out, device = options.out, local_device(options.device)
     teacher = open_teacher(options.model, device)
+    source = None if options.data == "sampling" else options.data
     if options.heal:
-        data_options(teacher, None if options.data == "sampling" else options.data)                 # or refuse now
-    network = find_units(teacher.network)
-    with reporting(progress if is_rank_zero() else None) as report:
-        scores = _scores(teacher, network, options, out, "output", report)
-        plan_path = out / PLAN
+        data_options(teacher, source)                                           # or refuse now
+    network, target, picture = find_units(teacher.network), out / "pruned", out / "units.png"
+
+    def prune() -> None:
         plan = _plan(scores, options, teacher, True, report)
-    plan.save(plan_path)
-    picture = out / "units.png"
-    draw_units(scores, picture, plan.removed)
-    target = out / "pruned"
-    if target.is_dir() and Plan.load(target / PLAN).removed == plan.removed:
-        pruned_network, _ = open_network(target)
-        count = sum(weight.numel() for weight in pruned_network.parameters())
-        pruned = RemoveUnitsResult(target, pruned_network, count, network.parameters)
-    else:
-        pruned = _remove(teacher, plan, target)
-    if not options.heal:
-        return CompressResult(plan, pruned, None, None, picture)
-    healed = train(_healing(options, teacher, pruned), progress=progress)
-    held_out = calibrate(teacher, options, held_out=True)
-    loss = loss_between(teacher.network, healed.state.ema, held_out)
-    return CompressResult(plan, pruned, healed, loss, picture)
+        plan.save(out / PLAN)
+        draw_units(scores, picture, plan.removed)
+        _remove(teacher, plan, target)
+
+    with launched_group(TIMEOUT) as group:
+        with reporting(progress if group.is_rank_zero else None) as report:
+            scores = _scores(teacher, network, options, out, "output", report)
+            if not _holds(target, {**scores.about, "budget": _budget(options)}):
+                group.on_rank_0(prune)
+        plan, (pruned, _) = Plan.load(target / PLAN), open_network(target)
+        result = RemoveUnitsResult(target, pruned, _count(pruned), network.parameters)
+        if not options.heal:
+            return CompressResult(plan, result, None, None, picture)
+        healed = train(_healing(options, teacher, result, source), progress=progress)
+        loss = loss_between(teacher.network, healed.state.ema, calibrate(teacher, options, held_out=True))
+        return CompressResult(plan, result, healed, loss, picture)
+
+
+def _holds(folder: Path, about: Mapping[str, Any]) -> bool:
+    """Whether a pruned network is there, by the same scores and budget.
+
+    Raises:
+        FileExistsError: when another one is there.
+    """
+    if not folder.exists():
+        return False
+    found = Plan.load(folder / PLAN).about if (folder / PLAN).is_file() else {}
+    if found != json.loads(json.dumps(about)):
+        raise FileExistsError(f"{folder} holds another network; repeat the options to go on, or give another folder")
+    return True
 
 
 def loss_between(teacher: LaMambaUNet, student: LaMambaUNet, calibration: Calibration) -> float:
@@ -405,12 +429,12 @@ def loss_between(teacher: LaMambaUNet, student: LaMambaUNet, calibration: Calibr
     return energy_of([a - b for a, b in zip(found, whole, strict=True)]) / energy_of(whole)
 
 
-def _healing(options: CompressOptions, teacher: Teacher, pruned: RemoveUnitsResult) -> TrainOptions:
-    """A training from the pruned network with the whole one as teacher, on the teacher's data."""
-    steps = options.heal
+def _healing(options: CompressOptions, teacher: Teacher, pruned: RemoveUnitsResult, source: str | None) -> TrainOptions:
+    """A training from the pruned network with the whole one as teacher; loss and precision are those of its own."""
+    steps, base = options.heal, teacher.data or TrainConfig()
     return TrainOptions(
-        out=options.out / "healed", model=ModelOptions.of(pruned.network.architecture),
-        data=data_options(teacher, None if options.data == "sampling" else options.data),
+        out=options.out / "healed", model=ModelOptions.of(pruned.network.architecture), loss=base.loss,
+        precision=base.precision, label_dropout=base.label_dropout, data=data_options(teacher, source),
         start=StartOptions(source=str(pruned.path)), distill=DistillOptions(teacher=str(teacher.name)),
         optimizer=OptimizerOptions(
             learning_rate=options.heal_learning_rate, warmup_steps=min(50, steps // 10), cooldown_share=0.3
@@ -419,3 +443,7 @@ def _healing(options: CompressOptions, teacher: Teacher, pruned: RemoveUnitsResu
         batch_size=options.heal_batch_size, ema_decays=(max(0.0, 1 - 6 / max(steps, 6)),),
         checkpoint_every=max(1, min(500, steps // 4)), seed=options.seed, device=options.device,
     )
+
+
+def _count(network: LaMambaUNet) -> int:
+    return sum(weight.numel() for weight in network.parameters())
