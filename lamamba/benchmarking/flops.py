@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -94,16 +96,26 @@ def multiply_adds_by_module(model: nn.Module, *inputs: Any, **more: Any) -> dict
 
 def _saved_bytes(model: LaMambaUNet, *inputs: Any) -> int:
     """Bytes that autograd saves for the backward pass, each storage once, without parameters and buffers."""
-    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage                                      # kept alive: its address stays unique
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_storages({address(tensor) for tensor in [*model.parameters(), *model.buffers()]}) as kept:
         output = model(*inputs)
     del output
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Of the storage."""
+    return tensor.untyped_storage()._cdata
+
+
+@contextmanager
+def saved_storages(own: Set[int]) -> Iterator[dict[int, torch.UntypedStorage]]:
+    """The storages that autograd saves for the backward pass, by address, in the order of the layers, without own."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if address(tensor) not in own:
+            kept.setdefault(address(tensor), tensor.untyped_storage())          # kept alive: its address stays unique
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
