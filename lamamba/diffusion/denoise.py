@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -148,18 +149,21 @@ def set_steps(scheduler: Any, num_steps: int) -> None:
     if "FlowMatch" in type(scheduler).__name__:
         # N equal steps from 1 to 0; by default diffusers' last step begins at 1/1000, after N - 1 longer ones
         scheduler.sigma_min = 1 / num_steps
-    if isinstance(scheduler, DDPMScheduler) and config.timestep_spacing == "linspace" and num_steps > 1:
-        scheduler.set_timesteps(timesteps=respaced_steps(num_steps))
-    else:
-        scheduler.set_timesteps(num_steps)
-    if config.get("use_flow_sigmas"):
+    try:
+        if isinstance(scheduler, DDPMScheduler) and config.timestep_spacing == "linspace" and num_steps > 1:
+            scheduler.set_timesteps(timesteps=respaced_steps(num_steps))
+        else:
+            scheduler.set_timesteps(num_steps)
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"{type(scheduler).__name__} cannot take {num_steps} steps: {error}") from error
+    if _setting(scheduler, "use_flow_sigmas"):
         # diffusers rounds these times down to whole numbers; the network was trained with fractions
         scheduler.timesteps = scheduler.sigmas[:-1] * NUM_TIMESTEPS
 
 
 def default_steps(scheduler: Any, objective: Objective) -> int:
     """Return the default number of steps of the sampler in SAMPLERS that a scheduler equals in kind; else 50."""
-    kind, algorithm = type(scheduler), scheduler.config.get("algorithm_type")
+    kind, algorithm = type(scheduler), _setting(scheduler, "algorithm_type")
     for name in samplers_for(objective):
         known = SAMPLERS[name].make(objective)
         if type(known) is kind and known.config.get("algorithm_type") == algorithm:
@@ -167,36 +171,67 @@ def default_steps(scheduler: Any, objective: Objective) -> int:
     return 50
 
 
+def _setting(scheduler: Any, name: str) -> Any:
+    """A setting that the scheduler reads, or None: from_config also carries along what only another class reads."""
+    return scheduler.config.get(name) if name in inspect.signature(type(scheduler)).parameters else None
+
+
 def is_flow(scheduler: Any) -> bool:
     """Whether a diffusers scheduler integrates a rectified flow."""
-    return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
+    return type(scheduler).__name__.startswith("FlowMatch") or (
+        bool(_setting(scheduler, "use_flow_sigmas")) and hasattr(scheduler, "alphas_cumprod"))
 
 
 def check_scheduler(scheduler: Any, objective: Objective) -> None:
-    """Check that a diffusers scheduler fits a model.
+    """Check that a diffusers scheduler fits a model, whatever of another's settings came along by from_config.
 
     Raises:
-        ValueError: when its prediction type or noise levels differ from the model's, or when it draws noise for the
-            whole batch at once; with what fits.
+        ValueError: when it goes from image to noise or needs more than the network's output, when its prediction type
+            or noise levels differ from the model's, when it expects a variance that the model does not predict, or when
+            it draws noise for the whole batch at once; with what fits.
     """
-    name, config = type(scheduler).__name__, scheduler.config
+    name = type(scheduler).__name__
     fitting = f"use {' or '.join(samplers_for(objective))}, or a diffusers scheduler like theirs"
-    prediction = "flow_prediction" if is_flow(scheduler) else config.get("prediction_type")
-    expects = {"epsilon": "noise", "v_prediction": "v", "flow_prediction": "flow"}.get(str(prediction), prediction)
+    step = inspect.signature(getattr(scheduler, "step", lambda: None)).parameters
+    if list(step)[:3] != ["model_output", "timestep", "sample"] or any(
+            rest.default is rest.empty for rest in list(step.values())[3:]):
+        raise ValueError(f"{name} does not step from a prediction and a noisy image alone; {fitting}")
+    prediction = _setting(scheduler, "prediction_type") or "another kind"
+    expects = "flow" if is_flow(scheduler) else {"epsilon": "noise", "v_prediction": "v"}.get(prediction, prediction)
     if expects != objective:
         raise ValueError(f"{name} is for models of {expects}, this one was trained for {objective}; {fitting}")
-    if config.get("num_train_timesteps") != NUM_TIMESTEPS:
-        raise ValueError(f"{name} has num_train_timesteps={config.get('num_train_timesteps')}, not {NUM_TIMESTEPS}")
-    if "generator" not in inspect.signature(scheduler.step).parameters and hasattr(scheduler, "noise_sampler"):
+    if scheduler.config.get("num_train_timesteps") != NUM_TIMESTEPS:
+        raise ValueError(
+            f"{name} has num_train_timesteps={scheduler.config.get('num_train_timesteps')}, not {NUM_TIMESTEPS}")
+    if "generator" not in step and hasattr(scheduler, "noise_sampler"):
         raise ValueError(f"{name} draws its noise for the whole batch, not for each image: use dpm++-sde")
-    if objective != "flow":
-        levels = getattr(scheduler, "alphas_cumprod", None)
-        expected = NoiseSchedule().alphas_cumprod.float()
-        if levels is None or not torch.allclose(levels.float().cpu(), expected, rtol=1e-3, atol=1e-6):
-            raise ValueError(
-                f"{name} has other noise levels than the model was trained with; make it with "
-                "beta_schedule=\"linear\", beta_start=1e-4, beta_end=0.02"
-            )
+    fits = "learned_range" if objective == "noise" else "fixed_small"
+    if _reads_variance(scheduler) and scheduler.variance_type != fits:
+        raise ValueError(f"{name} has variance_type={scheduler.variance_type!r}, which a model of {objective} does not "
+                         f"predict; make it with variance_type={fits!r}")
+    if not is_flow(scheduler):
+        _check_levels(scheduler)
+    probe = copy.copy(scheduler)
+    set_steps(probe, 10)
+    first, last = float(probe.timesteps[0]), float(probe.timesteps[-1])
+    left = float(probe.sigmas[-1]) if is_flow(scheduler) else 0.0               # the last of a flow's levels is 0
+    if left or not first > NUM_TIMESTEPS / 2 > last:
+        raise ValueError(f"{name} goes from timestep {first:g} to {last:g}{' and leaves noise' if left else ''}, not "
+                         f"from noise ({NUM_TIMESTEPS}) to an image (0); {fitting}")
+
+
+def _check_levels(scheduler: Any) -> None:
+    levels, expected = getattr(scheduler, "alphas_cumprod", None), NoiseSchedule().alphas_cumprod.float()
+    if levels is None or not torch.allclose(levels.float().cpu(), expected, rtol=1e-3, atol=1e-6):
+        raise ValueError(
+            f"{type(scheduler).__name__} has other noise levels than the model was trained with; make it with "
+            "beta_schedule=\"linear\", beta_start=1e-4, beta_end=0.02"
+        )
+
+
+def _reads_variance(scheduler: Any) -> bool:
+    """Whether the scheduler takes a predicted variance beside the prediction, as DDPM's do."""
+    return vars(scheduler).get("variance_type") in ("learned", "learned_range")
 
 
 @dataclass(frozen=True)
@@ -331,7 +366,10 @@ def denoise(
     timesteps = scheduler.timesteps
     if not 0 <= first <= len(timesteps) or (first and start is None):
         raise ValueError(f"first={first} must lie in 0 .. {len(timesteps)}, and needs start= where it is not 0")
-    takes_variance = scheduler.config.get("variance_type") in ("learned", "learned_range")
+    takes_variance = _reads_variance(scheduler)
+    if not takes_variance and _setting(scheduler, "variance_type"):
+        scheduler = copy.copy(scheduler)                                        # it would cut the variance off itself
+        scheduler.register_to_config(variance_type=None)
     extra: dict[str, Any] = {}
     if generators is not None and "generator" in inspect.signature(scheduler.step).parameters:
         extra["generator"] = generators if isinstance(generators, torch.Generator) else list(generators)
