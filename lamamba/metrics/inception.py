@@ -117,7 +117,7 @@ class _Mixed(nn.Module):
             y = x
             for layer in branch:
                 if layer not in computed:
-                    computed[layer] = layer(y) if callable(layer) else getattr(self, layer[0])(y)
+                    computed[layer] = layer(y) if callable(layer) else self.get_submodule(layer[0])(y)
                 y = computed[layer]
             ends.append(y)
         return torch.cat(ends, dim=1)
