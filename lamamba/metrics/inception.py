@@ -208,8 +208,7 @@ class Inception(nn.Module):
         x = _halved(x)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))                          # (b, 288, 35, 35)
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                          # (b, 768, 17, 17)
-        first: Any = self.Mixed_6d.branch1x1
-        spatial = first(x)[:, :SPATIAL_CHANNELS]                                # TensorFlow's mixed_6/conv
+        spatial = self.Mixed_6d.get_submodule("branch1x1")(x)[:, :SPATIAL_CHANNELS]     # TensorFlow's mixed_6/conv
         x = self.Mixed_6e(self.Mixed_6d(x))
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                          # (b, 2048, 8, 8)
         features = x.mean(dim=(2, 3))
@@ -273,7 +272,7 @@ def _download() -> Path:
             failures.append(f"{url}: {error}")
     raise OSError(
         f"the Inception weights could not be downloaded ({'; '.join(failures)}); fetch them elsewhere, and name the "
-        "file: weights=FILE. Without them: features=digits for handwritten digits, or features=module:function"
+        "file with --weights"
     )
 
 
