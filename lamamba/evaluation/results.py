@@ -12,6 +12,7 @@ from annotated_types import MinLen
 
 from lamamba.options.base import read_record, record
 from lamamba.utils.files import write_atomically
+from lamamba.utils.text import aligned
 
 VERSION = 1
 """Of result files."""
@@ -128,12 +129,7 @@ def table(entries: Sequence[Entry]) -> str:
         rows.append([label, *(_cell(entry, key) for entry in entries)])
     if len(entries) > 3:                                                        # many results: one line each
         rows = [list(column) for column in zip(*rows, strict=True)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for name, *cells in rows:
-        aligned = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append("  ".join([name.ljust(widths[0]), *aligned]).rstrip())
-    return "\n".join(lines)
+    return "\n".join("  ".join(row).rstrip() for row in aligned(rows))
 
 
 def _cell(entry: Entry, key: str) -> str:

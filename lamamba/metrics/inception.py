@@ -117,7 +117,7 @@ class _Mixed(nn.Module):
             y = x
             for layer in branch:
                 if layer not in computed:
-                    computed[layer] = layer(y) if callable(layer) else self.get_submodule(layer[0])(y)
+                    computed[layer] = layer(y) if callable(layer) else getattr(self, layer[0])(y)
                 y = computed[layer]
             ends.append(y)
         return torch.cat(ends, dim=1)
@@ -208,7 +208,8 @@ class Inception(nn.Module):
         x = _halved(x)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))                          # (b, 288, 35, 35)
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                          # (b, 768, 17, 17)
-        spatial = self.Mixed_6d.get_submodule("branch1x1")(x)[:, :SPATIAL_CHANNELS]     # TensorFlow's mixed_6/conv
+        first: Any = self.Mixed_6d.branch1x1
+        spatial = first(x)[:, :SPATIAL_CHANNELS]                                # TensorFlow's mixed_6/conv
         x = self.Mixed_6e(self.Mixed_6d(x))
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                          # (b, 2048, 8, 8)
         features = x.mean(dim=(2, 3))
@@ -272,7 +273,7 @@ def _download() -> Path:
             failures.append(f"{url}: {error}")
     raise OSError(
         f"the Inception weights could not be downloaded ({'; '.join(failures)}); fetch them elsewhere, and name the "
-        "file with --weights"
+        "file: weights=FILE. Without them: features=digits for handwritten digits, or features=module:function"
     )
 
 
