@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,11 +34,7 @@ class ExportResult:
         )
 
     def _repr_png_(self) -> bytes | None:
-        if self.grid is None:
-            return None
-        png = io.BytesIO()
-        self.grid.save(png, format="PNG")
-        return png.getvalue()
+        return self.grid._repr_png_() if self.grid else None
 
 
 @verb

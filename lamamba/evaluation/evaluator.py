@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lamamba.evaluation.candidates import SampleSet, open_images
-from lamamba.evaluation.extraction import Features, extract
+from lamamba.evaluation.extraction import Features, extract, spread
 from lamamba.evaluation.figures import Figures, compute_figures, mean_and_spread, moments
 from lamamba.evaluation.images import Images, digest, fit_channels
 from lamamba.evaluation.reference import Reference, is_statistics, load_statistics, reference_images
@@ -62,7 +62,7 @@ class Evaluator:
 
     def statistics(self, features: Features) -> dict[str, Statistics]:
         """Statistics of "features", and of "spatial" where there are any: each process sums a part of the shards."""
-        shards = range(features.num_shards)[self.group.rank :: self.group.world_size]
+        shards = features.shards[self.group.rank :: self.group.world_size]
         names = [name for name in ("features", "spatial") if name in features.names()]
         return {name: features.statistics(name, shards).reduce(self.group.all_reduce) for name in names}
 
@@ -106,8 +106,8 @@ class Evaluator:
         images, rows = reference_images(path), reference.rows
         if rows is None and images is not None:                                 # ADM's: moments of all, images of some
             rows = self.extract(images, "reference").rows(limit=num_rows)
-        elif rows is not None and len(rows) > num_rows:
-            rows = rows[np.arange(num_rows) * len(rows) // num_rows]
+        elif rows is not None:
+            rows = rows[spread(len(rows), num_rows)]
         size = len(reference.features[0])
         if reference.network is None and self.network.info.name.startswith("inception") and size != 2048:
             raise ValueError(f"{path} has {size} features, Inception's pool3 2048: another network made it")
@@ -137,10 +137,10 @@ class Evaluator:
 
         def finish() -> Entry:
             figures: list[Figures] = [run for run in runs if run is not None]
-            means, spread = mean_and_spread(figures)
+            means, deviations = mean_and_spread(figures)
             entry = Entry(
                 name=sample_set.name, step=sample_set.step, ema=sample_set.ema, guidance=sample_set.guidance,
-                figures=means, spread=spread, runs=figures, protocol=protocol,
+                figures=means, spread=deviations, runs=figures, protocol=protocol,
             )
             text = json.dumps(dataclasses.asdict(entry))
             write_atomically(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n")

@@ -47,6 +47,11 @@ class _Plan(ShardPlan):
         return cls(values)
 
 
+def spread(count: int, limit: int | None) -> np.ndarray:
+    """Indices of `limit` of so many rows, evenly spaced; of all where there are no more."""
+    return np.arange(count) if limit is None or limit >= count else np.arange(limit) * count // limit
+
+
 class Features:
     """The features of a set of images, on disk; made by `extract`. Each shard is compared with its hash as it is read.
 
@@ -57,16 +62,13 @@ class Features:
     """
 
     def __init__(self, folder: Path, plan: ShardPlan, hashes: Sequence[str]):
-        self.folder, self.count, self._hashes = folder, plan.sizes[0], hashes
-        self._ranges = [plan.shard_range(number) for number in range(plan.num_shards)]
+        self.folder, self._plan, self._hashes = folder, plan, hashes
         self._newest: tuple[int, dict[str, np.ndarray]] | None = None
 
-    def __len__(self) -> int:
-        return self.count
-
     @property
-    def num_shards(self) -> int:
-        return len(self._ranges)
+    def shards(self) -> range:
+        """Their numbers."""
+        return range(self._plan.num_shards)
 
     def path(self, shard: int) -> Path:
         return self.folder / _file_name(shard)
@@ -93,22 +95,19 @@ class Features:
 
     def rows(self, name: str = "features", limit: int | None = None) -> np.ndarray:
         """All rows in order, (count, d); or as many as `limit`, spread evenly."""
-        chosen = np.arange(self.count)
-        if limit is not None and limit < self.count:
-            chosen = np.arange(limit) * self.count // limit
-        rows = []
-        for shard, indices in enumerate(self._ranges):
+        chosen, rows = spread(self._plan.sizes[0], limit), []
+        for shard in self.shards:
+            indices = self._plan.shard_range(shard)
             mine = chosen[(chosen >= indices.start) & (chosen < indices.stop)] - indices.start
             rows.append(self.read(shard, name)[mine])
         return np.concatenate(rows)
 
     def statistics(self, name: str = "features", shards: range | None = None) -> Statistics:
         """Of all shards, or of some."""
-        statistics: Statistics | None = None
-        for shard in shards if shards is not None else range(self.num_shards):
-            values = self.read(shard, name)
-            statistics = (statistics or Statistics(values.shape[1])).add(values)
-        return statistics or Statistics(self.read(0, name).shape[1])
+        statistics = Statistics(self.read(0, name).shape[1])
+        for shard in self.shards if shards is None else shards:
+            statistics.add(self.read(shard, name))
+        return statistics
 
 
 def extract(
@@ -134,8 +133,6 @@ def extract(
         ValueError: when an image cannot be read, or a feature is NaN or infinite.
         OSError: when the disk is full or broken; finished shards stay.
     """
-    if min(shard_size, batch_size) < 1:
-        raise ValueError(f"shard_size={shard_size} and batch_size={batch_size} must be at least 1")
     plan = _Plan({
         "images": dict(images.metadata), "count": len(images), "network": asdict(network.info), "shard": shard_size,
         "shape": list(images.shape),
@@ -173,8 +170,7 @@ class _ExtractionJob(ShardedJob[_Plan]):
                 check_features(values.reshape(len(values), -1), f"{name} of images {batch.start} .. {batch.stop - 1}")
             advance(batch.stop - indices.start)
         tensors = {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
-        classes = self._images.classes(indices)
-        if classes is not None:
+        if (classes := self._images.classes(indices)) is not None:
             tensors[REQUESTED] = classes.astype(np.int64)
         return {_file_name(number): save(tensors)}, {}
 

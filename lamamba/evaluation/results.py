@@ -12,6 +12,7 @@ from annotated_types import MinLen
 
 from lamamba.options.base import read_record, record
 from lamamba.utils.files import write_atomically
+from lamamba.utils.text import aligned
 
 VERSION = 1
 """Of result files."""
@@ -84,39 +85,31 @@ def disagreements(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
     """In which parts that must agree two protocols differ; their figures compare when this is empty."""
     found = []
     for part, words in MUST_AGREE.items():
-        mine, theirs = one.get(part), other.get(part)
+        entries = _unequal(one.get(part), other.get(part))
         if part == "reference":
-            mine, theirs = _identity(mine), _identity(theirs)
-        if mine == theirs:
-            continue
-        if isinstance(mine, dict) and isinstance(theirs, dict):
-            said = ", ".join(f"{key} {_short(mine.get(key))} against {_short(theirs.get(key))}"
-                             for key in {**mine, **theirs} if mine.get(key) != theirs.get(key))
-        else:
-            said = f"{_short(mine)} against {_short(theirs)}"
-        found.append(f"{words} ({said})")
+            entries.pop("name", None)                                           # which does not matter
+        if entries:
+            said = (f"{key} {mine} against {theirs}".strip() for key, (mine, theirs) in entries.items())
+            found.append(f"{words} ({', '.join(said)})")
     return found
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Other differences: what one compares, such as the network's architecture, sampler and seeds."""
-    found = []
-    for part in {**one, **other}:
-        mine, theirs = one.get(part), other.get(part)
-        is_unknown = part == "architecture" and None in (mine, theirs)          # images, and older results
-        if part in MUST_AGREE or mine == theirs or is_unknown:
-            continue
-        if isinstance(mine, dict) and isinstance(theirs, dict):
-            found += [f"{part}.{key}: {_short(mine.get(key))} | {_short(theirs.get(key))}"
-                      for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
-        else:
-            found.append(f"{part}: {_short(mine)} | {_short(theirs)}")
-    return found
+    return [
+        f"{part}{'.' if key else ''}{key}: {mine} | {theirs}"
+        for part in {**one, **other} if part not in MUST_AGREE
+        if part != "architecture" or None not in (one.get(part), other.get(part))      # images, and older results
+        for key, (mine, theirs) in _unequal(one.get(part), other.get(part)).items()
+    ]
 
 
-def _identity(reference: Any) -> Any:
-    """A reference without its name, which does not matter."""
-    return {k: v for k, v in reference.items() if k != "name"} if isinstance(reference, dict) else reference
+def _unequal(mine: Any, theirs: Any) -> dict[str, tuple[str, str]]:
+    """Both values in short, by the key where they differ; "" where they are no dictionaries."""
+    if not (isinstance(mine, dict) and isinstance(theirs, dict)):
+        mine, theirs = {"": mine}, {"": theirs}
+    pairs = {key: (mine.get(key), theirs.get(key)) for key in {**mine, **theirs}}
+    return {key: (_short(a), _short(b)) for key, (a, b) in pairs.items() if a != b}
 
 
 def _short(value: Any) -> str:
@@ -136,12 +129,7 @@ def table(entries: Sequence[Entry]) -> str:
         rows.append([label, *(_cell(entry, key) for entry in entries)])
     if len(entries) > 3:                                                        # many results: one line each
         rows = [list(column) for column in zip(*rows, strict=True)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for name, *cells in rows:
-        aligned = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append("  ".join([name.ljust(widths[0]), *aligned]).rstrip())
-    return "\n".join(lines)
+    return "\n".join("  ".join(row).rstrip() for row in aligned(rows))
 
 
 def _cell(entry: Entry, key: str) -> str:

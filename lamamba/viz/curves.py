@@ -205,9 +205,8 @@ def cost_curves(
         axes.set_xticks([tokens(size) for size in sizes], [f"{tokens(size):,.0f}\n{size} px" for size in sizes])
         axes.minorticks_off()
         _power_lines(axes, [tokens(size) for size in sizes])
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
+    tidy((left, right))
     save_figure(figure, path)
 
 
@@ -268,8 +267,7 @@ def evaluation_curves(entries: Sequence[Mapping[str, Any]], distance: str, path:
     for axes in panels:
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 5, 10], integer=not is_sweep))
         axes.xaxis.set_major_formatter("{x:g}" if is_sweep else "{x:,.0f}")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+    tidy(panels)
     save_figure(figure, path)
 
 
