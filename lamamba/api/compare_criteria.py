@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,11 +25,9 @@ from lamamba.models.unet import LaMambaUNet
 from lamamba.options.base import verb
 from lamamba.options.compress import CompareCriteriaOptions
 from lamamba.options.evaluation import EvaluateOptions
-from lamamba.utils.distributed import local_device
+from lamamba.utils.distributed import launched_processes, local_device
 from lamamba.utils.files import read_json, write_json
 from lamamba.utils.progress import Progress, ProgressOption, Report, reporting
-
-logger = logging.getLogger("lamamba.api")
 
 COMPARE_VERSION = 1
 LABELS = {"frechet": "Fréchet distance, guidance 1", "accuracy": "recognised"}
@@ -85,18 +82,21 @@ def compare_criteria(options: CompareCriteriaOptions, *, progress: ProgressOptio
         FileNotFoundError, ValueError, FloatingPointError, OSError: as `score_units` and `evaluate` do.
     """
     out = options.out
+    if launched_processes() > 1:
+        raise ValueError("compare runs in one process; score with several (lamamba.score_units), then compare")
     teacher = open_teacher(options.model, local_device(options.device))
     network, held_out = find_units(teacher.network), calibrate(teacher, options, held_out=True)
     with reporting(progress) as report:
         table = _Table(out / "compare.json", {**teacher.about(), **held_out.about})
         work = _Comparison(options, teacher, network, held_out, table)
-        whole = work.figures("samples whole", None, report)
+        whole = work.figures("samples of the whole network", None, report)
         cases = list(work.cases(report))
+        measured = []
         for number, (key, criterion, plan) in enumerate(cases):
             report(Progress("comparing", number, len(cases), unit="networks", note=key))
-            work.measure(key, criterion, plan, report)
+            measured.append(work.measure(key, criterion, plan, report))
         sets = work.sets(report)
-    points = tuple({**table.entries[key], **table.entries.get(f"samples {key}", {})} for key, _, _ in cases)
+    points = tuple(measured)
     pictures = [out / "criteria.png"]
     curves = {str(name): [point for point in points if point["criterion"] == name] for name in options.criteria}
     known = {name: label for name, label in LABELS.items() if any(name in point for point in points)}
@@ -115,7 +115,7 @@ class _Table:
         if path.is_file():
             values = read_json(path, COMPARE_VERSION)
             if values.get("about") != self._about:
-                raise ValueError(f"{path} compares another network or other samples; give another folder with --out")
+                raise ValueError(f"{path} compares another network or other samples; give another folder as out")
             self.entries = values["entries"]
 
     def put(self, key: str, value: Any) -> Any:
@@ -153,20 +153,22 @@ class _Comparison:
                     make = in_order if criterion in ("hand", "random") else make_plan
                     yield f"{criterion} {share:g} {draw}", criterion, make(scores, remove=share)
 
-    def measure(self, key: str, criterion: str, plan: Plan, report: Report) -> None:
+    def measure(self, key: str, criterion: str, plan: Plan, report: Report) -> dict[str, Any]:
+        """Loss and figures of one pruned network."""
         if key not in self.table.entries:
             self.table.put(key, {
                 "criterion": criterion, "share": plan.parameters, "multiply_adds": plan.multiply_adds,
                 "loss": relative_loss(self.network, plan.removed, self.held_out), "predicted": plan.predicted,
                 "predicted_with_cross_terms": plan.predicted_with_cross_terms, "removed": plan.removed,
             })
-        self.figures(f"samples {key}", plan, report)
+        return {**self.table.entries[key], **self.figures(f"samples of {key}", plan, report)}
 
     def figures(self, key: str, plan: Plan | None, report: Report) -> dict[str, float]:
         """Distance and others of samples of the network without the plan's units; {} without a reference."""
         options = self.options
         if options.reference is None:
             return {}
+        key = f"{key}: {options.num_images} images x {options.repeats}, {options.features}, {options.reference}"
         if key in self.table.entries:
             return self.table.entries[key]
         folder, source = options.out / ".network", options.model

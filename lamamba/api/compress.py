@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,16 +15,16 @@ import torch
 
 from lamamba.api.train import TrainResult, train
 from lamamba.compression import calibration as calibrations
-from lamamba.compression.additivity import relative_loss
+from lamamba.compression.additivity import relative_distance, relative_loss
 from lamamba.compression.calibration import Calibration
 from lamamba.compression.find import find_units
 from lamamba.compression.folder import PLAN, write_pruned
-from lamamba.compression.job import SCORES, score_in_folder
+from lamamba.compression.job import SCORES, find_scores, score_in_folder
 from lamamba.compression.pictures import draw_units
 from lamamba.compression.plan import Plan, in_order, make_plan
-from lamamba.compression.scores import RULES, Scores, by_rule, energy_of
+from lamamba.compression.scores import RULES, Scores, by_rule
 from lamamba.compression.timing import measure_times
-from lamamba.compression.units import Removable
+from lamamba.compression.units import Removable, canonical
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.base import verb
 from lamamba.options.compress import (
@@ -54,12 +53,10 @@ from lamamba.utils.distributed import is_rank_zero, launched_group, local_device
 from lamamba.utils.files import read_json
 from lamamba.utils.progress import ProgressOption, Report, reporting
 
-logger = logging.getLogger("lamamba.api")
-
 TIMEOUT = timedelta(hours=12)
 """Of processes that wait while others score, or rank 0 plans."""
 HELD_OUT_SEED = 1_000_003
-"""Added to the seed of the samples on which a set of units is measured: no unit was scored on those."""
+"""Added to the seed of the samples that sets of units are measured on: other noise and times than of the scores."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def data_options(teacher: Teacher, source: str | None) -> DataOptions:
     if source is None or (teacher.data is not None and source == teacher.data.data.source):
         if teacher.data is None:
             raise ValueError(
-                f"{teacher.name} does not say what it was trained on: name it with --data, or --data sampling for "
+                f"{teacher.name} does not say what it was trained on: name it as data, or data=sampling for "
                 "states of its own sampling"
             )
         return teacher.data.data
@@ -188,9 +185,10 @@ def _scores(
     teacher: Teacher, network: Removable, options: CalibrationOptions, folder: Path, criterion: str, report: Report
 ) -> Scores:
     if criterion in RULES:
-        scores = by_rule(network, criterion, options.seed, teacher.about())
-        folder.mkdir(parents=True, exist_ok=True)
-        scores.save(folder / SCORES)
+        about = {**teacher.about(), "criterion": criterion, "seed": options.seed}
+        if (scores := find_scores(folder, about)) is None:
+            scores = by_rule(network, criterion, options.seed, about)
+            scores.save(folder / SCORES)
         return scores
     return score_in_folder(
         network, calibrate(teacher, options), folder, criterion=criterion, about=teacher.about(),
@@ -228,6 +226,7 @@ def plan_removal(options: PlanRemovalOptions, *, progress: ProgressOption = "aut
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; lamamba compress score MODEL makes it")
     scores, out = Scores.load(path), options.out or path.parent / PLAN
+    _check_budget(options)
     needs_network = options.measure or options.by == "time"
     teacher = _open_scored(scores.about, local_device(options.device)) if needs_network else None
     with reporting(progress) as report:
@@ -250,16 +249,15 @@ def _open_scored(about: Mapping[str, Any], device: torch.device, name: str | Non
 
 
 def _plan(
-    scores: Scores, options: BudgetOptions, teacher: Teacher | None, measure: bool, report: Report
+    scores: Scores, options: BudgetOptions, teacher: Teacher | None, measure: bool, report: Report,
+    calibration: CalibrationOptions | None = None,
 ) -> Plan:
     times = None
-    if options.remove is None and options.max_loss is None:
-        raise ValueError("say how much to remove (--remove 0.5), or how much loss to allow (--max-loss 0.01)")
     if options.by == "time":
         assert teacher is not None
         times = _times(teacher, report)
     if scores.criterion in ("hand", "random") and options.remove is not None:
-        plan = in_order(scores, options.remove, options.by, options.keep)
+        plan = in_order(scores, options.remove, options.by, options.keep, times)
     else:
         plan = make_plan(
             scores, remove=options.remove, max_loss=options.max_loss, by=options.by, keep=options.keep, times=times
@@ -267,8 +265,15 @@ def _plan(
     plan = dataclasses.replace(plan, about={**plan.about, "budget": _budget(options)})
     if not measure or teacher is None:
         return plan
-    held_out = calibrate(teacher, _calibration_of(scores), held_out=True)
+    held_out = calibrate(teacher, calibration or _calibration_of(scores), held_out=True)
+    if held_out.about.get("fingerprint") != scores.about.get("fingerprint", held_out.about.get("fingerprint")):
+        raise ValueError(f"{held_out.about['data']} has changed since the units were scored; score them again")
     return dataclasses.replace(plan, measured=relative_loss(find_units(teacher.network), plan.removed, held_out))
+
+
+def _check_budget(options: BudgetOptions) -> None:
+    if (options.remove is None) == (options.max_loss is None):
+        raise ValueError("say how much to remove (remove=0.5) or how much loss to allow (max_loss=0.01): one of both")
 
 
 def _budget(options: BudgetOptions) -> dict[str, Any]:
@@ -383,30 +388,34 @@ def compress(options: CompressOptions, *, progress: ProgressOption = "auto") -> 
         Interrupted: when a signal stopped the healing, after a checkpoint.
     """
     out, device = options.out, local_device(options.device)
+    _check_budget(options)
     teacher = open_teacher(options.model, device)
     source = None if options.data == "sampling" else options.data
     if options.heal:
         data_options(teacher, source)                                           # or refuse now
     network, target, picture = find_units(teacher.network), out / "pruned", out / "units.png"
+    canonical(network.units, options.keep)                                      # or refuse an unknown unit now
 
     def prune() -> None:
-        plan = _plan(scores, options, teacher, True, report)
+        if _holds(target, {**scores.about, "budget": _budget(options)}):
+            return
+        plan = _plan(scores, options, teacher, True, report, options)
         plan.save(out / PLAN)
         draw_units(scores, picture, plan.removed)
         _remove(teacher, plan, target)
 
-    with launched_group(TIMEOUT) as group:
-        with reporting(progress if group.is_rank_zero else None) as report:
-            scores = _scores(teacher, network, options, out, "output", report)
-            if not _holds(target, {**scores.about, "budget": _budget(options)}):
-                group.on_rank_0(prune)
-        plan, (pruned, _) = Plan.load(target / PLAN), open_network(target)
-        result = RemoveUnitsResult(target, pruned, _count(pruned), network.parameters)
-        if not options.heal:
-            return CompressResult(plan, result, None, None, picture)
-        healed = train(_healing(options, teacher, result, source), progress=progress)
-        loss = loss_between(teacher.network, healed.state.ema, calibrate(teacher, options, held_out=True))
-        return CompressResult(plan, result, healed, loss, picture)
+    with launched_group(TIMEOUT) as group, reporting(progress if group.is_rank_zero else None) as report:
+        scores = _scores(teacher, network, options, out, "output", report)
+        group.on_rank_0(prune)
+    plan, (pruned, _) = Plan.load(target / PLAN), open_network(target)
+    result = RemoveUnitsResult(target, pruned, _count(pruned), network.parameters)
+    if not options.heal:
+        return CompressResult(plan, result, None, None, picture)
+    healed = train(_healing(options, teacher, result, source), progress=progress)
+    held_out = calibrate(teacher, options, held_out=True)
+    student = open_network(healed.folder)[0].to(device).eval()
+    loss = relative_distance(held_out.predictions(student), held_out.predictions(teacher.network))
+    return CompressResult(plan, result, healed, loss, picture)
 
 
 def _holds(folder: Path, about: Mapping[str, Any]) -> bool:
@@ -421,12 +430,6 @@ def _holds(folder: Path, about: Mapping[str, Any]) -> bool:
     if found != json.loads(json.dumps(about)):
         raise FileExistsError(f"{folder} holds another network; repeat the options to go on, or give another folder")
     return True
-
-
-def loss_between(teacher: LaMambaUNet, student: LaMambaUNet, calibration: Calibration) -> float:
-    """The relative output loss of a student, E ||student - teacher||^2 / E ||teacher||^2."""
-    whole, found = calibration.predictions(teacher), calibration.predictions(student)
-    return energy_of([a - b for a, b in zip(found, whole, strict=True)]) / energy_of(whole)
 
 
 def _healing(options: CompressOptions, teacher: Teacher, pruned: RemoveUnitsResult, source: str | None) -> TrainOptions:

@@ -48,6 +48,11 @@ def relative_loss(
     whole = calibration.predictions(network.model) if whole is None else whole
     with network.masked(names) as masked:
         outputs = calibration.predictions(masked)
+    return relative_distance(outputs, whole)
+
+
+def relative_distance(outputs: Sequence[Tensor], whole: Sequence[Tensor]) -> float:
+    """E ||output - whole||^2 / E ||whole||^2 over batches of outputs (b, c, h, w)."""
     return energy_of([a - b for a, b in zip(outputs, whole, strict=True)]) / energy_of(list(whole))
 
 

@@ -29,7 +29,7 @@ def write_pruned(folder: Path, network: LaMambaUNet, metadata: ModelMetadata, pl
         OSError: when it cannot be written.
     """
     if folder.exists():
-        raise FileExistsError(f"{folder} exists already; remove it or name another with --out")
+        raise FileExistsError(f"{folder} exists already; remove it or give another as out")
     unfinished = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:

@@ -89,6 +89,22 @@ def _file_name(number: int) -> str:
     return f"unit_{number:05d}.npz"
 
 
+def find_scores(folder: Path, about: Mapping[str, Any]) -> Scores | None:
+    """The scores in a folder, if there are any.
+
+    Raises:
+        ValueError: when they were made otherwise, or are damaged.
+    """
+    if not (folder / SCORES).is_file():
+        return None
+    scores = Scores.load(folder / SCORES)
+    if found := differences_in_words(dict(scores.about), json.loads(json.dumps(about))):
+        raise ValueError(
+            f"{folder} holds scores made otherwise ({'; '.join(found)}); repeat the options, or give another folder"
+        )
+    return scores
+
+
 def score_in_folder(
     network: Removable, calibration: Calibration, folder: Path, *, criterion: str = "output",
     about: Mapping[str, Any] | None = None, rank: int = 0, report: Report | None = None,
@@ -109,14 +125,9 @@ def score_in_folder(
         FloatingPointError: when an output is not finite.
         OSError: when the disk is full; units that are done stay.
     """
-    about = json.loads(json.dumps({**calibration.about, **(about or {}), "criterion": criterion}))
-    if (folder / SCORES).is_file():
-        scores = Scores.load(folder / SCORES)
-        if found := differences_in_words(dict(scores.about), about):
-            raise ValueError(
-                f"{folder} holds scores made otherwise ({'; '.join(found)}); repeat the options, or give another folder"
-            )
+    about = {**calibration.about, **(about or {}), "criterion": criterion}
+    if (scores := find_scores(folder, about)) is not None:
         return scores
-    plan = _Plan({"units": [unit.name for unit in network.units], "about": about})
+    plan = _Plan({"units": [unit.name for unit in network.units], "about": json.loads(json.dumps(about))})
     _Job(folder, plan, network, calibration, criterion, rank, report).run()
     return Scores.load(folder / SCORES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def draw_units(scores: Scores, path: Path, removed: Iterable[str] = ()) -> None:
     """The network as a table: blocks in order, a row for each kind; colours are scores, removed units are crossed out.
 
     Args:
-        scores: of criterion "output".
+        scores: of any criterion; units that it never removes stay white.
         path: a PNG.
         removed: units of a plan.
     """
@@ -41,19 +42,21 @@ def draw_units(scores: Scores, path: Path, removed: Iterable[str] = ()) -> None:
     kinds = list(dict.fromkeys(unit.kind for unit in leaves))
     columns = list(dict.fromkeys((unit.group, unit.parent or unit.name) for unit in leaves))
     value = dict(zip((unit.name for unit in scores.units), scores.values / scores.energy, strict=True))
-    positive = [value[unit.name] for unit in leaves if value[unit.name] > 0] or [1.0]
+    positive = [value[unit.name] for unit in leaves if 0 < value[unit.name] < math.inf] or [1.0]
     figure = Figure(figsize=(max(7.0, 0.42 * len(columns) + 2.5), 0.55 * len(kinds) + 2.2))
     axes = figure.subplots()
     grid = np.full((len(kinds), len(columns)), np.nan)
     for unit in leaves:
         row, column = kinds.index(unit.kind), columns.index((unit.group, unit.parent or unit.name))
-        grid[row, column] = max(value[unit.name], min(positive))
+        if math.isfinite(value[unit.name]):
+            grid[row, column] = max(value[unit.name], min(positive))
         if unit.name in gone or gone & set(ancestors(known, unit.name)):
             axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor="white", alpha=0.75, edgecolor="none"))
             axes.plot([column - 0.3, column + 0.3], [row - 0.3, row + 0.3], color="#c0392b", linewidth=1.5)
             axes.plot([column - 0.3, column + 0.3], [row + 0.3, row - 0.3], color="#c0392b", linewidth=1.5)
     image = axes.imshow(grid, cmap="viridis", norm=LogNorm(min(positive), max(positive)), aspect="auto")
-    figure.colorbar(image, ax=axes, label="relative output loss of removing it alone", pad=0.02)
+    label = "relative output loss of removing it alone" if scores.criterion == "output" else scores.criterion
+    figure.colorbar(image, ax=axes, label=label, pad=0.02)
     groups = [group for group, _ in columns]
     starts = [number for number, group in enumerate(groups) if number == 0 or groups[number - 1] != group]
     ends = [*starts[1:], len(groups)]
@@ -91,19 +94,18 @@ def draw_additivity(sets: Sequence[SetLoss], path: Path) -> None:
 
 
 def draw_criteria(
-    curves: Mapping[str, Sequence[Mapping[str, float]]], path: Path, figure_name: str = "loss",
-    labels: Mapping[str, str] | None = None, whole: Mapping[str, float] | None = None,
+    curves: Mapping[str, Sequence[Mapping[str, float]]], path: Path, labels: Mapping[str, str] | None = None,
+    whole: Mapping[str, float] | None = None,
 ) -> None:
     """Loss, and figures such as the distance, over the removed share for every criterion; random draws lie behind.
 
     Args:
         curves: points {"share": ..., "loss": ..., figure: ...} by criterion; those of "random" are single draws.
         path: a PNG.
-        figure_name: of the first panel.
         labels: figures to draw besides, with the label of their axis.
         whole: the figures of the whole network.
     """
-    panels_of = {figure_name: "relative output loss", **(labels or {})}
+    panels_of = {"loss": "relative output loss", **(labels or {})}
     figure = Figure(figsize=(4.6 * len(panels_of) + 0.6, 4.2))
     panels = figure.subplots(1, len(panels_of), squeeze=False)[0]
     for axes, (name, label) in zip(panels, panels_of.items(), strict=True):
@@ -118,7 +120,8 @@ def draw_criteria(
             axes.axhline(whole[name], color="black", linewidth=0.8, linestyle=":", label="whole network")
         axes.set(xlabel="parameters removed", ylabel=label)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        if all(value > 0 for value in axes.get_ylim()) and name != "accuracy":
+        values = [point[name] for points in curves.values() for point in points if name in point]
+        if name != "accuracy" and min(values, default=0) > 0:
             set_log(axes)
     panels[0].legend(frameon=False, fontsize=8)
     tidy(panels.tolist())

@@ -99,6 +99,8 @@ def make_plan(
     """
     if (remove is None) == (max_loss is None):
         raise ValueError("give either the share to remove or the largest loss (remove, max_loss), one of them")
+    if max_loss is not None and scores.criterion != "output":
+        raise ValueError(f"max_loss needs scores of criterion 'output'; those of {scores.criterion!r} are no loss")
     if remove is not None and not 0 <= remove <= 1:
         raise ValueError(f"remove={remove:g} must be a share, 0 to 1: 0.5 removes half")
     costs, whole = _costs(scores, by, times)
@@ -209,18 +211,23 @@ def _most_removed(scores: Scores, costs: np.ndarray, bound: float, free: np.ndar
         limit -= 2e-6
 
 
-def in_order(scores: Scores, remove: float, by: str = "parameters", keep: Iterable[str] = ()) -> Plan:
+def in_order(
+    scores: Scores, remove: float, by: str = "parameters", keep: Iterable[str] = (),
+    times: Mapping[str, float] | None = None,
+) -> Plan:
     """Remove units from the lowest score to the highest until a share is reached: how "hand" and "random" remove.
+
+    Args: as of `make_plan`.
 
     Raises:
         ValueError: when the share cannot be reached.
     """
-    costs, whole = _costs(scores, by, None)
+    costs, whole = _costs(scores, by, times)
     free, chosen = _free(scores.units, keep, None) & np.isfinite(scores.values), []
     for number in np.argsort(scores.values, kind="stable"):
         if free[number]:
             chosen.append(scores.units[number].name)
             if costs[scores.index(chosen)].sum() >= remove * whole:
-                return describe(scores, chosen, by=by)
+                return describe(scores, chosen, by=by, times=times)
     reached = costs[scores.index(chosen)].sum() / whole if chosen else 0.0
     raise ValueError(f"{remove:.1%} cannot be removed in this order: {reached:.1%} are, without every unit that may go")

@@ -99,12 +99,15 @@ class Scores:
             ValueError: when it is damaged or of a newer format.
         """
         file = read_record(_File, path, SCORES_VERSION)
-        rows, names, fields = file.units, {row.name for row in file.units}, dataclasses.fields(Unit)
-        if any(row.parent not in names | {None} for row in rows) or len(names) < len(rows):
-            raise ValueError(f"{path} is damaged: its units are not a tree of different names")
-        widths = {len(row.by_time) for row in rows} | {TIME_BINS}, {len(row) for row in file.products or ()}
-        if len(widths[0]) > 1 or (file.products is not None and widths[1] != {len(file.products)} != {len(rows)}):
-            raise ValueError(f"{path} is damaged: by_time or products have another number of values than units")
+        rows, fields, seen = file.units, dataclasses.fields(Unit), set[str | None]({None})
+        for row in rows:
+            if row.name in seen or row.parent not in seen:                      # a parent stands before its children
+                raise ValueError(f"{path} is damaged: its units are not a tree of different names")
+            seen.add(row.name)
+        if any(len(row.by_time) != TIME_BINS for row in rows):
+            raise ValueError(f"{path} is damaged: by_time must have {TIME_BINS} values")
+        if file.products is not None and [len(row) for row in file.products] != [len(rows)] * len(rows):
+            raise ValueError(f"{path} is damaged: products must be a table of {len(rows)} x {len(rows)} units")
         return cls(
             file.criterion, tuple(Unit(**{field.name: getattr(row, field.name) for field in fields}) for row in rows),
             np.array([math.inf if row.score is None else row.score for row in rows]),
@@ -160,7 +163,10 @@ def measure_unit(
         criterion: "output" or "task".
     """
     with network.masked([name]) as masked:
-        found = calibration.losses(masked) if criterion == "task" else calibration.predictions(masked)
+        try:
+            found = calibration.losses(masked) if criterion == "task" else calibration.predictions(masked)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"without {name}, {error}") from error
     change = torch.cat([(without - reference).cpu() for without, reference in zip(found, whole, strict=True)])
     if criterion == "task":
         return Differences(change.double().numpy())
@@ -180,7 +186,9 @@ def measure_whole(network: Removable, calibration: Calibration, criterion: str) 
         losses = calibration.losses(network.model)
         return losses, float(torch.cat(losses).double().mean())
     outputs = calibration.predictions(network.model)
-    return outputs, energy_of(outputs)
+    if (energy := energy_of(outputs)) == 0:
+        raise ValueError("the network's output is zero everywhere: train it before its units are scored")
+    return outputs, energy
 
 
 def gather(
@@ -198,6 +206,8 @@ def gather(
     if criterion == "output":
         flat = np.stack([np.ravel(np.asarray(found[unit.name].kept)) for unit in network.units])  # (u, k elements)
         products = (flat @ flat.T).astype(float) / flat.shape[1]
+        scale = np.sqrt(losses.mean(1) / np.maximum(np.diag(products), 1e-300))             # of k samples, to all n
+        products *= scale[:, None] * scale
     errors = losses.std(1, ddof=1) / math.sqrt(n) if n > 1 else np.zeros(len(losses))
     return Scores(
         criterion, network.units, losses.mean(1), errors, bins, products, energy, network.parameters,
@@ -247,9 +257,11 @@ def _random(network: Removable, unit: Unit, generator: np.random.Generator) -> f
 
 
 def _by_hand(network: Removable, unit: Unit, generator: np.random.Generator) -> float:
-    """The place of a block, counted from the end of its stage; only whole blocks go."""
+    """The place of a block, counted from the end of its stage; only whole blocks go, and the bottleneck as a whole."""
+    if unit.parent is not None or unit.kind not in ("block", "bottleneck", "transformer", "resnet"):
+        return math.inf
     blocks = [each.name for each in network.units if each.group == unit.group and each.kind == unit.kind]
-    return float(len(blocks) - blocks.index(unit.name)) if unit.kind in ("block", "transformer", "resnet") else math.inf
+    return float(len(blocks) - blocks.index(unit.name))
 
 
 RULES: dict[str, Callable[[Removable, Unit, np.random.Generator], float]] = {

@@ -42,4 +42,5 @@ def measure_times(
             wholes.append(seconds())
             saved[name].append((wholes[-2] + wholes[-1]) / 2 - without)
             report(Progress("timing", turn * len(names) + number + 1, rounds * len(names), unit="passes", note=name))
-    return {"": statistics.median(wholes), **{name: statistics.median(each) for name, each in saved.items()}}
+    found = {name: max(0.0, statistics.median(each)) for name, each in saved.items()}
+    return {"": statistics.median(wholes), **found}

@@ -73,7 +73,7 @@ def _check_fits(teacher: UNetConfig, student: UNetConfig, options: DistillOption
         for name in names if getattr(teacher, name) != getattr(student, name)
     ]
     if differences:
-        hint = "" if options.features == "none" else "; another width goes with distill.features=\"none\""
+        hint = "; another width goes with distill.features=\"none\"" if teacher.width != student.width else ""
         raise ValueError(
             f"distill.teacher {options.teacher} does not fit this run's network ({'; '.join(differences)}){hint}"
         )

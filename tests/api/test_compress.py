@@ -98,7 +98,7 @@ def test_criteria_are_compared(model, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--remove", "0.999", "--data", "digits"], "cannot be removed"),
-    (["--remove", "0.3"], "name it with --data"),
+    (["--remove", "0.3"], "name it as data"),
     (["--data", "digits"], "say how much to remove"),
     (["--remove", "0.3", "--data", "digits", "--keep", "bottelneck"], "did you mean 'bottleneck'"),
     (["--remove", "0.3", "--data", "digits", "--times", "900,100"], "a lower and a higher timestep"),
