@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -15,23 +14,13 @@ from lamamba.ops.native import unit_stride
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-_KINDS = {"*": c_void_p, "%": c_float}
-
-
-def _struct(fields: str) -> type[ctypes.Structure]:
-    """A struct of layers.cpp: names of integers, of pointers (*x) and of floats (%x)."""
-    names = ["threads", "is_bfloat16", *fields.split()]
-    pairs = [(name.lstrip("*%"), _KINDS.get(name[0], c_int64)) for name in names]
-    return type("Struct", (ctypes.Structure,), {"_fields_": pairs})
-
-
-_STRUCTS = {
-    "lamamba_modulated_norm": _struct("b l c %eps *x *weight *bias *shift *scale shift_b scale_b *y"),
-    "lamamba_gated_norm": _struct("rows c %eps *x *z z_row *weight *bias *y"),
-    "lamamba_convolution": _struct("b h w c *x x_b x_h x_w *weight *y"),
-    "lamamba_window_attention": _struct("b h w heads d window_h window_w shift_h shift_w *qkv *bias *mask *y"),
-    "lamamba_few_rows": _struct("rows inputs outputs *x *weight *bias *y"),
-}
+_STRUCTS = {name: native.struct(f"threads is_bfloat16 {fields}") for name, fields in {
+    "lamamba_modulated_norm": "b l c %eps *x *weight *bias *shift *scale shift_b scale_b *y",
+    "lamamba_gated_norm": "rows c %eps *x *z z_row *weight *bias *y",
+    "lamamba_convolution": "b h w c *x x_b x_h x_w *weight *y",
+    "lamamba_window_attention": "b h w heads d window_h window_w shift_h shift_w *qkv *bias *mask *y",
+    "lamamba_few_rows": "rows inputs outputs *x *weight *bias *y",
+}.items()}
 
 
 def _run(name: str, *values) -> Tensor:
