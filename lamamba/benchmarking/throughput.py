@@ -224,9 +224,14 @@ def free_memory(device: str) -> int | None:
     """Free bytes of a device, or None where the system does not report them."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(torch.device(device))[0]
+    return proc_bytes("/proc/meminfo", "MemAvailable")
+
+
+def proc_bytes(path: str, field: str) -> int | None:
+    """A number of Linux's /proc in bytes, or None where the system does not report it."""
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        lines = dict(line.split(":", 1) for line in Path(path).read_text(encoding="ascii").splitlines())
+        return int(lines[field].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
 

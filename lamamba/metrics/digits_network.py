@@ -47,18 +47,15 @@ class DigitFeatures:
     """The trained network of the package.
 
     Takes grey images of 8 x 8 pixels, or of a multiple, which average pooling brings to 8 x 8.
-
-    Args:
-        weights: a safetensors file; by default the package's.
     """
 
     distance_name = "FD-digits"
     has_class_logits = True
 
-    def __init__(self, weights: str | Path | None = None):
+    def __init__(self) -> None:
         with own_random_state():
             self._model = DigitNetwork()
-        self._model.load_state_dict(read_tensors(Path(weights or WEIGHTS)))
+        self._model.load_state_dict(read_tensors(WEIGHTS))
         self._model.eval().requires_grad_(False)
         self.info = FeatureNetworkInfo("digits", hash_weights(self._model), "8 x 8, means over squares", 1)
 

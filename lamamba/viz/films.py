@@ -19,9 +19,9 @@ HOLD_SECONDS = 1.5
 """Duration of the last picture."""
 
 
-def chosen_frames(steps: int, most: int = MAX_FRAMES) -> list[int]:
+def chosen_frames(steps: int) -> list[int]:
     """Which of the steps 1 .. steps a film shows."""
-    return sorted({round(k) for k in np.linspace(1, steps, min(steps, most))})
+    return sorted({round(k) for k in np.linspace(1, steps, min(steps, MAX_FRAMES))})
 
 
 def check_film(path: Path) -> None:
