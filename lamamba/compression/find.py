@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusers import UNet2DConditionModel, UNet2DModel
+
+from lamamba.compression.diffusers_units import DiffusersUnits
 from lamamba.compression.lamamba_units import LaMambaUnits
 from lamamba.compression.units import Removable, Unit
 from lamamba.models.unet import LaMambaUNet
@@ -17,6 +20,8 @@ def find_units(model: Any) -> Removable:
     """
     if isinstance(model, LaMambaUNet):
         return LaMambaUnits(model)
+    if isinstance(model, UNet2DModel | UNet2DConditionModel):
+        return DiffusersUnits(model)
     raise ValueError(f"{type(model).__name__} is neither a LaMambaUNet nor a U-Net of diffusers")
 
 
