@@ -92,9 +92,11 @@ def encode_images(pipe: DiffusionPipeline, images: Sequence[Image.Image]) -> Ten
     x0 = VaeImageProcessor(do_resize=False).preprocess(fitted)
     if vae is not None:
         dtype = vae.dtype
-        vae.to(torch.float32)                                                   # SDXL's overflows in float16
+        if dtype != torch.float32:
+            vae.to(torch.float32)                                               # SDXL's overflows in float16
         mean = vae.encode(x0.to(vae.device)).latent_dist.mode()
-        vae.to(dtype)
+        if dtype != torch.float32:
+            vae.to(dtype)
         x0 = CodecConfig.of_config(vae.config).to_x0(mean).cpu()
     if x0.shape[1] != pipe.unet.config["in_channels"]:
         raise ValueError(
