@@ -8,6 +8,9 @@ The pipeline is any text-conditioned one of diffusers with a UNet2DConditionMode
 folder of images with metadata.jsonl or metadata.csv (columns file_name and text), or the name of a dataset. The
 pipeline's own autoencoder and text encoders encode them. The same command goes on where it was stopped.
 
+Estimated, not measured, for 10,000 steps of 64 images on A100s in bf16, half of the parameters removed: SD 1.5 at 512
+pixels 20 GB (8 images at a time) and 5 hours of one; SDXL at 1,024 pixels 45 GB (4 at a time) and 40 hours of one.
+
 To try it in minutes, on a small pipeline that draws digits: python examples/compress_unet_demo.py
 
     OUT/scores/scores.json      what each layer is worth; serves any number of budgets
@@ -47,7 +50,7 @@ from lamamba.compression.pipeline_calibration import (
     target,
     training_scheduler,
 )
-from lamamba.compression.pipeline_folder import save_pipeline
+from lamamba.compression.pipeline_folder import save_pipeline, unet_sha256
 from lamamba.compression.plan import Plan, make_plan
 from lamamba.compression.stock_unets import stock_model, stock_units
 from lamamba.diffusion.distillation import feature_losses, output_loss
@@ -117,7 +120,7 @@ class WithFeatures(nn.Module):
                 handle.remove()
 
 
-def score_and_plan(options, pipe, data, accelerator) -> Plan:
+def score_and_plan(options, pipe, folder, data, accelerator) -> Plan:
     """The plan for the budget, measured on samples that no unit was scored on."""
     network = find_units(pipe.unet)
     number = min(len(data), 2 * options.samples)
@@ -129,8 +132,9 @@ def score_and_plan(options, pipe, data, accelerator) -> Plan:
             times=tuple(options.times), batch_size=options.batch,
         )
 
+    teacher = {"teacher": options.pipeline, "teacher_sha256": unet_sha256(folder)}
     scores = score_in_folder(
-        network, calibration(slice(0, number // 2)), options.out / "scores", about={"teacher": options.pipeline},
+        network, calibration(slice(0, number // 2)), options.out / "scores", about=teacher,
         rank=accelerator.process_index, report=lambda progress: accelerator.print(
             f"\r{progress.task}: {progress.done} of {progress.total} {progress.unit}", end="", flush=True
         ),
@@ -283,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     data = load_dataset(**source, split="train")
     options.out.mkdir(parents=True, exist_ok=True)
 
-    plan, path = score_and_plan(options, pipe, data, accelerator), options.out / "plan.json"
+    plan, path = score_and_plan(options, pipe, folder, data, accelerator), options.out / "plan.json"
     accelerator.print(f"\n{plan}")
     if path.exists() and Plan.load(path).removed != plan.removed:
         raise SystemExit(f"{path} removes other units; give another --out, or the options of before")
@@ -299,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
         healed = heal(options, pipe, student, data, accelerator).to(DTYPES[options.precision])
         networks["healed"] = healed
         if accelerator.is_main_process and not (options.out / "healed").exists():
-            note = f"Healed in {options.steps} steps by distillation with {options.features} features."
+            note = f"Healed in {options.steps} steps by distillation; the losses below were measured before."
             save_pipeline(folder, options.out / "healed", healed, plan, note=note)
     if accelerator.is_main_process:
         prompts = read_prompts(options.prompts) if options.prompts else data[:10][options.caption_column]

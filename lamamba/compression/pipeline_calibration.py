@@ -8,6 +8,7 @@ Prompts go through the pipeline's own text encoders: SD's, and both of SDXL's wi
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -177,8 +178,15 @@ def from_pipeline(
         order = [torch.randperm(len(images), generator=generator) for _ in range(-(-samples // len(images)))]
         chosen = torch.cat(order)[:samples].split(batch_size)
         batches = [_noised(pipe, images, prompts, labels, rows.tolist(), times, generator) for rows in chosen]
-        about |= {"data": f"{len(images)} images"}
+        about |= {"data": f"{len(images)} images", "fingerprint": _fingerprint(images, prompts, labels)}
     return Calibration(batches, prediction_channels(pipe), about)
+
+
+def _fingerprint(images: Sequence[Image.Image], prompts: Sequence[str], labels: Sequence[int]) -> str:
+    digest = hashlib.sha256(repr((list(prompts), list(labels))).encode())
+    for image in images:
+        digest.update(f"{image.size} {image.mode}".encode() + image.tobytes())
+    return digest.hexdigest()
 
 
 def prediction_channels(pipe: DiffusionPipeline) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from lamamba.compression.plan import Plan
 from lamamba.compression.pruned_unets import PrunedUNet2DConditionModel, PrunedUNet2DModel, UNet
 from lamamba.compression.stock_unets import stock_model, zero_filled
 from lamamba.config import unknown_name
-from lamamba.utils.files import read_json, write_atomically, write_json
+from lamamba.utils.files import read_json, sha256, write_atomically, write_json
 
 INDEX, UNET = "model_index.json", "unet"
 CLASSES = {
@@ -40,13 +41,22 @@ def open_unet(folder: Path, variant: str | None = None) -> UNet:
     library, name = read_json(folder / INDEX).get(UNET) or (None, None)
     if name not in CLASSES:
         raise ValueError(f"{folder / INDEX}: the U-Net is a {name} of {library}; these are known: {', '.join(CLASSES)}")
-    ending = f".{variant}.safetensors" if variant else ".safetensors"
-    files = sorted(path for path in (folder / UNET).glob("*.safetensors") if path.name.endswith(ending))
     dtype = torch.float32
-    if files:
+    if files := _weight_files(folder, variant):
         with safe_open(files[0], "pt") as file:
             dtype = file.get_tensor(next(iter(file.keys()))).dtype
     return CLASSES[name].from_pretrained(folder / UNET, variant=variant, torch_dtype=dtype)
+
+
+def unet_sha256(folder: Path, variant: str | None = None) -> str:
+    """Of the files of a pipeline's U-Net: of their hashes where there are several."""
+    hashes = [sha256(path) for path in _weight_files(folder, variant)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    names = f"*.{variant}*.safetensors" if variant else "*.safetensors"
+    return sorted((folder / UNET).glob(names))
 
 
 def compress_pipeline(

@@ -31,6 +31,7 @@ def test_images_are_noised_by_the_pipelines_own_scheduler(kind):
     pipe.scheduler = DDPMScheduler(num_train_timesteps=100, prediction_type=kind, beta_schedule="squaredcos_cap_v2")
     found = from_pipeline(pipe, images=pictures(), samples=12, batch_size=8, times=(500, 900))
     assert [len(batch.times) for batch in found.batches] == [8, 4]
+    assert found.about["fingerprint"] != from_pipeline(pipe, images=pictures(4), samples=2).about["fingerprint"]
     assert 500 <= found.times.min() <= found.times.max() <= 900
     assert batches_equal(found, from_pipeline(pipe, images=pictures(), samples=12, batch_size=8, times=(500, 900)))
     batch, t = found.batches[0], found.batches[0].inputs["timestep"]

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
-from lamamba.compression.pipeline_folder import compress_pipeline, open_unet, save_pipeline
+from lamamba.compression.pipeline_folder import compress_pipeline, open_unet, save_pipeline, unet_sha256
 from lamamba.compression.plan import Plan
 from lamamba.compression.pruned_unets import PrunedUNet2DModel
 from tests.compression.pipelines import text_conditioned, unconditional
@@ -58,6 +59,12 @@ def test_precision_and_variant_of_the_weights_are_kept(teacher):
     pipe.save_pretrained(teacher.parent / "half", variant="fp16")
     unet = compress_pipeline(teacher.parent / "half", [UNIT], teacher.parent / "out", variant="fp16")
     assert unet.dtype == open_unet(teacher.parent / "out").dtype == torch.float16
+    assert unet_sha256(teacher.parent / "half", "fp16") != unet_sha256(teacher.parent / "out")
+
+
+def test_the_hash_is_the_files_own_where_there_is_one(teacher):
+    (file,) = (teacher / "unet").glob("*.safetensors")
+    assert unet_sha256(teacher) == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(("removed", "more", "message"), [
