@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from lamamba.data.sets import TrainingSet
@@ -33,15 +34,14 @@ class Batch:
     """Inputs of a forward pass."""
 
     inputs: dict[str, Any]
-    """Arguments of the network's forward: tensors of b rows."""
+    """Arguments of the network's forward: tensors of b rows, also in dicts."""
     times: Tensor
     """(b,) 0 .. 1000."""
     loss: Callable[[Tensor], Tensor] | None = None
     """The training loss of an output, (b,); None for states of sampling, which have no clean image."""
 
     def to(self, device: torch.device) -> Batch:
-        moved = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in self.inputs.items()}
-        return Batch(moved, self.times, self.loss)
+        return Batch(send_to_device(self.inputs, device), self.times, self.loss)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from lamamba.utils.files import write_atomically
 
 PLAN = "plan.json"
 CARD = "README.md"
+FRONT = "---\nlibrary_name: lamamba\npipeline_tag: unconditional-image-generation\n---\n"
 
 
 def write_pruned(folder: Path, network: LaMambaUNet, metadata: ModelMetadata, plan: Plan, teacher: Path | None) -> None:
@@ -36,15 +37,23 @@ def write_pruned(folder: Path, network: LaMambaUNet, metadata: ModelMetadata, pl
         network.save_pretrained(unfinished)
         metadata.save(unfinished / "sampling.json")
         plan.save(unfinished / PLAN)
-        write_atomically(unfinished / CARD, _card(folder.name, plan, teacher))
+        write_atomically(unfinished / CARD, model_card(folder.name, plan, teacher, FRONT))
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _card(name: str, plan: Plan, teacher: Path | None) -> str:
-    """The teacher's card (its front matter states the licence) after what was removed."""
-    front, text = "---\nlibrary_name: lamamba\npipeline_tag: unconditional-image-generation\n---\n", ""
+def model_card(name: str, plan: Plan, teacher: Path | None, front: str, note: str = "") -> str:
+    """The teacher's card (its front matter states the licence) after what was removed.
+
+    Args:
+        name: of the pruned model.
+        plan: what was removed.
+        teacher: its folder, where its card lies.
+        front: front matter where the teacher has no card.
+        note: how the model is opened.
+    """
+    text = ""
     if teacher is not None and (teacher / CARD).is_file():
         text = (teacher / CARD).read_text(encoding="utf-8")
         if text.startswith("---\n") and (end := text.find("\n---\n", 4)) > 0:
@@ -61,11 +70,11 @@ def _card(name: str, plan: Plan, teacher: Path | None) -> str:
     return f"""{front}
 # {name}
 
-`{about.get("teacher", "a LaMamba-Diff network")}` (SHA-256 {str(about.get("teacher_sha256", "unknown"))[:16]}) without
+`{about.get("teacher", "a network")}` (SHA-256 {str(about.get("teacher_sha256", "unknown"))[:16]}) without
 {len(plan.removed)} of its layers: {plan.parameters:.1%} fewer parameters, {plan.multiply_adds:.1%} fewer multiply-adds.
 Chosen by LAPTOP-Diff ([arXiv 2404.11098](https://arxiv.org/abs/2404.11098)), criterion "{plan.criterion}", on
 {about.get("samples", "no")} samples of {about.get("data", "no data")}.
-{table}
+{note}{table}
 Removed:
 
 {removed}

@@ -8,7 +8,7 @@ A unit is named by the path of its module: "down_blocks.0.resnets.1", "mid_block
     attention of a UNet2DModel          y = x / scale
     attn1, attn2, ff of a block         0, which the block adds to x; its norm goes, too
 
-Stock classes fill what a file lacks with random numbers. So that they refuse a pruned folder instead, an empty tensor
+Stock classes fill what a file lacks with random numbers. So that they refuse a pruned folder instead, a single zero
 takes the place of one weight of each removed unit: its shape does not fit.
 """
 
@@ -115,14 +115,16 @@ def stand_ins(model: UNet, name: str) -> dict[str, nn.Module]:
 
 
 def _mark(stand_in: nn.Module, module: nn.Module) -> None:
-    """Put an empty tensor in the place of a weight of the module, by which stock classes refuse the file."""
+    """Put a zero in the place of a weight of the module, by which stock classes refuse the file."""
     kept = stand_in.state_dict()
-    *path, leaf = next(name for name in module.state_dict() if name not in kept).split(".")
+    *path, leaf = next(
+        name for name, weight in module.state_dict().items() if name not in kept and weight.dim() > 1
+    ).split(".")
     for part in path:
         inner = nn.Module()
         stand_in.add_module(part, inner)
         stand_in = inner
-    stand_in.register_buffer(leaf, torch.empty(0))
+    stand_in.register_buffer(leaf, torch.zeros(1))
 
 
 def outermost(names: Iterable[str]) -> tuple[str, ...]:
@@ -214,12 +216,12 @@ def pruned_model(model: UNet, names: Iterable[str]) -> UNet:
             raise unknown_name("unit", name, known)
     with torch.device("meta"):
         pruned = pruned_class(model)(removed_units=outermost([*removed_units(model), *names]), **whole_config(model))
-    weights = {name: weight for name, weight in model.state_dict().items() if weight.numel()}
-    empty = {
-        name: torch.empty(0, dtype=model.dtype, device=model.device)
-        for name, tensor in pruned.state_dict().items() if not tensor.numel()
+    marks = {
+        f"{path}.{name}": torch.zeros(1, dtype=model.dtype, device=model.device)
+        for path, module in pruned.named_modules() if isinstance(module, Shortcut | Skip | Zero)
+        for name, _ in module.named_buffers()
     }
-    return filled(pruned, {**weights, **empty}, model)
+    return filled(pruned, {**model.state_dict(), **marks}, model)
 
 
 def filled(pruned: UNet, weights: Mapping[str, Tensor], model: UNet) -> UNet:

@@ -162,7 +162,8 @@ def _without_attention(whole: UNet, config: dict[str, Any], stage: str, left: Co
     if scales == {1} and stage == "mid_block":
         if "add_attention" in config:
             config["add_attention"] = False
-        elif config["mid_block_type"] == "UNetMidBlock2DCrossAttn" and "mid_block.resnets.1" in left:
+            return set()
+        if config["mid_block_type"] == "UNetMidBlock2DCrossAttn" and "mid_block.resnets.1" in left:
             config["mid_block_type"] = "UNetMidBlock2D"
             return {"mid_block.resnets.1"}
     elif scales == {1}:
