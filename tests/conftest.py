@@ -50,6 +50,8 @@ def pytest_configure(config):
 def _notes_of_one_test():
     """The command line's log handler stays for the process; each test begins without it."""
     logger = logging.getLogger("lamamba")
-    before, level = list(logger.handlers), logger.level
+    # a fixture of a module may have called the command line
+    before, level = [handler for handler in logger.handlers if type(handler).__name__ != "_Notes"], logger.level
+    logger.handlers[:] = before
     yield
     logger.handlers[:], logger.level = before, level

@@ -250,7 +250,7 @@ class DistillOptions:
     """A teacher whose output and features the network learns besides the data (LAPTOP-Diff, arXiv 2404.11098)."""
 
     teacher: Name | None = None
-    """A run, a checkpoint or a saved model; None: no distillation. It stays as it is, and is known by its hash."""
+    """A run, a checkpoint or a saved model; by default there is none. It stays as it is, and is known by its hash."""
     task: Annotated[float, Ge(0)] = 1.0
     """Weight of the objective's own loss."""
     output: Annotated[float, Ge(0)] = 1.0

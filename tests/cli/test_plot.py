@@ -55,7 +55,7 @@ def test_losses_that_cannot_be_compared_are_said_to_be(tmp_path, monkeypatch, ch
         if values is not None:
             (tmp_path / name / "config.json").write_text(json.dumps(values))
     drawn = []
-    monkeypatch.setattr("lamamba.viz.curves._save", lambda figure, path: (drawn.append(figure), path.touch()))
+    monkeypatch.setattr("lamamba.viz.curves.save_figure", lambda figure, path: (drawn.append(figure), path.touch()))
     result = package.plot(package.PlotOptions(runs=[tmp_path / "a", tmp_path / "b"], out=tmp_path / "ab.png"))
     note = f"losses cannot be compared: the runs differ in {said}" if said else None
     assert (result.note, drawn[0].axes[0].get_title()) == (note, note or "")

@@ -79,7 +79,7 @@ def latents(place):
     told = call(place, "data", "check", "images")
     assert "2 classes with 20 to 21 files" in told
     assert "shape/99.jpg: truncated" in told
-    assert "1 subfolders hold no images" in told
+    assert "1 subfolder without images" in told
     encoding = ["encode", "images", "--autoencoder", "kl", "--image-size", "32", "--shard-size", "8"]
     encoding += ["--out", "latents"]
     assert "40 images in 5 verified shards" in command_on(2, place, *encoding)[0]
