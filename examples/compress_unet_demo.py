@@ -113,11 +113,11 @@ def main() -> None:
         pixels = pipe.image_processor.preprocess(pictures)
         train_autoencoder(pipe.vae, pixels, 5 if quick else 400)
         x0 = torch.cat([encode_images(pipe, pictures[row : row + 256]) for row in range(0, len(pictures), 256)])
-        train_unet(pipe, x0, [f"a {NAMES[label]}" for label in digits.labels], 5 if quick else 1500)
+        train_unet(pipe, x0, [f"a {NAMES[label]}" for label in digits.labels], 5 if quick else 1000)
         pipe.save_pretrained(folder / "teacher")
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(f"a {name}" for name in NAMES) + "\n", encoding="utf-8")
-    sizes = ("16", "4", "2") if quick else ("192", "400", "30")
+    sizes = ("16", "4", "2") if quick else ("192", "300", "30")
     compress_unet.main([
         str(folder / "teacher"), "--images", str(folder / "images"), "--prompts", str(prompts), "--batch", "32",
         "--lr", "5e-4", "--workers", "0", "--save-every", "100", "--out", str(folder / "half"),
