@@ -20,12 +20,13 @@ help:
 demo: $(VENV)/.digits
 	$(BIN)/lamamba demo --out demo $(ARGS)
 
-# One thread for each of pytest's processes: threads that wait for each other on shared cores wait long.
+# One thread for each of pytest's processes: threads that wait for each other on shared cores wait long. Whole files go
+# to a process, so that what a file makes for its tests is made once.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 quick: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal @tests/quick.txt $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile @tests/quick.txt $(ARGS)
 
 slow: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m slow $(ARGS)

@@ -16,10 +16,17 @@ BRANCHES = ("scan", "attention", "mlp")
 """The three residual branches of a LaMamba block, in order."""
 
 NUM_STAGES = 4
+STAGES = (
+    *(f"encoder.{s}" for s in range(NUM_STAGES)), "bottleneck", *(f"decoder.{s}" for s in range(NUM_STAGES)),
+)
+"""Names of the stages in the order in which the network runs them."""
 STAGE_WIDTHS = (1, 2, 4, 4)
 """Width of each encoder stage in units of the base width; the decoder mirrors it."""
 STAGE_SCALES = (1, 2, 4, 4)
 """How many times smaller a stage's grid is than the first one's."""
+
+MAX_SIZE, MAX_DEPTH, MAX_GRID = 2**24, 1000, 2048
+"""Sizes, blocks of a stage and tokens along a side beyond these are a mistake, or a damaged file."""
 
 Objective = Literal["noise", "v", "flow"]
 Grid = tuple[int, int]
@@ -44,7 +51,9 @@ def as_grid(value: Any, name: str = "grid") -> Grid:
     """
     if isinstance(value, int) and not isinstance(value, bool):
         value = (value, value)
-    if not isinstance(value, list | tuple) or len(value) != 2 or not all(type(side) is int for side in value):
+    if isinstance(value, list | tuple):
+        value = tuple(side.item() if type(side).__module__ == "numpy" and side.ndim == 0 else side for side in value)
+    if not isinstance(value, tuple) or len(value) != 2 or not all(type(side) is int for side in value):
         raise ValueError(f"{name}={value!r} is neither a whole number nor a pair (height, width) of them")
     return value[0], value[1]
 
@@ -56,6 +65,8 @@ def check_grid(grid: Grid, name: str = "grid", patch_size: int | None = None) ->
         ValueError: with the side that does not fit and the nearest sizes that do.
     """
     for side in grid:
+        if side > MAX_GRID:
+            raise ValueError(f"{name}={grid[0]} x {grid[1]} tokens is too large: at most {MAX_GRID} along a side")
         if side < 4 or side % 4:
             below, above = max(4, side // 4 * 4), max(4, (side // 4 + 1) * 4)
             nearest = f"{below} or {above}" if below != above else f"{above}"
@@ -111,23 +122,33 @@ class UNetConfig:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        put("depths", tuple(self.depths))
-        put("removed_blocks", tuple(sorted(self.removed_blocks)))
+        for name in vars(self).copy():
+            value = getattr(self, name)
+            if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+                put(name, value.item())
+            elif isinstance(value, list):
+                put(name, tuple(value))
         put("grid", as_grid(self.grid))
+        if not isinstance(self.removed_blocks, tuple) or not all(isinstance(name, str) for name in self.removed_blocks):
+            raise ValueError(f"removed_blocks={self.removed_blocks!r} must be names of blocks")
+        put("removed_blocks", tuple(sorted(self.removed_blocks)))
         if self.out_channels is None:
             put("out_channels", self.in_channels * (2 if self.objective == "noise" else 1))
         self._validate()
 
     def _validate(self) -> None:
-        at_least_one = "width num_heads bottleneck_depth window_size state_size patch_size in_channels"
+        at_least_one = "width num_heads window_size state_size patch_size in_channels"
         for name in at_least_one.split():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-        if not isinstance(self.num_classes, int) or self.num_classes < 0:
+            if type(value) is not int or not 1 <= value < MAX_SIZE:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1, below {MAX_SIZE:,}")
+        if type(self.num_classes) is not int or not 0 <= self.num_classes < MAX_SIZE:
             raise ValueError(f"num_classes={self.num_classes!r} must be 0 (unconditional) or more")
-        if len(self.depths) != NUM_STAGES or any(not isinstance(depth, int) or depth < 1 for depth in self.depths):
-            raise ValueError(f"depths={self.depths} must be {NUM_STAGES} whole numbers of at least 1, one per stage")
+        depths = self.depths if isinstance(self.depths, tuple) else ()
+        if len(depths) != NUM_STAGES or any(type(n) is not int or not 1 <= n <= MAX_DEPTH for n in depths):
+            raise ValueError(f"depths={self.depths!r} must be {NUM_STAGES} whole numbers, 1 to {MAX_DEPTH}")
+        if type(self.bottleneck_depth) is not int or not 1 <= self.bottleneck_depth <= MAX_DEPTH:
+            raise ValueError(f"bottleneck_depth={self.bottleneck_depth!r} must be a whole number from 1 to {MAX_DEPTH}")
         for name, value in (("scan", self.scan), ("objective", self.objective)):
             known = {"scan": ("continuous", "cross"), "objective": ("noise", "v", "flow")}[name]
             if value not in known:
@@ -138,7 +159,8 @@ class UNetConfig:
             raise ValueError(f"width={self.width} does not split into num_heads={self.num_heads} equal heads")
         for name in ("ssm_ratio", "mlp_ratio"):
             ratio = getattr(self, name)
-            if not ratio > 0 or (ratio * self.width) % 1:
+            is_number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+            if not is_number or not 0 < ratio < MAX_SIZE or (ratio * self.width) % 1:
                 raise ValueError(f"{name}={ratio} times width={self.width} must be a whole number of channels")
         expected = self.in_channels * (2 if self.objective == "noise" else 1)
         if self.out_channels != expected:
@@ -150,18 +172,27 @@ class UNetConfig:
         self._validate_removed()
 
     def _validate_removed(self) -> None:
+        known = self.removable_names() if self.removed_blocks else []
         for name in self.removed_blocks:
-            if name not in (known := self.removable_names()):
+            if name not in known:
                 raise unknown_name("removed_blocks entry", name, known)
         if len(set(self.removed_blocks)) != len(self.removed_blocks):
             raise ValueError(f"removed_blocks={self.removed_blocks} names an entry twice")
 
     def removable_names(self) -> list[str]:
         """Names that removed_blocks may hold: the blocks, their branches, and the whole bottleneck."""
+        blocks = self._blocks()
+        return ["bottleneck", *blocks, *(f"{block}.{branch}" for block in blocks for branch in BRANCHES)]
+
+    def _blocks(self) -> list[str]:
         blocks = [f"encoder.{s}.{i}" for s in range(NUM_STAGES) for i in range(self.depths[s])]
         blocks += [f"bottleneck.{i}" for i in range(self.bottleneck_depth)]
-        blocks += [f"decoder.{s}.{i}" for s in range(NUM_STAGES) for i in range(self.decoder_depths[s])]
-        return ["bottleneck", *blocks, *(f"{block}.{branch}" for block in blocks for branch in BRANCHES)]
+        return blocks + [f"decoder.{s}.{i}" for s in range(NUM_STAGES) for i in range(self.decoder_depths[s])]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are not removed."""
+        return sum(bool(self.branches(block)) for block in self._blocks())
 
     def branches(self, block: str) -> tuple[str, ...]:
         """Branches of a block that are not removed, in order; none when the block is removed."""
@@ -202,6 +233,7 @@ class UNetConfig:
                     f"is {nearest}"
                 )
             sides.append(int(side // factor))
+        check_grid((sides[0] // self.patch_size, sides[1] // self.patch_size), "size")
         return sides[0], sides[1]
 
     @property
@@ -288,16 +320,15 @@ class UNetConfig:
         """
         values = dict(values)
         version = values.pop("config_version", CONFIG_VERSION)
-        if not isinstance(version, int) or version > CONFIG_VERSION:
+        if type(version) is not int or not 1 <= version <= CONFIG_VERSION:
             raise ValueError(
-                f"config_version={version} is newer than this lamamba reads ({CONFIG_VERSION}); upgrade lamamba-diff"
+                f"config_version={version!r} is newer than this lamamba reads ({CONFIG_VERSION}); upgrade lamamba-diff"
             )
         fields = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in fields:
                 raise unknown_name("configuration field", key, fields)
-        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**plain)
+        return cls(**values)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -4,7 +4,8 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from lamamba.config import unknown_name
 from lamamba.data.autoencoder import pixels_per_latent
-from lamamba.data.codec import CodecConfig, to_uint8
+from lamamba.data.codec import CodecConfig, check_pixels, to_uint8
+from lamamba.data.images import opaque, upright
 from lamamba.data.labels import as_names, find_label
 from lamamba.diffusion.denoise import (
     SAMPLERS,
@@ -252,8 +254,7 @@ class LaMambaPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a number out of range or an unknown name; near ones are named.
         """
-        labels = labels.tolist() if isinstance(labels, np.generic | np.ndarray | Tensor) else labels
-        wanted = [labels] if isinstance(labels, int | str) else list(labels)
+        wanted = labels if isinstance(labels, Sequence) and not isinstance(labels, str) else np.ravel(labels).tolist()
         return [find_label(label, self._names, self.unet.config["num_classes"]) for label in wanted]
 
     @torch.no_grad()
@@ -316,6 +317,7 @@ class LaMambaPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: when labels, sizes, scheduler or the other arguments do not fit the model or each other.
+            FloatingPointError: when the network or the vae makes NaN or infinities.
         """
         self._check_call(output_type, image, strength, mask_image)
         names = self._tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -435,13 +437,16 @@ class LaMambaPipeline(DiffusionPipeline):
         """x0 (count, c, h, w) of images."""
         channels = self.unet.config["in_channels"] if self.vae is None else self.vae.config.get("in_channels", 3)
         height, width = (side * self.pixels_per_input for side in size)
-        pixels = self._processor(is_grey=channels == 1).preprocess(_shares(image), height=height, width=width)
+        pixels = self._processor(is_grey=channels == 1).preprocess(
+            _shares(_flat(image, "white")), height=height, width=width
+        )
         if pixels.shape[1] != channels:
             raise ValueError(f"image has {pixels.shape[1]} channels, this model's pictures have {channels}")
         pixels = _repeated(pixels, count, "image")
         if self.vae is None:
             return pixels.to(device, torch.float32)
-        encoded = self.vae.encode(pixels.to(device, self.vae.dtype))
+        with self._upcast():
+            encoded = self.vae.encode(pixels.to(device, self.vae.dtype))
         if hasattr(encoded, "latent_dist"):
             z = encoded.latent_dist.mode()
         else:
@@ -452,15 +457,30 @@ class LaMambaPipeline(DiffusionPipeline):
         """(count, 1, h, w), 1 wherever any pixel below a point of the network's input is to be made anew."""
         processor = self._processor(is_grey=True, do_normalize=False, do_binarize=True)
         height, width = (side * self.pixels_per_input for side in size)
-        pixels = processor.preprocess(_shares(mask), height=height, width=width)[:, :1]
+        pixels = processor.preprocess(_shares(_flat(mask, "black")), height=height, width=width)[:, :1]
         return _repeated(F.adaptive_max_pool2d(pixels, size), count, "mask_image").to(device, torch.float32)
+
+    @contextmanager
+    def _upcast(self) -> Iterator[None]:
+        """Run the vae in float32 where float16 overflows, as force_upcast in its configuration says."""
+        vae: Any = self.vae
+        needed = vae.dtype == torch.float16 and vae.config.get("force_upcast") and vae.device.type != "meta"
+        if needed:
+            torch.nn.Module.to(vae, torch.float32)
+        try:
+            yield
+        finally:
+            if needed:
+                torch.nn.Module.to(vae, torch.float16)
 
     def _finish(self, x0: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return x0
         if self.vae is not None:
-            z = self.codec_config.to_latents(x0).to(self.vae.dtype)
-            x0 = self.vae.decode(z, return_dict=False)[0].float()
+            with self._upcast():
+                z = self.codec_config.to_latents(x0).to(self.vae.dtype)
+                x0 = self.vae.decode(z, return_dict=False)[0].float()
+            check_pixels(x0, f"the vae in {self.vae.dtype}")
         if output_type == "pil":
             levels = to_uint8(x0)
             return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in levels]
@@ -511,6 +531,13 @@ def _shares(images: Any) -> Any:
         return images
     scale = 255 if images.max() > 1 else 1
     return (images.float() if isinstance(images, Tensor) else images.astype(np.float32)) / scale
+
+
+def _flat(images: Any, background: str) -> Any:
+    """PIL images upright and without transparency; others unchanged."""
+    if isinstance(images, list | tuple):
+        return [_flat(image, background) for image in images]
+    return opaque(upright(images), background) if isinstance(images, Image.Image) else images
 
 
 def _repeated(images: Tensor, count: int, name: str) -> Tensor:

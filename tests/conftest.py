@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing.util
 import os
 import shutil
 import tempfile
@@ -33,9 +34,6 @@ def backend(request, monkeypatch):
     native.load.cache_clear()
 
 
-FOLDER = pytest.StashKey[tuple[str, str]]()
-
-
 def pytest_configure(config):
     """One folder for all that tests, launchers, compilers and gradio put into the temporary directory; then it goes.
 
@@ -43,24 +41,17 @@ def pytest_configure(config):
     """
     if "PYTEST_XDIST_WORKER" not in os.environ:
         folder = tempfile.mkdtemp(prefix="lamamba-")                            # short: sockets are made in it
-        config.stash[FOLDER] = os.environ.get("TMPDIR", ""), folder
         tempfile.tempdir = os.environ["TMPDIR"] = folder
-
-
-def pytest_unconfigure(config):
-    if found := config.stash.get(FOLDER, None):
-        before, folder = found
-        tempfile.tempdir = None
-        os.environ["TMPDIR"] = before
-        if not before:
-            del os.environ["TMPDIR"]
-        shutil.rmtree(folder, ignore_errors=True)
+        # after multiprocessing has removed its own folder in it, at -100
+        multiprocessing.util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-200)
 
 
 @pytest.fixture(autouse=True)
 def _notes_of_one_test():
     """The command line's log handler stays for the process; each test begins without it."""
     logger = logging.getLogger("lamamba")
-    before, level = list(logger.handlers), logger.level
+    # a fixture of a module may have called the command line
+    before, level = [handler for handler in logger.handlers if type(handler).__name__ != "_Notes"], logger.level
+    logger.handlers[:] = before
     yield
     logger.handlers[:], logger.level = before, level

@@ -53,6 +53,13 @@ def small_config(**changes) -> UNetConfig:
     return UNetConfig(**{**fields, **changes})
 
 
+def two_blocks(**changes) -> UNetConfig:
+    """All blocks removed but one in the first stage and one in the last."""
+    removed = ("bottleneck", "encoder.0.0", "encoder.1.0", "encoder.2.0", "encoder.3.0",
+               *(f"decoder.{stage}.{i}" for stage in range(4) for i in (0, 1)))
+    return small_config(**changes, removed_blocks=removed)
+
+
 def random_network(config: UNetConfig, seed: int = 0) -> LaMambaUNet:
     """A network without zero parameters, so that every one has an effect on the output."""
     torch.manual_seed(seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from lamamba.config import PRESETS, UNetConfig
@@ -82,3 +83,13 @@ def test_unknown_names_raise_with_the_nearest():
         UNetConfig.from_dict({"config_version": 99})
     with pytest.raises(ValueError, match="multiple of 32; the nearest is 256"):
         UNetConfig.preset("s", image_size=250)
+
+
+def test_numbers_of_numpy_serve_and_truth_values_do_not():
+    config = UNetConfig(width=np.int64(16), num_heads=np.int32(2), mlp_ratio=np.float64(2.0), grid=(np.int64(8), 8))
+    assert config == UNetConfig(width=16, num_heads=2, mlp_ratio=2.0, grid=8)
+    assert json.dumps(config.to_dict())
+    for wrong in (dict(width=True), dict(num_classes=True), dict(depths=(True, 1, 1, 1)), dict(mlp_ratio=True),
+                  dict(depths=5), dict(removed_blocks=3), dict(ssm_ratio="2"), dict(depths=(10**6, 1, 1, 1))):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            UNetConfig(**wrong)

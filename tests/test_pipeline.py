@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import pickle
 import shutil
@@ -324,6 +325,27 @@ def test_a_callback_changes_the_guidance():
     interval = (float(times[3] + times[2]) / 2, float(times[2] + times[1]) / 2)                   # the third step alone
     same = run(pipe, guidance_scale=4.0, guidance_interval=interval)
     torch.testing.assert_close(changed, same, atol=1e-5, rtol=0)
+
+
+def test_transparent_and_turned_inputs_count_as_they_look():
+    """An image lies on white, a mask on black: what nobody has painted stays."""
+    pipe = make_pipeline("ddim", objective="noise")
+    grey = np.asarray(picture())
+    levels = np.stack([grey, np.where(np.arange(8) < 4, 255, 0) * np.ones((8, 1), int)], axis=-1).astype(np.uint8)
+    turned, exif = picture(), Image.Exif()
+    exif[0x0112] = 6
+    held = io.BytesIO()
+    turned.save(held, "PNG", exif=exif)
+    for given, plain in (
+        (Image.fromarray(levels), Image.fromarray(np.where(levels[..., 1], grey, 255).astype(np.uint8))),
+        (Image.open(held), picture().transpose(Image.Transpose.ROTATE_270)),
+    ):
+        assert torch.equal(run(pipe, image=[given], strength=0.3), run(pipe, image=plain, strength=0.3))
+    painted = np.full((8, 8, 4), (255, 255, 255, 0), np.uint8)
+    painted[:, 5:, 3] = 255
+    mask = Image.fromarray(painted[..., 3])
+    same = run(pipe, image=picture(), mask_image=mask)
+    assert torch.equal(run(pipe, image=picture(), mask_image=Image.fromarray(painted)), same)
 
 
 def test_inpainting_latents_keeps_the_known_latents():

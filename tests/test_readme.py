@@ -43,7 +43,8 @@ def test_the_example_of_calls_runs(tmp_path, monkeypatch):
     """Training, sampling and evaluation from Python, with fewer steps and images."""
     monkeypatch.chdir(tmp_path)
     _, example, _ = blocks("python")
-    for long, short in {"steps=900": "steps=4", "num_images=2000": "num_images=8, steps=2"}.items():
+    shorter = {"steps=900": "steps=4", "num=8": "num=8, steps=2", "num_images=2000": "num_images=8, steps=2"}
+    for long, short in shorter.items():
         assert long in example
         example = example.replace(long, short)
     names: dict = {}

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lamamba"
 LAYERS = [
     {"config", "_version", "_native", "pretrained"},
-    {"options", "utils"},
+    {"utils"},
+    {"options"},
     {"ops"},
     {"models", "diffusion", "data"},
     {"inference", "metrics", "viz"},
@@ -28,6 +29,7 @@ LAYERS = [
     {"training", "sampling"},
     {"pipeline"},
     {"app", "benchmarking", "evaluation", "exporting"},
+    {"compression"},
     {"api"},
     {"cli"},
     {"__main__"},
@@ -35,7 +37,9 @@ LAYERS = [
 """From the lowest to the highest: a package imports from lower ones and from itself."""
 LAYER_OF = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 FUNCTIONS = {
-    "app": {"open_app"}, "bench": {"benchmark"}, "convert": {"convert"}, "data": {"check_data"}, "demo": {"demo"},
+    "app": {"open_app"}, "bench": {"benchmark"},
+    "compress": {"compress", "score_units", "plan_removal", "remove_units", "compare_criteria"},
+    "convert": {"convert"}, "data": {"check_data"}, "demo": {"demo"},
     "doctor": {"doctor"}, "encode": {"encode"}, "evaluate": {"evaluate", "compute_statistics", "compare"},
     "export": {"export"}, "info": {"info"}, "plot": {"plot"}, "sample": {"sample", "sample_folder"},
     "train": {"train", "plan"},

@@ -10,7 +10,8 @@ from typing import Any
 from lamamba.benchmarking.environment import environment
 from lamamba.benchmarking.peers import find_peer
 from lamamba.benchmarking.report import describe, table
-from lamamba.benchmarking.throughput import Case, measure, multiply_adds, parse_model, ratios
+from lamamba.benchmarking.throughput import Case, cost_of, measure, parse_model, ratios
+from lamamba.options.base import verb
 from lamamba.options.benchmark import BenchmarkOptions
 from lamamba.utils.distributed import pick_device
 from lamamba.utils.files import check_target, write_atomically
@@ -51,6 +52,7 @@ class BenchmarkResult:
         return "\n".join([*lines, "", table(self.rows, self.ratios), *(f"wrote {path}" for path in self.paths)])
 
 
+@verb
 def benchmark(options: BenchmarkOptions, *, progress: ProgressOption = "auto") -> BenchmarkResult:
     """Time LaMamba presets beside DiT: same batch, precision and settings, in turns, each network in its own process.
 
@@ -86,6 +88,7 @@ def benchmark(options: BenchmarkOptions, *, progress: ProgressOption = "auto") -
     return result
 
 
+@verb
 def plan(options: BenchmarkOptions) -> list[list[Case]]:
     """The networks to time in turns, for each image size.
 
@@ -118,4 +121,4 @@ def plan(options: BenchmarkOptions) -> list[list[Case]]:
 def _curves(groups: list[list[Case]]) -> dict[str, list[tuple[int, int]]]:
     """(image size, multiply-adds) of each network that was timed, at its sizes and at some more."""
     sizes = sorted({*PLOTTED_SIZES, *(cases[0].image_size for cases in groups)})
-    return {case.model: [(size, multiply_adds(case.model, size)) for size in sizes] for case in groups[0]}
+    return {case.model: [(size, cost_of(case.model, size).matrix) for size in sizes] for case in groups[0]}

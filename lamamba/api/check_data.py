@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +9,11 @@ from pathlib import Path
 from lamamba.data.latents import Index, check_latents
 from lamamba.data.manifest import CheckedFile, Manifest, check_files, make_manifest, manifest_path
 from lamamba.data.sources import open_source
+from lamamba.options.base import verb
 from lamamba.options.check_data import CheckDataOptions
 from lamamba.utils.files import check_target
 from lamamba.utils.progress import Progress, ProgressOption, Report, reporting
-
-logger = logging.getLogger("lamamba.api")
+from lamamba.utils.text import counted
 
 NAMED = 20
 """Bad files in the text of a result; the manifest has all of them."""
@@ -30,6 +29,8 @@ class CheckDataResult:
     """As it was written."""
     path: Path
     """Of the manifest."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Files that are not looked at, by ending or reason."""
 
     @property
     def num_files(self) -> int:
@@ -53,7 +54,8 @@ class CheckDataResult:
         return {kind: tuple(file.file for file in self.manifest.bad if file.kind == kind) for kind in kinds}
 
     def __str__(self) -> str:
-        return _summary(self.manifest, self.path)
+        left_out = [f"left out  {number:,} {reason}" for reason, number in self.left_out.items()]
+        return "\n".join([*_summary(self.manifest), *left_out, f"manifest  {self.path}"])
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class CheckLatentsResult:
         plan = self.index.plan
         kind = "means and deviations" if plan.parts == 2 else "latents"
         return f"""\
-{self.folder}: {len(self.index.shards)} shards, all as they were written
-images        {plan.images:,} of {plan.source}, {len(plan.label_names) or 'no'} classes
+{self.folder}: {counted(len(self.index.shards), 'shard')}, all as they were written
+images        {plan.images:,} of {plan.source}, {counted(len(plan.label_names), 'class')}
 image size    {plan.image_size} x {plan.image_size}
 latents       {plan.shape[0]} x {plan.shape[1]} x {plan.shape[2]}, {kind}, {plan.storage}, \
 {'with' if plan.views == 2 else 'without'} mirror images
@@ -76,6 +78,7 @@ autoencoder   {plan.codec.autoencoder} ({str(plan.codec.autoencoder_sha256)[:12]
 {plan.codec.shift:g}"""
 
 
+@verb
 def check_data(
     options: CheckDataOptions, *, progress: ProgressOption = "auto"
 ) -> CheckDataResult | CheckLatentsResult:
@@ -103,7 +106,7 @@ def _check_images(options: CheckDataOptions, report: Report) -> CheckDataResult:
     try:
         check_target(path)
     except (OSError, ValueError) as error:
-        raise type(error)(f"{error}; name a path that can be written with --manifest") from error
+        raise type(error)(f"{error}; name a path that can be written as manifest") from error
     found: list[CheckedFile] = []
     bad = 0
     for done, file in enumerate(check_files(source, options.workers, options.min_side), 1):
@@ -113,29 +116,23 @@ def _check_images(options: CheckDataOptions, report: Report) -> CheckDataResult:
         report(Progress("checking", done, len(source), note=f"{bad} bad" if bad else ""))
     manifest = make_manifest(source, found, options.min_side, strict=options.strict)
     manifest.save(path)
-    if empty := getattr(source, "empty_folders", ()):
-        named = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
-        logger.warning(
-            "%d subfolders hold no images and are no classes, so that later ones have lower numbers: %s",
-            len(empty), named,
-        )
-    return CheckDataResult(manifest, path)
+    return CheckDataResult(manifest, path, dict(source.left_out.counts))
 
 
 def _check_latents(folder: Path, report: Report) -> CheckLatentsResult:
     return CheckLatentsResult(folder, check_latents(folder, report))
 
 
-def _summary(manifest: Manifest, path: Path) -> str:
+def _summary(manifest: Manifest) -> list[str]:
     counts = manifest.images_per_class
-    classes = f"{len(manifest.label_names)} classes with {min(counts)} to {max(counts)} files" \
+    classes = f"{counted(len(manifest.label_names), 'class')} with {min(counts)} to {max(counts)} files" \
         if manifest.label_names else "no classes"
     good = manifest.images - len(manifest.bad)
-    lines = [f"{manifest.source}: {manifest.images:,} files, {classes}", f"good      {good:,}"]
+    lines = [f"{manifest.source}: {counted(manifest.images, 'file')}, {classes}", f"good      {good:,}"]
     for kind, number in manifest.converted.items():
         files = [found.file for found in manifest.converted_files if found.kind == kind]
         more = ", ..." if number > NAMED_CONVERTED else ""
-        lines.append(f"  of them {kind:<8}{number:,} (converted): {', '.join(files[:NAMED_CONVERTED])}{more}")
+        lines.append(f"  of them {kind:<7} {number:,} (converted): {', '.join(files[:NAMED_CONVERTED])}{more}")
     lines.append(f"bad       {len(manifest.bad):,}")
     lines += [f"  {kind:<18}{number:,}" for kind, number in Counter(bad.kind for bad in manifest.bad).most_common()]
     lines += [f"  {bad.file}: {bad.kind} ({bad.detail})" for bad in manifest.bad[:NAMED]]
@@ -143,6 +140,5 @@ def _summary(manifest: Manifest, path: Path) -> str:
         lines.append(f"  ... and {len(manifest.bad) - NAMED} more in the manifest")
     empty = [name for name, number in zip(manifest.label_names, counts, strict=False) if not number]
     if empty:
-        lines.append(f"warning: {len(empty)} classes have no file: {', '.join(empty[:5])}")
-    lines.append(f"manifest  {path}")
-    return "\n".join(lines)
+        lines.append(f"warning: {counted(len(empty), 'class')} without a file: {', '.join(empty[:5])}")
+    return lines

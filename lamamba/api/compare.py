@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from lamamba.evaluation.results import Entry, differences, disagreements, read_result, table
+from lamamba.options.base import verb
 from lamamba.options.evaluation import CompareOptions
 
 
@@ -16,7 +17,7 @@ class CompareResult:
     entries: tuple[Entry, ...]
     """Of all files, named by file, and by entry where a file has several."""
     differences: tuple[tuple[str, ...], ...]
-    """Of each entry: how its protocol differs from the first one's (model, sampler, guidance, seeds, versions)."""
+    """Of each entry: how its protocol differs from the first one's: architecture, sampler, guidance, seeds."""
 
     def __str__(self) -> str:
         first, lines = self.entries[0], [table(self.entries)]
@@ -26,6 +27,7 @@ class CompareResult:
         return "\n".join(lines)
 
 
+@verb
 def compare(options: CompareOptions) -> CompareResult:
     """Read results and compare their protocols.
 

@@ -10,10 +10,12 @@ from lamamba.evaluation.candidates import open_images
 from lamamba.evaluation.evaluator import Evaluator
 from lamamba.evaluation.reference import Reference
 from lamamba.metrics.networks import open_network
+from lamamba.options.base import verb
 from lamamba.options.evaluation import StatisticsOptions
 from lamamba.utils.distributed import launched_group, local_device
 from lamamba.utils.files import check_target
 from lamamba.utils.progress import ProgressOption, reporting
+from lamamba.utils.text import counted
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,13 @@ class StatisticsResult:
     def __str__(self) -> str:
         size, network = len(self.reference.features[0]), self.reference.network
         return (
-            f"{self.path}: {size} features of {self.reference.count:,} images by {network.name if network else ''}\n"
+            f"{self.path}: {counted(size, 'feature')} of {counted(self.reference.count or 0, 'image')} by "
+            f"{network.name if network else ''}\n"
             f"evaluate samples against it: lamamba evaluate SAMPLES --reference {self.path} --features {self.features}"
         )
 
 
+@verb
 def compute_statistics(options: StatisticsOptions, *, progress: ProgressOption = "auto") -> StatisticsResult:
     """Compute mean and covariance of the features of reference images, and save them with the features of some.
 
@@ -47,14 +51,14 @@ def compute_statistics(options: StatisticsOptions, *, progress: ProgressOption =
     images = open_images(options.images, options.image_size)
     network = open_network(options.features, options.weights, local_device(options.device))
     name = options.images if isinstance(options.images, str) else "array"
-    with launched_group(TIMEOUT) as group, reporting(progress if group.is_main else None) as report:
+    with launched_group(TIMEOUT) as group, reporting(progress if group.is_rank_zero else None) as report:
         evaluator = Evaluator(
             network, options.out.with_suffix(".work"), group, report, repeat_grey=options.grey == "repeat",
             batch_size=options.batch_size, shard_size=options.shard_size,
         )
         reference = evaluator.make_reference(images, name, options.rows)
         group.wait()                                                            # all have read their features
-        if group.is_main:
+        if group.is_rank_zero:
             reference.save(options.out)
             evaluator.clear()
         group.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,12 @@ import torch
 
 from lamamba.config import UNetConfig
 from lamamba.models.official import load_official, to_official
+from lamamba.options.base import verb
 from lamamba.options.convert import ConvertOptions
 from lamamba.runs.metadata import assumed_metadata
 from lamamba.runs.model import open_network
-from lamamba.utils.files import temporary_name
+from lamamba.utils.files import replacing
+from lamamba.utils.text import counted
 
 logger = logging.getLogger("lamamba.convert")
 
@@ -36,10 +37,12 @@ class ConvertResult:
             return f"{self.path}: {self.num_tensors} tensors under the official names, as \"model\" and \"ema\""
         return (
             f"{self.path}: width {config.width}, {config.num_heads} heads, window {config.window_size}, state size "
-            f"{config.state_size}, {config.scan} scan, {config.num_classes} classes, {config.token_grid} tokens"
+            f"{config.state_size}, {config.scan} scan, {counted(config.num_classes, 'class')}, "
+            f"{config.token_grid} tokens"
         )
 
 
+@verb
 def convert(options: ConvertOptions) -> ConvertResult:
     """Convert an official LaMamba-Diff checkpoint (.pt) to a folder in our format, or a folder back to .pt.
 
@@ -58,7 +61,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
     if not source.is_dir():
         return _from_official(options)
     if options.weights:
-        raise ValueError("--weights chooses among an official checkpoint's; a folder has one set: leave it out")
+        raise ValueError("weights chooses among an official checkpoint's; a folder has one set: leave it out")
     return _to_official(source, target)
 
 
@@ -71,13 +74,10 @@ def _from_official(options: ConvertOptions) -> ConvertResult:
         model = load_official(options.source, weights=options.weights)
     for warning in caught:
         logger.warning("%s", warning.message)
-    temporary = temporary_name(target)
-    try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
         model.save_pretrained(temporary)
         assumed_metadata(model.architecture).save(temporary / "sampling.json")
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return ConvertResult(target, model.architecture, 0)
 
 
@@ -86,12 +86,6 @@ def _to_official(source: Path, target: Path) -> ConvertResult:
         raise ValueError(f"{source} is a folder in our format, so the target must be a .pt file, not {target}")
     model, _ = open_network(source)
     state = to_official(model)
-    temporary = temporary_name(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary.open("wb") as file:                                      # a path would be written into the file
-            torch.save({"model": state, "ema": state}, file)
-        temporary.rename(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(target) as temporary, temporary.open("wb") as file:          # a path would be written into the file
+        torch.save({"model": state, "ema": state}, file)
     return ConvertResult(target, model.architecture, len(state))

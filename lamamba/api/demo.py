@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -13,11 +12,14 @@ import numpy as np
 from lamamba.api.train import TrainResult, train
 from lamamba.data.digits import Digits
 from lamamba.metrics.digits import DigitScore, score_digits
+from lamamba.options.base import verb
 from lamamba.options.demo import SHOWN_PER_DIGIT, DemoOptions
 from lamamba.options.training import TrainOptions
 from lamamba.runs.metadata import default_guidance
 from lamamba.sampling import generate
+from lamamba.utils.files import write_atomically, write_json
 from lamamba.utils.progress import Progress, ProgressOption, reporting
+from lamamba.utils.text import counted
 from lamamba.viz.curves import read_metrics, run_curves
 from lamamba.viz.grids import grid_picture, save_picture
 
@@ -67,6 +69,7 @@ more: lamamba sample {out / 'run'} --classes 3,7 --seed 0 --out grid.png"""
         return (self.folder / "digits.png").read_bytes()
 
 
+@verb
 def demo(options: DemoOptions | None = None, *, progress: ProgressOption = "auto") -> DemoResult:
     """Train on 1,797 real handwritten digits, sample digits, and write pictures and a report.
 
@@ -94,8 +97,8 @@ def demo(options: DemoOptions | None = None, *, progress: ProgressOption = "auto
     result = DemoResult(out, score, seconds, training, samples, labels)
     figures = {"asked" if name == "num_samples" else name: value for name, value in asdict(score).items()}
     values = {"score": figures, "seconds": seconds, "config": recipe.config.to_dict()}
-    (out / "report.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    (out / "report.md").write_text(_report(result.summary, training.step, recipe.seed), encoding="utf-8")
+    write_json(out / "report.json", values)
+    write_atomically(out / "report.md", _report(result.summary, training.step, recipe.seed))
     return result
 
 
@@ -104,9 +107,7 @@ def _sample(
 ) -> np.ndarray:
     sampling, network = recipe.sampling, training.state.ema
     guidance = default_guidance(sampling.guidance, network.architecture.num_classes)
-    logger.info(
-        f"sampling {len(labels)} digits: {sampling.sampler}, {sampling.steps} steps, guidance {guidance:g}"
-    )
+    logger.info(f"sampling {len(labels)} digits: {counted(sampling.steps or 0, 'step')}, guidance {guidance:g}")
     with reporting(progress) as report:
         return generate(
             network, labels.tolist(), range(FIRST_SEED, FIRST_SEED + len(labels)), sampler=sampling.sampler,
@@ -127,7 +128,7 @@ def _draw(out: Path, samples: np.ndarray, labels: np.ndarray, digits: Digits) ->
 def _report(summary: str, steps: int, seed: int) -> str:
     return f"""# LaMamba-Diff on handwritten digits
 
-Trained from scratch for {steps} steps (seed {seed}) on 1,797 real digits of 8 x 8 pixels, enlarged below.
+Trained from scratch for {counted(steps, 'step')} (seed {seed}) on 1,797 real digits of 8 x 8 pixels, enlarged below.
 
 ```
 {summary}

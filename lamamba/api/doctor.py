@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +10,12 @@ import torch
 
 from lamamba._version import __version__
 from lamamba.benchmarking.checks import MAX_ERROR, check_backend, check_layers, unsupported_reason
-from lamamba.benchmarking.environment import commit, device_name, version_of
+from lamamba.benchmarking.environment import commit, device_name, variables, version_of, versions
 from lamamba.inference.compiling import C_COMPILERS, CXX_COMPILERS, find_compiler
 from lamamba.ops import native
 from lamamba.ops.layers import backend_for
 from lamamba.ops.selective_scan import OP
+from lamamba.options.base import verb
 from lamamba.options.doctor import DoctorOptions
 
 DTYPES = ("float32", "bfloat16")
@@ -41,36 +41,26 @@ class DoctorResult:
         return _report(self.findings)
 
 
+@verb
 def doctor(options: DoctorOptions | None = None) -> DoctorResult:
     """Versions, devices, compilers, the back end of each operator and why; checks of every back end that runs here.
 
     Back ends of the scan are compared with the reference in float64, forward and every gradient, layers without
     gradients. A failed check is a finding, not an exception.
     """
-    devices = _devices()
+    devices = {name: device_name(name) for name in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())))}
     compilers = {language: find_compiler(language) for language in ("C", "C++")}
     ops = [_choice(OP, device, dtype) for device in devices for dtype in DTYPES]
     checks = [check for device in devices for backend in OP.backends if (check := check_backend(OP, backend, device))]
     checks += [check_layers(device) for device in devices]
     return DoctorResult({
-        "versions": _versions(), "devices": devices, "cpu_kernels": _cpu_kernels(), "ops": ops,
+        "versions": {"lamamba": __version__, "commit": commit(), **versions(*PACKAGES)}, "devices": devices,
+        "cpu_kernels": _cpu_kernels(), "ops": ops,
         "layers": [_layers_choice(device, dtype) for device in devices for dtype in DTYPES],
         "compilers": compilers, "missing": _missing(devices, compilers), "checks": checks,
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("LAMAMBA_")},
+        "environment": variables(),
         "healthy": all(check["passed"] for check in checks) and not any("error" in op for op in ops),
     })
-
-
-def _versions() -> dict[str, str | None]:
-    return {
-        "lamamba": __version__, "commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
-        "cuda": torch.version.cuda, **{name: version_of(name) for name in PACKAGES}, "system": platform.platform(),
-    }
-
-
-def _devices() -> dict[str, str]:
-    names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    return {name: device_name(name) for name in names}
 
 
 def _cpu_kernels() -> dict[str, Any]:
@@ -148,9 +138,8 @@ def _report(findings: dict[str, Any]) -> str:
               for layers in findings["layers"]]
     lines += ["", "missing" if findings["missing"] else "missing        nothing"]
     lines += [f"  - {what}" for what in findings["missing"]]
-    variables = findings["environment"]
-    lines += ["", "variables" if variables else "variables      none of ours is set"]
-    lines += [f"  {name}={value}" for name, value in variables.items()]
+    lines += ["", "variables" if findings["environment"] else "variables      none of ours is set"]
+    lines += [f"  {name}={value}" for name, value in findings["environment"].items()]
     lines += ["", "checks against the formulas in float64 (largest error over largest value, float32)"]
     for check in findings["checks"]:
         verdict = "right" if check["passed"] else "WRONG"

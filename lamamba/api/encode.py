@@ -15,9 +15,11 @@ from lamamba.data.encode import excluded_at_start, make_plan
 from lamamba.data.latents import Index, Plan
 from lamamba.data.manifest import excluded_files
 from lamamba.data.sources import open_source
+from lamamba.options.base import verb
 from lamamba.options.encode import EncodeOptions
-from lamamba.utils.distributed import is_main_process, local_device
+from lamamba.utils.distributed import is_rank_zero, local_device
 from lamamba.utils.progress import ProgressOption, reporting
+from lamamba.utils.text import counted
 
 logger = logging.getLogger("lamamba.api")
 
@@ -46,13 +48,14 @@ class EncodeResult:
     def __str__(self) -> str:
         bad = f", {self.num_excluded} bad images excluded" if self.num_excluded else ""
         return (
-            f"done: {self.folder}, {self.num_images:,} images in {len(self.index.shards)} verified shards, "
-            f"{self.num_bytes / 2**20:,.1f} MiB{bad}\n"
+            f"done: {self.folder}, {counted(self.num_images, 'image')} in "
+            f"{counted(len(self.index.shards), 'verified shard')}, {self.num_bytes / 2**20:,.1f} MiB{bad}\n"
             f"train on it: lamamba train RECIPE --data.source {self.folder} "
             f"--data.image-size {self.index.plan.image_size}"
         )
 
 
+@verb
 def encode(options: EncodeOptions, *, progress: ProgressOption = "auto") -> EncodeResult:
     """Encode images with a frozen autoencoder, together with any other processes that do the same.
 
@@ -64,10 +67,10 @@ def encode(options: EncodeOptions, *, progress: ProgressOption = "auto") -> Enco
             names; when sizes do not fit.
         OSError: when the disk is full or broken; finished shards stay.
     """
-    is_main, rank = is_main_process(), int(os.environ.get("RANK", "0"))
+    rank = int(os.environ.get("RANK", "0"))
     source = open_source(options.source)
     excluded, note = excluded_files(source, options.manifest)
-    if note and is_main:
+    if note and is_rank_zero():
         logger.warning(note)
     newly_excluded: set[str] = set()
     if (before := excluded_at_start(options.out)) is not None:                  # no image changes its shard
@@ -77,9 +80,9 @@ def encode(options: EncodeOptions, *, progress: ProgressOption = "auto") -> Enco
         source, autoencoder, options.image_size, excluded=excluded, mirror=options.mirror, storage=options.storage,
         batch_size=options.batch_size, threads=options.threads, shard_size=options.shard_size,
     )
-    if is_main:
+    if is_rank_zero():
         _announce(options.out, plan, autoencoder, len(newly_excluded))
-    with reporting(progress if is_main else None) as report:
+    with reporting(progress if is_rank_zero() else None) as report:
         index = encode_shards(
             source, autoencoder, options.out, plan, excluded=excluded, newly_excluded=newly_excluded,
             max_bad_images=options.max_bad_images, rank=rank, report=report,

@@ -14,10 +14,12 @@ from lamamba.evaluation.protocol import make_protocol
 from lamamba.evaluation.reference import Reference
 from lamamba.evaluation.results import Entry, table, write_result
 from lamamba.metrics.networks import open_network
+from lamamba.options.base import verb
 from lamamba.options.evaluation import EvaluateOptions
 from lamamba.utils.distributed import launched_group, local_device
 from lamamba.utils.files import check_target
 from lamamba.utils.progress import Progress, ProgressOption, Report, reporting
+from lamamba.utils.text import counted
 from lamamba.viz.curves import evaluation_curves
 
 logger = logging.getLogger("lamamba.api")
@@ -52,10 +54,10 @@ class EvaluateResult:
         return self.curve.read_bytes() if self.curve else None
 
     def __str__(self) -> str:
-        count = self.entries[0].protocol["images"]
-        lines = [table(self.entries), f"{count:,} images against {self.reference}; figures and protocol: {self.path}"]
+        images = counted(self.entries[0].protocol["images"], "image")
+        lines = [table(self.entries), f"{images} against {self.reference}; figures and protocol: {self.path}"]
         if all(e.guidance == 1 and e.protocol["samples"]["labels"] != "none" for e in self.entries):
-            lines.append("sampled at guidance 1, the protocol of published figures; --guidance takes other scales")
+            lines.append("sampled at guidance 1, the protocol of published figures; guidance takes other scales")
         return "\n".join([*lines, f"curve: {self.curve}"] if self.curve else lines)
 
 
@@ -73,6 +75,7 @@ class _StepReport:
         self._report(dataclasses.replace(self._last, note=f"step {step}/{steps}"))
 
 
+@verb
 def evaluate(options: EvaluateOptions, *, progress: ProgressOption = "auto") -> EvaluateResult:
     """Compute FID, sFID, Inception Score, precision, recall, density, coverage and KID, where features allow them.
 
@@ -89,7 +92,7 @@ def evaluate(options: EvaluateOptions, *, progress: ProgressOption = "auto") -> 
     device = local_device(options.device)
     entries: list[Entry] = []
     reference: Reference | None = None
-    with launched_group(TIMEOUT) as group, reporting(progress if group.is_main else None) as report:
+    with launched_group(TIMEOUT) as group, reporting(progress if group.is_rank_zero else None) as report:
         step_report = _StepReport(report)
         sample_sets = find_sample_sets(options, device, step_report.on_step)
         network = open_network(options.features, options.weights, device)
@@ -101,13 +104,15 @@ def evaluate(options: EvaluateOptions, *, progress: ProgressOption = "auto") -> 
             sample_set = open_sample_set()
             image_shape = evaluator.fit(sample_set.runs[0]).shape               # refused before any work
             if reference is None:
-                reference = evaluator.open_reference(options.reference, image_shape, options.metrics.reference_rows)
+                reference = evaluator.open_reference(
+                    options.reference, sample_set.runs[0], options.metrics.reference_rows
+                )
             reference.check(network.info, image_shape)
             protocol = make_protocol(sample_set, network, reference, options, device)
             entries.append(evaluator.evaluate(
                 sample_set, reference, options.metrics, protocol, keep_features=options.keep_features
             ))
-            if group.is_main:
+            if group.is_rank_zero:
                 write_result(options.out, entries)
                 if len(sample_sets) > 1:
                     name, distance = entries[-1].name, entries[-1].figures["frechet"]
@@ -115,7 +120,7 @@ def evaluate(options: EvaluateOptions, *, progress: ProgressOption = "auto") -> 
         assert reference is not None
         curve = options.out.with_suffix(".png") if len(entries) > 1 else None
         result = EvaluateResult(tuple(entries), options.out, reference.name, curve)
-        if group.is_main:
+        if group.is_rank_zero:
             _finish(result, evaluator, options)
         group.wait()
     return result
@@ -127,6 +132,6 @@ def _finish(result: EvaluateResult, evaluator: Evaluator, options: EvaluateOptio
         entries = [dataclasses.asdict(entry) for entry in result.entries]
         evaluation_curves(entries, evaluator.network.distance_name, result.curve)
     elif options.every_checkpoint:
-        logger.info("no curve of one checkpoint: lamamba train keeps more with --keep-checkpoints or --keep-every")
+        logger.info("no curve of one checkpoint: training keeps more with keep_checkpoints or keep_every")
     if not options.keep_features:
         evaluator.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from PIL import Image
 
 from lamamba.exporting.onnx import require_onnx
 from lamamba.exporting.pipeline_folder import write_pipeline_folder
+from lamamba.options.base import verb
 from lamamba.options.export import ExportOptions
 from lamamba.runs.model import open_model
 from lamamba.utils.progress import ProgressOption, reporting
@@ -34,13 +34,10 @@ class ExportResult:
         )
 
     def _repr_png_(self) -> bytes | None:
-        if self.grid is None:
-            return None
-        png = io.BytesIO()
-        self.grid.save(png, format="PNG")
-        return png.getvalue()
+        return self.grid._repr_png_() if self.grid else None
 
 
+@verb
 def export(options: ExportOptions, *, progress: ProgressOption = "auto") -> ExportResult:
     """Make a diffusers pipeline of a trained network: weights, scheduler, autoencoder, label names, a model card.
 

@@ -8,8 +8,11 @@ from typing import Any
 
 from lamamba.benchmarking.flops import Cost, count
 from lamamba.config import PRESETS, UNetConfig, unknown_name
+from lamamba.models.weights import read_config
+from lamamba.options.base import verb
 from lamamba.options.info import InfoOptions
-from lamamba.utils.files import read_json
+from lamamba.runs.folder import RunFolder
+from lamamba.utils.text import counted
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class InfoResult:
         config, cost = self.config, self.cost
         (height, width), (rows, columns) = config.input_size, config.token_grid
         return f"""\
-LaMamba-Diff, width {config.width}, state size {config.state_size}, {config.num_classes} classes
+LaMamba-Diff, width {config.width}, state size {config.state_size}, {counted(config.num_classes, 'class')}
 input                       {config.in_channels} x {height} x {width}, {rows} x {columns} tokens
 parameters                  {cost.parameters / 1e6:.2f} M
 
@@ -39,6 +42,7 @@ for one image and one forward pass:
   activations kept for training      {cost.activation_bytes / 2**20:.0f} MiB (float32)"""
 
 
+@verb
 def info(options: InfoOptions) -> InfoResult:
     """Count a network on PyTorch's meta device: nothing is allocated.
 
@@ -64,6 +68,4 @@ def _find_config(options: InfoOptions) -> UNetConfig:
     folder = next((place for place in places if (place / "config.json").is_file()), None)
     if folder is None:
         raise FileNotFoundError(f"{path} holds no model: there is no config.json in it")
-    values = read_json(folder / "config.json")
-    values = values.get("architecture", values)
-    return UNetConfig.from_dict({key: value for key, value in values.items() if not key.startswith("_")})
+    return RunFolder(folder).architecture() if (folder / "checkpoints").is_dir() else read_config(folder)

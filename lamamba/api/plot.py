@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from lamamba.options.base import verb
 from lamamba.options.plot import PlotOptions
-from lamamba.utils.files import check_target
-from lamamba.viz.curves import read_metrics, run_curves
+from lamamba.utils.files import check_target, read_json
+from lamamba.viz.curves import SCORES, read_metrics, run_curves
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,18 @@ class PlotResult:
     """The last logged step of each run, by its folder."""
     png: bytes = field(repr=False)
     """What the file holds."""
+    note: str | None = None
+    """Why the losses of the runs cannot be compared, where they cannot; the picture says it, too."""
 
     def __str__(self) -> str:
-        return f"{self.path}: " + ", ".join(f"{run} to step {step}" for run, step in self.last_steps.items())
+        note = f"{self.note}\n" if self.note else ""
+        return f"{note}{self.path}: " + ", ".join(f"{run} to step {step}" for run, step in self.last_steps.items())
 
     def _repr_png_(self) -> bytes:
         return self.png
 
 
+@verb
 def plot(options: PlotOptions) -> PlotResult:
     """Draw loss, gradient norm, images per second and quick scores of runs over their optimizer steps.
 
@@ -36,14 +42,38 @@ def plot(options: PlotOptions) -> PlotResult:
         ValueError: when it has no lines yet, or others than a run's.
     """
     check_target(options.out)
-    metrics, scores = {}, {}
+    metrics, scores, losses = {}, {}, []
     for run in options.runs:
         path = run if run.suffix == ".jsonl" else run / "metrics.jsonl"
         if not path.is_file():
             raise FileNotFoundError(f"{run} has no metrics.jsonl; give the folder of a run that has begun")
         metrics[str(run)] = read_metrics(path)
         if (path.parent / "scores.jsonl").is_file():
-            scores[str(run)] = read_metrics(path.parent / "scores.jsonl")
-    run_curves(metrics, options.out, options.smooth, scores)
+            scores[str(run)] = read_metrics(path.parent / "scores.jsonl", SCORES)
+        if (path.parent / "config.json").is_file():
+            losses.append(_loss(read_json(path.parent / "config.json")))
+    note = _incomparable(losses)
+    run_curves(metrics, options.out, options.smooth, scores, note)
     last_steps = {run: lines[-1]["step"] for run, lines in metrics.items()}
-    return PlotResult(options.out, last_steps, options.out.read_bytes())
+    return PlotResult(options.out, last_steps, options.out.read_bytes(), note)
+
+
+def _loss(config: dict[str, Any]) -> dict[str, Any]:
+    """What a run's loss depends on besides its network, from its config.json."""
+    architecture, train, data = (config.get(part) or {} for part in ("architecture", "train", "data"))
+    loss = {"timesteps": None, "weighting": "none", **(train.get("loss") or {})}
+    return {
+        "objective": architecture.get("objective"), "weighting": loss["weighting"],
+        "drawing of times": loss["timesteps"],
+        "data": (data.get("fingerprint"), (config.get("sampling") or {}).get("scale")),
+    }
+
+
+def _incomparable(losses: list[dict[str, Any]]) -> str | None:
+    """Why losses cannot be compared; None where they can."""
+    different = []
+    for name in losses[0] if losses else ():
+        values = {str(loss[name]) for loss in losses}
+        if len(values) > 1:
+            different.append(name if name == "data" else f"{name} ({', '.join(sorted(values))})")
+    return f"losses cannot be compared: the runs differ in {', '.join(different)}" if different else None

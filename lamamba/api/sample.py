@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lamamba.data.codec import PixelCodec
 from lamamba.diffusion.denoise import make_scheduler
+from lamamba.options.base import verb
 from lamamba.options.sampling import SampleOptions
 from lamamba.sampling.generate import DEFAULT_BATCH_SIZE
 from lamamba.sampling.prepare import PreparedModel, fill_from_picture, prepare
@@ -20,6 +21,7 @@ from lamamba.sampling.table import Table, describe_seeds, make_table
 from lamamba.utils.distributed import pick_device
 from lamamba.utils.files import check_target
 from lamamba.utils.progress import Progress, ProgressOption, Report, reporting
+from lamamba.utils.text import counted
 from lamamba.viz.films import FILM_SUFFIXES, check_film, chosen_frames, save_film
 from lamamba.viz.grids import bare_picture, grid_picture, save_picture
 
@@ -60,8 +62,8 @@ class SampleResult:
         name = "" if self.path is None else f"{self.path}: "
         if self.num_frames:
             return f"{name}a film of {self.num_frames} pictures"
-        how = f"{settings.sampler} in {settings.steps} steps, guidance {settings.guidance.scale:g}"
-        return f"{name}{len(self.images)} images, {describe_seeds(self.seeds)}, {how}"
+        how = f"{settings.sampler} in {counted(settings.steps, 'step')}, guidance {settings.guidance.scale:g}"
+        return f"{name}{counted(len(self.images), 'image')}, {describe_seeds(self.seeds)}, {how}"
 
     def _repr_png_(self) -> bytes:
         png = io.BytesIO()
@@ -69,6 +71,7 @@ class SampleResult:
         return png.getvalue()
 
 
+@verb
 def sample(options: SampleOptions, *, progress: ProgressOption = "auto") -> SampleResult:
     """Sample images from a trained model; with `options.out` into a PNG that carries its settings, or into a film.
 

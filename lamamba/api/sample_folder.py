@@ -17,6 +17,7 @@ import PIL
 import torch
 
 from lamamba._version import __version__
+from lamamba.options.base import verb
 from lamamba.options.sample_folder import SampleFolderOptions
 from lamamba.runs.model import Model
 from lamamba.sampling.folder import MakeImages, sample_many
@@ -26,9 +27,10 @@ from lamamba.sampling.plan import NPZ, FileKind, Plan, find_plan
 from lamamba.sampling.prepare import fill_from_picture, prepare
 from lamamba.sampling.settings import ImageMetadata
 from lamamba.sampling.table import find_labels
-from lamamba.utils.distributed import is_main_process, local_device
+from lamamba.utils.distributed import is_rank_zero, local_device
 from lamamba.utils.progress import ProgressOption, reporting
 from lamamba.utils.repeatable import repeatable
+from lamamba.utils.text import counted
 
 logger = logging.getLogger("lamamba.api")
 
@@ -53,9 +55,10 @@ class SampleFolderResult:
     def __str__(self) -> str:
         what = {"png": "PNG files", "npz": NPZ, "both": f"PNG files and {NPZ}"}[self.files]
         pixels = self.manifest["pixels_sha256"][:12]
-        return f"done: {self.folder}, {self.num:,} images ({what}), verified; pixels {pixels}"
+        return f"done: {self.folder}, {counted(self.num, 'image')} ({what}), verified; pixels {pixels}"
 
 
+@verb
 def sample_folder(options: SampleFolderOptions, *, progress: ProgressOption = "auto") -> SampleFolderResult:
     """Fill a folder with images, together with any other processes that do the same.
 
@@ -67,16 +70,16 @@ def sample_folder(options: SampleFolderOptions, *, progress: ProgressOption = "a
         ValueError: when options do not fit the model or each other, or the folder holds images made otherwise.
         OSError: when the disk is full or broken; finished shards stay.
     """
-    is_main, folder = is_main_process(), options.out
+    folder = options.out
     options, picture = fill_from_picture(options)
     device = local_device(options.device)
     before = find_plan(folder)                                                  # for batch and threads not given
     threads = 0 if device.type != "cpu" else options.threads or (before and before.threads) or torch.get_num_threads()
     with repeatable(threads):
         plan, make_images = _plan(options, picture, device, before, threads)
-        if is_main:
+        if is_rank_zero():
             _announce(plan, folder)
-        with reporting(progress if is_main else None) as report:
+        with reporting(progress if is_rank_zero() else None) as report:
             manifest = sample_many(
                 plan, folder, make_images, rank=int(os.environ.get("RANK", "0")), machine=_machine(device),
                 report=report,
@@ -119,12 +122,12 @@ def _labels(options: SampleFolderOptions, model: Model) -> tuple[LabelRule, tupl
     if not model.num_classes:
         if options.balanced or options.random_labels or options.classes:
             raise ValueError(
-                f"{model.name} is unconditional: it knows no classes, leave --balanced, --random-labels and --classes "
+                f"{model.name} is unconditional: it knows no classes, leave balanced, random_labels and classes "
                 "out"
             )
         return "none", ()
     if not (options.balanced or options.random_labels):
-        raise ValueError("say which classes the images shall show: --balanced (in turn) or --random-labels")
+        raise ValueError("say which classes the images shall show: balanced (in turn) or random_labels")
     every = range(model.num_classes)
     classes = every if options.classes is None else find_labels(
         options.classes, model.metadata.label_names, model.num_classes)
@@ -135,9 +138,9 @@ def _announce(plan: Plan, folder: Path) -> None:
     settings = plan.settings
     labels = {"none": "", "balanced": ", classes in turn", "random": ", classes at random"}[plan.rule]
     logger.info(
-        f"{folder}: {plan.num:,} images of {settings.height} x {settings.width}{labels}, seeds {plan.seed} to "
-        f"{plan.seed + plan.num - 1}; {settings.sampler} in {settings.steps} steps, guidance "
-        f"{settings.guidance.scale:g}, {plan.num_shards} shards of {plan.batch_size}"
+        f"{folder}: {counted(plan.num, 'image')} of {settings.height} x {settings.width}{labels}, seeds {plan.seed} to "
+        f"{plan.seed + plan.num - 1}; {settings.sampler} in {counted(settings.steps, 'step')}, guidance "
+        f"{settings.guidance.scale:g}, {counted(plan.num_shards, 'shard')} of {plan.batch_size}"
     )
     needed = plan.npz_bytes * {"png": 0, "npz": 2, "both": 2}[plan.files]
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from lamamba.benchmarking.flops import Cost, count
 from lamamba.benchmarking.memory import TrainingMemory, training_memory
+from lamamba.benchmarking.throughput import free_memory, training_rate
 from lamamba.config import UNetConfig
-from lamamba.data.images import ImageSet
+from lamamba.data.images import ImageSet, read_bad_files
 from lamamba.data.sets import TrainingSet
-from lamamba.evaluation.callbacks import QuickScore, SampleGrid, open_decoder
+from lamamba.evaluation.callbacks import QuickScore, SampleGrid, check_sampler, open_decoder
+from lamamba.options.base import verb
 from lamamba.options.training import TrainConfig, TrainOptions
 from lamamba.runs.folder import RunFolder
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.training import loop
 from lamamba.training.checkpoint import TrainState
+from lamamba.training.data import as_training_set
+from lamamba.training.distributed import check_processes, computing_threads
+from lamamba.training.draws import split_held_out
 from lamamba.training.loop import Callback, StepState, describe
-from lamamba.training.sources import open_data, plan_data
-from lamamba.utils.distributed import is_main_process, launched_processes, local_device, pick_device
-from lamamba.utils.progress import Progress, ProgressOption, Report, is_watched, reporting
+from lamamba.training.sources import PlannedData, open_data, plan_data
+from lamamba.training.start import check_start
+from lamamba.utils.cores import waiting_threads
+from lamamba.utils.distributed import is_rank_zero, launched_processes, local_device
+from lamamba.utils.progress import Progress, ProgressOption, Report, duration, is_watched, reporting
+from lamamba.utils.text import counted
 
 logger = logging.getLogger("lamamba.api")
 
 LOG_LINES = 20
-"""Log lines of a run without a terminal or notebook."""
+"""Log lines of a run without a terminal or notebook, where its steps are fast."""
+FIRST_LINE_SECONDS, LINE_SECONDS = 10.0, 55.0
+"""Until the first of these lines, and between them, at most."""
+SMALL_NETWORK, PARAMETERS_PER_IMAGE = 4_000_000, 20_000
+"""Networks with more parameters than both learn their images by heart (our digits have 2,200 for each image)."""
+MOST_EPOCHS = 500
+"""That a warning of those recommends."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +77,15 @@ class TrainResult:
         return max(RunFolder(self.folder).samples.glob("step_*.png"), default=None)
 
     def __str__(self) -> str:
-        bad = RunFolder(self.folder).bad_images
-        note = f"{self.bad_images} files could not be read, replaced by others: {bad}\n" if self.bad_images else ""
+        bad, files = RunFolder(self.folder).bad_images, counted(self.bad_images, "file")
+        note = f"{files} could not be read, replaced by others: {bad}\n" if self.bad_images else ""
         return f"{note}done: {self.folder}\nsample it: lamamba sample {self.folder} --out grid.png"
 
     def _repr_png_(self) -> bytes | None:
         return self.sample_grid.read_bytes() if self.sample_grid else None
 
 
+@verb
 def train(
     options: TrainOptions, *, data: ImageSet | TrainingSet | None = None, callbacks: Sequence[Callback] = (),
     progress: ProgressOption = "auto",
@@ -87,48 +106,87 @@ def train(
         BlockingIOError: when another job trains in the folder.
         FloatingPointError: when a loss or gradient is not finite, and the options say to stop.
         Interrupted: when a signal stopped the run, after a checkpoint.
-        MainProcessError: on the other ranks, when rank 0 raises.
+        RankZeroError: on the other ranks, when rank 0 raises.
     """
-    config, run, is_main = options.config, RunFolder(options.out), is_main_process()
-    data = open_data(config, run.path) if data is None else data
+    config, run = options.config, RunFolder(options.out)
+    data = as_training_set(open_data(config, run.path) if data is None else data, config)
     architecture, metadata = describe(config, data)
-    pictures = _pictures(config, metadata, run, is_main)
-    resumed = int(run.names()[-1].removeprefix("step_")) if run.names() else 0
-    if is_main:
-        _announce(config, data, architecture, run, resumed)
-    with _showing(progress if is_main else None, resumed) as show:
-        state = loop.train(config, data, run.path, [show, *pictures, *callbacks])
-    bad = run.bad_images.read_text(encoding="utf-8").splitlines() if run.bad_images.is_file() else []
+    is_logged = progress == "auto" and not is_watched()
+    with reporting("auto" if is_logged and is_rank_zero() else None) as report:
+        pictures = _pictures(config, architecture, metadata, run, report)
+        resumed = max(run.steps(), default=0)
+        if is_rank_zero():
+            _announce(config, data, architecture, run, resumed)
+        with _showing(progress if is_rank_zero() else None, resumed) as show:
+            state = loop.train(config, data, run.path, [show, *pictures, *callbacks], [
+                functools.partial(picture, if_missing=True) for picture in pictures
+            ])
     lines = run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.is_file() else []
     return TrainResult(
-        run.path, state.step, run.checkpoints / run.names()[-1], json.loads(lines[-1]) if lines else {}, len(bad), state
+        run.path, state.step, run.checkpoint(state.step), json.loads(lines[-1]) if lines else {},
+        len(read_bad_files(run.bad_images)), state,
     )
 
 
-def _pictures(config: TrainConfig, metadata: ModelMetadata, run: RunFolder, is_main: bool) -> list[Callback]:
-    """Callbacks for sample grids and quick scores; rank 0 samples, the others help to gather a sharded network."""
+def _pictures(
+    config: TrainConfig, architecture: UNetConfig, metadata: ModelMetadata, run: RunFolder, report: Report
+) -> list[SampleGrid | QuickScore]:
+    """Callbacks for sample grids and quick scores; rank 0 samples, the others help to gather a sharded network.
+
+    Raises:
+        OSError, ValueError: for what they could not do later: a sampler for other models, a reference that is missing.
+    """
     sampling, score, device = config.sampling, config.score, local_device(config.device)
-    decoder = open_decoder(metadata, device) if is_main and (sampling.every or score.every) else None
-    callbacks: list[Callback] = [SampleGrid(sampling, run.samples, metadata.label_names, decoder)]
+    check_sampler(sampling, metadata)
+    decoder = open_decoder(metadata, device) if is_rank_zero() and (sampling.every or score.every) else None
+    pictures: list[SampleGrid | QuickScore] = [
+        SampleGrid(sampling, run.samples, metadata.label_names, decoder, report)
+    ]
     if score.every:
-        callbacks.append(
-            QuickScore(score, sampling, run.scores, metadata.image_size, decoder, device, is_main=is_main)
+        channels = 3 if metadata.codec == "latents" else architecture.in_channels
+        shape = (metadata.image_size, metadata.image_size, channels)
+        pictures.append(
+            QuickScore(score, sampling, run.scores, shape, decoder, device, is_rank_zero=is_rank_zero(), report=report)
         )
-    return callbacks
+    return pictures
 
 
 def _announce(
-    config: TrainConfig, data: ImageSet | TrainingSet, architecture: UNetConfig, run: RunFolder, resumed: int
+    config: TrainConfig, data: TrainingSet, architecture: UNetConfig, run: RunFolder, resumed: int
 ) -> None:
-    parameters = count(architecture).parameters / 1e6
+    parameters = count(architecture).parameters
     logger.info(
-        f"{run.path}: {len(data):,} images of {data.name}, {architecture.num_classes or 'no'} classes, "
-        f"{parameters:.2f} M parameters"
+        f"{run.path}: {counted(len(data), 'image')} of {data.name}, {counted(architecture.num_classes, 'class')}, "
+        f"{parameters / 1e6:.2f} M parameters; {counted(config.steps, 'step')} of {config.batch_size}, "
+        f"{config.steps * config.batch_size / len(data):,.1f} epochs"
     )
     if resumed:
         logger.info(f"resuming at step {resumed}")
-    for warning in config.warnings():
+    for warning in _warnings(config, data, architecture, parameters):
         logger.warning(warning)
+
+
+def _warnings(config: TrainConfig, data: TrainingSet, architecture: UNetConfig, parameters: int) -> list[str]:
+    """What is allowed but probably not meant, with what would fit."""
+    found = config.warnings()
+    if local_device(config.device).type == "cpu" and (
+        hint := waiting_threads(config.processes.threads or torch.get_num_threads())
+    ):
+        found.append(hint)
+    most = max(SMALL_NETWORK, PARAMETERS_PER_IMAGE * len(data))
+    if parameters > most and config.start.source is None:
+        multiple = math.lcm(4, architecture.num_heads)
+        width = max(1, int(architecture.width * math.sqrt(most / parameters)) // multiple) * multiple
+        smaller = architecture.replace(width=width)
+        epochs = config.steps * config.batch_size / len(data)
+        steps = math.ceil(MOST_EPOCHS * len(data) / config.batch_size)
+        shorter = f"; steps={steps} sees each {MOST_EPOCHS} times" if steps < config.steps else ""
+        found.append(
+            f"{parameters / 1e6:.1f} M parameters for {counted(len(data), 'image')}, seen {epochs:,.0f} times each: "
+            f"they will be learnt by heart. model.width={width} ({count(smaller).parameters / 1e6:.1f} M) fits so "
+            f"few and is faster{shorter}"
+        )
+    return found
 
 
 @contextlib.contextmanager
@@ -162,24 +220,27 @@ class _ProgressReport:
 
 
 class _LogLines(_ProgressReport):
-    """Logs about twenty lines over the whole run."""
+    """Logs about twenty lines over the whole run, the first within seconds, and at least one in a minute."""
 
     def __init__(self, resumed: int):
         super().__init__(lambda progress: None, resumed)
+        self._next = FIRST_LINE_SECONDS
 
     def __call__(self, state: StepState) -> None:
         note = self._note(state, "gradient norm")
-        if state.step % max(1, state.steps // LOG_LINES) and state.step != state.steps:
+        is_due = state.step % max(1, state.steps // LOG_LINES) == 0 or state.seconds >= self._next
+        if not is_due and state.step != state.steps:
             return
+        self._next = state.seconds + LINE_SECONDS
         left = state.seconds / max(1, state.step - self._resumed) * (state.steps - state.step)
         logger.info(
-            f"step {state.step}/{state.steps}  {note}  {state.seconds:.0f} s, {left:.0f} s left"
+            f"step {state.step}/{state.steps}  {note}  {duration(state.seconds)}, {duration(left)} left"
         )
 
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What a run would be: network, cost, memory, epochs and learning rate."""
+    """What a run would be: network, cost, memory, time, epochs and learning rate."""
 
     options: TrainOptions
     architecture: UNetConfig
@@ -191,47 +252,76 @@ class TrainPlan:
     cost: Cost
     memory: TrainingMemory
     """On each device."""
+    images_per_second: float | None
+    """Of all processes, measured here without reading data; None where data or memory are missing."""
     processes: int
     micro_batch: int
     """Images of a process at a time."""
     device: str
     warnings: tuple[str, ...]
 
+    @property
+    def seconds(self) -> float | None:
+        """Of the whole run, without sample grids and the like."""
+        config = self.options.config
+        return config.steps * config.batch_size / self.images_per_second if self.images_per_second else None
+
     def __str__(self) -> str:
         config, architecture, cost, memory = self.options.config, self.architecture, self.cost, self.memory
-        plural = "s" if self.micro_batch > 1 else ""
         per_epoch = self.images / config.batch_size
-        group = "1 process" if self.processes == 1 else f"{self.processes} processes"
-        latents = ""
+        group = counted(self.processes, "process")
+        size, accumulated = config.data.image_size, config.processes.accumulation_steps
+        steps, latents, time = counted(config.steps, "step"), "", "unknown: it is measured where the data is"
         if self.metadata.codec == "latents":
             shape = " x ".join(map(str, (architecture.in_channels, *architecture.input_size)))
             latents = f", as latents ({shape}) of {self.metadata.autoencoder or 'an autoencoder'}"
-        values = json.dumps({"train": config.to_dict(), "architecture": architecture.to_dict()}, indent=2)
+        if self.seconds is not None:
+            time = (
+                f"about {duration(self.seconds)} on this machine, {self.images_per_second:,.3g} images/s measured now, "
+                "without reading data and sampling"
+            )
         plan = f"""\
-{values}
-
 run folder        {self.options.out}
-data              {self.data}: {self.images:,} images, {config.data.image_size} x {config.data.image_size}{latents}
+data              {self.data}: {counted(self.images, 'image')}, {size} x {size}{latents}
 device            {self.device}, {group}
 parameters        {cost.parameters / 1e6:.2f} M
 multiply-adds     {cost.matrix / 1e9:.3f} G per image and forward pass, and {cost.scan / 1e9:.3f} G of the scan
 memory            about {memory.peak / 2**30:.2f} GiB on each device: {memory.state / 2**30:.2f} weights, averages and \
-optimizer, {memory.step / 2**30:.2f} for a step of {self.micro_batch} image{plural} at a time
-step              {config.batch_size} images = {group} x {config.processes.accumulation_steps} x {self.micro_batch}
-run               {config.steps:,} steps, {per_epoch:,.1f} steps per epoch: {config.steps / per_epoch:,.1f} epochs
-learning rate     {config.schedule_in_words()}"""
+optimizer, {memory.step / 2**30:.2f} for a step of {counted(self.micro_batch, 'image')} at a time
+step              {counted(config.batch_size, 'image')} = {group} x {accumulated} x {self.micro_batch}
+run               {steps}, {per_epoch:,.1f} steps per epoch: {config.steps / per_epoch:,.1f} epochs
+time              {time}
+learning rate     {config.schedule_in_words()}
+
+{_configuration(config, architecture)}"""
         return "\n".join([plan, *(f"warning: {warning}" for warning in self.warnings)])
 
 
+def _configuration(config: TrainConfig, architecture: UNetConfig) -> str:
+    """All values that are given, a line for each section."""
+    values = {**config.to_dict(), "network": architecture.to_dict()}
+    sections = {name: value for name, value in values.items() if isinstance(value, dict)}
+    sections = {"run": {name: value for name, value in values.items() if name not in sections}, **sections}
+    return "\n".join(f"{name:<12}{_values(section)}" for name, section in sections.items())
+
+
+def _values(section: Mapping[str, Any]) -> str:
+    """The values that are given."""
+    words = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in section.items()}
+    return ", ".join(f"{key} {word}" for key, word in words.items() if word not in (None, ""))
+
+
+@verb
 def plan(options: TrainOptions) -> TrainPlan:
     """What a run would be; its data need not be there where the recipe describes it. Nothing is written.
 
-    Raises:
-        OSError, ValueError: when data and configuration do not fit together.
+    Raises: as `train` does before its first step.
     """
-    config, processes = options.config, launched_processes()
-    data = plan_data(config)
+    config, processes, run = options.config, launched_processes(), RunFolder(options.out)
+    data = plan_data(config, run.path)
     architecture, metadata = describe(config, data)
+    is_there = not isinstance(data, PlannedData)
+    _check_before_training(options, data, architecture, metadata, is_there=is_there)
     micro_batch = math.ceil(math.ceil(config.batch_size / processes) / config.processes.accumulation_steps)
     memory = training_memory(
         architecture, micro_batch, num_averages=len(config.ema_decays), processes=processes,
@@ -239,7 +329,30 @@ def plan(options: TrainOptions) -> TrainPlan:
         checkpoint_activations=config.processes.checkpoint_activations,
         accumulates=config.processes.accumulation_steps > 1,
     )
+    device, cost = local_device(config.device), count(architecture)
+    free = free_memory(device.type)
+    rate = None
+    if is_there and (free is None or memory.peak < free):
+        with computing_threads(config.processes.threads):
+            rate = processes * training_rate(architecture, micro_batch, device, config.precision.autocast == "bfloat16")
+    warnings = _warnings(config, data, architecture, cost.parameters)
+    if is_there and free is not None and memory.peak >= free:
+        warnings.append(f"the run needs about {memory.peak / 2**30:.1f} GiB and {free / 2**30:.1f} are free here")
     return TrainPlan(
-        options, architecture, metadata, data.name, len(data), count(architecture), memory, processes, micro_batch,
-        str(pick_device(config.device)), tuple(config.warnings()),
+        options, architecture, metadata, data.name, len(data), cost, memory, rate, processes, micro_batch, str(device),
+        tuple(warnings),
     )
+
+
+def _check_before_training(
+    options: TrainOptions, data: TrainingSet, architecture: UNetConfig, metadata: ModelMetadata, *, is_there: bool
+) -> None:
+    """Raise what `train` would raise before its first step."""
+    config, run = options.config, RunFolder(options.out)
+    check_processes(config)
+    teacher = loop.open_teacher(config, architecture, torch.device("cpu"))
+    run.check(loop.described(config, data, teacher))
+    split_held_out(config.seed, len(data), config.watch.held_out)
+    if config.start.source is not None and is_there and not run.names():
+        check_start(config.start, architecture)
+    _pictures(config, architecture, metadata, run, lambda progress: None)

@@ -15,10 +15,15 @@ from typing import Any
 import gradio as gr
 import numpy as np
 from PIL import Image
+from starlette.middleware import Middleware
 
+from lamamba.app.requests import RequestFilter
 from lamamba.app.session import MAX_GUIDANCE, MAX_SEED, Frame, Request, Session
+from lamamba.config import unknown_name
+from lamamba.data.labels import texts_for
 from lamamba.diffusion.denoise import SAMPLERS
 from lamamba.sampling.settings import png_text
+from lamamba.utils.text import counted
 from lamamba.viz.grids import grid_picture
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -45,6 +50,10 @@ CSS = """
 #status .bar > i { display: block; height: 100%; background: var(--primary-500); }
 #head h1 { margin: 0 0 2px 0; }
 #head p { margin: 0; color: var(--body-text-color-subdued); }
+@media (max-width: 760px) {
+  #shown { order: -1; }
+  #picture, #picture .image-container { height: 55vh !important; }
+}
 """
 
 
@@ -67,7 +76,7 @@ def build_page(session: Session) -> Any:
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=320):
                 controls = _build_controls(session)
-            with gr.Column(scale=6, min_width=340):
+            with gr.Column(scale=6, min_width=340, elem_id="shown"):
                 outputs = _build_outputs()
         _connect(_Handlers(session), controls, outputs)
     page.queue(default_concurrency_limit=1, max_size=QUEUE_SIZE)
@@ -84,10 +93,11 @@ def serve(
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     page = build_page(session)
+    functions = [each for each in page.get_config_file()["dependencies"] if each["backend_fn"]]
     page.launch(
         server_name=host, server_port=port, share=share, inbrowser=browser, show_error=False, theme=theme(), css=CSS,
         footer_links=[], ssr_mode=False, mcp_server=False, run_history=False, prevent_thread_lock=True, quiet=True,
-        inline=False,
+        inline=False, app_kwargs={"middleware": [Middleware(RequestFilter, functions=functions)]},
     )
     return page
 
@@ -123,7 +133,7 @@ class _Outputs:
 
 def _build_controls(session: Session) -> _Controls:
     names = list(session.class_names)
-    classes = _class_chooser(names)
+    classes = _class_chooser(list(zip(names, texts_for(names), strict=True)))
     num_images = gr.Slider(1, 20, value=8, step=1, label="Pictures of each" if names else "Pictures")
     with gr.Row(elem_id="seed-row"):
         seed = gr.Number(
@@ -159,15 +169,18 @@ def _build_controls(session: Session) -> _Controls:
     return _Controls(settings, seed, new_seed, go, stop, scaling)
 
 
-def _class_chooser(names: list[str]) -> Any:
-    if not names:
+def _class_chooser(choices: list[tuple[str, str]]) -> Any:
+    """Of names, and what /draw takes for them."""
+    if not choices:
         return gr.State([])
-    if len(names) <= FEW_CLASSES:
+    values = [value for _, value in choices]
+    if len(choices) <= FEW_CLASSES:
         return gr.CheckboxGroup(
-            names, value=names[:10], label="Classes, a row each", show_select_all=True, elem_id="classes"
+            choices, value=values[:10], label="Classes, a row each", show_select_all=True, elem_id="classes"
         )
     return gr.Dropdown(
-        names, value=names[:1], multiselect=True, label="Classes, a row each", info="type to search", elem_id="classes"
+        choices, value=values[:1], multiselect=True, label="Classes, a row each", info="type to search",
+        elem_id="classes",
     )
 
 
@@ -189,11 +202,13 @@ def _connect(handlers: _Handlers, controls: _Controls, outputs: _Outputs) -> Non
     status, at_once = outputs.status, {**QUIET, "queue": False}
     controls.new_seed.click(lambda: random.randrange(2**31), outputs=controls.seed, **at_once)
     sampling = controls.go.click(lambda: "Waiting for its turn ...", outputs=status, **at_once).then(
-        handlers.draw, controls.settings, outputs.all, show_progress="hidden", api_name="draw",
+        handlers.draw, controls.settings, outputs.all, show_progress="hidden", api_name="draw", preprocess=False,
     )
     sampling.failure(lambda: "Stopped.", outputs=status, **at_once)             # gradio takes a stop for a failure
     controls.stop.click(lambda: "Stopped.", outputs=status, cancels=[sampling], **at_once)
-    controls.scaling.change(handlers.rescale, [outputs.last_sample, controls.scaling], outputs.all, **QUIET)
+    controls.scaling.change(
+        handlers.rescale, [outputs.last_sample, controls.scaling], outputs.all, preprocess=False, **QUIET
+    )
 
 
 @dataclass(frozen=True)
@@ -211,23 +226,25 @@ class _Handlers:
         self._session = session
 
     def draw(
-        self, classes: list[str] | str | None, num: float, seed: float, sampler: str, steps: float, guidance: float,
-        height: float, width: float, look: str,
+        self, classes: Any, num: Any, seed: Any, sampler: Any, steps: Any, guidance: Any, height: Any, width: Any,
+        look: Any,
     ) -> Iterator[tuple[Any, ...]]:
-        """Sample with the controls' values; parameter names are those of the endpoint /draw."""
+        """Sample with the controls' values, as they came; parameter names are those of the endpoint /draw."""
         try:
             request = Request(
-                classes=tuple([classes] if isinstance(classes, str) else classes or ()), num_images=_whole(num),
-                seed=_whole(seed), sampler=sampler, steps=_whole(steps), guidance=1.0 if guidance is None else guidance,
-                height=_whole(height), width=_whole(width),
+                classes=_as_names(classes), num_images=_whole(num), seed=_whole(seed), sampler=sampler,
+                steps=_whole(steps), guidance=1.0 if guidance is None else guidance, height=_whole(height),
+                width=_whole(width),
             )
+            if look not in (SQUARES, SMOOTH):
+                raise unknown_name("way to show pixels", str(look), (SQUARES, SMOOTH))
             for frame in self._session.sample(request):
                 sample = _Sample(request, frame.images)
                 if frame.is_last:
                     yield from self._finished(sample, look, _status(frame))
                 else:
                     yield self._grid(sample, look), _status(frame), gr.update(interactive=False), "", None
-        except (ValueError, RuntimeError, MemoryError) as error:
+        except (ValueError, RuntimeError, MemoryError, FloatingPointError) as error:
             raise gr.Error(html.escape(_sentence(error)), title="That does not work", print_exception=False) from None
 
     def rescale(self, sample: _Sample | None, look: str) -> Iterator[tuple[Any, ...]]:
@@ -259,7 +276,7 @@ def _cell_pixels(columns: int, count: int, has_names: bool) -> int:
 
 def _heading(session: Session) -> str:
     height, width = session.size
-    classes = f"{len(session.class_names)} classes" if session.class_names else "no classes"
+    classes = counted(len(session.class_names), "class") if session.class_names else "no classes"
     return (
         f"<h1>LaMamba-Diff</h1><p>{html.escape(session.title)}: {session.num_parameters / 1e6:.2f} M parameters, "
         f"{classes}, {width} x {height} pixels, on {html.escape(session.device)}</p>"
@@ -268,8 +285,7 @@ def _heading(session: Session) -> str:
 
 def _status(frame: Frame) -> str:
     if frame.is_last:
-        count = len(frame.images)
-        text = f"{count} {'picture' if count == 1 else 'pictures'} in {frame.seconds:.1f} s"
+        text = f"{counted(len(frame.images), 'picture')} in {frame.seconds:.1f} s"
     else:
         text = f"step {frame.done} of {frame.total}: the clean picture as the network predicts it now"
     share = 100 * frame.done / max(1, frame.total)
@@ -284,6 +300,14 @@ def _file_name(request: Request) -> str:
 
 def _command(name: str) -> str:
     return f"The file holds its settings; to make it again: `lamamba sample --like {shlex.quote(name)} --out again.png`"
+
+
+def _as_names(classes: Any) -> tuple[str, ...]:
+    """The classes that were chosen, some or none; a single name serves, too."""
+    names = (classes,) if isinstance(classes, str) else () if classes is None else classes
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"classes is {classes!r}; it must be a list of names, as in [\"3\", \"7\"]")
+    return tuple(names)
 
 
 def _whole(value: Any) -> Any:

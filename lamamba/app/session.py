@@ -23,6 +23,7 @@ from lamamba.runs.metadata import default_guidance
 from lamamba.runs.model import Model, move, open_model
 from lamamba.sampling import generate
 from lamamba.sampling.settings import ImageMetadata, Settings
+from lamamba.sampling.table import find_labels
 from lamamba.utils.distributed import pick_device
 
 MAX_IMAGES = 100
@@ -44,7 +45,7 @@ class Request:
     """Settings of one sampling run."""
 
     classes: tuple[str, ...] = ()
-    """Names, one row each; none for an unconditional model."""
+    """Names or numbers, one row each; none for an unconditional model."""
     num_images: int = 8
     """Of each class, or in all for an unconditional model."""
     seed: int = 0
@@ -112,23 +113,21 @@ class Session:
         config = self.model.network.architecture
         if config.num_classes and not request.classes:
             raise ValueError("no class is chosen: pick at least one")
-        for name in request.classes:
-            if name not in self.class_names:
-                raise unknown_name("class", name, self.class_names)
         _check_whole("the number of images", request.num_images, 1, MAX_IMAGES)
+        self._labels(request)
         _check_whole("the seed", request.seed, 0, MAX_SEED)
         if (count := self._count(request)) > MAX_IMAGES:
             raise ValueError(
                 f"{len(request.classes)} classes with {request.num_images} images each are {count}; this page makes up "
                 f"to {MAX_IMAGES} at once: choose fewer of either (lamamba sample makes any number)"
             )
-        sampler = request.sampler or self.samplers[0]
+        sampler = self.samplers[0] if request.sampler is None else request.sampler
         if sampler not in self.samplers:
-            raise unknown_name("sampler for this model", sampler, self.samplers)
+            raise unknown_name("sampler for this model", str(sampler), self.samplers)
         if request.steps is not None:
-            _check_whole(
-                "the number of steps", request.steps, SAMPLERS[sampler].min_steps, SAMPLERS[sampler].max_steps)
-        if not isinstance(request.guidance, int | float) or not 0 <= request.guidance <= MAX_GUIDANCE:
+            kind = SAMPLERS[sampler]
+            _check_whole("the number of steps", request.steps, kind.min_steps, kind.max_steps)
+        if type(request.guidance) not in (int, float) or not 0 <= request.guidance <= MAX_GUIDANCE:
             raise ValueError(f"guidance {request.guidance!r} must be a number from 0 to {MAX_GUIDANCE}; 1 is none")
         if not config.num_classes and request.guidance != 1:
             raise ValueError(f"guidance {request.guidance:g} needs classes; this model has none: use 1")
@@ -194,12 +193,14 @@ class Session:
 
     def row_names_of(self, request: Request) -> tuple[str, ...]:
         """Names to the left of the grid's rows."""
-        return request.classes if len(request.classes) > 1 else ()
+        labels = (self._labels(request) or [])[:: request.num_images]
+        return tuple(self.class_names[label] for label in labels) if len(labels) > 1 else ()
 
     def _labels(self, request: Request) -> list[int] | None:
         if not self.class_names:
             return None
-        return [self.class_names.index(name) for name in request.classes for _ in range(request.num_images)]
+        labels = find_labels(request.classes, self.class_names, len(self.class_names))
+        return [label for label in labels for _ in range(request.num_images)]
 
     def _count(self, request: Request) -> int:
         return request.num_images * max(1, len(request.classes))

@@ -38,6 +38,19 @@ def version_of(package: str) -> str | None:
         return None
 
 
+def versions(*packages: str) -> dict[str, str | None]:
+    """Of lamamba, Python, torch, CUDA, packages and the system."""
+    return {
+        "lamamba": __version__, "python": platform.python_version(), "torch": torch.__version__,
+        "cuda": torch.version.cuda, **{name: version_of(name) for name in packages}, "system": platform.platform(),
+    }
+
+
+def variables() -> dict[str, str]:
+    """Environment variables of ours that are set."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith("LAMAMBA_")}
+
+
 def commit() -> str | None:
     """Commit of this checkout, with "-dirty" for uncommitted changes; None outside of a checkout.
 
@@ -67,11 +80,7 @@ def environment(case: Case, *, seconds: float, processes: Processes) -> dict[str
     state_size = parse_model(case.model, case.image_size).state_size
     return {
         "device": device_name(case.device),
-        "versions": {
-            "lamamba": __version__, "python": platform.python_version(), "torch": torch.__version__,
-            "diffusers": version_of("diffusers"), "triton": version_of("triton"), "cuda": torch.version.cuda,
-            "system": platform.platform(),
-        },
+        "versions": versions("diffusers", "triton"),
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "settings": {
@@ -80,6 +89,6 @@ def environment(case: Case, *, seconds: float, processes: Processes) -> dict[str
             "packed_weights": case.packs_weights, "attention": "scaled_dot_product_attention",
             "malloc": MALLOC if is_cpu and sys.platform == "linux" else None,
             "tf32": None if is_cpu else torch.backends.cuda.matmul.allow_tf32,
-            "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith("LAMAMBA_")},
+            "variables": variables(),
         },
     }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -78,18 +81,41 @@ def count(config: UNetConfig) -> Cost:
     )
 
 
+def multiply_adds_by_module(model: nn.Module, *inputs: Any, **more: Any) -> dict[str, int]:
+    """Multiply-adds of products and convolutions in a forward pass, by the path of each module; "" is the whole.
+
+    Args:
+        model: a network on the meta device.
+        inputs, more: of its forward pass, for one image.
+    """
+    with torch.no_grad(), _Operations() as operations:
+        model(*inputs, **more)
+    counts = {name.partition(".")[2]: sum(by.values()) // 2 for name, by in operations.get_flop_counts().items()}
+    return {**counts, "": operations.get_total_flops() // 2}
+
+
 def _saved_bytes(model: LaMambaUNet, *inputs: Any) -> int:
     """Bytes that autograd saves for the backward pass, each storage once, without parameters and buffers."""
-    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage                                      # kept alive: its address stays unique
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_storages({address(tensor) for tensor in [*model.parameters(), *model.buffers()]}) as kept:
         output = model(*inputs)
     del output
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Of the storage."""
+    return tensor.untyped_storage()._cdata
+
+
+@contextmanager
+def saved_storages(own: Set[int]) -> Iterator[dict[int, torch.UntypedStorage]]:
+    """The storages that autograd saves for the backward pass, by address, in the order of the layers, without own."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if address(tensor) not in own:
+            kept.setdefault(address(tensor), tensor.untyped_storage())          # kept alive: its address stays unique
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept

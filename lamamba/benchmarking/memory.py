@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 
+from lamamba.benchmarking.flops import address, saved_storages
 from lamamba.config import UNetConfig
 from lamamba.models.blocks import LaMambaBlock
 from lamamba.models.unet import GEOMETRY_SCALES, LaMambaUNet
@@ -36,18 +35,6 @@ class TrainingMemory:
         return self.peak - self.state
 
 
-@dataclass
-class _Timeline:
-    """What a forward pass saves for the backward pass, in the order of the layers."""
-
-    saved: list[int]
-    """Bytes of each newly saved storage."""
-    gradients: list[int]
-    """Bytes of parameters first used there; the backward pass allocates their gradients when it gets there."""
-    transient: int
-    """Temporary bytes of the backward pass: two gradients as large as the largest saved tensor."""
-
-
 def training_memory(
     config: UNetConfig, batch_size: int, *, num_averages: int = 1, processes: int = 1, sharded: bool = False,
     bfloat16: bool = False, checkpoint_activations: bool = False, accumulates: bool = False,
@@ -65,22 +52,31 @@ def training_memory(
         accumulates: several forward passes per step, so that gradients exist from the start.
     """
     parts = processes if sharded else 1
-    timeline, parameters, largest_block = _run(config, batch_size, bfloat16, checkpoint_activations)
+    events, transient, parameters, largest_block = _run(config, batch_size, bfloat16, checkpoint_activations)
     weights = FLOAT * parameters
     state = weights * (1 + num_averages + MOMENTS) // parts
-    kept = sum(timeline.saved)
+    kept = sum(saved for saved, _ in events)
     gradients = weights if accumulates else 0
     peak = kept + gradients // parts
-    for saved, gradient in zip(reversed(timeline.saved), reversed(timeline.gradients), strict=True):
+    for saved, gradient in reversed(events):
         if not accumulates:
             gradients += gradient
         peak = max(peak, kept + gradients // parts)
         kept -= saved
     unsharded = 2 * largest_block * FLOAT if sharded else 0                     # one block in use, one being gathered
-    return TrainingMemory(state, round(ALLOCATOR * (state + peak + timeline.transient + unsharded)))
+    return TrainingMemory(state, round(ALLOCATOR * (state + peak + transient + unsharded)))
 
 
-def _run(config: UNetConfig, batch: int, bfloat16: bool, checkpoint: bool) -> tuple[_Timeline, int, int]:
+def _run(
+    config: UNetConfig, batch: int, bfloat16: bool, checkpoint: bool
+) -> tuple[list[tuple[int, int]], int, int, int]:
+    """What a forward pass keeps, in the order of the layers, and what the backward pass adds.
+
+    Returns:
+        (bytes saved for the backward pass, bytes of parameters first used there: the backward pass allocates their
+        gradients when it gets there); temporary bytes of the backward pass, two gradients as large as the largest saved
+        tensor; parameters of the network, and of its largest block.
+    """
     label_rows = config.num_classes * config.condition_width                    # without the null label's row
     with torch.device("meta"):
         model = LaMambaUNet(config.replace(num_classes=0)).train()              # fake labels have no values
@@ -90,41 +86,22 @@ def _run(config: UNetConfig, batch: int, bfloat16: bool, checkpoint: bool) -> tu
             model.enable_gradient_checkpointing()
         x = torch.empty(batch, config.in_channels, *config.input_size)
         t = torch.zeros(batch)
-        parameters = {p.untyped_storage()._cdata: p.numel() for p in model.parameters()}
-        own = {b.untyped_storage()._cdata for b in model.buffers()}
-        timeline = _Timeline([], [], 0)
-        kept: dict[int, torch.UntypedStorage] = {}
-        used: set[int] = set()
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key in parameters:
-                if key not in used:
-                    used.add(key)
-                    _add(0, FLOAT * parameters[key])
-            elif key not in own and key not in kept:
-                kept[key] = storage                                             # kept alive: its address stays unique
-                _add(storage.nbytes(), 0)
-            return tensor
-
-        def _add(saved: int, gradient: int) -> None:
-            timeline.saved.append(saved)
-            timeline.gradients.append(gradient)
-            timeline.transient = max(timeline.transient, 2 * saved)
-
+        parameters = {address(p): p.numel() for p in model.parameters()}
+        buffers = {address(b) for b in model.buffers()}
         cast: Any = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
-        with saved_tensors_hooks(keep, lambda tensor: tensor), cast:
+        with saved_storages(buffers) as kept, cast:
             output = model(x, t)
-        _add(3 * output.nbytes, 0)                                              # of the loss: output, noise, difference
-        late = FLOAT * (label_rows + sum(parameters.values()) - sum(parameters[key] for key in used))
-        timeline.saved.insert(0, 0)
-        timeline.gradients.insert(0, late)                                      # used, not saved: biases, tables
+        unused = sum(number for key, number in parameters.items() if key not in kept)
+        events = [
+            (0, FLOAT * (label_rows + unused)),                                 # used, not saved: biases, tables
+            *((0, FLOAT * parameters[key]) if key in parameters else (kept[key].nbytes(), 0) for key in kept),
+            (3 * output.nbytes, 0),                                             # of the loss: output, noise, difference
+        ]
         blocks = [block for block in model.modules() if isinstance(block, LaMambaBlock)]
         largest_block = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
-        if checkpoint:
-            timeline.transient = _block_bytes(model, batch, cast, own | set(parameters))
-        return timeline, label_rows + sum(parameters.values()), largest_block
+        transient = _block_bytes(model, batch, cast, buffers | set(parameters)) if checkpoint else \
+            2 * max(saved for saved, _ in events)
+        return events, transient, label_rows + sum(parameters.values()), largest_block
 
 
 def _block_bytes(model: LaMambaUNet, batch: int, cast: Any, own: set[int]) -> int:
@@ -140,14 +117,7 @@ def _block_bytes(model: LaMambaUNet, batch: int, cast: Any, own: set[int]) -> in
         geometry = geometries[scale]
         width = model.architecture.stage_width(0 if scale == 1 else 1)
         x = torch.zeros(batch, *geometry.grid, width, requires_grad=True)
-        kept: dict[int, torch.UntypedStorage] = {}
-
-        def keep(tensor: Tensor, kept: dict[int, torch.UntypedStorage] = kept) -> Tensor:
-            if tensor.untyped_storage()._cdata not in own:
-                kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-            return tensor
-
-        with saved_tensors_hooks(keep, lambda tensor: tensor), cast:
+        with saved_storages(own) as kept, cast:
             output = block(x, c, geometry)
         del output
         sizes = [storage.nbytes() for storage in kept.values()]

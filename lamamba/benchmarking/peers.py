@@ -7,7 +7,6 @@ paper's DiT has one for all blocks (675 M), evaluated once. `DiT` here is the pa
 from __future__ import annotations
 
 import functools
-import operator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lamamba.benchmarking.flops import Cost
 from lamamba.config import LATENT_SCALE, unknown_name
 
 IN_CHANNELS, OUT_CHANNELS, PATCH_SIZE, NUM_CLASSES = 4, 8, 2, 1000
@@ -125,15 +125,16 @@ def build_peer(name: str, image_size: int, device: torch.device, dtype: torch.dt
 
 
 @functools.cache
-def peer_multiply_adds(name: str, image_size: int) -> int:
-    """Multiply-adds of one image and one forward pass (the paper's "GFLOPs"), counted on the meta device."""
+def peer_cost(name: str, image_size: int) -> Cost:
+    """Parameters and multiply-adds (the paper's "GFLOPs") of one image, counted on the meta device; its activations."""
     grid = image_size // LATENT_SCALE
     with torch.device("meta"):
         model = DiT(find_peer(name), grid)
         inputs = torch.empty(1, IN_CHANNELS, grid, grid), torch.empty(1), torch.empty(1, dtype=torch.int64)
     with torch.no_grad(), FlopCounterMode(display=False) as operations:
         model.to("meta")(*inputs)
-    return operations.get_total_flops() // 2
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Cost(parameters, operations.get_total_flops() // 2, 0, 0, peer_activation_bytes(name, image_size))
 
 
 def peer_activation_bytes(name: str, image_size: int) -> int:
@@ -144,4 +145,4 @@ def peer_activation_bytes(name: str, image_size: int) -> int:
     """
     size = find_peer(name)
     tokens = (image_size // LATENT_SCALE // PATCH_SIZE) ** 2
-    return functools.reduce(operator.mul, (4, 23, size.width, size.depth, tokens))
+    return 4 * 23 * size.width * size.depth * tokens

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lamamba.utils.text import aligned
+
 HEADINGS = (
     "network", "px", "batch", "images/s", "ms a pass", "quartiles", "peak MiB", "MiB an image", "G multiply-adds",
     "LaMamba / DiT",
@@ -12,7 +14,7 @@ HEADINGS = (
 
 def table(rows: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> str:
     """Markdown table of rows and ratios of `lamamba.benchmarking.throughput`, with aligned columns."""
-    cells = [HEADINGS]
+    cells: list[tuple[str, ...]] = [HEADINGS]
     for row in rows:
         same = [
             ratio for ratio in ratios
@@ -27,15 +29,10 @@ def table(rows: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> str:
             f"{row['multiply_adds'] / 1e9:.2f}",
             ", ".join(f"{ratio['ratio']:.2f}" + (f" ({ratio['peer']})" if len(same) > 1 else "") for ratio in same),
         ))
-    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADINGS))]
-    lines = ["| " + " | ".join(
-        cell.ljust(width) if column == 0 else cell.rjust(width)
-        for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-    ) + " |" for line in cells]
-    rule = "|" + "|".join(
-        "-" * (width + 2) if column == 0 else "-" * (width + 1) + ":" for column, width in enumerate(widths)
-    ) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    heading, *others = aligned(cells)
+    rule = ["-" * (len(heading[0]) + 2), *("-" * (len(cell) + 1) + ":" for cell in heading[1:])]
+    lines = ["| " + " | ".join(line) + " |" for line in (heading, *others)]
+    return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
 
 
 def describe(environment: dict[str, Any]) -> list[tuple[str, str]]:

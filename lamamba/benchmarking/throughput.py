@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from lamamba.benchmarking.flops import Cost, count
-from lamamba.benchmarking.peers import PEERS, DiT, build_peer, find_peer, peer_activation_bytes, peer_multiply_adds
+from lamamba.benchmarking.peers import PEERS, build_peer, peer_cost
 from lamamba.config import LATENT_SCALE, PRESETS, UNetConfig, unknown_name
 from lamamba.inference.packing import can_pack
 from lamamba.models.unet import LaMambaUNet
+from lamamba.utils.repeatable import own_random_state
 
 Mode = Literal["forward", "train"]
 Processes = Literal["auto", "together", "apart"]
@@ -80,27 +81,13 @@ class Case:
             and not self.compile and can_pack()
         )
 
-    @property
-    def multiply_adds(self) -> int:
-        """Of matrix products and convolutions, for one image and one forward pass."""
-        return multiply_adds(self.model, self.image_size)
-
-    @property
-    def parameters(self) -> int:
-        if not self.is_peer:
-            return _cost(parse_model(self.model, self.image_size)).parameters
-        with torch.device("meta"):
-            return sum(p.numel() for p in DiT(find_peer(self.model), self.image_size // LATENT_SCALE).parameters())
-
     def memory_estimate(self) -> int:
         """Upper estimate of the bytes that the network needs."""
-        kept = (
-            peer_activation_bytes(self.model, self.image_size) if self.is_peer
-            else _cost(parse_model(self.model, self.image_size)).activation_bytes
-        ) * self.batch
+        cost = cost_of(self.model, self.image_size)
+        kept = cost.activation_bytes * self.batch
         if self.mode == "train":
-            return 16 * self.parameters + kept
-        return NATIVE_BYTES[self.dtype] * (self.parameters + int(FORWARD_SHARE * kept) // 4)
+            return 16 * cost.parameters + kept
+        return NATIVE_BYTES[self.dtype] * (cost.parameters + int(FORWARD_SHARE * kept) // 4)
 
 
 def parse_model(name: str, image_size: int, state_size: int | None = None) -> UNetConfig:
@@ -118,15 +105,9 @@ def parse_model(name: str, image_size: int, state_size: int | None = None) -> UN
 
 
 @functools.cache
-def _cost(config: UNetConfig) -> Cost:
-    return count(config)
-
-
-def multiply_adds(name: str, image_size: int) -> int:
-    """Of matrix products and convolutions, for one image and one forward pass of a preset or a peer."""
-    if name in PEERS:
-        return peer_multiply_adds(name, image_size)
-    return _cost(parse_model(name, image_size)).matrix
+def cost_of(name: str, image_size: int) -> Cost:
+    """Of a preset or a peer, for one image and one forward pass."""
+    return peer_cost(name, image_size) if name in PEERS else count(parse_model(name, image_size))
 
 
 def build(case: Case) -> nn.Module:
@@ -225,8 +206,7 @@ class Runner:
         """End the process, and keep its peak memory."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        peak = self._receive()["peak_memory_bytes"]
-        self.found["peak_memory_bytes"] = peak
+        self.found |= self._receive()
         self._process.wait()
         self.close()
 
@@ -244,11 +224,42 @@ def free_memory(device: str) -> int | None:
     """Free bytes of a device, or None where the system does not report them."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(torch.device(device))[0]
+    return proc_bytes("/proc/meminfo", "MemAvailable")
+
+
+def proc_bytes(path: str, field: str) -> int | None:
+    """A number of Linux's /proc in bytes, or None where the system does not report it."""
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        lines = dict(line.split(":", 1) for line in Path(path).read_text(encoding="ascii").splitlines())
+        return int(lines[field].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
+
+
+def training_rate(config: UNetConfig, batch_size: int, device: torch.device, bfloat16: bool) -> float:
+    """Images per second of forward and backward passes of a network, measured within seconds.
+
+    Batches grow up to batch_size as long as they are quick: small ones say enough where they are slow.
+    """
+    with own_random_state(), device:
+        model = LaMambaUNet(config).train()
+    batch, seconds = 1, 0.0
+    while True:
+        x = torch.zeros(batch, config.in_channels, *config.input_size, device=device)
+        t = torch.full((batch,), 500.0, device=device)
+        labels = torch.zeros(batch, dtype=torch.int64, device=device) if config.num_classes else None
+        for _ in range(2):                                                      # the first one warms up
+            began = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                output = model(x, t, labels)
+            output.float().square().sum().backward()
+            float(model.label_embedding.weight.grad.sum())                      # waits for a GPU
+            seconds = time.perf_counter() - began
+            if seconds > SLOW_PASS:
+                break
+        if batch >= batch_size or seconds > SLOW_PASS / 10:
+            return batch / seconds
+        batch = min(2 * batch, batch_size)
 
 
 def fit_together(cases: Sequence[Case]) -> bool:
@@ -313,14 +324,14 @@ def _take_turns(cases: Sequence[Case], seconds: float, on_progress: Callable[[st
 def _row(case: Case, times: Sequence[float], facts: dict[str, Any], together: bool) -> dict[str, Any]:
     ms = statistics.median(times)
     low, _, high = statistics.quantiles(times, n=4)
-    peak, stays = facts["peak_memory_bytes"], facts["weights_bytes"]
+    peak, stays, cost = facts["peak_memory_bytes"], facts["weights_bytes"], cost_of(case.model, case.image_size)
     return {
         "model": case.model, "image_size": case.image_size, "batch": case.batch, "dtype": case.dtype,
         "device": case.device, "mode": case.mode, "ms": ms, "ms_quartiles": [low, high], "ms_fastest": min(times),
         "passes": len(times),
         "images_per_second": 1000 * case.batch / ms, "peak_memory_bytes": peak,
         "activation_bytes_per_image": (peak - stays) / case.batch if peak is not None else None,
-        "multiply_adds": case.multiply_adds, "parameters": case.parameters, "tokens": case.tokens,
+        "multiply_adds": cost.matrix, "parameters": cost.parameters, "tokens": case.tokens,
         "compiled": case.compile, "packed_weights": facts["packed"], "in_memory_together": together,
     }
 

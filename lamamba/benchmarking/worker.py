@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import torch
 
-from lamamba.benchmarking.throughput import Case, build, inputs
+from lamamba.benchmarking.throughput import Case, build, inputs, proc_bytes
 from lamamba.inference.packing import pack_weights
 
 
@@ -40,7 +40,7 @@ def _serve(requests: TextIO, replies: TextIO) -> None:
     if case.threads:
         torch.set_num_threads(case.threads)
     device = torch.device(case.device)
-    memory = PeakMemory(device)
+    before = proc_bytes("/proc/self/status", "VmRSS")
     torch.manual_seed(0)
     model = build(case)
     one_pass, weights_bytes = prepare(case, model, device)
@@ -61,7 +61,7 @@ def _serve(requests: TextIO, replies: TextIO) -> None:
             _wait(device)
             times.append(1000 * (time.perf_counter() - began))
         _reply(replies, ms=times)
-    _reply(replies, peak_memory_bytes=memory.bytes())
+    _reply(replies, peak_memory_bytes=_peak_memory(device, before))
 
 
 def prepare(case: Case, model: torch.nn.Module, device: torch.device) -> tuple[Callable[[], torch.Tensor], int]:
@@ -102,32 +102,16 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class PeakMemory:
-    """Peak memory since it was made: of the GPU's allocator, or of this process.
+def _peak_memory(device: torch.device, before: int | None) -> int | None:
+    """Peak memory: of the GPU's allocator, or the high-water mark of this process less the resident memory before.
 
-    On a CPU it is the high-water mark of resident memory less the resident memory before, with the allocator's
-    overhead; None where the system does not report it.
+    The latter has the allocator's overhead; None where the system does not report it. (ru_maxrss would inherit the
+    parent's.)
     """
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._before = 0 if device.type == "cuda" else resident_bytes("VmRSS")
-
-    def bytes(self) -> int | None:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        peak = resident_bytes("VmHWM")
-        return peak - self._before if peak is not None and self._before is not None else None
-
-
-def resident_bytes(field: str) -> int | None:
-    """VmRSS (now) or VmHWM (most so far) of this process. (ru_maxrss would inherit the parent's.)"""
-    try:
-        with open("/proc/self/status", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines[field].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = proc_bytes("/proc/self/status", "VmHWM")
+    return peak - before if peak is not None and before is not None else None
 
 
 if __name__ == "__main__":

@@ -1,11 +1,4 @@
-"""lamamba bench: LaMamba and DiT side by side on this machine."""
-
-from __future__ import annotations
-
-from lamamba.cli.parse import parse
-from lamamba.options.benchmark import BenchmarkOptions
-
-DESCRIPTION = """Time LaMamba presets beside DiT-S/2 to DiT-XL/2: same batch, precision and settings, in turns.
+"""Time LaMamba presets beside DiT-S/2 to DiT-XL/2: same batch, precision and settings, in turns.
 
   lamamba bench --models xl --peers dit-xl-2 --image-sizes 256,512 --batch 8 --json bench.json
   lamamba bench --models xl --peers dit-xl-2 --image-sizes 256,512,1024 --batch 8,1,1 --dtype bfloat16
@@ -18,9 +11,14 @@ packed for oneDNN. Times are medians with quartiles. Peak memory is that of the 
 occupies more than before the network was built; "MiB an image" is the peak less weights (in training, gradients and
 moments, too), divided by the batch. A training step in bfloat16 has float32 weights and runs under autocast."""
 
+from __future__ import annotations
+
+from lamamba.cli.parse import parse
+from lamamba.options.benchmark import BenchmarkOptions
+
 
 def main(arguments: list[str]) -> None:
-    options = parse(BenchmarkOptions, arguments, "bench", DESCRIPTION)
+    options = parse(BenchmarkOptions, arguments, "bench", __doc__)
 
     from lamamba.api.benchmark import benchmark
 

@@ -1,12 +1,4 @@
-"""lamamba data: check data before training on it."""
-
-from __future__ import annotations
-
-from lamamba.cli.parse import parse
-from lamamba.config import unknown_name
-from lamamba.options.check_data import CheckDataOptions
-
-DESCRIPTION = """Check data before training on it: lamamba data check SOURCE [options].
+"""Check data before training on it: lamamba data check SOURCE [options].
 
   lamamba data check photos/                      a folder: one subfolder per class, or images side by side
   lamamba data check 'shards/train-{000..146}.tar'   WebDataset tars, or a folder of them
@@ -22,12 +14,18 @@ Some files are good after a conversion, and only named; with --strict they are b
   CMYK     R = (1 - C)(1 - K) and so on, without a colour profile
   16-bit   grey levels divided by 257, of colours the upper byte"""
 
+from __future__ import annotations
+
+from lamamba.cli.parse import parse
+from lamamba.config import unknown_name
+from lamamba.options.check_data import CheckDataOptions
+
 
 def main(arguments: list[str]) -> None:
     task, *rest = arguments or ["--help"]
     if task not in ("check", "-h", "--help"):
         raise unknown_name("task of lamamba data", task, ["check"])
-    options = parse(CheckDataOptions, rest if task == "check" else arguments, "data check", DESCRIPTION)
+    options = parse(CheckDataOptions, rest if task == "check" else arguments, "data check", __doc__)
 
     from lamamba.api.check_data import check_data
 

@@ -1,18 +1,16 @@
-"""lamamba demo: train on handwritten digits, sample, and write a report."""
+"""Train LaMamba-Diff on 1,797 real handwritten digits, then sample digits and evaluate them.
+
+Writes into the folder: digits.png (a 10 x 10 grid, one row per digit), real.png (real digits, to compare), loss.png,
+report.md, report.json, and run/, which lamamba sample and lamamba train can go on with."""
 
 from __future__ import annotations
 
 from lamamba.cli.parse import parse
 from lamamba.options.demo import DemoOptions
 
-DESCRIPTION = """Train LaMamba-Diff on 1,797 real handwritten digits, then sample digits and evaluate them.
-
-Writes into the folder: digits.png (a 10 x 10 grid, one row per digit), real.png (real digits, to compare), loss.png,
-report.md, report.json, and run/, which lamamba sample and lamamba train can go on with."""
-
 
 def main(arguments: list[str]) -> None:
-    options = parse(DemoOptions, arguments, "demo", DESCRIPTION)
+    options = parse(DemoOptions, arguments, "demo", __doc__)
 
     from lamamba.api.demo import demo
 

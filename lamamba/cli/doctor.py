@@ -1,4 +1,8 @@
-"""lamamba doctor: what this machine runs, why, what it lacks, and whether each back end is right."""
+"""Print versions, the back end that each op will use on each device and why, and what is missing; then
+check every back end that runs here, forward and every gradient, against the plain recurrence in float64, and the
+layers that are chosen here against their formulas.
+
+The exit status is 1 when a check fails."""
 
 from __future__ import annotations
 
@@ -8,12 +12,6 @@ from lamamba.cli.parse import parse
 from lamamba.options.base import options
 from lamamba.options.doctor import DoctorOptions
 
-DESCRIPTION = """Print versions, the back end that each op will use on each device and why, and what is missing; then
-check every back end that runs here, forward and every gradient, against the plain recurrence in float64, and the
-layers that are chosen here against their formulas.
-
-The exit status is 1 when a check fails."""
-
 
 @options
 class DoctorArguments(DoctorOptions):
@@ -22,7 +20,7 @@ class DoctorArguments(DoctorOptions):
 
 
 def main(arguments: list[str]) -> int:
-    chosen = parse(DoctorArguments, arguments, "doctor", DESCRIPTION)
+    chosen = parse(DoctorArguments, arguments, "doctor", __doc__)
 
     from lamamba.api.doctor import doctor
 

@@ -1,11 +1,4 @@
-"""lamamba encode: images become latents on disk, once."""
-
-from __future__ import annotations
-
-from lamamba.cli.parse import parse
-from lamamba.options.encode import EncodeOptions
-
-DESCRIPTION = """Encode images with a frozen autoencoder, once, for training in its latent space.
+"""Encode images with a frozen autoencoder, once, for training in its latent space.
 
   lamamba encode imagenet/train --autoencoder stabilityai/sd-vae-ft-ema --image-size 256 --out latents/
   torchrun --nproc-per-node 8 -m lamamba encode imagenet/train ... --out latents/        one process per GPU
@@ -19,13 +12,18 @@ Any number of processes may work on one folder, started by torchrun or by hand, 
 shards, and a shard holds the same bytes whoever makes it. When some are killed the others take over; when all are, the
 same command goes on where they were. At the end every shard is verified."""
 
+from __future__ import annotations
+
+from lamamba.cli.parse import parse
+from lamamba.options.encode import EncodeOptions
+
 
 def main(arguments: list[str]) -> None:
-    options = parse(EncodeOptions, arguments, "encode", DESCRIPTION)
+    options = parse(EncodeOptions, arguments, "encode", __doc__)
 
     from lamamba.api.encode import encode
-    from lamamba.utils.distributed import is_main_process
+    from lamamba.utils.distributed import is_rank_zero
 
     result = encode(options)
-    if is_main_process():
+    if is_rank_zero():
         print(result)

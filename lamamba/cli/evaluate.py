@@ -1,11 +1,4 @@
-"""lamamba evaluate: FID and other figures, with the protocol written beside every figure."""
-
-from __future__ import annotations
-
-from lamamba.cli.parse import parse
-from lamamba.options.evaluation import CompareOptions, EvaluateOptions, StatisticsOptions
-
-DESCRIPTION = """Evaluate samples against a reference: FID, sFID, Inception Score, precision and recall, density and
+"""Evaluate samples against a reference: FID, sFID, Inception Score, precision and recall, density and
 coverage, KID.
 
   lamamba evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz
@@ -23,12 +16,18 @@ protocol of published figures, unless --guidance says otherwise. REFERENCE is an
 beside it until the end: when the command is killed, the same command goes on where it was.
 
 Feature networks: inception (FID as published; the weights are downloaded once, or named with --weights), dinov2
-(FD-DINOv2; needs transformers), digits (part of the package), or module:name for a function of your own from uint8
-images (n, h, w, 3) to features (n, d)."""
+(FD-DINOv2; needs transformers), digits (part of the package), or module:function of your own, from uint8 images
+(n, h, w, 3) to features (n, d): features:mine is the function mine of features.py in the current folder."""
+
+from __future__ import annotations
+
+from lamamba.cli.parse import parse
+from lamamba.options.evaluation import CompareOptions, EvaluateOptions, StatisticsOptions
 
 STATISTICS_DESCRIPTION = """Save the statistics of reference images for `lamamba evaluate --reference`.
 
   lamamba evaluate stats imagenet/val --out imagenet.npz
+  lamamba evaluate stats photos/ --image-size 64 --out photos.npz       cropped as training crops them
   lamamba evaluate stats digits --features digits --image-size 16 --out digits.npz"""
 
 COMPARE_DESCRIPTION = """Put results side by side, or refuse: figures of different feature networks, references, counts
@@ -47,12 +46,12 @@ def main(arguments: list[str]) -> None:
         return
     options = parse(
         StatisticsOptions, rest, "evaluate stats", STATISTICS_DESCRIPTION
-    ) if task == "stats" else parse(EvaluateOptions, arguments or ["--help"], "evaluate", DESCRIPTION)
+    ) if task == "stats" else parse(EvaluateOptions, arguments or ["--help"], "evaluate", __doc__)
 
     from lamamba.api.compute_statistics import compute_statistics
     from lamamba.api.evaluate import evaluate
-    from lamamba.utils.distributed import is_main_process
+    from lamamba.utils.distributed import is_rank_zero
 
     result = evaluate(options) if isinstance(options, EvaluateOptions) else compute_statistics(options)
-    if is_main_process():
+    if is_rank_zero():
         print(result)

@@ -1,4 +1,10 @@
-"""lamamba info: what a network is and costs, without allocating it."""
+"""Print parameters, multiply-adds by kind, and activation memory of a network.
+
+  lamamba info xl --image-size 512
+  lamamba info xl --image-size 256 --state-size 16        as in the paper's tables
+  lamamba info runs/digits                                a trained one
+
+Nothing is allocated: the counts come from a run on PyTorch's meta device."""
 
 from __future__ import annotations
 
@@ -8,14 +14,6 @@ from lamamba.cli.parse import parse
 from lamamba.options.base import options
 from lamamba.options.info import InfoOptions
 
-DESCRIPTION = """Print parameters, multiply-adds by kind, and activation memory of a network.
-
-  lamamba info xl --image-size 512
-  lamamba info xl --image-size 256 --state-size 16        as in the paper's tables
-  lamamba info runs/digits                                a trained one
-
-Nothing is allocated: the counts come from a run on PyTorch's meta device."""
-
 
 @options
 class InfoArguments(InfoOptions):
@@ -24,7 +22,7 @@ class InfoArguments(InfoOptions):
 
 
 def main(arguments: list[str]) -> None:
-    chosen = parse(InfoArguments, arguments, "info", DESCRIPTION)
+    chosen = parse(InfoArguments, arguments, "info", __doc__)
 
     from lamamba.api.info import info
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import sys
+import tempfile
+import traceback
+from importlib.metadata import PackageNotFoundError, metadata
 
 from lamamba._version import __version__
 from lamamba.config import unknown_name
 from lamamba.training.interrupt import EXIT_INTERRUPTED, Interrupted
-from lamamba.utils.errors import MainProcessError
+from lamamba.utils.errors import RankZeroError
 
 VERBS = {
     "demo": "train on handwritten digits in five minutes, sample, evaluate, and write a report",
@@ -19,6 +23,7 @@ VERBS = {
     "train": "train a network from a recipe (or resume: run the same command again)",
     "sample": "images from a trained network",
     "app": "sample in the browser",
+    "compress": "half the layers, chosen by LAPTOP-Diff's criterion, and healed by distillation",
     "evaluate": "FID and other figures, each with its whole protocol",
     "plot": "loss, gradient norm and speed of one or several runs as a picture",
     "info": "parameters, multiply-adds and memory of a network, without allocating it",
@@ -45,10 +50,14 @@ first steps:
 environment:
   LAMAMBA_BACKEND     back end of the scan (triton, cpu, torch, reference); by default the fastest that runs here
   LAMAMBA_TRACEBACK   set to 1 to see where an error came from
+
+exit status: 0; 1 a fault that doctor found; 2 what you can mend; 70 a bug; 75 stopped by a signal; 130 Ctrl-C
 """
 
 
-EXIT_FAILURE, EXIT_CTRL_C, EXIT_CLOSED_PIPE = 2, 130, 141
+FORESEEN = (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError, ImportError)
+"""What a user or an administrator can mend; anything else is a bug."""
+EXIT_FAILURE, EXIT_BUG, EXIT_CTRL_C, EXIT_CLOSED_PIPE = 2, 70, 130, 141
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,10 +67,14 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the words of the command line; by default those of this process.
 
     Returns:
-        The exit status: 0; 1 when `lamamba doctor` has found a fault; 2 for what the user can mend; 75 for a training
+        The exit status: 0; 1 when `lamamba doctor` has found a fault; 2 for what the user can mend; 70 for an exception
+        that nobody foresaw, whose traceback is written to a file; 75 for a training
         that a signal has stopped after a checkpoint (the same command resumes it); 130 for Ctrl-C; 141 for a closed
         pipe.
     """
+    for stream in (sys.stdout, sys.stderr):                                     # a character that a terminal lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     _show_notes()
     status = None
@@ -85,16 +98,30 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(stop, file=sys.stderr)
         return EXIT_INTERRUPTED
-    except MainProcessError:                                                    # rank 0 prints the failure
+    except RankZeroError:                                                    # rank 0 prints the failure
         return EXIT_FAILURE
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except Exception as error:
         if os.environ.get("LAMAMBA_TRACEBACK") == "1":
             raise
-        message = " ".join(str(error).split())
+        message = " ".join(str(error).split()) or type(error).__name__
+        is_foreseen = isinstance(error, FORESEEN) and not isinstance(error, RecursionError | NotImplementedError)
         name = f"lamamba {verb}" if verb in VERBS else "lamamba"
-        print(f"{name}: {message or type(error).__name__}", file=sys.stderr)
-        return EXIT_FAILURE
+        print(f"{name}: {message if is_foreseen else _report_bug(error, message)}", file=sys.stderr)
+        return EXIT_FAILURE if is_foreseen else EXIT_BUG
     return status or 0
+
+
+def _report_bug(error: Exception, message: str) -> str:
+    """Write the traceback of an exception that nobody foresaw to a file; what to do with it, in a line."""
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="lamamba-", suffix=".txt", delete=False) as file:
+        file.write(f"lamamba {__version__}, Python {sys.version}\n{' '.join(sys.argv)}\n\n")
+        file.writelines(traceback.format_exception(error))
+    try:
+        urls = dict(line.split(", ", 1) for line in metadata("lamamba-diff").get_all("Project-URL") or ())
+    except PackageNotFoundError:                                                # run from a checkout
+        urls = {}
+    where = urls.get("Issues") or "those who gave you lamamba"
+    return f"a bug ({type(error).__name__}: {message}); its traceback is in {file.name}: please send that to {where}"
 
 
 class _Notes(logging.Handler):

@@ -15,8 +15,7 @@ T = TypeVar("T")
 
 
 def parse(
-    cls: type[T], arguments: list[str], verb: str, description: str, default: T | None = None,
-    aliases: tuple[str, ...] = (),
+    cls: type[T], arguments: list[str], verb: str, description: str | None, default: T | None = None,
 ) -> T:
     """Parse arguments into options. For --help, print it and exit with status 0.
 
@@ -25,14 +24,13 @@ def parse(
         arguments: the words after the verb.
         verb, description: for the help.
         default: options whose values replace the defaults of the class.
-        aliases: further names of options, besides those of the class's tyro.conf.arg.
 
     Raises:
         ValueError: in one line: the nearest option for an unknown one, or the value that does not fit.
     """
     extra: dict[str, Any] = {} if default is None else {"default": default}
     errors, hint = io.StringIO(), f"(lamamba {verb} --help lists all options)"
-    known = [*_names(cls), *aliases, "--help"]
+    known = [*_names(cls), "--help"]
     for word in arguments:
         if word.startswith("--") and (name := word.split("=")[0].replace("_", "-")) not in known:
             raise ValueError(f"Unrecognized options: {name}{_suggestion(name, known)} {hint}")

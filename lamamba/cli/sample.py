@@ -1,17 +1,4 @@
-"""lamamba sample: a trained network makes one picture, a film, or a folder of images."""
-
-from __future__ import annotations
-
-from dataclasses import fields
-from pathlib import Path
-from typing import Any, TypeVar
-
-from lamamba.cli.parse import parse
-from lamamba.options.base import FilePath, options
-from lamamba.options.sample_folder import FolderOptions, SampleFolderOptions
-from lamamba.options.sampling import PICTURE_SUFFIXES, SampleOptions
-
-DESCRIPTION = """Sample images from a trained network.
+"""Sample images from a trained network.
 
   lamamba sample runs/digits --classes 3,7 --seed 0 --out grid.png             one row per class, one seed per image
   lamamba sample --like grid.png --steps 10 --out again.png                    as that picture was made, but for ...
@@ -23,6 +10,17 @@ DESCRIPTION = """Sample images from a trained network.
 MODEL is a run folder (its newest checkpoint's averaged weights), a checkpoint, a saved model or an exported pipeline;
 without it, the small digits model that ships with the package. Image k is made from seed + k, whatever the batch size
 and the process. Every PNG carries its settings. A folder of images is continued by the same command."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lamamba.cli.parse import parse
+from lamamba.options.base import FilePath, options
+from lamamba.options.sample_folder import FolderOptions, SampleFolderOptions
+from lamamba.options.sampling import PICTURE_SUFFIXES, SampleOptions
 
 T = TypeVar("T")
 
@@ -50,13 +48,13 @@ class SampleArguments(FolderOptions, SampleOptions):
 
 
 def main(arguments: list[str]) -> None:
-    chosen = parse(SampleArguments, arguments, "sample", DESCRIPTION)
+    chosen = parse(SampleArguments, arguments, "sample", __doc__)
     if chosen.is_folder:
         from lamamba.api.sample_folder import sample_folder
-        from lamamba.utils.distributed import is_main_process
+        from lamamba.utils.distributed import is_rank_zero
 
         result = sample_folder(_select(SampleFolderOptions, chosen, out=chosen.out or Path("samples")))
-        if is_main_process():
+        if is_rank_zero():
             print(result)
     else:
         from lamamba.api.sample import sample

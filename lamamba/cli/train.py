@@ -34,15 +34,15 @@ def main(arguments: list[str]) -> None:
     chosen = parse(TrainArguments, rest, f"train {name or 'RECIPE'}", DESCRIPTION, default)
 
     from lamamba.api.train import plan, train
-    from lamamba.utils.distributed import end_processes, is_main_process
+    from lamamba.utils.distributed import end_processes, is_rank_zero
 
     if chosen.dry_run:
-        if is_main_process():
+        if is_rank_zero():
             print(plan(chosen))
         return
     try:
         result = train(chosen)
     finally:
         end_processes()
-    if is_main_process():
+    if is_rank_zero():
         print(result)

@@ -6,21 +6,25 @@ import functools
 import hashlib
 import inspect
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.utils import logging
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from lamamba.utils.tensors import FLOATS, PICKLES, check_finite, read_header, weight_files
+
+logger = logging.getLogger("lamamba.data")
 
 KINDS = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 """Classes of diffusers whose latents are one grid per image."""
 WITH_POSTERIOR = ("AutoencoderKL", "AsymmetricAutoencoderKL")
 """Those whose latents are drawn from a normal posterior; the others are deterministic."""
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _IRRELEVANT = {"sample_size", "force_upcast"}
 """Entries of a configuration that do not change latents."""
 
@@ -33,8 +37,8 @@ def pixels_per_latent(config: Mapping[str, Any]) -> int:
     """
     names = ("block_out_channels", "down_block_out_channels", "encoder_block_out_channels")
     stages = next((stages for name in names if (stages := config.get(name))), None)
-    if stages is None:
-        raise ValueError(f"a {config.get('_class_name')} is not one of {', '.join(KINDS)}")
+    if not isinstance(stages, list | tuple) or not 1 <= len(stages) <= 16:
+        raise ValueError(f"a {config.get('_class_name')} is not one of {', '.join(KINDS)}, or its stages are no list")
     return 2 ** (len(stages) - 1)
 
 
@@ -45,7 +49,8 @@ class Autoencoder:
         name: a folder saved by diffusers (or that of a pipeline, for its vae), or a hub id such as
             stabilityai/sd-vae-ft-ema or owner/pipeline/vae.
         device: of its weights.
-        dtype: of its weights and activations; moments are float32 always.
+        dtype: of its weights and activations; float32 for float16 where its configuration says force_upcast. Moments
+            are float32 always.
 
     Raises:
         FileNotFoundError, OSError: when there is no such autoencoder.
@@ -54,9 +59,12 @@ class Autoencoder:
 
     def __init__(self, name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
         self.name = str(name)
-        self.device, self.dtype = torch.device(device), dtype
         network: Any = _load(self.name)
         self.config: dict[str, Any] = dict(network.config)
+        if dtype == torch.float16 and self.config.get("force_upcast"):
+            logger.info("%s overflows in float16, as its force_upcast says: it computes in float32", name)
+            dtype = torch.float32
+        self.device, self.dtype = torch.device(device), dtype
         self.kind = type(network).__name__
         self._network: Any = network.requires_grad_(False).eval()
         self.sha256 = self._identity()
@@ -120,28 +128,40 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels (b, channels, H, W) float32, about -1 .. 1, of latents (b, c, h, w)."""
-        return self._network.decode(latents.to(self.device, self.dtype)).sample.float()
+        """Pixels (b, channels, H, W) float32, about -1 .. 1, of latents (b, c, h, w).
+
+        Raises:
+            FloatingPointError: when they are not finite.
+        """
+        pixels = self._network.decode(latents.to(self.device, self.dtype)).sample.float()
+        if not pixels.isfinite().all():
+            raise FloatingPointError(
+                f"the autoencoder {self} decodes to NaN or infinities in {self.dtype}: take float32 or bfloat16"
+            )
+        return pixels
 
 
 def _non_default(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a configuration that differ from its class's defaults: new entries do not change the hash."""
-    defaults = {key: value.default for key, value in inspect.signature(kind).parameters.items()}
     plain = json.loads(json.dumps({key: value for key, value in config.items() if not key.startswith("_")}))
-    standard = json.loads(json.dumps(defaults, default=str))
+    standard = json.loads(json.dumps(_defaults(kind), default=str))
     return {
         key: value for key, value in sorted(plain.items())
         if key not in _IRRELEVANT and (key not in standard or value != standard[key])
     }
 
 
+def _defaults(kind: type) -> dict[str, Any]:
+    return {key: value.default for key, value in inspect.signature(kind).parameters.items()}
+
+
 def _load(name: str) -> nn.Module:
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()                                               # what matters is checked below
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()                                     # what matters is checked below
     try:
         return _load_checked(name)
     finally:
-        logging.set_verbosity(verbosity)
+        diffusers_logging.set_verbosity(verbosity)
 
 
 def _load_checked(name: str) -> nn.Module:
@@ -153,10 +173,12 @@ def _load_checked(name: str) -> nn.Module:
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind not in KINDS:
         raise ValueError(f"{name} is a {kind or 'thing without a class'}, not one of {', '.join(KINDS)}")
+    if Path(place).is_dir():
+        _check_files(Path(place), getattr(diffusers, kind), config)
     try:
         network, report = getattr(diffusers, kind).from_pretrained(
             place, **options, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32,
-            output_loading_info=True,
+            output_loading_info=True, disable_mmap=True,
         )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(
@@ -169,7 +191,51 @@ def _load_checked(name: str) -> nn.Module:
     ]
     if wrong:
         raise ValueError(f"the weights of {name} do not fit its configuration ({'; '.join(wrong)})")
+    check_finite(network, name)
     return network
+
+
+def _check_files(folder: Path, kind: Any, config: Mapping[str, Any]) -> None:
+    """Compare a configuration with the types of its class's defaults and the header of the weights, before anything is
+    allocated.
+
+    Raises:
+        ValueError: naming the file and the entry that does not fit.
+    """
+    found = {name: entry for file in weight_files(folder) for name, entry in read_header(file).items()}
+    where, sides = folder / "config.json", [side for entry in found.values() for side in entry.shape]
+    for key, default in _defaults(kind).items():
+        value = config.get(key, default)
+        atoms, usual = _atoms(value), _atoms(default)
+        fits = {int: (int,), float: (int, float), bool: (bool,), str: (str,), type(None): (int, float, str, type(None))}
+        allowed = fits[type(usual[0])] if usual else (int, float, type(None))
+        if any(type(atom) not in allowed for atom in atoms) or (isinstance(default, tuple) and not _is_list(value)):
+            raise ValueError(f"{where}: {key}={str(value)[:60]} is of another type than a {kind.__name__} takes")
+        most = len(found) if "layers" in key or "num" in key else max(1024, *sides, 0)
+        if key not in _IRRELEVANT and any(isinstance(atom, int) and abs(atom) > most for atom in atoms):
+            raise ValueError(f"{where}: {key}={str(value)[:60]} is larger than anything in the weights ({most})")
+    try:
+        with torch.device("meta"):
+            expected = kind.from_config(config).state_dict()
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{where} describes no {kind.__name__}: {_first_line(error)}") from error
+    for name, (shape, dtype) in found.items():
+        if dtype not in FLOATS:
+            raise ValueError(f"{folder}: {name} has type {dtype}, not one of {', '.join(FLOATS)}")
+        if name in expected and tuple(expected[name].shape) != shape:
+            raise ValueError(
+                f"the weights of {folder} do not fit its configuration: {name} has shape {shape}, not "
+                f"{tuple(expected[name].shape)}"
+            )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _atoms(value: Any) -> list[Any]:
+    """The values in nested lists."""
+    return [atom for item in value for atom in _atoms(item)] if _is_list(value) else [value]
 
 
 def _find(name: str) -> tuple[str, dict[str, Any]]:

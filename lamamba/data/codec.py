@@ -6,17 +6,38 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lamamba.data.autoencoder import Autoencoder
+from lamamba.options.base import from_dict, record
+
+
+def check_pixels(x: Tensor, maker: str = "sampling") -> Tensor:
+    """Pixels (b, c, h, w), unchanged.
+
+    Raises:
+        FloatingPointError: when they are not finite: they would become black pictures.
+    """
+    if not x.isfinite().all():
+        bad = int((~x.isfinite()).flatten(1).any(1).sum())
+        raise FloatingPointError(
+            f"{maker} made NaN or infinities of {bad} of {len(x)} pictures: compute in float32 or bfloat16, and look "
+            "at the weights and the guidance scale"
+        )
+    return x
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
-    """Pixels (b, c, h, w) in [-1, 1] to uint8 (b, h, w, c): 127.5 x + 128, clamped, truncated (ADM's protocol)."""
+    """Pixels (b, c, h, w) in [-1, 1] to uint8 (b, h, w, c): 127.5 x + 128, clamped, truncated (ADM's protocol).
+
+    Raises:
+        FloatingPointError: when they are not finite.
+    """
+    check_pixels(x)
     levels = (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -30,11 +51,16 @@ def to_pixels(images: np.ndarray, mirror: np.ndarray | None = None) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
+@record
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    """How x0 is made of pixels or latents, and so how to decode it."""
+    """How x0 is made of pixels or latents, and so how to decode it.
 
-    codec: str = "pixels"
+    Raises:
+        ValueError: for a scale of 0, or numbers that do not go together.
+    """
+
+    codec: Literal["pixels", "latents"] = "pixels"
     """"pixels" (scaled to [-1, 1]) or "latents" (of an autoencoder)."""
     scale: float = 1.0
     """x0 = (latents - shift) * scale; 1 for pixels."""
@@ -50,6 +76,14 @@ class CodecConfig:
     autoencoder_sha256: str | None = None
     """Of its weights and configuration."""
 
+    def __post_init__(self) -> None:
+        if not self.scale or 0 in self.latents_std or len(self.latents_mean) != len(self.latents_std):
+            raise ValueError(
+                f"scale={self.scale}, latents_mean={self.latents_mean} and latents_std={self.latents_std} decode "
+                "nothing: scale and latents_std must not be 0, and latents_mean and latents_std have a number for each "
+                "channel"
+            )
+
     @classmethod
     def of(cls, autoencoder: Autoencoder) -> CodecConfig:
         """From a loaded autoencoder."""
@@ -58,12 +92,16 @@ class CodecConfig:
 
     @classmethod
     def of_config(cls, values: Mapping[str, Any]) -> CodecConfig:
-        """From an autoencoder's configuration; name and hash stay None."""
-        return cls(
-            codec="latents", scale=float(values.get("scaling_factor") or 1.0),
-            shift=float(values.get("shift_factor") or 0.0),
-            latents_mean=tuple(values.get("latents_mean") or ()), latents_std=tuple(values.get("latents_std") or ()),
-        )
+        """From an autoencoder's configuration; name and hash stay None.
+
+        Raises:
+            ValueError: for entries that are no numbers.
+        """
+        return from_dict(CodecConfig, {
+            "codec": "latents", "scale": values.get("scaling_factor") or 1.0,
+            "shift": values.get("shift_factor") or 0.0, "latents_mean": values.get("latents_mean") or (),
+            "latents_std": values.get("latents_std") or (),
+        })
 
     def _channelwise(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         if not (self.latents_mean and self.latents_std):

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ READERS = min(8, os.cpu_count() or 1)
 
 def make_plan(
     source: Source, autoencoder: Autoencoder, image_size: int, *, excluded: tuple[str, ...] = (), mirror: bool = True,
-    storage: str = "float16", batch_size: int = 16, threads: int = 1, shard_size: int = 1024,
+    storage: Literal["float16", "float32"] = "float16", batch_size: int = 16, threads: int = 1, shard_size: int = 1024,
 ) -> Plan:
     """The plan of encoding a source.
 
@@ -74,7 +74,7 @@ def excluded_at_start(folder: str | Path) -> tuple[str, ...] | None:
     if (folder / INDEX).is_file():
         return Index.load(folder).plan.excluded
     path = folder / UNFINISHED / PLAN
-    return Plan.from_dict(read_json(path, LATENTS_VERSION).get("plan", {})).excluded if path.is_file() else None
+    return Plan.from_dict(read_json(path, LATENTS_VERSION).get("plan"), path).excluded if path.is_file() else None
 
 
 def encode(

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from lamamba.data.sources import Source, fingerprint
+from lamamba.data.sources import FolderSource, Source, fingerprint, image_formats, printable
 
 logger = logging.getLogger("lamamba.data")
 
@@ -44,10 +44,23 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")       #
 
 Crop = Literal["centre", "random"]
 Kind = Literal[
-    "empty", "not an image", "truncated", "damaged", "too small", "too narrow", "decompression bomb", "32-bit"
+    "empty", "not an image", "truncated", "damaged", "too small", "too narrow", "decompression bomb", "32-bit",
+    "unreadable",
 ]
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 """First bytes of image files; a file that has them and cannot be opened is truncated, others are no images."""
+
+
+_TURNS = dict(zip(range(2, 9), (
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+), strict=True))
+"""By the number in EXIF data; 1 is upright."""
+_FAULTS = (
+    OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, OverflowError, RuntimeError,
+    MemoryError, AssertionError, struct.error, zlib.error,
+)
+"""What Pillow's readers raise for damaged files."""
 
 
 class BadImage(ValueError):
@@ -84,20 +97,21 @@ class ImageSet(Protocol):
         ...
 
 
-def decode(content: bytes, channels: int = 3, min_side: int = MIN_SIDE) -> tuple[Image.Image, str]:
-    """Decode an image file to grey or RGB with 8 bits.
+def decode(content: bytes, channels: int | None = 3, min_side: int = MIN_SIDE) -> tuple[Image.Image, str]:
+    """Decode an image file to grey or RGB with 8 bits, turned as its EXIF orientation says.
 
     CMYK is converted as R = (1 - C)(1 - K) and so on, without a colour profile. 16-bit grey levels are divided by 257
     (Pillow alone would clip them at 255, which turns nearly all of them white); 16-bit colours keep their upper byte.
-    Transparency is dropped. 32-bit images are bad: their range is unknown.
+    Transparent images are laid on white. Of animations the first frame counts. 32-bit images are bad: their range is
+    unknown.
 
     Args:
         content: the file's bytes.
-        channels: 1 for grey, 3 for RGB.
+        channels: 1 for grey, 3 for RGB; None for those that the file has.
         min_side: images with fewer pixels on the short side are too small.
 
     Returns:
-        The image, and the kind of conversion: "CMYK", "16-bit", or "" for none.
+        The image, and the kind of conversion: "CMYK", "16-bit", "transparent", or "" for none.
 
     Raises:
         BadImage: when the file holds no whole image, or one that cannot be used.
@@ -105,9 +119,10 @@ def decode(content: bytes, channels: int = 3, min_side: int = MIN_SIDE) -> tuple
     if not content:
         raise BadImage("empty", "0 bytes")
     try:
-        image: Image.Image = Image.open(io.BytesIO(content))
+        image: Image.Image = Image.open(io.BytesIO(content), formats=image_formats())
         _check_size(image.size, min_side)
         image.load()
+        return _convert(image, content, channels)
     except BadImage:
         raise
     except UnidentifiedImageError as error:
@@ -116,17 +131,62 @@ def decode(content: bytes, channels: int = 3, min_side: int = MIN_SIDE) -> tuple
         raise BadImage("not an image", f"begins with {content[:8]!r}") from error
     except Image.DecompressionBombError as error:
         raise BadImage("decompression bomb", str(error)) from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
+    except _FAULTS as error:
         kind: Kind = "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "damaged"
         raise BadImage(kind, str(error) or type(error).__name__) from error
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # the latter: Pillow before 11.3
-        levels = np.asarray(image).astype(np.float64) / 257
-        image, note = Image.fromarray(np.round(levels).astype(np.uint8)), "16-bit"
+
+
+def read_image(
+    source: Source, index: int, channels: int | None = 3, min_side: int = MIN_SIDE
+) -> tuple[Image.Image, str]:
+    """`decode` of a file of a source.
+
+    Raises:
+        BadImage: when it is gone or unreadable, too.
+    """
+    try:
+        content = source.read(index)
+    except OSError as error:
+        raise BadImage("unreadable", error.strerror or str(error)) from error
+    return decode(content, channels, min_side)
+
+
+def _convert(image: Image.Image, content: bytes, channels: int | None) -> tuple[Image.Image, str]:
+    turned, is_grey = upright(image), image.mode in ("1", "L", "LA", "La")
+    # "I" of PNG: Pillow before 11.3; of PGM: levels that Pillow has spread over 16 bits
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        levels, hidden = np.asarray(turned), image.info.get("transparency")
+        turned, note, is_grey = Image.fromarray(np.round(levels / 257).astype(np.uint8)), "16-bit", True
+        if hidden is not None:
+            turned.putalpha(Image.fromarray(np.where(levels == hidden, 0, 255).astype(np.uint8)))
     elif image.mode in ("I", "F"):
         raise BadImage("32-bit", "its range is unknown; save it with 8 or 16 bits")
     else:
         note = "CMYK" if image.mode == "CMYK" else _deep_colour(content)
-    return image.convert("L" if channels == 1 else "RGB"), note
+    flat = opaque(turned)
+    grey = is_grey if channels is None else channels == 1
+    return flat.convert("L" if grey else "RGB"), note or ("" if flat is turned else "transparent")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image turned and mirrored as its EXIF orientation says; damaged EXIF data say nothing."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except _FAULTS:
+        return image
+    # not ImageOps.exif_transpose: it writes the other EXIF data anew, and fails where they are damaged
+    method = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def opaque(image: Image.Image, background: str = "white") -> Image.Image:
+    """An image without transparency, RGB on a background of one colour; itself where no pixel is transparent."""
+    if not image.has_transparency_data:
+        return image
+    colours = image.convert("RGBA")
+    if colours.getchannel("A").getextrema()[0] == 255:
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), colours).convert("RGB")
 
 
 def _check_size(size: tuple[int, int], min_side: int) -> None:
@@ -239,6 +299,12 @@ class Images:
         """Names of the files without an index."""
         return tuple(sorted(self._excluded))
 
+    @property
+    def source_files(self) -> tuple[str, ...]:
+        """Names of all files below a folder, excluded ones among them; none of tars and data sets."""
+        source = self._source
+        return tuple(map(source.file, range(len(source)))) if isinstance(source, FolderSource) else ()
+
     def files(self, indices: Sequence[int]) -> list[str]:
         """Names of the images' files."""
         return [self._source.file(int(self._kept[index])) for index in indices]
@@ -287,11 +353,11 @@ class Images:
         """One image, (channels, image_size, image_size) uint8.
 
         Raises:
-            BadImage: when its file cannot be decoded.
+            BadImage: when its file is gone or cannot be decoded.
         """
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        image, _ = decode(self._source.read(int(self._kept[index])), self.channels)
+        image, _ = read_image(self._source, int(self._kept[index]), self.channels)
         if self.crop == "random" and draws is not None:
             square = random_crop(image, self.image_size, draws)
         else:
@@ -322,16 +388,23 @@ class Images:
         if self._bad_files is None:
             return
         try:
-            lines = self._bad_files.read_text(encoding="utf-8").splitlines() if self._bad_files.exists() else []
-            known = dict(line.split("\t", 1) for line in lines if "\t" in line)
-            known = {name: found for name, found in known.items() if name not in self._newly_excluded}
+            known = {
+                name: found for name, found in read_bad_files(self._bad_files).items()
+                if name not in self._newly_excluded
+            }
             if file not in known:
                 with self._bad_files.open("a", encoding="utf-8") as shared:     # one short write: lines stay whole
-                    shared.write(f"{file}\t{fault}\n")
+                    shared.write(f"{file}\t{printable(fault)}\n")
         except OSError as error:                                                # a full disk: training can go on
             logger.warning("%s cannot be written: %s", self._bad_files, error)
             return
         self.bad = {**known, file: fault}
+
+
+def read_bad_files(path: Path) -> dict[str, str]:
+    """Names and faults from a list of bad files; none where there is no list."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    return dict(line.split("\t", 1) for line in lines if "\t" in line)
 
 
 def explain_bad(name: str, bad: dict[str, str], allowed: int, shown: int = 8) -> str:

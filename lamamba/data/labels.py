@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
@@ -30,6 +33,8 @@ def as_names(id2label: Mapping[int | str, str] | Sequence[str] | None, num_class
     """
     if not id2label:
         return ()
+    if isinstance(id2label, str) or not isinstance(id2label, Mapping | Sequence):
+        raise ValueError(f"id2label={id2label!r:.60} must be names by class number, or a list of them")
     if isinstance(id2label, Mapping):
         try:
             numbered = {int(key): str(name) for key, name in id2label.items()}
@@ -50,7 +55,8 @@ def as_names(id2label: Mapping[int | str, str] | Sequence[str] | None, num_class
 def find_label(wanted: int | str, names: Sequence[str], num_classes: int) -> int:
     """The label of a class number, a name, or a synonym in a name ("tabby" of "tabby, tabby cat").
 
-    Case matters only where two names differ by nothing else.
+    A whole number, also one in text, is always a class number, never a name. Case matters only where two names differ
+    by nothing else; how accents are composed (NFC, NFD) never does.
 
     Raises:
         ValueError: for a number out of range, an unknown name (near ones are named), or a synonym of several classes.
@@ -60,18 +66,37 @@ def find_label(wanted: int | str, names: Sequence[str], num_classes: int) -> int
             wanted = wanted.__index__()                                         # NumPy's whole numbers, too
         except AttributeError:
             raise ValueError(f"label {wanted!r} is neither a class number nor a name") from None
-    if isinstance(wanted, str) and wanted in names:
-        return list(names).index(wanted)
-    if isinstance(wanted, str) and not wanted.strip().lstrip("-").isdigit():
-        return _by_word(wanted, names, num_classes)
+    if isinstance(wanted, str) and not _is_number(wanted):
+        return _by_word(composed(wanted), [composed(name) for name in names], num_classes)
     if not 0 <= int(wanted) < num_classes:
-        raise ValueError(f"label {wanted} is out of range; this model knows 0 .. {num_classes - 1}")
+        called = list(names).index(str(wanted)) if str(wanted) in names else None
+        hint = "" if called is None else f"; the class that is called {wanted} has the number {called}"
+        raise ValueError(f"label {wanted} is out of range; this model knows 0 .. {num_classes - 1}{hint}")
     return int(wanted)
+
+
+def texts_for(names: Sequence[str]) -> tuple[str, ...]:
+    """A text for each class that `find_label` takes for it: its name, or its number where the name is another's."""
+    counts = Counter(map(composed, names))
+    return tuple(
+        str(label) if _is_number(name) or counts[composed(name)] > 1 else name for label, name in enumerate(names)
+    )
+
+
+def composed(text: str) -> str:
+    """Text with composed accents (NFC): macOS writes names of files decomposed."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"\s*[+-]?\d+\s*", text) is not None
 
 
 def _by_word(wanted: str, names: Sequence[str], num_classes: int) -> int:
     if not names:
         raise ValueError(f"label {wanted!r} is a name, but this model's classes have none: use 0 .. {num_classes - 1}")
+    if names.count(wanted) == 1:
+        return names.index(wanted)
     words: dict[str, list[int]] = {}
     for label, name in enumerate(names):
         for word in {name, *name.split(", ")}:

@@ -14,20 +14,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lamamba.data.autoencoder import Autoencoder
 from lamamba.data.codec import CodecConfig
 from lamamba.data.sets import SampleDraws
+from lamamba.options.base import Ge, Lt, from_dict, record
 from lamamba.utils.files import read_json, sha256
 from lamamba.utils.progress import Progress, Report
 from lamamba.utils.shards import ShardPlan
@@ -38,6 +39,8 @@ UNFINISHED = ".encoding"
 """Folder of unfinished work in it (lamamba/utils/shards.py)."""
 MOMENTS = "moments"
 STORAGE = {"float16": torch.float16, "float32": torch.float32}
+_STORED = {"F16": "float16", "F32": "float32"}
+"""By safetensors' names."""
 
 
 def is_latents(folder: str | Path) -> bool:
@@ -50,14 +53,11 @@ _JSON_NAMES = {"codec": "facts", "excluded": "left_out"}
 _FIELDS = {name: field for field, name in _JSON_NAMES.items()}
 
 
-def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    return {names.get(key, key): value for key, value in values.items()}
+def _renamed(values: Any, names: Mapping[str, str]) -> Any:
+    return {names.get(key, key): value for key, value in values.items()} if isinstance(values, Mapping) else values
 
 
-def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-
-
+@record
 @dataclass(frozen=True, kw_only=True)
 class Plan(ShardPlan):
     """All that decides what the shards hold: equal plans give the same bytes."""
@@ -66,18 +66,17 @@ class Plan(ShardPlan):
     """The images, as they were named."""
     source_fingerprint: str
     """Of their names, classes and order, and of the excluded files."""
-    images: int
+    images: Annotated[int, Ge(1)]
     """Without the files that were known to be bad."""
-    image_size: int
+    image_size: Annotated[int, Ge(1)]
     crop: str
-    views: int
+    views: Literal[1, 2]
     """2: the image and its mirror image; 1: the image alone."""
-    parts: int
+    parts: Literal[1, 2]
     """2: mean and standard deviation; 1: an autoencoder without a posterior."""
-    shape: tuple[int, int, int]
+    shape: tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)], Annotated[int, Ge(1)]]
     """(c, h, w) of one latent."""
-    storage: str
-    """float16 or float32."""
+    storage: Literal["float16", "float32"]
     codec: CodecConfig
     """Autoencoder and scaling; "facts" in JSON."""
     compute: str
@@ -86,7 +85,7 @@ class Plan(ShardPlan):
     """Images per batch of the autoencoder: another number would round otherwise."""
     threads: int
     """Of a process on a CPU: another number would round otherwise, too; 0 on GPUs."""
-    shard_size: int
+    shard_size: Annotated[int, Ge(1)]
     """Images of a shard, but for the last."""
     label_names: tuple[str, ...]
     excluded: tuple[str, ...] | None = None
@@ -103,12 +102,8 @@ class Plan(ShardPlan):
         return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Plan:
-        try:
-            codec = CodecConfig(**_with_tuples(values["facts"]))
-            return cls(**_with_tuples(_renamed(values, _FIELDS)) | {"codec": codec})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"the plan is damaged or of another version: {error}") from error
+    def from_dict(cls, values: Any, where: str | Path = "") -> Plan:
+        return from_dict(cls, _renamed(values, _FIELDS), where)
 
     def compared(self) -> dict[str, Any]:
         values = self.to_dict()
@@ -119,6 +114,7 @@ class Plan(ShardPlan):
         return values | codec
 
 
+@record
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     """A finished shard."""
@@ -126,7 +122,7 @@ class Shard:
     file: str
     bytes: int
     sha256: str
-    labels: tuple[int, ...]
+    labels: tuple[Annotated[int, Ge(0), Lt(2**31)], ...]
     files: tuple[str, ...]
     excluded: dict[str, str]
     """Images that could not be decoded when the shard was made, and why; "left_out" in JSON."""
@@ -136,9 +132,13 @@ class Shard:
         return _renamed(vars(self), _JSON_NAMES)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Shard:
-        """Undo `to_dict`."""
-        return cls(**_with_tuples(_renamed(values, _FIELDS)))
+    def from_dict(cls, values: Any, where: str | Path = "") -> Shard:
+        """Undo `to_dict`; see `Plan.from_dict`."""
+        return from_dict(cls, _renamed(values, _FIELDS), where)
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != len(self.files) or Path(self.file).name != self.file:
+            raise ValueError(f"{self.file} has {len(self.labels)} labels and {len(self.files)} files")
 
 
 def shard_name(number: int) -> str:
@@ -171,10 +171,10 @@ class Index:
                 raise ValueError(f"{folder} is not finished: run the same lamamba encode command again, it goes on")
             raise FileNotFoundError(f"{folder} holds no latents (no {INDEX}); make them with lamamba encode")
         values = read_json(path, LATENTS_VERSION)
-        try:
-            return cls(Plan.from_dict(values["plan"]), tuple(Shard.from_dict(shard) for shard in values["shards"]))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+        shards = values.get("shards")
+        if not isinstance(shards, list) or not shards:
+            raise ValueError(f"{path}: shards={shards!r} must be a list of shards")
+        return cls(Plan.from_dict(values.get("plan"), path), tuple(Shard.from_dict(shard, path) for shard in shards))
 
     @property
     def fingerprint(self) -> str:
@@ -211,14 +211,24 @@ def check_shard(folder: Path, plan: Plan, shard: Shard) -> None:
     path = folder / shard.file
     if sha256(path) != shard.sha256:
         raise ValueError(f"{path} is damaged: its content is not what was written. {_MEND}")
-    expected = [len(shard.labels), plan.views, plan.parts, *plan.shape]
+    check_shape(path, plan, shard)
+
+
+def check_shape(path: Path, plan: Plan, shard: Shard) -> None:
+    """Check that a shard holds moments as the index says, and nothing else.
+
+    Raises:
+        ValueError: naming the file when it does not.
+    """
+    expected = {MOMENTS: ([len(shard.labels), plan.views, plan.parts, *plan.shape], plan.storage)}
     try:
-        with safe_open(path, "pt") as file:
-            shape = file.get_slice(MOMENTS).get_shape()
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no shard of latents: {error}") from error
-    if shape != expected:
-        raise ValueError(f"{path} holds moments of shape {shape} where {INDEX} says {expected}")
+        with safe_open(path, "np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}       # noqa: SIM118 (not a dict)
+            found = {name: (part.get_shape(), _STORED.get(part.get_dtype())) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); lamamba data check {path.parent} tells more") from error
+    if found != expected:
+        raise ValueError(f"{path} holds {found} where {INDEX} says {expected}: it is no shard of this folder")
 
 
 def check_latents(folder: str | Path, report: Report | None = None) -> Index:
@@ -241,7 +251,7 @@ def check_latents(folder: str | Path, report: Report | None = None) -> Index:
 
 
 class LatentSet:
-    """Latents of lamamba encode, read by memory map: each read draws anew from the posterior of the image.
+    """Latents of lamamba encode: each read draws anew from the posterior of the image.
 
         x0 = (mean + std * noise - shift) * scale
 
@@ -277,10 +287,10 @@ class LatentSet:
         self.channels, self.input_size = plan.shape[0], plan.shape[1]
         self.draws_latents = plan.parts == 2
         self.fingerprint = index.fingerprint
-        self._shards = [shard.file for shard in index.shards]
+        self._shards = index.shards
         self._starts = np.cumsum([0, *(len(shard.labels) for shard in index.shards)])
         self._labels = np.concatenate([np.array(shard.labels, dtype=np.int64) for shard in index.shards])
-        self._maps: dict[int, np.ndarray] = {}
+        self._starts_in_file: dict[int, int] = {}
 
     def _check_fits(self, plan: Plan, image_size: int | None, autoencoder: Autoencoder | None) -> None:
         if image_size is not None and image_size != plan.image_size:
@@ -296,34 +306,44 @@ class LatentSet:
             )
         if self._mirror and plan.views == 1:
             raise ValueError(
-                f"{self._folder} was made without mirror images; encode without --no-mirror, or set data.mirror=false"
+                f"{self._folder} was made without mirror images; encode with mirror, or set data.mirror=false"
             )
 
     def __len__(self) -> int:
         return len(self._labels)
 
-    def _map(self, number: int) -> np.ndarray:
-        """Memory map of a shard's moments (n, views, parts, c, h, w)."""
-        if number not in self._maps:
-            path = self._folder / self._shards[number]
-            try:
-                self._maps[number] = load_file(path)[MOMENTS].numpy()           # safetensors maps the file
-            except (SafetensorError, OSError, KeyError) as error:
-                raise ValueError(
-                    f"{path} cannot be read ({error}); lamamba data check {self._folder} tells more"
-                ) from error
-        return self._maps[number]
+    def _first_byte(self, number: int) -> int:
+        """Where the moments (n, views, parts, c, h, w) of a shard begin: after the length of its header, and that."""
+        if number not in self._starts_in_file:
+            shard, path = self._shards[number], self._folder / self._shards[number].file
+            check_shape(path, self.plan, shard)
+            with path.open("rb") as file:
+                self._starts_in_file[number] = 8 + int.from_bytes(file.read(8), "little")
+        return self._starts_in_file[number]
+
+    def _read(self, number: int, row: int, view: int) -> np.ndarray:
+        """Moments (parts, c, h, w) of an image's view, by one short read: a map would end the process where a file is
+        truncated meanwhile."""
+        plan, path = self.plan, self._folder / self._shards[number].file
+        shape, dtype = (plan.parts, *plan.shape), np.dtype(plan.storage)
+        count = math.prod(shape)
+        try:
+            start = self._first_byte(number) + (row * plan.views + view) * count * dtype.itemsize
+            found = np.fromfile(path, dtype, count, offset=start)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error}). {_MEND}") from error
+        if len(found) != count:
+            raise ValueError(f"{path} ends before image {row}: it is truncated. {_MEND}")
+        return found.reshape(shape)
 
     def moments(self, indices: Sequence[int] | np.ndarray, mirror: np.ndarray | None = None) -> Tensor:
         """Moments (b, parts, c, h, w) as stored, of images or, where mirror (b,) bool is true, their mirror images."""
         chosen = np.asarray(indices, dtype=np.int64)
         numbers = np.searchsorted(self._starts, chosen, side="right") - 1
-        rows, plan = chosen - self._starts[numbers], self.plan
+        rows = chosen - self._starts[numbers]
         views = np.zeros(len(chosen), dtype=np.int64) if mirror is None else mirror.astype(np.int64)
-        out = np.empty((len(chosen), plan.parts, *plan.shape), dtype=plan.storage)
-        for k, (number, row, view) in enumerate(zip(numbers.tolist(), rows.tolist(), views.tolist(), strict=True)):
-            out[k] = self._map(number)[row, view]
-        return torch.from_numpy(out)
+        places = zip(numbers.tolist(), rows.tolist(), views.tolist(), strict=True)
+        return torch.from_numpy(np.stack([self._read(*place) for place in places]))
 
     def read(self, indices: Sequence[int], draws: SampleDraws) -> tuple[Tensor, Tensor]:
         """x0 (b, c, h, w) float32, drawn from the posteriors, and labels (b,) int64."""
@@ -340,5 +360,3 @@ class LatentSet:
         numbers = np.searchsorted(self._starts, np.asarray(indices), side="right") - 1
         return [shards[n].files[index - self._starts[n]] for n, index in zip(numbers, indices, strict=True)]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_maps": {}}

@@ -12,20 +12,21 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from lamamba.data.images import MIN_SIDE, BadImage, decode
-from lamamba.data.sources import Source, fingerprint
-from lamamba.utils.files import read_json, write_atomically
+from lamamba.data.images import MIN_SIDE, BadImage, read_image
+from lamamba.data.sources import MANIFEST_NAME, Source, fingerprint
+from lamamba.options.base import read_record, record
+from lamamba.utils.files import write_atomically
 
 MANIFEST_VERSION = 1
-MANIFEST_NAME = "lamamba-manifest.json"
 CHUNK = 32
 """Files per task of a worker process."""
 NAMED_CONVERTED = 1000
 """Converted files that a manifest lists."""
 
 
+@record
 @dataclass(frozen=True)
 class FoundFile:
     """A bad or converted file, and what was found."""
@@ -35,6 +36,7 @@ class FoundFile:
     detail: str
 
 
+@record
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What `lamamba data check` found in a source."""
@@ -51,7 +53,7 @@ class Manifest:
     bad: tuple[FoundFile, ...]
     """Files that training excludes, in the source's order."""
     converted: dict[str, int] = field(default_factory=dict)
-    """Files that are used after a conversion, by kind: CMYK, 16-bit."""
+    """Files that are used after a conversion, by kind: CMYK, 16-bit, transparent."""
     converted_files: tuple[FoundFile, ...] = ()
     """The first of them."""
     min_side: int = MIN_SIDE
@@ -69,14 +71,10 @@ class Manifest:
         Raises:
             ValueError: when it is missing, damaged or of a newer format.
         """
-        values = read_json(path, MANIFEST_VERSION)
         try:
-            for key in ("bad", "converted_files"):
-                values[key] = tuple(FoundFile(**file) for file in values[key])
-            plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            return cls(**plain)
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"{path} is no manifest ({error}); run lamamba data check again") from error
+            return read_record(cls, path, MANIFEST_VERSION)
+        except ValueError as error:
+            raise ValueError(f"{error}; lamamba data check makes the manifest anew") from error
 
 
 def manifest_path(source_name: str) -> Path:
@@ -118,11 +116,9 @@ def _check_chunk(indices: range) -> list[CheckedFile]:
 
 def _check_file(source: Source, index: int, min_side: int) -> CheckedFile:
     try:
-        _, note = decode(source.read(index), min_side=min_side)
+        _, note = read_image(source, index, min_side=min_side)
     except BadImage as error:
         return CheckedFile(index, error.kind, error.detail)
-    except OSError as error:                                                    # the disk's fault
-        return CheckedFile(index, "unreadable", str(error))
     return CheckedFile(index, conversion=note)
 
 
@@ -151,7 +147,7 @@ def check_files(source: Source, workers: int | None = None, min_side: int = MIN_
             yield from waiting.pop(0).result()
             waiting += [pool.submit(_check_chunk, chunk) for chunk in itertools.islice(chunks, 1)]
     except BrokenProcessPool as error:
-        raise RuntimeError(f"a process that checked {source.name} died; fewer --workers need less memory") from error
+        raise RuntimeError(f"a process that checked {source.name} died; fewer workers need less memory") from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
@@ -126,6 +126,11 @@ class PixelSet:
     def fingerprint(self) -> str:
         return _images_fingerprint(self._images)
 
+    @property
+    def source_files(self) -> Sequence[str]:
+        """Names of all files, where these are single files that may be deleted one by one."""
+        return getattr(self._images, "source_files", ())
+
     def read(self, indices: Sequence[int], draws: SampleDraws) -> tuple[Tensor, Tensor]:
         pixels, labels = _read_images(self._images, indices, draws)
         return self._pixels.encode(pixels, draws.mirror if self._mirror else None), torch.from_numpy(labels)
@@ -168,6 +173,11 @@ class EncodedSet:
     def fingerprint(self) -> str:
         return _fingerprint(_images_fingerprint(self._images), self._autoencoder.sha256)
 
+    @property
+    def source_files(self) -> Sequence[str]:
+        """Names of all files, where these are single files that may be deleted one by one."""
+        return getattr(self._images, "source_files", ())
+
     def read(self, indices: Sequence[int], draws: SampleDraws) -> tuple[Tensor, Tensor]:
         if self._autoencoder.device.type != "cpu" and os.getpid() != self._process:
             raise RuntimeError(
@@ -188,7 +198,7 @@ class EncodedSet:
 
 def read_ahead(
     function: Callable[[T], U], items: Iterable[T], *, threads: int, depth: int | None = None
-) -> Iterator[U]:
+) -> Generator[U, None, None]:
     """function(item) of every item, in order, computed ahead by threads.
 
     Args:

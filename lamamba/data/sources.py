@@ -5,18 +5,102 @@ No torch here: processes that check images start quickly.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import os
+import re
 import tarfile
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from lamamba.utils.text import counted
+
+logger = logging.getLogger("lamamba.data")
+
 DATASETS_PREFIX = "datasets:"
+MANIFEST_NAME = "lamamba-manifest.json"
+LABEL_COLUMNS = ("label", "labels", "class", "target")
+"""Columns of data sets that hold classes, if they are words or whole numbers."""
+MAX_CLASS = 100_000
+"""Largest class number in a set that has fewer images than that."""
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+"""Formats that Pillow recognises and does not decode by itself; for EPS it would start another program."""
+JUNK = {
+    "__macosx", "@eadir", "@__thumb", "#recycle", "@recycle", "$recycle.bin", "recycler", "system volume information",
+    "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini",
+}
+"""Files and folders that systems put beside images, in lower case; so are all names that begin with a dot."""
+JUNK_REASON = "hidden or of the system"
+NAMED = 3
+"""Files of each kind that a message names."""
+
+
+@functools.cache
+def image_formats() -> tuple[str, ...]:
+    """Formats that this Pillow decodes, the usual ones first."""
+    Image.init()
+    return tuple(sorted(Image.OPEN.keys() - NOT_DECODED, key=lambda name: (name not in ("JPEG", "PNG"), name)))
+
+
+@functools.cache
+def image_extensions() -> frozenset[str]:
+    """Endings of their files, in lower case."""
+    return frozenset(
+        ending for ending, name in Image.registered_extensions().items() if name in image_formats()
+    )
+
+
+def is_junk(name: str) -> bool:
+    """Whether a path below a source's folder leads to what systems put beside images, hidden files among it."""
+    return any(
+        part.casefold() in JUNK or (part.startswith(".") and part not in (".", "..")) for part in name.split("/")
+    )
+
+
+def printable(name: str) -> str:
+    """A file's name without control characters and bytes that are not UTF-8: these as \\x09."""
+    return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", name)
+
+
+class LeftOut:
+    """Files that a source does not use: how many for each reason, and the first names."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._names: dict[str, list[str]] = {}
+
+    def add(self, reason: str, name: str, count: int = 1) -> None:
+        if count:
+            self.counts[reason] += count
+            self._names.setdefault(reason, [])
+            if len(self._names[reason]) < NAMED:
+                self._names[reason].append(printable(name))
+
+    def add_ending(self, name: str) -> None:
+        """A file that is no image by its name."""
+        if name != MANIFEST_NAME:
+            self.add(os.path.splitext(name)[1].lower() or "without ending", name)
+
+    def update(self, other: LeftOut) -> None:
+        for reason, count in other.counts.items():
+            self.counts[reason] += count
+            self._names[reason] = (self._names.get(reason, []) + other._names[reason])[:NAMED]
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def __str__(self) -> str:
+        shown = {reason: ", ".join(names) for reason, names in self._names.items()}
+        more = {reason: ", ..." if count > len(self._names[reason]) else "" for reason, count in self.counts.items()}
+        return "; ".join(f"{self.counts[reason]:,} {reason} ({shown[reason]}{more[reason]})" for reason in self.counts)
 
 
 class Source(Protocol):
@@ -28,27 +112,58 @@ class Source(Protocol):
     """One name per class, in the order of the labels; empty where there are no classes."""
     labels: np.ndarray
     """(n,) int64; 0 where there are no classes."""
+    left_out: LeftOut
+    """Files that are no images, or not used."""
 
     def __len__(self) -> int: ...
 
     def file(self, index: int) -> str:
-        """Name of a file, unique within the source."""
+        """Name of a file, unique within the source and printable."""
         ...
 
     def read(self, index: int) -> bytes:
-        """The file's bytes."""
+        """The file's bytes; none where a data set holds no image.
+
+        Raises:
+            OSError: when it is gone or cannot be read.
+        """
         ...
 
 
-def open_source(name: str | Path) -> Source:
+def open_source(name: str | Path, files: Collection[str] = ()) -> Source:
     """Open a folder of images, a folder of tars, a tar, a pattern of tars, a `datasets` folder, or datasets:ID@SPLIT.
+
+    What it leaves out is logged, on rank 0.
+
+    Args:
+        name: of the source.
+        files: that a folder held before; those that are gone keep their places, and cannot be read.
 
     Raises:
         FileNotFoundError: when it does not exist.
         ValueError: when it holds no images, or its classes are ambiguous.
         RuntimeError: when the package that reads it is missing.
     """
-    text, path = str(name), Path(name)
+    source = _open(str(name), Path(name), files)
+    if os.environ.get("RANK", "0") == "0":
+        for note in _notes(source):
+            logger.warning("%s: %s", source.name, note)
+    return source
+
+
+def _notes(source: Source) -> Iterator[str]:
+    if source.left_out:
+        yield f"{counted(source.left_out.counts.total(), 'file')} left out: {source.left_out}"
+    if empty := getattr(source, "empty_folders", ()):
+        named = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+        yield f"{counted(len(empty), 'subfolder')} without images, no class; later ones have lower numbers: {named}"
+    spelled: dict[str, str] = {}
+    for label in source.label_names:
+        if (other := spelled.setdefault(label.casefold(), label)) != label:
+            yield f"the classes {other!r} and {label!r} differ in upper and lower case alone: are they one?"
+
+
+def _open(text: str, path: Path, files: Collection[str]) -> Source:
     if text.startswith(DATASETS_PREFIX):
         return DatasetSource(text)
     if path.suffix == ".tar" or "{" in text:
@@ -60,27 +175,37 @@ def open_source(name: str | Path) -> Source:
         )
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return DatasetSource(DATASETS_PREFIX + text)
-    if any(entry.name.endswith(".tar") for entry in os.scandir(path)):
+    if any(_is_tar(entry.name) for entry in os.scandir(path)):
         return TarSource(text)
-    return FolderSource(text)
+    return FolderSource(text, files)
 
 
 class FolderSource:
     """Images below a folder; the names of its subfolders, sorted, are the classes. A flat folder has none.
+
+    Args:
+        folder: links in it are followed.
+        files: that it held before; those that are gone keep their places, and cannot be read.
 
     Raises:
         FileNotFoundError: when the folder is missing.
         ValueError: when it holds no images, or images both beside and inside subfolders.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, files: Collection[str] = ()):
         self.name, self._folder = str(folder), Path(folder)
         if not self._folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder; give one with images, or with one subfolder per class")
-        flat, below = _images_in(self._folder)
-        found = {sub: sorted(_images_below(self._folder, sub)) for sub in below}
-        classes = {sub: files for sub, files in found.items() if files}
-        self.empty_folders = tuple(sub for sub, files in found.items() if not files and sub[0] != ".")
+        self.left_out, subfolders = LeftOut(), list[str]()
+        self._paths = {printable(path): path for path in self._images_below("", (), subfolders)}
+        classes: dict[str, list[str]] = {}
+        spelled: dict[str, str] = {}
+        for file in sorted({*self._paths, *files}):
+            top, _, rest = file.partition("/")
+            name = spelled.setdefault(unicodedata.normalize("NFC", top), top) if rest else ""
+            classes.setdefault(name, []).append(file)
+        flat = classes.pop("", [])
+        self.empty_folders = tuple(sorted({*map(printable, subfolders)} - {*spelled.values(), *spelled}))
         """Subfolders that hold no images, and so are no classes."""
         if flat and classes:
             raise ValueError(
@@ -88,11 +213,41 @@ class FolderSource:
                 "the subfolder of its class, or all of them into one flat folder"
             )
         if not flat and not classes:
-            raise ValueError(f"{folder} holds no images ({', '.join(EXTENSIONS)}), neither flat nor in subfolders")
-        self.label_names = tuple(classes)
-        self._files = flat + [file for files in classes.values() for file in files]
-        sizes = [len(files) for files in classes.values()] or [len(flat)]
+            there = f"; left out: {self.left_out}" if self.left_out else ""
+            raise ValueError(f"{folder} holds no images, neither flat nor in subfolders{there}")
+        self.label_names = tuple(sorted(classes))
+        self._files = flat + [file for name in self.label_names for file in classes[name]]
+        sizes = [len(classes[name]) for name in self.label_names] or [len(flat)]
         self.labels = np.repeat(np.arange(len(sizes)), sizes).astype(np.int64)
+
+    def _images_below(self, sub: str, above: tuple[tuple[int, int], ...], subfolders: list[str]) -> Iterator[str]:
+        """Paths of the images below a subfolder, without a stat of each file; the first level's folders."""
+        here = self._folder / sub
+        status = here.stat()
+        if (status.st_dev, status.st_ino) in above:
+            self.left_out.add("link to a folder above itself", sub)
+            return
+        above = (*above, (status.st_dev, status.st_ino))
+        folders = []
+        with os.scandir(here) as entries:
+            for entry in entries:
+                path = f"{sub}/{entry.name}" if sub else entry.name
+                kind = _kind(entry)
+                if is_junk(entry.name):
+                    count = sum(len(files) for _, _, files in os.walk(entry.path)) if kind == "folder" else 1
+                    self.left_out.add(JUNK_REASON, path, count)
+                elif kind == "folder":
+                    folders.append(path)
+                elif kind:
+                    self.left_out.add(kind, path)
+                elif os.path.splitext(entry.name)[1].lower() in image_extensions():
+                    yield path
+                else:
+                    self.left_out.add_ending(path)
+        if not sub:
+            subfolders += folders
+        for folder in folders:
+            yield from self._images_below(folder, above, subfolders)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -101,33 +256,29 @@ class FolderSource:
         return self._files[index]
 
     def read(self, index: int) -> bytes:
-        return (self._folder / self._files[index]).read_bytes()
+        file = self._files[index]
+        return (self._folder / self._paths.get(file, file)).read_bytes()
 
 
-def _images_in(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the images and of the subfolders directly in a folder, sorted, without a stat of each file."""
-    files, folders = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
-                files.append(entry.name)
-            elif entry.is_dir():
-                folders.append(entry.name)
-    return sorted(files), sorted(folders)
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Of an entry of a folder: "" for a file, "folder", or why it is neither."""
+    try:
+        return "" if entry.is_file() else "folder" if entry.is_dir() else "link to nothing, or no file"
+    except OSError:                                                             # a link to itself
+        return "link to nothing, or no file"
 
 
-def _images_below(top: Path, folder: str) -> Iterable[str]:
-    files, folders = _images_in(top / folder)
-    yield from (f"{folder}/{file}" for file in files)
-    for sub in folders:
-        yield from _images_below(top, f"{folder}/{sub}")
+def _is_tar(name: str) -> bool:
+    return name.endswith(".tar") and not is_junk(name)
 
 
 class TarSource:
     """Uncompressed WebDataset tars: files of one sample share a name up to its first dot (a.jpg, a.cls).
 
-    `.cls` holds the class, a number or a word. Tars are read in place: offset and size of each image are listed at the
-    start, so that images can be read in any order.
+    `.cls` holds the class, a number or a word. An image with more dots (a.b.jpg) has the class of a.b.cls, else of
+    a.cls; beside an image of the name alone (a.jpg) it is another file of that sample, as masks are, and left out.
+    Where a name comes again in a tar, a new sample begins. Tars are read in place: offset and size of each image are
+    listed at the start, so that images can be read in any order.
 
     Raises:
         FileNotFoundError: when there is no tar of that name.
@@ -142,20 +293,27 @@ class TarSource:
             raise RuntimeError(
                 f"{name} holds tars, which need the package webdataset: pip install 'lamamba-diff[webdataset]'"
             ) from error
-        self.name = name
+        self.name, self.left_out = name, LeftOut()
         if os.path.isdir(name):
-            tars = sorted(entry.path for entry in os.scandir(name) if entry.name.endswith(".tar"))
+            entries = sorted(os.scandir(name), key=lambda entry: entry.name)
+            tars = [entry.path for entry in entries if _is_tar(entry.name)]
+            for entry in entries:
+                if is_junk(entry.name) or not _is_tar(entry.name):
+                    self.left_out.add_ending(entry.name)
         else:
             tars = list(expand_urls(name))
-        self._tars = tars
+        self._tars, names = tars, [os.path.basename(tar) for tar in tars]
+        self._names = list(map(printable, names if len({*names}) == len(names) else tars))
         for tar in tars:
             if not os.path.isfile(tar):
                 raise FileNotFoundError(f"{tar} does not exist; {name} names {len(tars)} tars")
         with ThreadPoolExecutor(max_workers=8) as pool:
             tables = list(pool.map(_read_table, tars))
-        rows = [(number, *row) for number, table in enumerate(tables) for row in table]
+        rows = [(number, *row) for number, (table, _) in enumerate(tables) for row in table]
+        for _, left_out in tables:
+            self.left_out.update(left_out)
         if not rows:
-            raise ValueError(f"{name} holds no images ({', '.join(EXTENSIONS)})")
+            raise ValueError(f"{name} holds no images" + (f"; left out: {self.left_out}" if self.left_out else ""))
         self._files = [row[1] for row in rows]
         self._locations = np.array([(row[0], row[2], row[3]) for row in rows], dtype=np.int64)     # tar, offset, size
         classes = [row[4] for row in rows]
@@ -166,13 +324,15 @@ class TarSource:
                 f"{unlabelled} of {len(classes)} images of {name} have no class (the first is {first}); give each a "
                 ".cls file beside it, or none"
             )
-        self.label_names, self.labels = _number_classes(classes)
+        self.label_names, self.labels = _number_classes(name, [word for word in classes if word is not None])
+        if unlabelled:
+            self.labels = np.zeros(len(classes), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._files)
 
     def file(self, index: int) -> str:
-        return f"{os.path.basename(self._tars[self._locations[index, 0]])}/{self._files[index]}"
+        return f"{self._names[self._locations[index, 0]]}/{self._files[index]}"
 
     def read(self, index: int) -> bytes:
         tar, offset, size = self._locations[index]
@@ -181,44 +341,83 @@ class TarSource:
             return file.read(size)
 
 
-def _number_classes(classes: Sequence[str | None]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names and labels of classes: numbers are labels, words are numbered in alphabetical order."""
-    words = {word for word in classes if word is not None}
-    if not words:
-        return (), np.zeros(len(classes), dtype=np.int64)
-    if all(word.isdecimal() for word in words):
-        labels = np.array([int(word) for word in classes if word is not None], dtype=np.int64)
-        return tuple(str(k) for k in range(int(labels.max()) + 1)), labels
-    names = tuple(sorted(words))
-    numbers = {name: number for number, name in enumerate(names)}
-    return names, np.array([numbers[str(word)] for word in classes], dtype=np.int64)
+def _number_classes(source: str, classes: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names and labels of classes: numbers are labels, words are numbered in alphabetical order.
+
+    Raises:
+        ValueError: for numbers below 0, or so large that they cannot be labels.
+    """
+    words = set(classes)
+    if words and all(re.fullmatch(r"-?\d{1,100}", word) for word in words):
+        numbers = [int(word) for word in classes]
+        lowest, highest = min(numbers), max(numbers)
+        if lowest < 0 or highest >= max(MAX_CLASS, len(classes)):
+            raise ValueError(
+                f"{source} has the class {lowest if lowest < 0 else highest} in {len(classes):,} images; numbers are "
+                "labels, and count the classes from 0: number them so, or write words"
+            )
+        return tuple(map(str, range(highest + 1))), np.array(numbers, dtype=np.int64)
+    spelled: dict[str, str] = {}
+    for word in sorted(words):
+        spelled.setdefault(unicodedata.normalize("NFC", word), word)
+    numbered = {name: number for number, name in enumerate(spelled)}
+    labels = [numbered[unicodedata.normalize("NFC", word)] for word in classes]
+    return tuple(spelled.values()), np.array(labels, dtype=np.int64)
 
 
-def _read_table(tar: str) -> list[tuple[str, int, int, str | None]]:
-    """(name, offset, size, class) of each image of a tar."""
-    from webdataset.tariterators import base_plus_ext
+_Row = tuple[str, int, int, str | None]
+"""Name, offset, size and class of an image in a tar."""
 
-    images, classes = [], {}
+
+def _read_table(tar: str) -> tuple[list[_Row], LeftOut]:
+    """The images of a tar, and what else is in it."""
+    images, classes, left_out = list[tuple[str, int, int, int]](), dict[tuple[str, int], str](), LeftOut()
+    times: Counter[str] = Counter()
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
-                key, extension = base_plus_ext(member.name)
-                if not member.isfile() or key is None:
+                name, ending = os.path.splitext(member.name)
+                if member.isdir():
                     continue
-                if f".{extension.lower()}" in EXTENSIONS:
-                    images.append((member.name, member.offset_data, member.size, key))
-                elif extension == "cls":
+                time = times[member.name] = times[member.name] + 1
+                if is_junk(member.name):
+                    left_out.add(JUNK_REASON, member.name)
+                elif not member.isfile() or member.issparse():
+                    left_out.add("link, or no file", member.name)
+                elif ending.lower() in image_extensions():
+                    images.append((member.name, time, member.offset_data, member.size))
+                elif ending.lower() == ".cls":
                     held = archive.extractfile(member)
-                    classes[key] = held.read().decode().strip() if held else ""
+                    classes[name, time] = held.read().decode("utf-8-sig").strip() if held else ""
+                else:
+                    left_out.add_ending(member.name)
     except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{tar} is damaged, compressed or no tar ({error}); write it again, without compression"
         ) from error
-    return [(name, offset, size, classes.get(key)) for name, offset, size, key in images]
+    plain = {os.path.splitext(name)[0] for name, *_ in images}
+    rows = []
+    for name, time, offset, size in images:
+        stem, key = os.path.splitext(name)[0], _key(name)
+        if stem != key and key in plain:
+            left_out.add("further images of a sample", name)
+            continue
+        word = classes.get((stem, time)) or classes.get((key, time)) or None
+        rows.append((printable(name) if time == 1 else f"{printable(name)}#{time}", offset, size, word))
+    return rows, left_out
+
+
+def _key(name: str) -> str:
+    """WebDataset's key of a sample: the path up to the first dot in its last part."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
 
 
 class DatasetSource:
     """A data set of the package `datasets`: an id of the Hugging Face hub, or a folder; @SPLIT chooses the split.
+
+    The first column of images counts. Classes are the column "label" of ClassLabel, else the first such column, else
+    the first of LABEL_COLUMNS that holds words or whole numbers. Rows without a class are left out.
 
     Raises:
         ValueError: when it has no column of images, or the split does not exist.
@@ -230,7 +429,7 @@ class DatasetSource:
             import datasets
         except ModuleNotFoundError as error:
             raise RuntimeError(f"{name} needs the package datasets: pip install 'lamamba-diff[datasets]'") from error
-        self.name = name
+        self.name, self.left_out = name, LeftOut()
         place, _, split = name.removeprefix(DATASETS_PREFIX).partition("@")
         split = split or "train"
         saved = any((Path(place) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
@@ -245,30 +444,52 @@ class DatasetSource:
         images = [key for key, feature in loaded.features.items() if isinstance(feature, datasets.Image)]
         if not images:
             raise ValueError(f"{name} has no column of images; its columns are {', '.join(loaded.features)}")
-        self._column = images[0]
-        classes = [key for key, feature in loaded.features.items() if isinstance(feature, datasets.ClassLabel)]
-        self.label_names: tuple[str, ...] = ()
-        self.labels = np.zeros(len(loaded), dtype=np.int64)
-        if classes:
-            column = "label" if "label" in classes else classes[0]
-            self.label_names = tuple(loaded.features[column].names)
-            self.labels = np.asarray(loaded[column], dtype=np.int64)
-            if len(self.labels) and self.labels.min() < 0:
-                raise ValueError(
-                    f"{name} has images without a class in column {column!r} (label -1); choose another split"
-                )
+        self._column, self._split = images[0], split
+        self._kept = np.arange(len(loaded))
+        self.label_names, self.labels = self._read_classes(loaded, _class_column(loaded.features))
         self._rows = loaded.select_columns([self._column]).cast_column(self._column, datasets.Image(decode=False))
-        self._split = split
+
+    def _read_classes(self, loaded: Any, column: str | None) -> tuple[tuple[str, ...], np.ndarray]:
+        """Names and labels by a column; rows without a class are left out."""
+        unused = [key for key in loaded.features if key not in (self._column, column)]
+        if unused:
+            logger.info("%s: classes from column %s, columns not used: %s", self.name, column, ", ".join(unused))
+        if column is None:
+            return (), np.zeros(len(loaded), dtype=np.int64)
+        names = getattr(loaded.features[column], "names", None)
+        classes = loaded[column][:]
+        missing = [value is None or value == "" or (names is not None and value < 0) for value in classes]
+        self._kept = np.flatnonzero(~np.array(missing, dtype=bool))
+        if not len(self._kept):
+            raise ValueError(f"{self.name} has no image with a class in column {column!r}; choose another split")
+        for row in np.flatnonzero(missing):
+            self.left_out.add(f"without a class in column {column}", f"{self._split}/{row}")
+        held = [classes[row] for row in self._kept]
+        if names is not None:
+            return tuple(names), np.array(held, dtype=np.int64)
+        return _number_classes(self.name, [str(int(value)) if isinstance(value, int) else value for value in held])
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._kept)
 
     def file(self, index: int) -> str:
-        return f"{self._split}/{index}"
+        return f"{self._split}/{self._kept[index]}"
 
     def read(self, index: int) -> bytes:
-        held = self._rows[int(index)][self._column]
+        held = self._rows[int(self._kept[index])][self._column] or {}
+        if held.get("bytes") is None and held.get("path") is None:
+            return b""
         return held["bytes"] if held["bytes"] is not None else Path(held["path"]).read_bytes()
+
+
+def _class_column(features: Mapping[str, Any]) -> str | None:
+    """The column of a data set that holds classes."""
+    labels = [key for key, feature in features.items() if type(feature).__name__ == "ClassLabel"]
+    plain = [
+        key for key in LABEL_COLUMNS
+        if re.match("string|large_string|u?int|bool", getattr(features.get(key), "dtype", None) or "")
+    ]
+    return "label" if "label" in labels else next(iter(labels + plain), None)
 
 
 def fingerprint(source: Source, excluded: Iterable[str] = ()) -> str:

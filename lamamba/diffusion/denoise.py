@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -143,8 +143,9 @@ def set_steps(scheduler: Any, num_steps: int) -> None:
         ValueError: for a number of steps out of range.
     """
     config = scheduler.config
-    if not isinstance(num_steps, numbers.Integral) or not 1 <= num_steps <= NUM_TIMESTEPS:
+    if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or not 1 <= num_steps <= NUM_TIMESTEPS:
         raise ValueError(f"num_steps={num_steps!r} must be a whole number from 1 to {NUM_TIMESTEPS}")
+    num_steps = int(num_steps)                                                  # NumPy's, too
     if "FlowMatch" in type(scheduler).__name__:
         # N equal steps from 1 to 0; by default diffusers' last step begins at 1/1000, after N - 1 longer ones
         scheduler.sigma_min = 1 / num_steps
@@ -360,6 +361,7 @@ def denoise(
 
     Raises:
         ValueError: when first is out of range, or is not 0 and start is missing.
+        FloatingPointError: naming the first step whose result is not finite.
     """
     timesteps = scheduler.timesteps
     if not 0 <= first <= len(timesteps) or (first and start is None):
@@ -375,6 +377,7 @@ def denoise(
         scheduler.set_begin_index(first)
     x = noise * float(getattr(scheduler, "init_noise_sigma", 1.0)) if start is None else noised(
         scheduler, start, noise, first)
+    finite = [x.isfinite().all()]                                               # read after the last step: no waits
     for i in range(first, len(timesteps)):
         if interrupted():
             break
@@ -383,10 +386,17 @@ def denoise(
         output = predict(scaled, t.expand(x.shape[0]))
         prediction = output[:, : x.shape[1]]
         x = scheduler.step(output if takes_variance else prediction, t, x, **extra).prev_sample
+        finite.append(x.isfinite().all())
         if known is not None:
             x = known.repaint * x + (1 - known.repaint) * noised(scheduler, known.x0, noise, i + 1)
         if on_step:
             x0 = estimate_x0(scheduler, prediction, scaled, t)
             changed = on_step(Step(i + 1 - first, len(timesteps) - first, t, x, x0))
             x = x if changed is None else changed
+    if not x.isfinite().all():
+        bad = [*torch.stack(finite).tolist(), False].index(False)
+        raise FloatingPointError(
+            f"sampling became NaN or infinite in step {bad} of {len(timesteps) - first}: compute the network in "
+            "float32 or bfloat16, take a smaller guidance scale or more steps, and look at the weights"
+        )
     return x

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import numbers
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lamamba.config import UNetConfig, unknown_name
 from lamamba.diffusion.schedule import NUM_TIMESTEPS
+from lamamba.options.base import record
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x (b, c, h, w), timestep (b,)) -> the network's output."""
@@ -35,6 +37,7 @@ def drop_labels(labels: Tensor, uniform: Tensor, probability: float, null_label:
     return torch.where(uniform.to(labels.device) < probability, null_label, labels)
 
 
+@record
 @dataclass(frozen=True)
 class Guidance:
     """Settings of guidance: scale, channels, interval of timesteps, rescaling.
@@ -58,10 +61,9 @@ class Guidance:
     """0 .. 1: how far each image's standard deviation is rescaled to the prediction's (Lin et al., 2024, Eq. 15-16)."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.scale, numbers.Real) or not abs(self.scale) < float("inf"):
+        if isinstance(self.scale, bool) or not isinstance(self.scale, Real) or not math.isfinite(self.scale):
             raise ValueError(f"guidance scale {self.scale!r} is no finite number; 1 is none, 1.5 to 4 are usual")
-        if not isinstance(self.scale, int | float):
-            object.__setattr__(self, "scale", float(self.scale))                # NumPy's
+        object.__setattr__(self, "scale", float(self.scale))                    # NumPy's, too
         if self.channels not in get_args(GuidedChannels):
             raise unknown_name("guided channels", str(self.channels), get_args(GuidedChannels))
         object.__setattr__(self, "interval", tuple(self.interval))

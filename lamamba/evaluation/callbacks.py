@@ -1,4 +1,7 @@
-"""Callbacks of the training loop: sample grids and quick scores of the averaged network."""
+"""Callbacks of the training loop: sample grids and quick scores of the averaged network.
+
+What they need is checked when they are made, before anything is trained.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import numpy as np
 import torch
 
 from lamamba.data.codec import Decoder, LatentDecoder
+from lamamba.diffusion.denoise import make_scheduler, samplers_for
 from lamamba.evaluation.candidates import open_images
 from lamamba.evaluation.figures import moments
 from lamamba.evaluation.reference import Moments, load_statistics
@@ -23,6 +27,8 @@ from lamamba.options.training import SampleGridOptions, ScoreOptions
 from lamamba.runs.metadata import ModelMetadata, default_guidance
 from lamamba.sampling import generate
 from lamamba.training.loop import StepState
+from lamamba.utils.progress import Progress, Report
+from lamamba.viz.curves import SCORES, read_metrics
 from lamamba.viz.grids import grid_picture, save_picture
 
 logger = logging.getLogger("lamamba.evaluation")
@@ -43,20 +49,41 @@ def open_decoder(metadata: ModelMetadata, device: torch.device) -> LatentDecoder
         return LatentDecoder(metadata.autoencoder, metadata, device)
     except OSError as error:
         raise OSError(
-            f"{error}. It is wanted for pictures while training: name where it is with --data.autoencoder, or train "
-            "without them (--sampling.every 0)"
+            f"{error}. It is wanted for pictures while training: name where it is with data.autoencoder, or train "
+            "without them (sampling.every=0)"
         ) from error
 
 
 def _sample(
-    network: LaMambaUNet, labels: list[int] | None, num: int, options: DenoisingOptions, decoder: Decoder | None
-) -> np.ndarray:
-    """Images of seeds 0 .. num - 1, (num, h, w, c) uint8; unconditional networks are sampled without guidance."""
+    network: LaMambaUNet, labels: list[int] | None, num: int, options: DenoisingOptions, decoder: Decoder | None,
+    report: Report,
+) -> np.ndarray | None:
+    """Images of seeds 0 .. num - 1, (num, h, w, c) uint8; unconditional networks are sampled without guidance.
+
+    None, with a warning, where they are not finite: training goes on.
+    """
     guidance = default_guidance(options.guidance, network.architecture.num_classes) if labels is not None else 1.0
-    return generate(
-        network, labels, range(num), sampler=options.sampler, num_steps=options.steps, guidance=guidance,
-        batch_size=BATCH_SIZE, decoder=decoder,
-    )
+    try:
+        return generate(
+            network, labels, range(num), sampler=options.sampler, num_steps=options.steps, guidance=guidance,
+            batch_size=BATCH_SIZE, decoder=decoder,
+            on_step=lambda done, total: report(Progress("sampling", done, total, unit="steps")),
+        )
+    except FloatingPointError as error:
+        logger.warning("no samples of this step: %s", error)
+        return None
+
+
+def check_sampler(options: DenoisingOptions, metadata: ModelMetadata) -> None:
+    """Check the sampler of pictures and scores before anything is trained.
+
+    Raises:
+        ValueError: when it is unknown, is for models of another kind, or does not take so many steps.
+    """
+    try:
+        make_scheduler(options.sampler or samplers_for(metadata.objective)[0], metadata.objective, options.steps)
+    except ValueError as error:
+        raise ValueError(f"sampling: {error}") from None
 
 
 class SampleGrid:
@@ -67,26 +94,29 @@ class SampleGrid:
         folder: gets step_00000500.png, ...
         label_names: of the classes, of which the first ten are shown.
         decoder: of latents.
+        report: gets the progress of the sampling.
     """
 
     def __init__(
-        self, options: SampleGridOptions, folder: Path, label_names: tuple[str, ...], decoder: Decoder | None = None
+        self, options: SampleGridOptions, folder: Path, label_names: tuple[str, ...], decoder: Decoder | None = None,
+        report: Report = lambda progress: None,
     ):
-        self._options, self._folder, self._decoder = options, folder, decoder
+        self._options, self._folder, self._decoder, self._report = options, folder, decoder, report
         self._names = label_names[:MAX_GRID_CLASSES]
 
-    def __call__(self, state: StepState) -> None:
-        options = self._options
+    def __call__(self, state: StepState, *, if_missing: bool = False) -> None:
+        """Make the picture of a step where it is due; with `if_missing`, unless it is there."""
+        options, path = self._options, self._folder / f"step_{state.step:08d}.png"
         if not options.every or (state.step % options.every and state.step != state.steps):
             return
         network = state.whole_ema()
-        if network is None:                                                     # rank 0 samples
+        if network is None or (if_missing and path.exists()):                   # rank 0 samples
             return
         rows = max(1, len(self._names))
         labels = [row for row in range(rows) for _ in range(options.per_class)] if self._names else None
-        images = _sample(network, labels, rows * options.per_class, options, self._decoder)
-        picture = grid_picture(images, options.per_class, self._names)
-        save_picture(picture, self._folder / f"step_{state.step:08d}.png")
+        images = _sample(network, labels, rows * options.per_class, options, self._decoder, self._report)
+        if images is not None:
+            save_picture(grid_picture(images, options.per_class, self._names), path)
 
 
 class QuickScore:
@@ -99,55 +129,73 @@ class QuickScore:
         options: how often, of how many images, with which features and reference.
         sampling: sampler, steps and guidance.
         path: of scores.jsonl.
-        image_size: side of the images.
+        shape: of an image: height, width, channels.
         decoder: of latents.
         device: of the feature network.
-        is_main: whether this is rank 0.
+        is_rank_zero: whether this is rank 0.
+        report: gets the progress of the sampling.
 
     Raises:
         OSError, ValueError: when there is no such reference or feature network, or they do not fit together.
     """
 
     def __init__(
-        self, options: ScoreOptions, sampling: DenoisingOptions, path: Path, image_size: int,
-        decoder: Decoder | None, device: torch.device, *, is_main: bool,
+        self, options: ScoreOptions, sampling: DenoisingOptions, path: Path, shape: tuple[int, int, int],
+        decoder: Decoder | None, device: torch.device, *, is_rank_zero: bool, report: Report = lambda progress: None,
     ):
         self._options, self._sampling, self._path, self._decoder = options, sampling, path, decoder
+        self._report = report
         self._evaluator: tuple[FeatureNetwork, Moments] | None = None
-        if is_main:
+        if is_rank_zero:
             features = open_network(options.features, options.weights, device)
-            self._evaluator = features, self._open_reference(features, image_size)
+            self._evaluator = features, self._open_reference(features, shape)
 
-    def _open_reference(self, features: FeatureNetwork, image_size: int) -> Moments:
+    def _open_reference(self, features: FeatureNetwork, shape: tuple[int, int, int]) -> Moments:
+        """Mean and covariance of the reference; the features of two black images show that they fit."""
         name = self._options.reference
+        if shape[2] > features.info.channels:
+            raise ValueError(
+                f"score.features={self._options.features!r} reads grey images, and this run makes colour; choose others"
+            )
         if name == "digits":
-            images = open_images(name, image_size)
-            return moments(_statistics(features, images.read(range(len(images)))))
-        if name is None or not name.endswith(".npz"):
+            images = open_images(name, shape[0])
+            reference = moments(_statistics(features, images.read(range(len(images)))))
+        elif name is None or not name.endswith(".npz"):
             raise ValueError(
                 f"score.reference={name!r} must be statistics, as lamamba evaluate stats makes them of images (an .npz "
                 "file), or \"digits\""
             )
-        reference = load_statistics(name)
-        reference.check(features.info, (image_size, image_size, 3))
-        return reference.features
+        else:
+            statistics = load_statistics(name)
+            statistics.check(features.info, shape)
+            reference = statistics.features
+        mean, _ = moments(_statistics(features, np.zeros((2, *shape), np.uint8)))
+        if len(mean) != len(reference[0]):
+            raise ValueError(f"score.reference={name} is of {len(reference[0])} features, and these are {len(mean)}")
+        return reference
 
-    def __call__(self, state: StepState) -> None:
+    def __call__(self, state: StepState, *, if_missing: bool = False) -> None:
+        """Write the score of a step where it is due; with `if_missing`, unless it is there."""
         options = self._options
         if state.step % options.every and state.step != state.steps:
             return
         network = state.whole_ema()
-        if network is None or self._evaluator is None:
+        if network is None or self._evaluator is None or (if_missing and state.step in self._scored_steps()):
             return
         features, reference = self._evaluator
         classes = network.architecture.num_classes
         labels = [k % classes for k in range(options.images)] if classes else None
-        images = _sample(network, labels, options.images, self._sampling, self._decoder)
+        images = _sample(network, labels, options.images, self._sampling, self._decoder, self._report)
+        if images is None:
+            return
         score = frechet_distance(*moments(_statistics(features, images)), *reference)
         line = {"step": state.step, "name": features.distance_name, "score": score, "images": options.images}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         logger.info(f"step {state.step}  {features.distance_name} {score:.4g} of {options.images} images")
+
+    def _scored_steps(self) -> set[int]:
+        return {line["step"] for line in read_metrics(self._path, SCORES)} if self._path.is_file() else set()
 
 
 def _statistics(network: FeatureNetwork, images: np.ndarray) -> Statistics:

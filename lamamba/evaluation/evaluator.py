@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +15,20 @@ from typing import Any
 import numpy as np
 
 from lamamba.evaluation.candidates import SampleSet, open_images
-from lamamba.evaluation.extraction import Features, extract
+from lamamba.evaluation.extraction import Features, extract, spread
 from lamamba.evaluation.figures import Figures, compute_figures, mean_and_spread, moments
 from lamamba.evaluation.images import Images, digest, fit_channels
 from lamamba.evaluation.reference import Reference, is_statistics, load_statistics, reference_images
 from lamamba.evaluation.results import Entry
 from lamamba.metrics.features import FeatureNetwork
 from lamamba.metrics.statistics import Statistics
+from lamamba.options.base import from_dict
 from lamamba.options.metrics import MetricOptions
 from lamamba.utils.distributed import ProcessGroup
 from lamamba.utils.files import write_atomically
 from lamamba.utils.progress import Progress, Report
+
+logger = logging.getLogger("lamamba.evaluation")
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Evaluator:
 
     def statistics(self, features: Features) -> dict[str, Statistics]:
         """Statistics of "features", and of "spatial" where there are any: each process sums a part of the shards."""
-        shards = range(features.num_shards)[self.group.rank :: self.group.world_size]
+        shards = features.shards[self.group.rank :: self.group.world_size]
         names = [name for name in ("features", "spatial") if name in features.names()]
         return {name: features.statistics(name, shards).reduce(self.group.all_reduce) for name in names}
 
@@ -73,15 +78,22 @@ class Evaluator:
             network=self.network.info,
         )
 
-    def open_reference(self, name: str | np.ndarray, image_shape: tuple[int, ...], num_rows: int) -> Reference:
-        """The reference of samples of this shape: from a file of statistics, or computed of images.
+    def open_reference(self, name: str | np.ndarray, samples: Images, num_rows: int) -> Reference:
+        """The reference of samples: from a file of statistics, or computed of images.
+
+        Files are cropped and scaled to the samples' size, as training does; those for a model's samples are converted
+        to its channels, too.
 
         Raises:
             FileNotFoundError, ValueError: when it is missing, damaged or does not fit.
         """
         if isinstance(name, str) and is_statistics(name):
-            return self._load_reference(name, image_shape, num_rows)
-        images = open_images(name, image_size=image_shape[0])
+            return self._load_reference(name, self.fit(samples).shape, num_rows)
+        image_shape, is_model = samples.shape, samples.metadata["kind"] == "generated"
+        is_square = image_shape[0] == image_shape[1]
+        images = open_images(
+            name, image_shape[0] if is_square else None, channels=image_shape[2] if is_model and is_square else None
+        )
         name = name if isinstance(name, str) else "array"
         if images.shape[:2] != image_shape[:2]:
             sizes = " and ".join(f"{s[0]} x {s[1]}" for s in (images.shape, image_shape))
@@ -94,8 +106,8 @@ class Evaluator:
         images, rows = reference_images(path), reference.rows
         if rows is None and images is not None:                                 # ADM's: moments of all, images of some
             rows = self.extract(images, "reference").rows(limit=num_rows)
-        elif rows is not None and len(rows) > num_rows:
-            rows = rows[np.arange(num_rows) * len(rows) // num_rows]
+        elif rows is not None:
+            rows = rows[spread(len(rows), num_rows)]
         size = len(reference.features[0])
         if reference.network is None and self.network.info.name.startswith("inception") and size != 2048:
             raise ValueError(f"{path} has {size} features, Inception's pool3 2048: another network made it")
@@ -125,12 +137,13 @@ class Evaluator:
 
         def finish() -> Entry:
             figures: list[Figures] = [run for run in runs if run is not None]
-            means, spread = mean_and_spread(figures)
+            means, deviations = mean_and_spread(figures)
             entry = Entry(
                 name=sample_set.name, step=sample_set.step, ema=sample_set.ema, guidance=sample_set.guidance,
-                figures=means, spread=spread, runs=figures, protocol=protocol,
+                figures=means, spread=deviations, runs=figures, protocol=protocol,
             )
-            write_atomically(path, json.dumps(dataclasses.asdict(entry)))
+            text = json.dumps(dataclasses.asdict(entry))
+            write_atomically(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n")
             for folder in folders if not keep_features else []:
                 shutil.rmtree(folder)
             return entry
@@ -159,4 +172,11 @@ class Evaluator:
 
 
 def _read_entry(path: Path) -> Entry | None:
-    return Entry(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    """The entry in a file; None where there is none, or its first line is not the SHA-256 of its second."""
+    if not path.is_file():
+        return None
+    digest, _, text = path.read_bytes().partition(b"\n")
+    if digest != hashlib.sha256(text.strip()).hexdigest().encode():
+        logger.warning("%s is not what was written: its figures are computed anew", path)
+        return None
+    return from_dict(Entry, json.loads(text), path)

@@ -9,15 +9,15 @@ Another plan has a folder of its own.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from lamamba.evaluation.images import Images, digest
 from lamamba.metrics.features import FeatureNetwork
@@ -43,55 +43,71 @@ class _Plan(ShardPlan):
         return json.loads(json.dumps(self.values))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> _Plan:
+    def from_dict(cls, values: Any, where: str | Path = "") -> _Plan:
         return cls(values)
 
 
+def spread(count: int, limit: int | None) -> np.ndarray:
+    """Indices of `limit` of so many rows, evenly spaced; of all where there are no more."""
+    return np.arange(count) if limit is None or limit >= count else np.arange(limit) * count // limit
+
+
 class Features:
-    """The features of a set of images, on disk; made by `extract`."""
+    """The features of a set of images, on disk; made by `extract`. Each shard is compared with its hash as it is read.
 
-    def __init__(self, folder: Path, plan: ShardPlan):
-        self.folder, self.count = folder, plan.sizes[0]
-        self._ranges = [plan.shard_range(number) for number in range(plan.num_shards)]
+    Args:
+        folder: of the shards.
+        plan: of their numbers.
+        hashes: SHA-256 of each.
+    """
 
-    def __len__(self) -> int:
-        return self.count
+    def __init__(self, folder: Path, plan: ShardPlan, hashes: Sequence[str]):
+        self.folder, self._plan, self._hashes = folder, plan, hashes
+        self._newest: tuple[int, dict[str, np.ndarray]] | None = None
 
     @property
-    def num_shards(self) -> int:
-        return len(self._ranges)
+    def shards(self) -> range:
+        """Their numbers."""
+        return range(self._plan.num_shards)
 
     def path(self, shard: int) -> Path:
         return self.folder / _file_name(shard)
 
     def names(self) -> list[str]:
         """Names of the network's outputs."""
-        with safe_open(self.path(0), framework="numpy") as file:
-            return sorted(file.keys())
+        return sorted(self._load(0))
 
     def read(self, shard: int, name: str) -> np.ndarray:
-        """One output (n, ...) of a shard's images."""
-        with safe_open(self.path(shard), framework="numpy") as file:
-            return file.get_tensor(name)
+        """One output (n, ...) of a shard's images.
+
+        Raises:
+            ValueError: when the shard has changed since it was made.
+        """
+        return self._load(shard)[name]
+
+    def _load(self, shard: int) -> dict[str, np.ndarray]:
+        if self._newest is None or self._newest[0] != shard:
+            content = self.path(shard).read_bytes()
+            if hashlib.sha256(content).hexdigest() != self._hashes[shard]:
+                raise ValueError(f"{self.path(shard)} is not what was written; run the same command again")
+            self._newest = shard, load(content)
+        return self._newest[1]
 
     def rows(self, name: str = "features", limit: int | None = None) -> np.ndarray:
         """All rows in order, (count, d); or as many as `limit`, spread evenly."""
-        chosen = np.arange(self.count)
-        if limit is not None and limit < self.count:
-            chosen = np.arange(limit) * self.count // limit
-        rows = []
-        for shard, indices in enumerate(self._ranges):
+        chosen, rows = spread(self._plan.sizes[0], limit), []
+        for shard in self.shards:
+            indices = self._plan.shard_range(shard)
             mine = chosen[(chosen >= indices.start) & (chosen < indices.stop)] - indices.start
             rows.append(self.read(shard, name)[mine])
         return np.concatenate(rows)
 
     def statistics(self, name: str = "features", shards: range | None = None) -> Statistics:
         """Of all shards, or of some."""
-        statistics: Statistics | None = None
-        for shard in shards if shards is not None else range(self.num_shards):
-            values = self.read(shard, name)
-            statistics = (statistics or Statistics(values.shape[1])).add(values)
-        return statistics or Statistics(self.read(0, name).shape[1])
+        statistics = Statistics(self.read(0, name).shape[1])
+        for shard in self.shards if shards is None else shards:
+            statistics.add(self.read(shard, name))
+        return statistics
 
 
 def extract(
@@ -117,8 +133,6 @@ def extract(
         ValueError: when an image cannot be read, or a feature is NaN or infinite.
         OSError: when the disk is full or broken; finished shards stay.
     """
-    if min(shard_size, batch_size) < 1:
-        raise ValueError(f"shard_size={shard_size} and batch_size={batch_size} must be at least 1")
     plan = _Plan({
         "images": dict(images.metadata), "count": len(images), "network": asdict(network.info), "shard": shard_size,
         "shape": list(images.shape),
@@ -126,8 +140,10 @@ def extract(
     place = Path(folder) / digest(plan.values)[:16]
     place.mkdir(parents=True, exist_ok=True)
     write_atomically(place / PLAN, json.dumps(plan.values, indent=2) + "\n")
-    _ExtractionJob(place, plan, images, network, batch_size, task, rank=rank, report=report).run()
-    return Features(place, plan)
+    job = _ExtractionJob(place, plan, images, network, batch_size, task, rank=rank, report=report)
+    job.run()
+    _, notes, _ = job.read_result()
+    return Features(place, plan, [job.files_of(notes[k])[_file_name(k)][1] for k in range(plan.num_shards)])
 
 
 def _file_name(shard: int) -> str:
@@ -154,8 +170,7 @@ class _ExtractionJob(ShardedJob[_Plan]):
                 check_features(values.reshape(len(values), -1), f"{name} of images {batch.start} .. {batch.stop - 1}")
             advance(batch.stop - indices.start)
         tensors = {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
-        classes = self._images.classes(indices)
-        if classes is not None:
+        if (classes := self._images.classes(indices)) is not None:
             tensors[REQUESTED] = classes.astype(np.int64)
         return {_file_name(number): save(tensors)}, {}
 
@@ -164,8 +179,8 @@ class _ExtractionJob(ShardedJob[_Plan]):
         return json.dumps(values, indent=2) + "\n"
 
     def read_result(self) -> tuple[_Plan, Mapping[int, Note], Mapping[str, list[Any]]]:
-        values = read_json(self.folder / self.result, FEATURES_VERSION)
         try:
+            values = read_json(self.folder / self.result, FEATURES_VERSION)
             notes = {k: self.make_note(dict(note["files"]), {}) for k, note in enumerate(values["shards"])}
         except (KeyError, TypeError, ValueError):                               # damaged: all are made again
             notes = {}

@@ -35,6 +35,7 @@ def make_protocol(
         "images": len(images), "image_shape": list(images.shape[:2]), "grey": options.grey,
         "settings": {**asdict(options.metrics), "kernel_subset": subset},       # the size used: no more than images
         "samples": {key: value for key, value in images.metadata.items() if key not in excluded},
+        **({"architecture": sample_set.architecture} if sample_set.architecture else {}),
         "seeds": [run.metadata["seeds"] for run in sample_set.runs if "seeds" in run.metadata],
         "repeats": len(sample_set.runs),
         "pixels": "127.5 x + 128, clamped, truncated" if is_sampled else "as stored",

@@ -15,6 +15,8 @@ from lamamba._version import __version__
 from lamamba.evaluation.images import Images, NpzImages, npz_array, npz_entries
 from lamamba.metrics.features import FeatureNetworkInfo
 from lamamba.metrics.statistics import check_features
+from lamamba.options.base import from_dict, record
+from lamamba.utils.files import parse_json, replacing
 
 VERSION = 1
 """Of the statistics files that `Reference.save` writes."""
@@ -22,6 +24,20 @@ PROTOCOL = "protocol"
 INCEPTION = "inception-2015-12-05"
 Moments = tuple[np.ndarray, np.ndarray]
 """Mean (d,) and covariance (d, d)."""
+
+
+@record
+@dataclass(frozen=True, kw_only=True)
+class _Protocol:
+    """What a statistics file of ours says of itself."""
+
+    version: int
+    lamamba: str = ""
+    name: str | None = None
+    fingerprint: str | None = None
+    count: int | None = None
+    image_shape: tuple[int, ...] | None = None
+    network: FeatureNetworkInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -81,13 +97,9 @@ class Reference:
         if self.rows is not None:
             arrays["features"] = self.rows
         arrays[PROTOCOL] = np.array(json.dumps(metadata))
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
         save: Any = np.savez                                                    # its types forbid dictionaries
-        with temporary.open("wb") as file:
+        with replacing(Path(path)) as temporary, temporary.open("wb") as file:
             save(file, **arrays)
-        temporary.replace(path)
 
 
 def is_statistics(path: str | np.ndarray) -> bool:
@@ -108,20 +120,23 @@ def load_statistics(path: str | Path) -> Reference:
         FileNotFoundError, ValueError: when it is missing, damaged, pickled, or of a newer format.
     """
     entries = npz_entries(path)
-    metadata: dict[str, Any] = {}
+    saved = _Protocol(version=VERSION)
     if PROTOCOL in entries:
-        metadata = json.loads(str(npz_array(path, PROTOCOL)))
-        if not isinstance(metadata.get("version"), int) or metadata["version"] > VERSION:
-            raise ValueError(f"{path} has format version {metadata.get('version')}, this lamamba reads up to {VERSION}")
+        try:
+            saved = from_dict(_Protocol, parse_json(str(npz_array(path, PROTOCOL))))
+        except ValueError as error:
+            raise ValueError(f"{path}: {PROTOCOL}: {error}") from error
+        if not 1 <= saved.version <= VERSION:
+            raise ValueError(f"{path} has format version {saved.version}, this lamamba reads up to {VERSION}")
     features = _moments(path, entries, "mu", "sigma")
     spatial = _moments(path, entries, "mu_s", "sigma_s") if {"mu_s", "sigma_s"} <= entries.keys() else None
     rows = check_features(npz_array(path, "features"), f"{path}: features") if "features" in entries else None
-    shape = metadata.get("image_shape") or (entries["arr_0"][0][1:] if "arr_0" in entries else None)
+    if rows is not None and rows.shape[1] != len(features[0]):
+        raise ValueError(f"{path}: features have {rows.shape[1]} columns and mu {len(features[0])} numbers")
+    shape = saved.image_shape or (entries["arr_0"][0][1:] if "arr_0" in entries else None)
     return Reference(
-        name=str(metadata.get("name") or path), fingerprint=str(metadata.get("fingerprint") or _hash(features)),
-        features=features, spatial=spatial, rows=rows, count=metadata.get("count"),
-        image_shape=tuple(shape) if shape else None,
-        network=FeatureNetworkInfo(**metadata["network"]) if metadata.get("network") else None,
+        name=saved.name or str(path), fingerprint=saved.fingerprint or _hash(features), features=features,
+        spatial=spatial, rows=rows, count=saved.count, image_shape=shape or None, network=saved.network,
     )
 
 
@@ -134,9 +149,14 @@ def _moments(path: str | Path, entries: dict[str, Any], mean: str, covariance: s
     for name in (mean, covariance):
         if name not in entries:
             raise ValueError(f"{path} has no {name!r}; a reference holds mu and sigma (or images under arr_0)")
-    mu, sigma = (npz_array(path, name).astype(np.float64) for name in (mean, covariance))
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ValueError(f"{path}: {mean} {mu.shape} and {covariance} {sigma.shape} are no finite mean and covariance")
+        if not np.issubdtype(entries[name][1], np.floating):
+            raise ValueError(f"{path}: {name} holds {entries[name][1]}, and statistics are real numbers (float64)")
+    (rows, *more), shape = entries[mean][0] or (0,), entries[covariance][0]
+    if more or not rows or shape != (rows, rows):
+        raise ValueError(f"{path}: {mean} {entries[mean][0]} and {covariance} {shape} are no mean and covariance")
+    mu, sigma = (np.ascontiguousarray(npz_array(path, name), dtype=np.float64) for name in (mean, covariance))
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"{path}: {mean} or {covariance} is not finite; make or fetch it again")
     return mu, sigma
 
 

@@ -6,9 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import MinLen
+
+from lamamba.options.base import read_record, record
 from lamamba.utils.files import write_atomically
+from lamamba.utils.text import aligned
 
 VERSION = 1
 """Of result files."""
@@ -31,6 +35,7 @@ WITHIN = {"inception_score": "inception_score_spread", "kernel": "kernel_spread"
 """Figures that have a spread within one evaluation."""
 
 
+@record
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """Figures of one set of weights at one guidance scale, or of existing images."""
@@ -51,6 +56,13 @@ class Entry:
     """Everything that the figures depend on."""
 
 
+@record
+@dataclass(frozen=True)
+class _Result:
+    version: int
+    entries: Annotated[tuple[Entry, ...], MinLen(1)]
+
+
 def read_result(path: str | Path) -> list[Entry]:
     """The entries of a result file.
 
@@ -59,16 +71,7 @@ def read_result(path: str | Path) -> list[Entry]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is no file; give a result that lamamba evaluate has written")
-    try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-        version, entries = result["version"], [Entry(**entry) for entry in result["entries"]]
-        if not entries:
-            raise ValueError("it has no entries")
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is no result of lamamba evaluate, or damaged ({error})") from error
-    if version != VERSION:
-        raise ValueError(f"{path} has format version {version}, this lamamba reads {VERSION}; upgrade it")
-    return entries
+    return list(read_record(_Result, Path(path), VERSION).entries)
 
 
 def write_result(path: Path, entries: Sequence[Entry]) -> None:
@@ -82,38 +85,31 @@ def disagreements(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
     """In which parts that must agree two protocols differ; their figures compare when this is empty."""
     found = []
     for part, words in MUST_AGREE.items():
-        mine, theirs = one.get(part), other.get(part)
+        entries = _unequal(one.get(part), other.get(part))
         if part == "reference":
-            mine, theirs = _identity(mine), _identity(theirs)
-        if mine == theirs:
-            continue
-        if isinstance(mine, dict) and isinstance(theirs, dict):
-            said = ", ".join(f"{key} {_short(mine.get(key))} against {_short(theirs.get(key))}"
-                             for key in {**mine, **theirs} if mine.get(key) != theirs.get(key))
-        else:
-            said = f"{_short(mine)} against {_short(theirs)}"
-        found.append(f"{words} ({said})")
+            entries.pop("name", None)                                           # which does not matter
+        if entries:
+            said = (f"{key} {mine} against {theirs}".strip() for key, (mine, theirs) in entries.items())
+            found.append(f"{words} ({', '.join(said)})")
     return found
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Other differences: what one compares, such as model, sampler and seeds."""
-    found = []
-    for part in {**one, **other}:
-        mine, theirs = one.get(part), other.get(part)
-        if part in MUST_AGREE or mine == theirs:
-            continue
-        if isinstance(mine, dict) and isinstance(theirs, dict):
-            found += [f"{part}.{key}: {_short(mine.get(key))} | {_short(theirs.get(key))}"
-                      for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
-        else:
-            found.append(f"{part}: {_short(mine)} | {_short(theirs)}")
-    return found
+    """Other differences: what one compares, such as the network's architecture, sampler and seeds."""
+    return [
+        f"{part}{'.' if key else ''}{key}: {mine} | {theirs}"
+        for part in {**one, **other} if part not in MUST_AGREE
+        if part != "architecture" or None not in (one.get(part), other.get(part))      # images, and older results
+        for key, (mine, theirs) in _unequal(one.get(part), other.get(part)).items()
+    ]
 
 
-def _identity(reference: Any) -> Any:
-    """A reference without its name, which does not matter."""
-    return {k: v for k, v in reference.items() if k != "name"} if isinstance(reference, dict) else reference
+def _unequal(mine: Any, theirs: Any) -> dict[str, tuple[str, str]]:
+    """Both values in short, by the key where they differ; "" where they are no dictionaries."""
+    if not (isinstance(mine, dict) and isinstance(theirs, dict)):
+        mine, theirs = {"": mine}, {"": theirs}
+    pairs = {key: (mine.get(key), theirs.get(key)) for key in {**mine, **theirs}}
+    return {key: (_short(a), _short(b)) for key, (a, b) in pairs.items() if a != b}
 
 
 def _short(value: Any) -> str:
@@ -133,12 +129,7 @@ def table(entries: Sequence[Entry]) -> str:
         rows.append([label, *(_cell(entry, key) for entry in entries)])
     if len(entries) > 3:                                                        # many results: one line each
         rows = [list(column) for column in zip(*rows, strict=True)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for name, *cells in rows:
-        aligned = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append("  ".join([name.ljust(widths[0]), *aligned]).rstrip())
-    return "\n".join(lines)
+    return "\n".join("  ".join(row).rstrip() for row in aligned(rows))
 
 
 def _cell(entry: Entry, key: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lamamba._version import __version__
 from lamamba.config import UNetConfig
 from lamamba.pipeline import LaMambaPipeline
+from lamamba.utils.text import counted
 
 TRAINING_SETTINGS = {
     "steps": "optimizer steps planned", "batch_size": "batch", "label_dropout": "labels dropped", "seed": "seed",
@@ -96,7 +97,7 @@ def _grid(config: UNetConfig, sampler: str, guidance: float) -> str:
 def _network(pipe: LaMambaPipeline, sampler: str) -> str:
     config, pixels = pipe.unet.architecture, pipe.pixels_per_input
     height, width = (side * pixels for side in config.input_size)
-    kind = f"{config.num_classes} classes" if config.num_classes else "unconditional"
+    kind = counted(config.num_classes, "class") if config.num_classes else "unconditional"
     return _table([
         ("images", f"{height} x {width} pixels, {kind}"),
         ("parameters", f"{sum(p.numel() for p in pipe.unet.parameters()) / 1e6:.2f} M"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,16 +48,9 @@ def require_onnx() -> None:
     Raises:
         RuntimeError: when onnx, onnxscript or onnxruntime are not installed.
     """
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not _is_installed(name)]
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise RuntimeError(f"ONNX needs {', '.join(missing)}: pip install lamamba-diff[export]")
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ValueError:                                                          # imported, and not from a file
-        return sys.modules.get(module) is not None
 
 
 def export_onnx(model: LaMambaUNet, path: Path, report: Report = lambda progress: None) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from lamamba.exporting.model_card import TrainingInfo, model_card
 from lamamba.exporting.onnx import export_onnx
 from lamamba.options.export import ExportOptions
 from lamamba.pipeline import build_pipeline
+from lamamba.runs.folder import CheckpointState, RunFolder
 from lamamba.runs.metadata import default_guidance
 from lamamba.runs.model import Model, model_folder
 from lamamba.utils.distributed import pick_device
-from lamamba.utils.files import read_json, temporary_name
+from lamamba.utils.files import read_text, replacing
 from lamamba.utils.progress import Progress, Report
 from lamamba.viz.grids import grid_picture, save_picture
 
@@ -45,14 +45,9 @@ def write_pipeline_folder(
     Raises:
         ValueError: when sampler, autoencoder, names or guidance do not fit the network.
     """
-    temporary = temporary_name(options.target)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        grid, onnx_error = _write(options, model, temporary, report)
-        temporary.rename(options.target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return grid, onnx_error
+    options.target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(options.target) as folder:
+        return _write(options, model, folder, report)
 
 
 def _write(
@@ -91,8 +86,14 @@ def _label_names(given: str | None, own: tuple[str, ...], num_classes: int) -> t
         return as_names(imagenet_names(), num_classes)
     file = Path(given)
     if not file.is_file():
-        raise FileNotFoundError(f"--labels {given} is neither \"imagenet\" nor a text file with one name per line")
-    return as_names(file.read_text(encoding="utf-8").split("\n")[:num_classes], num_classes)
+        raise FileNotFoundError(f"labels={given} is neither \"imagenet\" nor a text file with one name per line")
+    lines = read_text(file).rstrip("\n").split("\n")
+    try:
+        if "" in map(str.strip, lines):
+            raise ValueError(f"line {[line.strip() for line in lines].index('') + 1} is empty")
+        return as_names(lines, num_classes)
+    except ValueError as error:
+        raise ValueError(f"labels={given}: {error}; write a line for each class") from error
 
 
 def sample_grid(
@@ -122,9 +123,9 @@ def sample_grid(
 def _training_info(options: ExportOptions) -> TrainingInfo | None:
     """What the run says of a checkpoint; None for a saved model."""
     place = model_folder(options.source)
-    run_config = place.parent.parent / "config.json"
-    if place.parent.name != "checkpoints" or not run_config.is_file():
+    run = RunFolder(place.parent.parent)
+    if place.parent.name != "checkpoints" or not run.config.is_file():
         return None
-    run, state = read_json(run_config), read_json(place / "state.json")
-    decays = state.get("ema_decays") or run.get("train", {}).get("ema_decays") or [None]
-    return TrainingInfo(run, state.get("step"), options.ema or decays[0])
+    config, state = run.read_config(), CheckpointState.load(place)
+    decays = state.ema_decays or config.train.get("ema_decays") or [None]
+    return TrainingInfo(vars(config), state.step, options.ema or decays[0])

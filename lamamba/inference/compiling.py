@@ -29,6 +29,6 @@ def compile_network(model: LaMambaUNet) -> None:
     if find_compiler(language) is None:
         raise RuntimeError(
             f"compiling a network on {model.device.type} needs a {language} compiler and none was found: install one, "
-            f"name it in {'CXX' if language == 'C++' else 'CC'}, or go without --compile"
+            f"name it in {'CXX' if language == 'C++' else 'CC'}, or go without compile"
         )
     model.compile(fullgraph=True, dynamic=False)

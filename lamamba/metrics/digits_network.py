@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +19,7 @@ from lamamba.data.digits import SIDE, Digits
 from lamamba.metrics.digits import HELD_OUT
 from lamamba.metrics.features import FeatureNetworkInfo, Outputs, hash_weights, to_tensor
 from lamamba.utils.repeatable import own_random_state
+from lamamba.utils.tensors import read_tensors
 
 WEIGHTS = Path(__file__).parent / "digits.safetensors"
 NUM_FEATURES = 64
@@ -46,18 +47,15 @@ class DigitFeatures:
     """The trained network of the package.
 
     Takes grey images of 8 x 8 pixels, or of a multiple, which average pooling brings to 8 x 8.
-
-    Args:
-        weights: a safetensors file; by default the package's.
     """
 
     distance_name = "FD-digits"
     has_class_logits = True
 
-    def __init__(self, weights: str | Path | None = None):
+    def __init__(self) -> None:
         with own_random_state():
             self._model = DigitNetwork()
-        self._model.load_state_dict(load_file(weights or WEIGHTS))
+        self._model.load_state_dict(read_tensors(WEIGHTS))
         self._model.eval().requires_grad_(False)
         self.info = FeatureNetworkInfo("digits", hash_weights(self._model), "8 x 8, means over squares", 1)
 

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from lamamba.metrics.features import FeatureNetworkInfo, Outputs, hash_weights, to_arrays, to_tensor
 
+DEFAULT_WEIGHTS = "facebook/dinov2-large"
+
 
 class DinoFeatures:
     """DINOv2's class token after the final norm, as EDM2 computes FD-DINOv2: ViT-L/14 on 224 x 224 pixels.
@@ -32,8 +34,16 @@ class DinoFeatures:
             from transformers import Dinov2Model
         except ModuleNotFoundError as error:
             raise RuntimeError("DINOv2 comes with transformers: pip install 'lamamba-diff[dinov2]'") from error
-        model = Dinov2Model.from_pretrained(str(weights or "facebook/dinov2-large"), use_safetensors=True)
+        try:
+            model = Dinov2Model.from_pretrained(str(weights or DEFAULT_WEIGHTS), use_safetensors=True)
+        except OSError as error:
+            raise OSError(
+                f"DINOv2's weights {weights or DEFAULT_WEIGHTS} cannot be had ({' '.join(str(error).split())[:200]}); "
+                "name a folder that holds them: weights=FOLDER. Without them: features=inception or module:function"
+            ) from error
         _fit_positions(model, self.SIDE)
+        for tensor in [*model.parameters(), *model.buffers()]:                  # of a file that is mapped
+            tensor.data = tensor.data.clone()
         self._model, self._device = model.eval().requires_grad_(False).to(device), device
         name = f"dinov2-{model.config.hidden_size}-{model.config.num_hidden_layers}"
         resize = f"{self.SIDE} x {self.SIDE}, bicubic with antialiasing"

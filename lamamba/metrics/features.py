@@ -15,10 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lamamba.options.base import record
+
 Outputs = dict[str, np.ndarray]
 """By name, each (n, ...) float32: "features" always; "spatial" and "logits" where the network has them."""
 
 
+@record
 @dataclass(frozen=True)
 class FeatureNetworkInfo:
     """Identity of a feature network: results compare only where all of it is equal."""
@@ -55,11 +58,12 @@ def to_arrays(outputs: Mapping[str, Tensor]) -> Outputs:
 
 
 def hash_weights(model: torch.nn.Module) -> str:
-    """SHA-256 of a network's tensors, sorted by name."""
+    """SHA-256 of a network's tensors, sorted by name; without batch norms' counters, which not all files have."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(np.ascontiguousarray(tensor.cpu().float().numpy()).tobytes())
+        if not name.endswith(".num_batches_tracked"):
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            digest.update(np.ascontiguousarray(tensor.cpu().float().numpy()).tobytes())
     return digest.hexdigest()
 
 

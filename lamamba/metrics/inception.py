@@ -7,24 +7,24 @@ those of the public file, pt_inception-2015-12-05-6726825d.pth.
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamamba.metrics.features import FeatureNetworkInfo, Outputs, to_arrays, to_tensor
+from lamamba.metrics.features import FeatureNetworkInfo, Outputs, hash_weights, to_arrays, to_tensor
 from lamamba.utils.repeatable import own_random_state
 
 SIDE = 299
 NUM_FEATURES, NUM_CLASSES = 2048, 1008
-SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 17
-NUM_SPATIAL = SPATIAL_CHANNELS * SPATIAL_SIDE**2
-"""2023: what sFID is made of."""
+SPATIAL_CHANNELS = 7
+"""Of 17 x 17: the 2023 features that sFID is made of."""
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
 URLS = (
     f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}",
@@ -84,110 +84,93 @@ def _average(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-class _Mixed5(nn.Module):
+def _maximum(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+def _halved(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 3, stride=2)
+
+
+Branches = Sequence[Sequence[Any]]
+"""Layers of each branch: a pooling, or name, output channels and kernel of a convolution, and 2 where it halves."""
+
+
+class _Mixed(nn.Module):
+    """Branches side by side, their outputs concatenated; layers with which several begin are computed once."""
+
+    def __init__(self, inputs: int, branches: Branches):
+        super().__init__()
+        self._branches = branches
+        for branch in branches:
+            width = inputs
+            for name, outputs, kernel, *halves in filter(lambda layer: not callable(layer), branch):
+                if not hasattr(self, name):
+                    self.add_module(name, _Convolution(
+                        width, outputs, kernel, stride=2 if halves else 1, same=not halves))
+                width = outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        computed: dict[Any, Tensor] = {}
+        ends = []
+        for branch in self._branches:
+            y = x
+            for layer in branch:
+                if layer not in computed:
+                    computed[layer] = layer(y) if callable(layer) else getattr(self, layer[0])(y)
+                y = computed[layer]
+            ends.append(y)
+        return torch.cat(ends, dim=1)
+
+
+def _mixed_5(pooled: int) -> Branches:
     """mixed .. mixed_2: 35 x 35."""
-
-    def __init__(self, inputs: int, pooled: int):
-        super().__init__()
-        self.branch1x1 = _Convolution(inputs, 64, 1)
-        self.branch5x5_1 = _Convolution(inputs, 48, 1)
-        self.branch5x5_2 = _Convolution(48, 64, 5)
-        self.branch3x3dbl_1 = _Convolution(inputs, 64, 1)
-        self.branch3x3dbl_2 = _Convolution(64, 96, 3)
-        self.branch3x3dbl_3 = _Convolution(96, 96, 3)
-        self.branch_pool = _Convolution(inputs, pooled, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([
-            self.branch1x1(x),
-            self.branch5x5_2(self.branch5x5_1(x)),
-            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-            self.branch_pool(_average(x)),
-        ], dim=1)
+    return [
+        [("branch1x1", 64, 1)],
+        [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
+        [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
+        [_average, ("branch_pool", pooled, 1)],
+    ]
 
 
-class _Mixed6a(nn.Module):
-    """mixed_3: 35 x 35 to 17 x 17."""
-
-    def __init__(self, inputs: int):
-        super().__init__()
-        self.branch3x3 = _Convolution(inputs, 384, 3, stride=2, same=False)
-        self.branch3x3dbl_1 = _Convolution(inputs, 64, 1)
-        self.branch3x3dbl_2 = _Convolution(64, 96, 3)
-        self.branch3x3dbl_3 = _Convolution(96, 96, 3, stride=2, same=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], dim=1)
+MIXED_6A: Branches = [
+    [("branch3x3", 384, 3, 2)],
+    [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2)],
+    [_halved],
+]
+"""mixed_3: 35 x 35 to 17 x 17."""
 
 
-class _Mixed6(nn.Module):
+def _mixed_6(middle: int) -> Branches:
     """mixed_4 .. mixed_7: 17 x 17, with kernels of 1 x 7 and 7 x 1."""
-
-    def __init__(self, middle: int, inputs: int = 768):
-        super().__init__()
-        self.branch1x1 = _Convolution(inputs, 192, 1)
-        self.branch7x7_1 = _Convolution(inputs, middle, 1)
-        self.branch7x7_2 = _Convolution(middle, middle, (1, 7))
-        self.branch7x7_3 = _Convolution(middle, 192, (7, 1))
-        self.branch7x7dbl_1 = _Convolution(inputs, middle, 1)
-        self.branch7x7dbl_2 = _Convolution(middle, middle, (7, 1))
-        self.branch7x7dbl_3 = _Convolution(middle, middle, (1, 7))
-        self.branch7x7dbl_4 = _Convolution(middle, middle, (7, 1))
-        self.branch7x7dbl_5 = _Convolution(middle, 192, (1, 7))
-        self.branch_pool = _Convolution(inputs, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        return torch.cat([
-            self.branch1x1(x),
-            self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
-            self.branch7x7dbl_5(self.branch7x7dbl_4(double)),
-            self.branch_pool(_average(x)),
-        ], dim=1)
+    return [
+        [("branch1x1", 192, 1)],
+        [("branch7x7_1", middle, 1), ("branch7x7_2", middle, (1, 7)), ("branch7x7_3", 192, (7, 1))],
+        [("branch7x7dbl_1", middle, 1), ("branch7x7dbl_2", middle, (7, 1)), ("branch7x7dbl_3", middle, (1, 7)),
+         ("branch7x7dbl_4", middle, (7, 1)), ("branch7x7dbl_5", 192, (1, 7))],
+        [_average, ("branch_pool", 192, 1)],
+    ]
 
 
-class _Mixed7a(nn.Module):
-    """mixed_8: 17 x 17 to 8 x 8."""
-
-    def __init__(self, inputs: int = 768):
-        super().__init__()
-        self.branch3x3_1 = _Convolution(inputs, 192, 1)
-        self.branch3x3_2 = _Convolution(192, 320, 3, stride=2, same=False)
-        self.branch7x7x3_1 = _Convolution(inputs, 192, 1)
-        self.branch7x7x3_2 = _Convolution(192, 192, (1, 7))
-        self.branch7x7x3_3 = _Convolution(192, 192, (7, 1))
-        self.branch7x7x3_4 = _Convolution(192, 192, 3, stride=2, same=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        long = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), long, F.max_pool2d(x, 3, stride=2)], dim=1)
+MIXED_7A: Branches = [
+    [("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],
+    [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
+     ("branch7x7x3_4", 192, 3, 2)],
+    [_halved],
+]
+"""mixed_8: 17 x 17 to 8 x 8."""
 
 
-class _Mixed7(nn.Module):
+def _mixed_7(pool: Callable[[Tensor], Tensor]) -> Branches:
     """mixed_9 and mixed_10: 8 x 8. The last pools by maximum, the other by average: so is the graph of 2015."""
-
-    def __init__(self, inputs: int, *, last: bool):
-        super().__init__()
-        self.last = last
-        self.branch1x1 = _Convolution(inputs, 320, 1)
-        self.branch3x3_1 = _Convolution(inputs, 384, 1)
-        self.branch3x3_2a = _Convolution(384, 384, (1, 3))
-        self.branch3x3_2b = _Convolution(384, 384, (3, 1))
-        self.branch3x3dbl_1 = _Convolution(inputs, 448, 1)
-        self.branch3x3dbl_2 = _Convolution(448, 384, 3)
-        self.branch3x3dbl_3a = _Convolution(384, 384, (1, 3))
-        self.branch3x3dbl_3b = _Convolution(384, 384, (3, 1))
-        self.branch_pool = _Convolution(inputs, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        single = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.last else _average(x)
-        return torch.cat([
-            self.branch1x1(x), self.branch3x3_2a(single), self.branch3x3_2b(single), self.branch3x3dbl_3a(double),
-            self.branch3x3dbl_3b(double), self.branch_pool(pooled),
-        ], dim=1)
+    single = [("branch3x3_1", 384, 1)]
+    double = [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3)]
+    return [
+        [("branch1x1", 320, 1)],
+        [*single, ("branch3x3_2a", 384, (1, 3))], [*single, ("branch3x3_2b", 384, (3, 1))],
+        [*double, ("branch3x3dbl_3a", 384, (1, 3))], [*double, ("branch3x3dbl_3b", 384, (3, 1))],
+        [pool, ("branch_pool", 192, 1)],
+    ]
 
 
 class Inception(nn.Module):
@@ -200,11 +183,12 @@ class Inception(nn.Module):
         self.Conv2d_2b_3x3 = _Convolution(32, 64, 3)
         self.Conv2d_3b_1x1 = _Convolution(64, 80, 1)
         self.Conv2d_4a_3x3 = _Convolution(80, 192, 3, same=False)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _Mixed5(192, 32), _Mixed5(256, 64), _Mixed5(288, 64)
-        self.Mixed_6a = _Mixed6a(288)
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(_Mixed6, (128, 160, 160, 192))
-        self.Mixed_7a = _Mixed7a()
-        self.Mixed_7b, self.Mixed_7c = _Mixed7(1280, last=False), _Mixed7(2048, last=True)
+        self.Mixed_5b, self.Mixed_5c = _Mixed(192, _mixed_5(32)), _Mixed(256, _mixed_5(64))
+        self.Mixed_5d, self.Mixed_6a = _Mixed(288, _mixed_5(64)), _Mixed(288, MIXED_6A)
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (
+            _Mixed(768, _mixed_6(middle)) for middle in (128, 160, 160, 192))
+        self.Mixed_7a = _Mixed(768, MIXED_7A)
+        self.Mixed_7b, self.Mixed_7c = _Mixed(1280, _mixed_7(_average)), _Mixed(2048, _mixed_7(_maximum))
         self.fc = nn.Linear(NUM_FEATURES, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -219,12 +203,13 @@ class Inception(nn.Module):
         """
         x = (resize_like_tensorflow1(images.float(), SIDE, SIDE) - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))           # (b, 64, 147, 147)
-        x = F.max_pool2d(x, 3, stride=2)
+        x = _halved(x)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))                               # (b, 192, 71, 71)
-        x = F.max_pool2d(x, 3, stride=2)
+        x = _halved(x)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))                          # (b, 288, 35, 35)
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                          # (b, 768, 17, 17)
-        spatial = self.Mixed_6d.branch1x1(x)[:, :SPATIAL_CHANNELS]                  # TensorFlow's mixed_6/conv
+        first: Any = self.Mixed_6d.branch1x1
+        spatial = first(x)[:, :SPATIAL_CHANNELS]                                # TensorFlow's mixed_6/conv
         x = self.Mixed_6e(self.Mixed_6d(x))
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                          # (b, 2048, 8, 8)
         features = x.mean(dim=(2, 3))
@@ -270,17 +255,7 @@ def load_inception(path: str | Path | None = None) -> tuple[Inception, str]:
             f"{FILE_NAME} is the right file, torchvision's Inception is another network"
         )
     model.load_state_dict(weights, strict=False)
-    return model.eval().requires_grad_(False), _hash(model)
-
-
-def _hash(model: nn.Module) -> str:
-    """SHA-256 of the tensors, sorted by name, without num_batches_tracked, which only newer files have."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.endswith(".num_batches_tracked"):
-            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-            digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
-    return digest.hexdigest()
+    return model.eval().requires_grad_(False), hash_weights(model)
 
 
 def _download() -> Path:
@@ -298,7 +273,7 @@ def _download() -> Path:
             failures.append(f"{url}: {error}")
     raise OSError(
         f"the Inception weights could not be downloaded ({'; '.join(failures)}); fetch them elsewhere, and name the "
-        "file with --weights"
+        "file: weights=FILE. Without them: features=digits for handwritten digits, or features=module:function"
     )
 
 

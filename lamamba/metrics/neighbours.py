@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from lamamba.metrics.statistics import check_features
+from lamamba.metrics.statistics import check_pair
 
 BLOCK = 2048
 """Images of each set in a block: 32 MiB of distances."""
@@ -19,54 +19,41 @@ BLOCK = 2048
 ReportShare = Callable[[float], None]
 
 
-class _Features:
-    """Features (n, d) about a centre, converted to float64 by block."""
-
-    def __init__(self, features: np.ndarray, centre: np.ndarray):
-        self._features, self._centre = features, centre
-        self.blocks = [slice(start, min(start + BLOCK, len(features))) for start in range(0, len(features), BLOCK)]
-
-    def __len__(self) -> int:
-        return len(self._features)
-
-    def __getitem__(self, block: slice) -> np.ndarray:
-        return self._features[block] - self._centre
+def _blocks(features: np.ndarray) -> list[slice]:
+    return [slice(start, min(start + BLOCK, len(features))) for start in range(0, len(features), BLOCK)]
 
 
-class _Progress:
-    """Reports the share of the distances that are computed, from 0 to 1."""
+class _Distances:
+    """Squared distances of features about a centre, block by block; reports the share of them that is computed."""
 
-    def __init__(self, total: float, report: ReportShare | None):
-        self._total, self._done, self._report = total, 0, report
+    def __init__(self, centre: np.ndarray, total: int, report: ReportShare | None):
+        self._centre, self._total, self._done, self._report = centre, total, 0, report
 
-    def __call__(self, distances: np.ndarray) -> None:
+    def __call__(self, a: np.ndarray, b: np.ndarray, tolerance: float = 0.0) -> np.ndarray:
+        """Of rows (n, d) and (m, d): (n, m), lowered by a share of both vectors' squares."""
+        a, b = (c := a - self._centre), c if b is a else b - self._centre       # in float64, of a block at a time
+        distances = a @ b.T
+        distances *= -2
+        distances += (1 - tolerance) * np.einsum("nd,nd->n", a, a)[:, None]
+        distances += (1 - tolerance) * np.einsum("nd,nd->n", b, b)[None]
         self._done += distances.size
         if self._report:
             self._report(min(1.0, self._done / self._total))
+        return np.maximum(distances, 0, out=distances)
 
 
-def _distances(a: np.ndarray, b: np.ndarray, tolerance: float = 0.0) -> np.ndarray:
-    """Squared distances (n, m) of rows (n, d) and (m, d), lowered by a share of both vectors' squares."""
-    distances = a @ b.T
-    distances *= -2
-    distances += (1 - tolerance) * np.einsum("nd,nd->n", a, a)[:, None]
-    distances += (1 - tolerance) * np.einsum("nd,nd->n", b, b)[None]
-    return np.maximum(distances, 0, out=distances)
-
-
-def _radii(features: _Features, k: int, progress: _Progress) -> np.ndarray:
+def _radii(features: np.ndarray, k: int, measure: _Distances) -> np.ndarray:
     """Squared distance of each vector to its k-th nearest other one, (n,)."""
-    nearest = np.full((len(features), k), np.inf)
+    nearest, blocks = np.full((len(features), k), np.inf), _blocks(features)
 
     def update(rows: slice, distances: np.ndarray) -> None:
         candidates = np.concatenate([nearest[rows], distances], axis=1)
         nearest[rows] = np.partition(candidates, k - 1, axis=1)[:, :k]
 
-    for i, rows in enumerate(features.blocks):
-        a = features[rows]
-        for columns in features.blocks[i:]:                                     # symmetric: a block serves both sides
-            distances = _distances(a, a if rows == columns else features[columns])
-            progress(distances)
+    for i, rows in enumerate(blocks):
+        block = features[rows]
+        for columns in blocks[i:]:                                              # symmetric: a block serves both sides
+            distances = measure(block, block if rows == columns else features[columns])
             if rows == columns:
                 np.fill_diagonal(distances, np.inf)
             else:
@@ -76,37 +63,35 @@ def _radii(features: _Features, k: int, progress: _Progress) -> np.ndarray:
 
 
 def _between(
-    reference: _Features, samples: _Features, progress: _Progress
+    reference: np.ndarray, samples: np.ndarray, measure: _Distances
 ) -> Iterator[tuple[slice, slice, np.ndarray]]:
     """Blocks of squared distances (samples, reference), less what rounding may have added."""
-    for rows in samples.blocks:
-        a = samples[rows]
-        tolerance = 4 * float(np.finfo(np.float64).eps) * a.shape[1] ** 0.5     # rounding of a product of d terms
-        for columns in reference.blocks:
-            distances = _distances(a, reference[columns], tolerance)
-            progress(distances)
-            yield rows, columns, distances
+    tolerance = 4 * float(np.finfo(np.float64).eps) * samples.shape[1] ** 0.5   # rounding of a product of d terms
+    for rows in _blocks(samples):
+        for columns in _blocks(reference):
+            yield rows, columns, measure(samples[rows], reference[columns], tolerance)
 
 
-def _check(reference: np.ndarray, samples: np.ndarray, k: int) -> tuple[_Features, _Features]:
-    """Both sets about the centre of the reference, which keeps the squares small."""
-    reference, samples = check_features(reference, "reference features"), check_features(samples)
-    if reference.shape[1] != samples.shape[1]:
-        raise ValueError(
-            f"{reference.shape[1]} reference features against {samples.shape[1]}: they come from different networks"
-        )
+def _check(reference: np.ndarray, samples: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    reference, samples = check_pair(reference, samples)
     fewest = min(len(reference), len(samples))
     if not 1 <= k < fewest:
         fits = f"choose 1 .. {fewest - 1}" if fewest > 1 else "neighbours need at least 2 of each"
         raise ValueError(f"k={k} does not fit {len(reference)} reference images and {len(samples)} samples; {fits}")
-    centre = reference.mean(axis=0, dtype=np.float64)
-    return _Features(reference, centre), _Features(samples, centre)
+    return reference, samples
 
 
-def _num_pairs(features: _Features) -> int:
-    """Distances that `_radii` computes."""
-    sizes = [block.stop - block.start for block in features.blocks]
-    return sum(size * sum(sizes[i:]) for i, size in enumerate(sizes))
+def _measure(reference: np.ndarray, others: list[np.ndarray], pairs: int, report: ReportShare | None) -> _Distances:
+    """Distances about the centre of the reference, which keeps the squares small.
+
+    Args:
+        others: sets whose `_radii` are computed.
+        pairs: other distances that are computed.
+    """
+    for features in others:
+        sizes = [block.stop - block.start for block in _blocks(features)]
+        pairs += sum(size * sum(sizes[i:]) for i, size in enumerate(sizes))
+    return _Distances(reference.mean(axis=0, dtype=np.float64), pairs, report)
 
 
 def precision_recall(
@@ -130,10 +115,10 @@ def precision_recall(
         ValueError: when features do not fit each other, are not finite, or are too few for k.
     """
     real, fake = _check(reference, samples, k)
-    progress = _Progress(_num_pairs(real) + _num_pairs(fake) + len(real) * len(fake), on_progress)
-    real_radii, fake_radii = _radii(real, k, progress), _radii(fake, k, progress)
+    measure = _measure(real, [real, fake], len(real) * len(fake), on_progress)
+    real_radii, fake_radii = _radii(real, k, measure), _radii(fake, k, measure)
     precise, recalled = np.zeros(len(fake), dtype=bool), np.zeros(len(real), dtype=bool)
-    for rows, columns, distances in _between(real, fake, progress):
+    for rows, columns, distances in _between(real, fake, measure):
         precise[rows] |= (distances <= real_radii[None, columns]).any(axis=1)
         recalled[columns] |= (distances <= fake_radii[rows, None]).any(axis=0)
     return float(precise.mean()), float(recalled.mean())
@@ -154,10 +139,10 @@ def density_coverage(
         (density, coverage); density may exceed 1.
     """
     real, fake = _check(reference, samples, k)
-    progress = _Progress(_num_pairs(real) + len(real) * len(fake), on_progress)
-    radii = _radii(real, k, progress)
+    measure = _measure(real, [real], len(real) * len(fake), on_progress)
+    radii = _radii(real, k, measure)
     hits, covered = 0, np.zeros(len(real), dtype=bool)
-    for _, columns, distances in _between(real, fake, progress):
+    for _, columns, distances in _between(real, fake, measure):
         within = distances <= radii[None, columns]
         hits += int(within.sum())
         covered[columns] |= within.any(axis=0)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -19,7 +22,7 @@ def open_network(name: str, weights: str | None, device: torch.device) -> Featur
     """Open a feature network by name.
 
     Args:
-        name: one of NETWORKS, or "module:name" for a function from uint8 images (n, h, w, 3) to features (n, d).
+        name: one of NETWORKS, or "module:function", a function from uint8 images (n, h, w, 3) to features (n, d).
         weights: of inception (a file) or dinov2 (a folder or hub id); by default the published ones.
         device: for the network.
 
@@ -32,14 +35,28 @@ def open_network(name: str, weights: str | None, device: torch.device) -> Featur
     if name == "dinov2":
         return DinoFeatures(weights, device)
     if weights is not None:
-        raise ValueError(f"--weights is for inception and dinov2; {name} brings its own")
+        raise ValueError(f"weights={weights!r} is for inception and dinov2; {name} brings its own")
     if name == "digits":
         return DigitFeatures()
     module, _, attribute = name.partition(":")
     if not attribute:
         raise unknown_name("feature network", name, NETWORKS)
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--features {name}: {error}; module:name is a function that Python can import") from error
+    function = getattr(_import(module, name), attribute, None)
+    if not callable(function):
+        raise ValueError(f"features={name!r}: {module} has no function {attribute}; it may be misspelt")
     return CallableFeatures(function, name)
+
+
+def _import(module: str, name: str) -> ModuleType:
+    """A module by name, of the current folder, too, which Python's programs (unlike python -m) do not look into."""
+    here, module = str(Path.cwd()), module.removesuffix(".py")
+    sys.path.append(here)
+    try:
+        return importlib.import_module(module)
+    except (ImportError, SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"features={name!r}: {error}; module:function is of {module.replace('.', '/')}.py in the current folder, "
+            "or of a package that Python can import"
+        ) from error
+    finally:
+        sys.path.remove(here)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lamamba.metrics.statistics import check_features
+from lamamba.metrics.statistics import check_features, check_pair
 
 
 def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -28,11 +28,7 @@ def kernel_distance(
     Raises:
         ValueError: when a subset is larger than a set or smaller than 2, or features do not fit each other.
     """
-    reference, samples = check_features(reference, "reference features"), check_features(samples)
-    if reference.shape[1] != samples.shape[1]:
-        raise ValueError(
-            f"{reference.shape[1]} reference features against {samples.shape[1]}: they come from different networks"
-        )
+    reference, samples = check_pair(reference, samples)
     if not 2 <= subset_size <= min(len(reference), len(samples)) or num_subsets < 1:
         raise ValueError(
             f"{num_subsets} subsets of {subset_size} images do not fit {len(reference)} reference images and "

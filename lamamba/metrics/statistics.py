@@ -1,4 +1,4 @@
-"""Streaming mean and covariance of features, in float64; partial results of processes can be merged."""
+"""Streaming mean and covariance of features, in float64; processes reduce theirs to those of all."""
 
 from __future__ import annotations
 
@@ -28,8 +28,18 @@ def check_features(features: np.ndarray, what: str = "features") -> np.ndarray:
     return features
 
 
+def check_pair(reference: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features of two sets by one network; raises as `check_features`, and for different sizes."""
+    reference, samples = check_features(reference, "reference features"), check_features(samples)
+    if reference.shape[1] != samples.shape[1]:
+        raise ValueError(
+            f"{reference.shape[1]} reference features against {samples.shape[1]}: they come from different networks"
+        )
+    return reference, samples
+
+
 class Statistics:
-    """Number, mean and scatter matrix of feature vectors, updated by `add` and `merge`.
+    """Number, mean and scatter matrix of feature vectors, updated by `add`.
 
     The scatter matrix is sum (x - mean)(x - mean)^T about the current mean (Chan, Golub, LeVeque, 1979): features far
     from zero lose no digits, and memory does not grow with their number.
@@ -53,25 +63,12 @@ class Statistics:
             rows = features[start : start + 4096].astype(np.float64)
             mean = rows.mean(axis=0)
             rows -= mean
-            self._join(len(rows), mean, rows.T @ rows)
+            total, difference = self.count + len(rows), mean - self.mean
+            self.scatter += rows.T @ rows
+            if self.count:
+                self.scatter += np.outer(difference, difference * (self.count * len(rows) / total))
+            self.mean, self.count = self.mean + difference * (len(rows) / total), total
         return self
-
-    def merge(self, other: Statistics) -> Statistics:
-        """Update by the features of other statistics. Returns itself."""
-        if other.mean.shape != self.mean.shape:
-            raise ValueError(f"statistics of {len(other.mean)} features do not join those of {len(self.mean)}")
-        if other.count:
-            self._join(other.count, other.mean, other.scatter)
-        return self
-
-    def _join(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        total = self.count + count
-        difference = mean - self.mean
-        self.scatter += scatter
-        if self.count:
-            self.scatter += np.outer(difference, difference * (self.count * count / total))
-        self.mean = self.mean + difference * (count / total)
-        self.count = total
 
     def covariance(self) -> np.ndarray:
         """As np.cov: divided by one less than the number of images.

@@ -12,7 +12,9 @@ import collections
 import math
 import pickle
 import re
+import struct
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +25,7 @@ from torch import Tensor
 from lamamba.config import NUM_STAGES, STAGE_SCALES, UNetConfig
 from lamamba.models.geometry import attention_mask, relative_positions
 from lamamba.models.unet import LaMambaUNet
-from lamamba.utils.repeatable import own_random_state
+from lamamba.utils.tensors import check_finite
 
 _RENAMES = [
     (r"^position_embedding$", "pos_embed"),
@@ -126,37 +128,49 @@ def derive_config(state: Mapping[str, Tensor], scan: Literal["continuous", "cros
     Raises:
         ValueError: when the tensors are not those of a LaMamba-Diff network.
     """
-    def need(name: str) -> Tensor:
+    def need(name: str, dimensions: int) -> torch.Size:
         if name not in state:
             raise ValueError(f"no tensor {name!r}: these are not the weights of an official LaMamba-Diff network")
-        return state[name]
+        if state[name].dim() != dimensions:
+            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, and {dimensions} dimensions fit")
+        return state[name].shape
 
     def count(pattern: str) -> int:
-        found = [int(match[1]) for key in state if (match := re.match(pattern, key))]
-        return max(found, default=-1) + 1
+        found = {match[1] for key in state if (match := re.match(pattern, key))}
+        if found != {str(number) for number in range(len(found))}:
+            odd = min(found - {str(number) for number in range(len(found))})
+            raise ValueError(f"{len(found)} blocks match {pattern!r}, one numbered {odd[:20]}: some are missing")
+        return len(found)
 
-    _, height, grid_width, width = need("pos_embed").shape
-    tables = {key: tensor for key, tensor in state.items() if key.endswith("relative_position_bias_table")}
-    table = need("layers.0.blocks.0.attn.relative_position_bias_table")
-    if len({tensor.shape[1] for tensor in tables.values()}) > 1:
+    _, height, grid_width, width = need("pos_embed", 4)
+    tables = {key: tensor.shape for key, tensor in state.items() if key.endswith("relative_position_bias_table")}
+    table = need("layers.0.blocks.0.attn.relative_position_bias_table", 2)
+    if len({shape[-1:] for shape in tables.values()}) > 1:
         raise ValueError("the bias tables have different numbers of heads in different stages, which is not supported")
-    scan_width = need("layers.0.blocks.0.op.out_proj.weight").shape[1]
-    projection = need("patch_embed.proj.weight")
+    scan_width = need("layers.0.blocks.0.op.out_proj.weight", 2)[1]
+    projection = need("patch_embed.proj.weight", 4)
     return UNetConfig(
         width=width,
-        num_heads=table.shape[1],
+        num_heads=table[1],
         depths=tuple(count(rf"layers\.{s}\.blocks\.(\d+)\.") for s in range(NUM_STAGES)),
         bottleneck_depth=count(r"mid_layer\.blocks\.(\d+)\."),
-        window_size=(math.isqrt(table.shape[0]) + 1) // 2,
-        state_size=need("layers.0.blocks.0.op.A_logs").shape[1],
-        ssm_ratio=scan_width / width,
-        mlp_ratio=need("layers.0.blocks.0.mlp.fc1.weight").shape[0] / width,
-        patch_size=projection.shape[2],
-        in_channels=projection.shape[1],
-        num_classes=need("y_embedder.embedding_table.weight").shape[0] - 1,
+        window_size=(math.isqrt(table[0]) + 1) // 2,
+        state_size=need("layers.0.blocks.0.op.A_logs", 2)[1],
+        ssm_ratio=scan_width / max(width, 1),
+        mlp_ratio=need("layers.0.blocks.0.mlp.fc1.weight", 2)[0] / max(width, 1),
+        patch_size=projection[2],
+        in_channels=projection[1],
+        num_classes=need("y_embedder.embedding_table.weight", 2)[0] - 1,
         grid=(height, grid_width),
         scan=scan,
     )
+
+
+UNREADABLE = (
+    RuntimeError, OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError,
+    AssertionError, MemoryError, ImportError, struct.error, zipfile.BadZipFile,
+)
+"""What torch.load raises for damaged files; its own messages are of the allocator and the reader."""
 
 
 def read_official(path: str | Path) -> dict[str, Any]:
@@ -177,22 +191,31 @@ def read_official(path: str | Path) -> dict[str, Any]:
         named = re.search(r"(?:GLOBAL|global|class) ([\w.]+)", str(error))
         what = f"it asks for {named[1]}" if named else "it holds more than tensors and plain values"
         raise ValueError(f"{path} was not opened: {what}, and nothing from a checkpoint is executed") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a PyTorch file: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
+    except PermissionError:
+        raise
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is truncated, damaged or not a PyTorch file ({type(error).__name__})") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint or a state dict")
     return content
 
 
 def _weights(content: Mapping[str, Any], weights: str) -> Mapping[str, Tensor]:
     if "ema" not in content and "model" not in content:
-        state = content
+        state: Any = content
     elif weights in content:
         state = content[weights]
     else:
         raise ValueError(f"the checkpoint has no {weights!r} weights, only {', '.join(map(str, content))}")
-    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError("this is not an official checkpoint: its weights are not a dict of tensors")
+    if not isinstance(state, Mapping) or not state or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"this is not an official checkpoint: {weights!r} is not a dict of tensors by name")
+    storages = {}
+    for key, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type == "meta":
+            raise ValueError(f"this is not an official checkpoint: {key} is not a tensor with values")
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > sum(storages.values()):
+        raise ValueError("this is not an official checkpoint: its tensors are larger than what is stored of them")
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     return state
@@ -223,7 +246,12 @@ def load_official(
         FileNotFoundError: when there is no such file.
         ValueError: naming every missing, unexpected and reshaped tensor, or why the file cannot be read.
     """
-    content = read_official(source) if isinstance(source, str | Path) else source
+    if isinstance(source, str | Path):
+        try:
+            return load_official(read_official(source), config, weights=weights)
+        except ValueError as error:
+            raise ValueError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
+    content = source
     if weights is None:
         weights = "model" if "model" in content and "ema" not in content else "ema"
     state = _weights(content, weights)
@@ -236,9 +264,10 @@ def load_official(
                 "pass a config to say otherwise", UserWarning, stacklevel=2,
             )
         config = derive_config(state, scan)
-    with own_random_state():
+    with torch.device("meta"):                                                  # nothing is allocated of wrong sizes
         model = LaMambaUNet(config)
     _load_strictly(model, state)
+    check_finite(model, "the official weights")
     return model.eval()
 
 
@@ -260,40 +289,46 @@ def official_optimizer(
     order = [key for key in _weights(content, "model") if key in ours]
     try:
         states, (group,) = content["opt"]["state"], content["opt"]["param_groups"]
-        numbers = group["params"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError("the checkpoint's optimizer is not an AdamW over one group of parameters") from error
+        numbers, settings = list(group["params"]), {key: value for key, value in group.items() if key != "params"}
+        kept = [(states[k]["exp_avg"], states[k]["exp_avg_sq"], float(states[k]["step"])) for k in numbers]
+        if not all(isinstance(moment, Tensor) and moment.is_floating_point() for *two, _ in kept for moment in two):
+            raise TypeError("its moments are no tensors")
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"the checkpoint's optimizer is no AdamW over one group of parameters ({error})") from error
     if len(numbers) != len(order) or set(states) != set(numbers):
         raise ValueError(
             f"the checkpoint's optimizer has states of {len(states)} of {len(numbers)} parameters, the network has "
             f"{len(order)}: they do not belong together"
         )
     tensors: dict[str, Tensor] = {}
-    for number, key in zip(numbers, order, strict=True):
+    for (*moments, step), key in zip(kept, order, strict=True):
         name, parameter = ours[key]
-        for kind in ("exp_avg", "exp_avg_sq"):
-            value = states[number][kind]
+        for kind, value in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
             if tuple(value.shape) != _official_shape(name, parameter.shape):
                 raise ValueError(f"{kind} of {key} has shape {tuple(value.shape)}, which is not its parameter's")
             tensors[f"{kind}/{name}"] = value.reshape(parameter.shape).clone()
-        tensors[f"step/{name}"] = torch.as_tensor(states[number]["step"], dtype=torch.float32)
+        tensors[f"step/{name}"] = torch.tensor(step, dtype=torch.float32)
     steps = {int(value) for name, value in tensors.items() if name.startswith("step/")}
     if len(steps) != 1:
         raise ValueError(f"the checkpoint's parameters have made different numbers of steps: {sorted(steps)}")
-    return tensors, steps.pop(), {key: value for key, value in group.items() if key != "params"}
+    return tensors, steps.pop(), settings
 
 
-@torch.no_grad()
 def _load_strictly(model: LaMambaUNet, state: Mapping[str, Tensor]) -> None:
+    """Give a network on the meta device its weights, in memory of their own."""
     parameters = {official_name(name): (name, parameter) for name, parameter in model.named_parameters()}
-    buffers = _official_buffers(model.architecture)
     expected = {key: _official_shape(name, parameter.shape) for key, (name, parameter) in parameters.items()}
     faults = [f"missing {key}" for key in expected if key not in state]
-    faults += [f"unexpected {key}" for key in state if key not in expected and key not in buffers]
     faults += [
         f"{key} has shape {tuple(state[key].shape)}, the configuration needs {shape}"
         for key, shape in expected.items() if key in state and tuple(state[key].shape) != shape
     ]
+    faults += [
+        f"{key} holds {state[key].dtype}, not floating-point numbers"
+        for key in expected if key in state and not state[key].is_floating_point()
+    ]
+    buffers = {} if faults else _official_buffers(model.architecture)
+    faults += [f"unexpected {key}" for key in state if key not in expected and key not in buffers and not faults]
     faults += [
         f"{key} is not the table that this grid and window imply"
         for key, table in buffers.items()
@@ -302,5 +337,8 @@ def _load_strictly(model: LaMambaUNet, state: Mapping[str, Tensor]) -> None:
     if faults:
         shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
         raise ValueError(f"the official weights do not fit the configuration: {shown}")
-    for key, (_, parameter) in parameters.items():
-        parameter.copy_(state[key].reshape(parameter.shape))
+    model.load_state_dict(
+        {name: state[key].reshape(parameter.shape).to(torch.float32, copy=True)
+         for key, (name, parameter) in parameters.items()}, assign=True,
+    )
+    model.set_grid(None)                                                        # its tables are on meta

@@ -19,7 +19,9 @@ from lamamba.models.blocks import ConditionLinear, LaMambaBlock, ModulatedNorm
 from lamamba.models.embeddings import LabelEmbedding, PatchEmbedding, TimestepEmbedding, position_table
 from lamamba.models.geometry import TABLES, Geometry, make_geometry
 from lamamba.models.resample import PatchExpanding, PatchMerging
+from lamamba.models.weights import check_weights, read_config
 from lamamba.ops.dispatch import is_transformed
+from lamamba.utils.tensors import PICKLE_ADVICE, weight_files
 
 GEOMETRY_SCALES = (1, 2, 4)
 """Divisors of the token grid in stages 0, 1, and 2 to 3."""
@@ -251,7 +253,7 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
 
     def forward(
         self, x: Tensor, timestep: Tensor | float | None, class_labels: Tensor | None = None, *,
-        conditioning: Tensor | None = None, return_dict: bool | None = None,
+        conditioning: Tensor | None = None, return_features: bool = False, return_dict: bool | None = None,
     ) -> Any:
         """Predict noise and variance, v, or the flow's velocity from a noisy input.
 
@@ -261,11 +263,13 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
             class_labels: (b,) int64 in 0 .. num_classes, where num_classes means "no class";
                 None for an unconditional network.
             conditioning: (b, condition_outputs) from `condition`, in place of timestep and class_labels.
+            return_features: whether to return the features of every stage, too, for distillation.
             return_dict: for programs written for diffusers' networks: True gives an object with .sample, False a tuple.
 
         Returns:
             (b, out_channels, h, w): for objective "noise" the noise, then the variance's interpolation; for "flow" the
-            velocity eps - x0.
+            velocity eps - x0. With return_features, a pair of it and a tuple of the stages' outputs (b, h_s, w_s, c_s)
+            in the order of lamamba.config.STAGES.
 
         Raises:
             ValueError: when x, timestep, class_labels or conditioning do not fit the configuration.
@@ -275,19 +279,24 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         at = {scale: geometry.to(x.device) for scale, geometry in zip(GEOMETRY_SCALES, self.geometries, strict=True)}
         x = self.patch_embedding(x) + self._positions()                                             # (b, h, w, width)
 
-        skips = []
+        skips, features = [], []
         for s, stage in enumerate(self.encoder):
             x = stage(x, c, at[STAGE_SCALES[s]], modulations[s])
             skips.append(x)
+            features.append(x)
             if s < 2:
                 x = self.merges[s](x)                                           # (b, h / 2, w / 2, 2 c)
         if "bottleneck" not in self.architecture.removed_blocks:
             x = x + self.bottleneck(x, c, at[4], modulations[NUM_STAGES])
+        features.append(x)
         for s, stage in enumerate(self.decoder):
             if s >= 2:
                 x = self.expands[s - 2](x)                                      # (b, 2 h, 2 w, c / 2)
             x = stage(x + skips.pop(), c, at[STAGE_SCALES[NUM_STAGES - 1 - s]], modulations[NUM_STAGES + 1 + s])
+            features.append(x)
         output = self.head(x, c, head_modulation).permute(0, 3, 1, 2)                       # (b, out_channels, h, w)
+        if return_features:
+            return output, tuple(features)
         return output if return_dict is None else UNetOutput(sample=output) if return_dict else (output,)
 
     def _condition(
@@ -384,13 +393,12 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
             raise OSError(
                 f"{place} is a run, a checkpoint or a pipeline: lamamba.open_model({str(place)!r}).network opens it"
             )
-        pickles = [*place.glob("*.bin"), *place.glob("*.pt"), *place.glob("*.ckpt")] if place.is_dir() else []
-        if kwargs.get("use_safetensors") is False or (pickles and not any(place.glob("*.safetensors"))):
-            raise ValueError(
-                f"{pickles[0] if pickles else 'use_safetensors=False'}: weights as a pickle can run code when they are "
-                "opened, only safetensors are read; official checkpoints are read by lamamba convert"
-            )
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(f"use_safetensors=False: weights {PICKLE_ADVICE}")
+        if place.is_dir() and not kwargs.get("variant") and not kwargs.get("quantization_config"):
+            check_weights(cls, read_config(place), weight_files(place), place)
         kwargs["use_safetensors"] = True
+        kwargs.setdefault("disable_mmap", True)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         faults = [

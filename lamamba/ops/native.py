@@ -95,6 +95,13 @@ def _share_threads(library: ctypes.CDLL) -> None:
     library.lamamba_use_openmp(*[ctypes.cast(entry, ctypes.c_void_p) for entry in entries])
 
 
+def struct(fields: str) -> type[ctypes.Structure]:
+    """A struct of the kernels: names of integers, of pointers (*x) and of floats (%x)."""
+    kinds = {"*": ctypes.c_void_p, "%": ctypes.c_float}
+    pairs = [(name.lstrip("*%"), kinds.get(name[0], ctypes.c_int64)) for name in fields.split()]
+    return type("Struct", (ctypes.Structure,), {"_fields_": pairs})
+
+
 def unit_stride(x: Tensor) -> Tensor:
     """Return x with stride 1 along its last dimension, a copy only where needed; other strides are the kernels' own."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

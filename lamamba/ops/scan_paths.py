@@ -37,7 +37,7 @@ def _grid_orders(height: int, width: int, scan: str) -> np.ndarray:
 
 
 @lru_cache(maxsize=256)
-@torch.inference_mode(False)                                                    # the cache outlives the caller's mode
+@torch.inference_mode(False)                                                    # a backward pass may use them later
 def _cached_paths(height: int, width: int, scan: str, device: torch.device) -> Tensor:
     # from_numpy, not torch.tensor: independent of a surrounding `with torch.device(...)`
     return torch.from_numpy(_grid_orders(height, width, scan)).to(device)

@@ -13,7 +13,9 @@ from lamamba.options.base import FilePath, Ge, Le, Name, options
 class AppOptions:
     """Which model to show, and to whom."""
 
-    model: Annotated[FilePath | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
+    model: Annotated[
+        FilePath | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]", help_behavior_hint="")
+    ] = None
     """Run folder, checkpoint, or converted model; by default the digits that come with the package."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 lets everybody in who can reach this computer."""

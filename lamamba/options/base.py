@@ -1,5 +1,7 @@
 """How options are declared: frozen dataclasses, checked when made, in Python, from TOML, JSON or a command line.
 
+Dataclasses of files have `@record` above them, and are checked by `from_dict` when they are read.
+
     @options
     class Resize:
         image_size: Annotated[int, Ge(1)] = 256
@@ -15,19 +17,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
+import tyro
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AllowInfNan, BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError
+from pydantic import AllowInfNan, BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError, with_config
 from pydantic.dataclasses import dataclass as validated_dataclass
 from typing_extensions import dataclass_transform
 from tyro.constructors import PrimitiveConstructorSpec
 
 from lamamba.config import unknown_name
+from lamamba.utils.files import read_json, read_text
 
 T = TypeVar("T")
 
@@ -72,7 +77,7 @@ Labels = Annotated[tuple[int | str, ...], _split(str), Strict(False), _word(str)
 
 __all__ = [
     "FilePath", "Ge", "Gt", "Labels", "Le", "Lt", "Name", "Numbers", "OrInfinity", "PositiveInts", "Words", "from_dict",
-    "options", "read_toml",
+    "options", "read_record", "read_toml", "record", "verb",
 ]
 
 
@@ -86,6 +91,7 @@ def options(cls: type[T]) -> type[T]:
     Raises (the class, when called):
         ValueError: in one line: field, what came, what fits.
     """
+    _show_plainly(cls)
     made: Any = validated_dataclass(
         cls, frozen=True, kw_only=True, config=ConfigDict(
             strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False,
@@ -104,16 +110,81 @@ def options(cls: type[T]) -> type[T]:
     return made
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Options from nested plain values, as TOML and JSON files hold them; missing ones keep their defaults.
+def _show_plainly(cls: type) -> None:
+    """Help of the command line: "--width INT" for an int that may be None; no "(default: None)"."""
+    hints = get_type_hints(cls, include_extras=True)
+    for name in inspect.get_annotations(cls):
+        more = getattr(hints[name], "__metadata__", ())
+        if getattr(cls, name, ...) is None and not any(getattr(item, "metavar", None) for item in more):
+            shown = tyro.conf.arg(metavar=_metavar(hints[name]), help_behavior_hint="")
+            cls.__annotations__[name] = Annotated[hints[name], shown]
+
+
+def _metavar(hint: Any) -> str:
+    """A type in the words of the command line: INT, FLOAT FLOAT, {all,first-three}."""
+    if given := [item.metavar for item in getattr(hint, "__metadata__", ()) if getattr(item, "metavar", None)]:
+        return given[0]
+    parts = [part for part in get_args(hint) if part is not type(None)]
+    if get_origin(hint) is Annotated:
+        return _metavar(hint.__origin__)
+    if get_origin(hint) is Literal:
+        return "{" + ",".join(map(str, parts)) + "}"
+    if get_origin(hint) is tuple:
+        return " ".join(_metavar(part) for part in parts)
+    return "|".join(_metavar(part) for part in parts) if parts else hint.__name__.upper()
+
+
+record = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+"""Of a dataclass that files hold: `from_dict` refuses unknown entries, other types and infinities, at any depth."""
+
+
+def from_dict(cls: type[T], values: Any, where: str | Path = "") -> T:
+    """Options or a record from nested plain values, as TOML and JSON files hold them; missing ones keep their defaults.
+
+    Args:
+        cls: made by `options`, or a dataclass with `record` above it.
+        values: lists serve as tuples, whole numbers as floats.
+        where: the file that they come from, for messages.
 
     Raises:
-        ValueError: for an unknown option (the nearest is named) or a value that does not fit, with its path.
+        ValueError: for an unknown entry (the nearest is named) or a value that does not fit, with its path.
     """
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(values, default=_jsonable))
+        return _adapter(cls).validate_json(json.dumps(values, default=_jsonable))
     except ValidationError as error:
-        raise ValueError(_explain(cls, error)) from None
+        raise ValueError(f"{where}: {_explain(cls, error)}" if where else _explain(cls, error)) from None
+
+
+def read_record(cls: type[T], path: Path, newest_version: int | None = None) -> T:
+    """A record from a JSON file; its version is compared with the newest that the caller can read.
+
+    Raises:
+        OSError: when the file may not be read.
+        ValueError: when it is missing, damaged, of a newer format, or a value does not fit.
+    """
+    return from_dict(cls, read_json(path, newest_version), path)
+
+
+_adapter: Any = functools.cache(TypeAdapter)
+
+P = ParamSpec("P")
+
+
+def verb(function: Callable[P, T]) -> Callable[P, T]:
+    """Make a function of `options` refuse what is not of its annotation.
+
+    Raises (the function, when called):
+        TypeError: naming the options that fit.
+    """
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        hint, bound = get_type_hints(function)["options"], inspect.signature(function).bind(*args, **kwargs)
+        if "options" in bound.arguments and not isinstance(given := bound.arguments["options"], hint):
+            name, kind = function.__name__, (get_args(hint) or (hint,))[0].__name__
+            raise TypeError(f"lamamba.{name} takes {kind}, not {given!r:.60}: lamamba.{name}(lamamba.{kind}(...))")
+        return function(*args, **kwargs)
+
+    return call
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -127,8 +198,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     except ModuleNotFoundError:                                                 # Python 3.10
         import tomli as tomllib  # type: ignore[no-redef]
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a TOML file: {error}") from error
 
 
@@ -149,13 +220,14 @@ def _jsonable(value: Any) -> Any:
 
 _KINDS = {
     "int": "a whole number", "float": "a number", "string": "text", "bool": "true or false", "path": "a path",
-    "tuple": "a list", "dataclass": "a section with options of its own",
+    "tuple": "a list", "dict": "named values", "dataclass": "a section with options of its own",
 }
 
 
 def _explain(cls: Any, error: ValidationError) -> str:
-    """The first fault of a report in one line."""
-    fault = error.errors(include_url=False)[0]
+    """The first fault of a report in one line; an unknown name before the one that is missing for it."""
+    faults = error.errors(include_url=False)
+    fault = next((each for each in faults if each["type"] == "unexpected_keyword_argument"), faults[0])
     kind, value, limits = fault["type"], fault["input"], fault.get("ctx", {})
     owner, path = _follow(cls, fault["loc"])
     if kind == "unexpected_keyword_argument":
@@ -186,8 +258,13 @@ def _follow(cls: Any, location: tuple[int | str, ...]) -> tuple[Any, str]:
             path += f"[{step}]"
         elif step in hints:                                                     # others name members of a union
             path += f".{step}" if path else step
-            owner = hints[step] if dataclasses.is_dataclass(hints[step]) else owner
+            owner = _dataclass_in(hints[step]) or owner
     return owner, path
+
+
+def _dataclass_in(hint: Any) -> Any:
+    """The dataclass of a hint, or of what it holds: an item, a section; None where it has none."""
+    return hint if dataclasses.is_dataclass(hint) else next(filter(None, map(_dataclass_in, get_args(hint))), None)
 
 
 def _words(hint: Any) -> list[str]:

@@ -22,4 +22,4 @@ class CheckDataOptions:
     min_side: Annotated[int, Ge(1)] = 2
     """Images with fewer pixels on their short side are bad."""
     strict: bool = False
-    """CMYK and 16-bit files are bad, too, instead of being converted."""
+    """CMYK, 16-bit and transparent files are bad, too, instead of being converted."""

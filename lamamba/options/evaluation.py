@@ -39,7 +39,7 @@ class EvaluateOptions:
     samples: Annotated[ImageSet, tyro.conf.Positional, tyro.conf.arg(metavar="SAMPLES")]
     """Folder, npz file, "digits", run, checkpoint, model, or "shipped"."""
     reference: ImageSet
-    """Npz file, folder, or "digits"."""
+    """Npz file, folder (whose images are cropped and scaled as training does), or "digits"."""
     out: FilePath = Path("evaluation.json")
     """The result: figures and protocol. A plot, where there is one, lies beside it."""
     num_images: Annotated[int, Ge(2)] | None = None
@@ -67,7 +67,7 @@ class EvaluateOptions:
     every_checkpoint: bool = False
     """Score all checkpoints and averages of a run, and plot the curve."""
     features: str = "inception"
-    """inception, dinov2, digits, or module:name."""
+    """inception, dinov2, digits, or module:function of your own (of a file in this folder)."""
     weights: Name | None = None
     """Weights of the feature network: a file (inception), a folder or hub id (dinov2)."""
     grey: Literal["refuse", "repeat"] = "refuse"
@@ -95,15 +95,16 @@ class StatisticsOptions:
     """Which reference images, by which feature network."""
 
     images: Annotated[ImageSet, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
-    """Folder, npz file with arr_0, or "digits". All of one size, cropped as your training crops them."""
+    """Folder, npz file with arr_0, or "digits"."""
     out: FilePath
     """The npz file."""
     features: str = "inception"
-    """inception, dinov2, digits, or module:name."""
+    """inception, dinov2, digits, or module:function of your own (of a file in this folder)."""
     weights: Name | None = None
     """Weights of the feature network, as in lamamba evaluate."""
-    image_size: Annotated[int, Ge(1)] = 8
-    """Side in pixels to which "digits" are enlarged; other images keep theirs."""
+    image_size: Annotated[int, Ge(1)] | None = None
+    """Side in pixels to which "digits" are enlarged (by default 8) and images of files cropped and scaled, as training
+    does (by default they keep theirs, which must be one)."""
     grey: Literal["refuse", "repeat"] = "refuse"
     """What to do with grey images when the feature network takes colour."""
     rows: Annotated[int, Ge(1)] = 10_000

@@ -40,4 +40,4 @@ class SampleFolderOptions(FolderOptions, SamplerOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num is None:
-            raise ValueError("say how many images the folder shall hold: --num 50000")
+            raise ValueError("say how many images the folder shall hold: num=50000")

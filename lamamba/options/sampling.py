@@ -28,7 +28,9 @@ class DenoisingOptions:
 class SamplerOptions(DenoisingOptions):
     """How to sample; None is the model's or the sampler's default, or with `like` the picture's value."""
 
-    model: Annotated[FilePath | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
+    model: Annotated[
+        FilePath | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]", help_behavior_hint="")
+    ] = None
     """Run folder, checkpoint, saved model or exported pipeline; by default the digits model that ships with the
     package."""
     like: FilePath | None = None

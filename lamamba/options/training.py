@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from typing_extensions import Self
 
-from lamamba.config import Objective, UNetConfig, unknown_name
-from lamamba.options.base import FilePath, Ge, Gt, Lt, Name, OrInfinity, from_dict, options, read_toml
+from lamamba.config import STAGES, Objective, UNetConfig, unknown_name
+from lamamba.options.base import FilePath, Ge, Gt, Lt, Name, OrInfinity, Words, from_dict, options, read_toml
 from lamamba.options.sampling import DenoisingOptions
 
 RUN_VERSION = 3
@@ -53,9 +53,21 @@ class ModelOptions:
     """Side in input pixels of one token."""
     scan: Literal["continuous", "cross"] | None = None
     """Reading order of the grid."""
+    ssm_ratio: float | None = None
+    """Channels of the scan per channel of its stage."""
+    mlp_ratio: float | None = None
+    """Hidden channels of the MLP per channel of its stage."""
+    removed_blocks: Words | None = None
+    """Removed blocks and branches of a pruned network (lamamba compress): encoder.0.1, decoder.3.0.attention."""
     objective: Objective = "noise"
     """"noise": DDPM with learned variance, the paper's; "v": a mix of noise and image (Salimans & Ho);
     "flow": rectified flow, quicker on small data."""
+
+    @classmethod
+    def of(cls, config: UNetConfig) -> ModelOptions:
+        """The options that build a network of this configuration from its data."""
+        names = [entry.name for entry in dataclasses.fields(cls) if entry.name != "preset"]
+        return cls(preset="s", **{name: getattr(config, name) for name in names})
 
     def build(self, *, channels: int, num_classes: int, input_size: int) -> UNetConfig:
         """The network's full configuration for images of this many channels, classes and input pixels.
@@ -162,6 +174,9 @@ class ProcessOptions:
     """Keep only the blocks' inputs and compute the rest again for the backward pass: less memory, a third more time."""
     compile: bool = False
     """torch.compile the network: minutes at the start, faster steps on GPUs. Not with sharding."""
+    threads: Annotated[Positive | None, tyro.conf.arg(aliases=("--threads",))] = None
+    """CPU threads of each process that compute; by default PyTorch's choice. On a busy machine, as many as cores are
+    free."""
     data_workers: Count = 0
     """Worker processes that read ahead, for each training process; 0: threads do, or nothing."""
     data_threads: Count | None = None
@@ -231,6 +246,36 @@ class StartOptions:
 
 
 @options
+class DistillOptions:
+    """A teacher whose output and features the network learns besides the data (LAPTOP-Diff, arXiv 2404.11098)."""
+
+    teacher: Name | None = None
+    """A run, a checkpoint or a saved model; by default there is none. It stays as it is, and is known by its hash."""
+    task: Annotated[float, Ge(0)] = 1.0
+    """Weight of the objective's own loss."""
+    output: Annotated[float, Ge(0)] = 1.0
+    """Weight of the output's squared distance to the teacher's."""
+    feature: Annotated[float, Ge(0)] = 1.0
+    """Weight of the features' distance."""
+    features: Literal["normalised", "plain", "none"] = "normalised"
+    """"normalised": each stage's distance over the norm of the teacher's features, so that no stage dominates;
+    "plain": mean squared distances; "none": only the output."""
+    stages: Words = ()
+    """Stages whose features count: encoder.0 .. encoder.3, bottleneck, decoder.0 .. decoder.3; by default all."""
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            if stage not in STAGES:
+                raise unknown_name("stage", stage, STAGES)
+        if self.task == self.output == 0 and (self.features == "none" or self.feature == 0):
+            raise ValueError("task, output and feature are all 0: nothing would be learned")
+
+    def weights(self) -> dict[str, float]:
+        """The weight of each term of the loss."""
+        return {"task": self.task, "output": self.output, "feature": self.feature}
+
+
+@options
 class SampleGridOptions(DenoisingOptions):
     """A picture of samples now and then. Its guidance is saved with the model as the model's own."""
 
@@ -267,6 +312,7 @@ class TrainConfig:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     start: StartOptions = field(default_factory=StartOptions)
+    distill: DistillOptions = field(default_factory=DistillOptions)
     processes: ProcessOptions = field(default_factory=ProcessOptions)
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
     faults: FaultOptions = field(default_factory=FaultOptions)
@@ -282,7 +328,7 @@ class TrainConfig:
     number; the first one is what samples come from."""
     label_dropout: Share = 0.1
     """Probability of training a sample without its label, which guidance needs."""
-    seed: Count = 0
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Decides initial weights, order of images, noise, times, mirrors and dropped labels."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
@@ -313,12 +359,12 @@ class TrainConfig:
         found = []
         for decay in self.ema_decays:
             initial = decay**self.steps
-            if initial > 0.02 and self.start.source is None:
+            if initial > 0.02:
                 fitting = 1 - 5 / max(self.steps, 10)
+                shows = "look like noise" if self.start.source is None else f"be nearly those of {self.start.source}"
                 found.append(
                     f"after {self.steps} steps, ema_decay {decay} leaves {initial:.0%} of the averaged weights at "
-                    "their initial values; samples will look like noise. "
-                    f"--ema-decays {fitting:.4g} would fit this run"
+                    f"their initial values; samples will {shows}. ema_decays={fitting:.4g} would fit this run"
                 )
         if self.steps < self.optimizer.warmup_steps:
             found.append(f"the run ends before its warm-up: steps={self.steps} of {self.optimizer.warmup_steps}")
@@ -358,19 +404,25 @@ class TrainConfig:
         return plain(dataclasses.asdict(self))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Any, where: str | Path = "") -> Self:
         """Rebuild from nested plain values, also of older versions; missing ones keep their defaults.
+
+        Args:
+            values: nested, as from TOML or JSON.
+            where: the file that they come from, for messages.
 
         Raises:
             ValueError: naming an unknown option and its nearest neighbour, or a value that does not fit.
         """
+        if not isinstance(values, Mapping):
+            return from_dict(cls, values, where)                                # which says what fits
         values = dict(values)
         if "ema_decay" in values:                                               # version 1
             values["ema_decays"] = [values.pop("ema_decay")]
         sampling = values.get("sampling")
         if isinstance(sampling, Mapping) and "num_steps" in sampling:           # version 2
             values["sampling"] = {"steps" if key == "num_steps" else key: value for key, value in sampling.items()}
-        return from_dict(cls, values)
+        return from_dict(cls, values, where)
 
 
 @options
@@ -416,7 +468,7 @@ def load_recipe(name_or_path: str) -> TrainConfig:
     if not path.is_file():
         known = ", ".join(recipe_names())
         raise FileNotFoundError(f"recipe {path} does not exist; give a .toml file or one of {known}")
-    return TrainConfig.from_dict(read_toml(path))
+    return TrainConfig.from_dict(read_toml(path), path)
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"

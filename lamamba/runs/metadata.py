@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from lamamba.config import LATENT_SCALE, Objective, UNetConfig
 from lamamba.data.codec import CodecConfig
-from lamamba.utils.files import read_json, write_json
+from lamamba.options.base import Ge, read_record, record
+from lamamba.utils.files import write_json
 
 SD_VAE_CHANNELS, SD_VAE_SCALE = 4, 0.18215
 """Of the latents of Stable Diffusion's autoencoder, on which the official models are trained: x0 = latents * scale."""
@@ -17,13 +18,14 @@ SAMPLING_VERSION = 3
 """Of sampling.json. 1: of an autoencoder, the scale alone. 2: no guidance scale."""
 
 
+@record
 @dataclass(frozen=True, kw_only=True)
 class ModelMetadata(CodecConfig):
     """What a sampler must know of a trained network besides its weights; saved with them as sampling.json."""
 
     objective: Objective
     """What the network predicts, and so which samplers fit."""
-    image_size: int
+    image_size: Annotated[int, Ge(1)]
     """Side of the images in pixels."""
     label_names: tuple[str, ...] = ()
     """One name per class."""
@@ -41,15 +43,23 @@ class ModelMetadata(CodecConfig):
         Raises:
             ValueError: when it is damaged or of a newer format.
         """
-        values = read_json(path, SAMPLING_VERSION)
-        known = {f.name for f in dataclasses.fields(cls)}
-        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        if unknown := values.keys() - known:
-            raise ValueError(f"{path} has unknown entries: {', '.join(sorted(unknown))}")
-        try:
-            return cls(**plain)
-        except TypeError as error:
-            raise ValueError(f"{path} is incomplete: {error}") from error
+        return read_record(cls, path, SAMPLING_VERSION)
+
+    def check_fits(self, config: UNetConfig, where: str | Path) -> None:
+        """Check that this is the metadata of a network of this configuration.
+
+        Raises:
+            ValueError: naming the file and the entry that does not fit.
+        """
+        side, names, channels = config.input_size[0], len(self.label_names), len(self.latents_mean)
+        if self.objective != config.objective:
+            raise ValueError(f"{where}: objective={self.objective!r}, and the network's is {config.objective!r}")
+        if names not in (0, config.num_classes):
+            raise ValueError(f"{where}: label_names has {names} names, and the network {config.num_classes} classes")
+        if self.image_size % side or (self.codec == "pixels" and self.image_size != side):
+            raise ValueError(f"{where}: image_size={self.image_size} does not fit the network's input, {side} a side")
+        if channels not in (0, config.in_channels):
+            raise ValueError(f"{where}: latents_mean has {channels} numbers for {config.in_channels} channels")
 
 
 def default_guidance(saved: float | None, can_guide: int | bool) -> float:

@@ -8,10 +8,9 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from lamamba.data.autoencoder import Autoencoder, pixels_per_latent
@@ -20,10 +19,13 @@ from lamamba.data.labels import as_names, short_names
 from lamamba.inference.compiling import compile_network
 from lamamba.inference.packing import pack_weights
 from lamamba.models.unet import LaMambaUNet
+from lamamba.models.weights import check_weights, read_config
+from lamamba.options.base import from_dict
 from lamamba.pretrained import shipped_model
-from lamamba.runs.folder import MANIFEST, RunFolder, check_manifest
+from lamamba.runs.folder import MANIFEST, CheckpointState, RunFolder, check_manifest
 from lamamba.runs.metadata import ModelMetadata, assumed_metadata
 from lamamba.utils.files import read_json
+from lamamba.utils.tensors import check_finite, read_tensors, weight_files
 
 logger = logging.getLogger("lamamba.runs")
 
@@ -61,7 +63,7 @@ def open_model(
         name = autoencoder or metadata.autoencoder
         if name is None:
             _log_assumption(path, saved, metadata)
-            raise ValueError("this model makes latents: name the autoencoder that decodes them with --autoencoder")
+            raise ValueError("this model makes latents: name the autoencoder that decodes them (option autoencoder)")
         loaded = Autoencoder(name, device)
         if saved is None:
             image_size = network.architecture.input_size[0] * pixels_per_latent(loaded.config)
@@ -69,7 +71,7 @@ def open_model(
             metadata = dataclasses.replace(metadata, **codec, image_size=image_size)
         decoder = LatentDecoder(loaded, metadata)
     elif autoencoder is not None:
-        raise ValueError("this model makes pixels: leave --autoencoder out")
+        raise ValueError("this model makes pixels: leave autoencoder out")
     _log_assumption(path, saved, metadata)
     return Model(SHIPPED if path is None else str(path), network, metadata, fingerprint(network), decoder)
 
@@ -95,7 +97,9 @@ def _open(path: str | Path | None, ema: EMA | None) -> tuple[LaMambaUNet, ModelM
         return _open_pipeline(folder)
     network = load_network(_average_folder(folder, ema))
     if (folder / METADATA).is_file():
-        return network, ModelMetadata.load(folder / METADATA)
+        metadata = ModelMetadata.load(folder / METADATA)
+        metadata.check_fits(network.architecture, folder / METADATA)
+        return network, metadata
     if (folder / "state.json").is_file() or (folder / "ema").is_dir():
         raise FileNotFoundError(f"{folder} has no {METADATA}, so the kind of images it makes is unknown")
     return network, None
@@ -142,7 +146,7 @@ def list_averages(checkpoint: Path) -> dict[EMA, Path]:
     """
     if not (checkpoint / "state.json").is_file():
         return {}
-    decays = read_json(checkpoint / "state.json").get("ema_decays", [])
+    decays = CheckpointState.load(checkpoint).ema_decays or ()
     kept: dict[EMA, Path] = {
         decay: checkpoint / (f"ema_{decay:g}" if number else "ema") for number, decay in enumerate(decays)
     }
@@ -161,44 +165,53 @@ def _average_folder(folder: Path, ema: EMA | None) -> Path:
 
 
 def load_network(folder: Path) -> LaMambaUNet:
-    """A network from a folder of its `save_pretrained`, with one clear error for whatever is wrong with it.
+    """A network from a folder of its `save_pretrained`, in evaluation mode, its weights read into memory.
 
     Raises:
-        FileNotFoundError: when the folder holds no network.
-        ValueError: when its files are damaged or do not fit together.
+        OSError: when the folder holds no network, or a file may not be read.
+        ValueError: when its files are damaged or do not fit together, or a weight is not finite.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no network: there is no config.json in it")
-    read_json(folder / "config.json")
-    try:
-        return LaMambaUNet.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(f"the weights in {folder} are missing or damaged: {str(error).splitlines()[0]}") from error
+    config, files = read_config(folder), weight_files(folder)
+    network = check_weights(LaMambaUNet, config, files, folder)
+    weights = {name: w.to(torch.float32, copy=True) for file in files for name, w in read_tensors(file).items()}
+    network.load_state_dict(weights, assign=True)
+    network.set_grid(None)                                                      # its tables are on meta
+    check_finite(network, folder)
+    return network.eval()
 
 
 def _open_pipeline(folder: Path) -> tuple[LaMambaUNet, ModelMetadata]:
     """The network of a diffusers pipeline, and what its files say about the images."""
-    index = read_json(folder / PIPELINE_INDEX)
+    path = folder / PIPELINE_INDEX
+    index = read_json(path)
     unet = index.get("unet")
-    if not isinstance(unet, list) or unet[-1] != "LaMambaUNet":
+    if not isinstance(unet, list) or unet[-1:] != ["LaMambaUNet"]:
         raise ValueError(
             f"{folder} is a diffusers pipeline of another kind ({index.get('_class_name')}): it has no LaMambaUNet"
         )
     network = load_network(folder / "unet")
     config = network.architecture
     codec, pixels = CodecConfig(), 1
-    if (index.get("vae") or [None])[0] is not None:
-        values = read_json(folder / "vae" / "config.json")
-        pixels, codec = pixels_per_latent(values), CodecConfig.of_config(values)
-        if saved := index.get("codec"):
-            plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items()}
-            codec = CodecConfig(codec="latents", **plain)
-        codec = dataclasses.replace(codec, autoencoder=str(folder / "vae"))
-    return network, ModelMetadata(
-        **dataclasses.asdict(codec), objective=config.objective, image_size=config.input_size[0] * pixels,
-        label_names=short_names(as_names(index.get("id2label"), config.num_classes)),
-        guidance=index.get("guidance_scale"),
-    )
+    try:
+        if index.get("vae") not in (None, [None, None]):
+            path = folder / "vae" / "config.json"
+            values = read_json(path)
+            pixels, codec = pixels_per_latent(values), CodecConfig.of_config(values)
+            path = folder / PIPELINE_INDEX
+            if saved := index.get("codec"):
+                codec = from_dict(CodecConfig, {"codec": "latents", **saved} if isinstance(saved, dict) else saved)
+            codec = dataclasses.replace(codec, autoencoder=str(folder / "vae"))
+        metadata = from_dict(ModelMetadata, {
+            **dataclasses.asdict(codec), "objective": config.objective, "image_size": config.input_size[0] * pixels,
+            "label_names": short_names(as_names(index.get("id2label"), config.num_classes)),
+            "guidance": index.get("guidance_scale"),
+        })
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    metadata.check_fits(config, path)
+    return network, metadata
 
 
 def fingerprint(model: LaMambaUNet) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,9 @@ class _SamplingJob(ShardedJob[Plan]):
         if images.shape != expected or images.dtype != np.uint8:
             raise ValueError(f"images came as {images.dtype} {images.shape}, the plan wants uint8 {expected}")
         if plan.files == "npz":
-            files = {_array_name(number): _npy(images)}
+            buffer = io.BytesIO()
+            np.save(buffer, images, allow_pickle=False)
+            files = {_array_name(number): buffer.getvalue()}
         else:
             files = {plan.file_of(k): self._png(k, image) for k, image in zip(indices, images, strict=True)}
         return files, {"pixels_sha256": hashlib.sha256(images.tobytes()).hexdigest(), "machine": self._machine}
@@ -113,7 +116,7 @@ class _SamplingJob(ShardedJob[Plan]):
             if self.plan.files == "npz":
                 images = np.load(self.path(_array_name(number)), allow_pickle=False)
             else:
-                images = np.stack([_read_png(self.folder / self.plan.file_of(k)) for k in indices])
+                images = np.stack([np.asarray(Image.open(self.folder / self.plan.file_of(k))) for k in indices])
             yield images.reshape(len(indices), *self.plan.shape)
             self.report(f"writing {NPZ}", done=indices.stop)
 
@@ -121,30 +124,18 @@ class _SamplingJob(ShardedJob[Plan]):
         manifest = read_json(self.folder / MANIFEST, SAMPLES_VERSION)
         path, notes = self.folder / SHARDS, list[Note]()
         if path.is_file() and sha256(path) == manifest.get("shards_sha256"):
-            notes = read_json(path, SAMPLES_VERSION)["shards"]
+            notes = read_json(path, SAMPLES_VERSION).get("shards", [])
         files = {} if self.plan.files == "png" else {NPZ: manifest.get("npz", [])}
-        return Plan.from_dict(manifest.get("plan", {})), dict(enumerate(notes)), files
+        return Plan.from_dict(manifest.get("plan"), self.folder / MANIFEST), dict(enumerate(notes)), files
 
 
 def _array_name(number: int) -> str:
     return f"shard_{number:06d}.npy"
 
 
-def _npy(images: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, images, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _read_png(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture)
-
-
 def _count_machines(plan: Plan, notes: list[Note]) -> list[dict[str, Any]]:
     """The kinds of machines and versions that made the images, and how many each."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for number, note in enumerate(notes):
-        key = json.dumps(note["machine"], sort_keys=True)
-        counts[key] = counts.get(key, 0) + len(plan.shard_range(number))
+        counts[json.dumps(note["machine"], sort_keys=True)] += len(plan.shard_range(number))
     return [{**json.loads(key), "images": count} for key, count in counts.items()]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lamamba.utils.files import settle, temporary_name
+from lamamba.utils.files import replacing
 
 FIXED_DATE = (1980, 1, 1, 0, 0, 0)
 """Of the members, as NumPy has it: the same images give the same bytes on any day."""
@@ -30,27 +30,22 @@ def write_npz(path: Path, shape: tuple[int, int, int], images: Iterable[np.ndarr
     Raises:
         ValueError: when the shards do not add up to count images of the shape.
     """
-    temporary = temporary_name(path)
-    try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            with archive.open(zipfile.ZipInfo("arr_0.npy", FIXED_DATE), "w", force_zip64=True) as member:
-                _header(member, (count, *shape), np.dtype(np.uint8))
-                written = 0
-                for shard in images:
-                    full = np.ascontiguousarray(np.broadcast_to(shard, (len(shard), *shape)))
-                    if full.dtype != np.uint8:
-                        raise ValueError(f"images are {full.dtype}, the file holds uint8")
-                    member.write(full.data)
-                    written += len(shard)
-            if written != count:
-                raise ValueError(f"{written} images came for {path.name}, which is to hold {count}")
-            if labels is not None:
-                with archive.open(zipfile.ZipInfo("arr_1.npy", FIXED_DATE), "w", force_zip64=True) as member:
-                    _header(member, (count,), np.dtype(np.int64))
-                    member.write(np.asarray(labels, dtype="<i8").tobytes())
-        settle(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open(zipfile.ZipInfo("arr_0.npy", FIXED_DATE), "w", force_zip64=True) as member:
+            _header(member, (count, *shape), np.dtype(np.uint8))
+            written = 0
+            for shard in images:
+                full = np.ascontiguousarray(np.broadcast_to(shard, (len(shard), *shape)))
+                if full.dtype != np.uint8:
+                    raise ValueError(f"images are {full.dtype}, the file holds uint8")
+                member.write(full.data)
+                written += len(shard)
+        if written != count:
+            raise ValueError(f"{written} images came for {path.name}, which is to hold {count}")
+        if labels is not None:
+            with archive.open(zipfile.ZipInfo("arr_1.npy", FIXED_DATE), "w", force_zip64=True) as member:
+                _header(member, (count,), np.dtype(np.int64))
+                member.write(np.asarray(labels, dtype="<i8").tobytes())
 
 
 def _header(member: object, shape: tuple[int, ...], dtype: np.dtype) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from lamamba.config import unknown_name
+from lamamba.options.base import Ge, from_dict, record
 from lamamba.sampling.labels import LabelRule, label_of
 from lamamba.sampling.settings import MAX_SEED, ImageMetadata, Settings
 from lamamba.utils.files import read_json
@@ -23,6 +23,7 @@ UNFINISHED = ".sampling"
 FileKind = Literal["png", "npz", "both"]
 
 
+@record
 @dataclass(frozen=True, kw_only=True)
 class Plan(ShardPlan):
     """All that decides the images: equal plans on the same kind of machine give the same bytes.
@@ -32,28 +33,23 @@ class Plan(ShardPlan):
     """
 
     settings: Settings
-    num: int
+    num: Annotated[int, Ge(1)]
     """Number of images."""
-    seed: int
+    seed: Annotated[int, Ge(0)]
     """Seed of image 0; image k has seed + k."""
     rule: LabelRule
     """See lamamba/sampling/labels.py."""
     classes: tuple[int, ...] = ()
     """Classes that the rule chooses from."""
     files: FileKind = "png"
-    batch_size: int = 64
+    batch_size: Annotated[int, Ge(1)] = 64
     """Images per batch of the network and per shard. Another number rounds otherwise: one grey level."""
-    threads: int = 0
+    threads: Annotated[int, Ge(0)] = 0
     """On a CPU, cores of each process (another number may round otherwise, too); 0 on other devices."""
     channels: int = 3
     """Of the images: 1 or 3."""
 
     def __post_init__(self) -> None:
-        if self.files not in get_args(FileKind):
-            raise unknown_name("kind of files", self.files, get_args(FileKind))
-        for name, low in {"num": 1, "batch_size": 1, "seed": 0, "threads": 0}.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
         if self.seed + self.num - 1 > MAX_SEED:
             raise ValueError(f"seed {self.seed} + {self.num} images goes beyond the largest seed, {MAX_SEED}")
         if (self.rule == "none") != (not self.classes):
@@ -101,17 +97,8 @@ class Plan(ShardPlan):
         return {**values, "settings": self.settings.to_dict(), "classes": list(self.classes)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Plan:
-        """Undo `to_dict`.
-
-        Raises:
-            ValueError: for entries that are missing or unknown.
-        """
-        try:
-            settings = Settings.from_dict(values["settings"])
-            return cls(**{**values, "settings": settings, "classes": tuple(values["classes"])})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"the plan is damaged or of another version: {error}") from error
+    def from_dict(cls, values: Any, where: str | Path = "") -> Plan:
+        return from_dict(cls, values, where)
 
     def compared(self) -> dict[str, Any]:
         values = self.to_dict()
@@ -128,5 +115,5 @@ def find_plan(folder: str | Path) -> Plan | None:
     folder = Path(folder)
     for path in (folder / MANIFEST, folder / UNFINISHED / PLAN):
         if path.is_file():
-            return Plan.from_dict(read_json(path, SAMPLES_VERSION).get("plan", {}))
+            return Plan.from_dict(read_json(path, SAMPLES_VERSION).get("plan"), path)
     return None

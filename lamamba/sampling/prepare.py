@@ -18,7 +18,7 @@ from lamamba.runs.metadata import default_guidance
 from lamamba.runs.model import SHIPPED, Model, fingerprint, move, open_model, open_network
 from lamamba.sampling.generate import ImageGenerator
 from lamamba.sampling.settings import ImageMetadata, Settings, read_image_metadata
-from lamamba.utils.distributed import is_main_process
+from lamamba.utils.distributed import is_rank_zero
 
 logger = logging.getLogger("lamamba.sampling")
 
@@ -114,7 +114,7 @@ def prepare(options: SamplerOptions, picture: ImageMetadata | None, device: torc
             getattr(settings, f"{part}_sha256") != getattr(picture.settings, f"{part}_sha256")
         ):
             raise ValueError(f"{name} is not what made {options.like}: it has changed. Restore it, or name another")
-    if is_main_process():
+    if is_rank_zero():
         _log_notes(model)
     return PreparedModel(model, guiding_model, settings)
 

@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from lamamba._version import __version__
 from lamamba.config import unknown_name
 from lamamba.diffusion.guidance import Guidance
+from lamamba.options.base import Ge, from_dict, record
+from lamamba.utils.files import parse_json
 
 SETTINGS_VERSION = 1
 PNG_KEY = "lamamba"
 """Of the text in a PNG that holds the settings as JSON."""
+DTYPES = ("float32", "bfloat16", "float16")
 MAX_SEED = 2**63 - 1
 
 
-@dataclass(frozen=True)
-class Interpolated:
-    """Between two seeds or two classes: weight 0 is the first, 1 the second."""
+class Interpolated(NamedTuple):
+    """Between two seeds or two classes: weight 0 is the first, 1 the second. In JSON a list of the three."""
 
     first: int
     second: int
     weight: float
 
 
+@record
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """All that makes a picture of a seed and a label."""
@@ -39,10 +41,10 @@ class Settings:
     model_sha256: str
     """By `fingerprint`."""
     sampler: str
-    steps: int
-    height: int
+    steps: Annotated[int, Ge(1)]
+    height: Annotated[int, Ge(1)]
     """Of the picture, in pixels."""
-    width: int
+    width: Annotated[int, Ge(1)]
     guidance: Guidance = field(default_factory=Guidance)
     autoguidance: str | None = None
     """The guiding model, as it was named."""
@@ -54,27 +56,15 @@ class Settings:
     """In which the network computed."""
     compiled: bool = False
 
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise unknown_name("dtype", self.dtype, DTYPES)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         values = dataclasses.asdict(self)
         values["guidance"]["interval"] = list(self.guidance.interval)
         return values
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Settings:
-        """Undo `to_dict`.
-
-        Raises:
-            ValueError: for entries that are missing or unknown.
-        """
-        names = [entry.name for entry in dataclasses.fields(cls)]
-        for key in values:
-            if key not in names:
-                raise unknown_name("setting", key, names)
-        try:
-            return cls(**{**values, "guidance": Guidance(**values.get("guidance", {}))})
-        except TypeError as error:
-            raise ValueError(f"settings are incomplete: {error}") from error
 
     def what_counts(self) -> dict[str, Any]:
         """Flat, and without the names of folders: their hashes say what was in them."""
@@ -86,9 +76,14 @@ class Settings:
         }
 
 
+@record
 @dataclass(frozen=True, kw_only=True)
 class ImageMetadata:
-    """What is in one PNG: settings, and the seed and label of each image on it."""
+    """What is in one PNG: settings, and the seed and label of each image on it.
+
+    Raises:
+        ValueError: when seeds, labels and columns do not fit together.
+    """
 
     settings: Settings
     seeds: tuple[int | Interpolated, ...]
@@ -97,49 +92,31 @@ class ImageMetadata:
     columns: int = 0
     """Of the table; 0 where the PNG is a single image as the model made it."""
     row_names: tuple[str, ...] = ()
-    batch_size: int = 64
+    batch_size: Annotated[int, Ge(1)] = 64
     lamamba: str = __version__
+
+    def __post_init__(self) -> None:
+        count = len(self.seeds)
+        if not count or (self.labels is not None and len(self.labels) != count) or not 0 <= self.columns <= count:
+            raise ValueError("seeds, labels and columns do not fit together")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the format's version."""
-        return {
-            "version": SETTINGS_VERSION, "settings": self.settings.to_dict(), "seeds": _plain(self.seeds),
-            "labels": None if self.labels is None else _plain(self.labels), "columns": self.columns,
-            "row_names": list(self.row_names), "batch_size": self.batch_size, "lamamba": self.lamamba,
-        }
+        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        return {"version": SETTINGS_VERSION, **values, "settings": self.settings.to_dict()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ImageMetadata:
+    def from_dict(cls, values: Any) -> ImageMetadata:
         """Undo `to_dict`.
 
         Raises:
             ValueError: for values of a newer format, or damaged ones.
         """
-        version = values.get("version") if isinstance(values, dict) else None
-        if not isinstance(version, int) or version > SETTINGS_VERSION:
+        values = dict(values) if isinstance(values, dict) else {}
+        version = values.pop("version", None)
+        if type(version) is not int or not 1 <= version <= SETTINGS_VERSION:
             raise ValueError(f"settings of version {version}, this lamamba reads up to {SETTINGS_VERSION}: upgrade it")
-        try:
-            metadata = cls(
-                settings=Settings.from_dict(values["settings"]), seeds=_rich(values["seeds"]),
-                labels=None if values["labels"] is None else _rich(values["labels"]), columns=int(values["columns"]),
-                row_names=tuple(values["row_names"]), batch_size=int(values["batch_size"]), lamamba=values["lamamba"],
-            )
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"settings are damaged: {error!r}") from error
-        count = len(metadata.seeds)
-        if not count or (
-            metadata.labels is not None and len(metadata.labels) != count
-        ) or not 0 <= metadata.columns <= count:
-            raise ValueError("settings are damaged: seeds, labels and columns do not fit together")
-        return metadata
-
-
-def _plain(values: Sequence[int | Interpolated]) -> list[int | list[float]]:
-    return [[p.first, p.second, p.weight] if isinstance(p, Interpolated) else int(p) for p in values]
-
-
-def _rich(values: Sequence[int | Sequence[float]]) -> tuple[int | Interpolated, ...]:
-    return tuple(p if isinstance(p, int) else Interpolated(int(p[0]), int(p[1]), float(p[2])) for p in values)
+        return from_dict(cls, values)
 
 
 def png_text(metadata: ImageMetadata) -> PngImagePlugin.PngInfo:
@@ -162,7 +139,9 @@ def read_image_metadata(path: str | Path) -> ImageMetadata:
         with Image.open(path) as picture:
             picture.load()                                                      # text may come after the pixels
             text = getattr(picture, "text", {}).get(PNG_KEY)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except PermissionError:
+        raise
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
     if text is None:
         raise ValueError(
@@ -170,6 +149,6 @@ def read_image_metadata(path: str | Path) -> ImageMetadata:
             "saved it again"
         )
     try:
-        return ImageMetadata.from_dict(json.loads(text))
+        return ImageMetadata.from_dict(parse_json(text))
     except ValueError as error:
         raise ValueError(f"the settings in {path} cannot be read: {error}") from error

@@ -56,7 +56,7 @@ def make_table(options: SampleOptions, picture: ImageMetadata | None, model: Mod
         if classes is num is seed is options.interpolate is None:
             return Table(picture.seeds, picture.labels, picture.columns, picture.row_names)
         if any(isinstance(value, Interpolated) for value in (*picture.seeds, *(picture.labels or ()))):
-            raise ValueError("that picture shows an interpolation: give --interpolate again, with what is to change")
+            raise ValueError("that picture shows an interpolation: give interpolate again, with what is to change")
         rows = tuple(int(label) for label in (picture.labels or ())[:: picture.columns or 1] if isinstance(label, int))
         classes = classes or (None if options.interpolate else rows or None)
         num = num or (picture.columns or 1 if picture.labels else len(picture.seeds))
@@ -76,7 +76,7 @@ def class_table(model: Model, classes: Sequence[int | str] | None, num: int, see
     """
     if not model.num_classes:
         if classes is not None:
-            raise ValueError(f"{model.name} is unconditional: it knows no classes, leave --classes out")
+            raise ValueError(f"{model.name} is unconditional: it knows no classes, leave classes out")
         return Table(tuple(range(seed, seed + num)), None, min(num, DEFAULT_COLUMNS), ())
     rows = find_labels(classes, model.metadata.label_names, model.num_classes)
     labels = tuple(label for label in rows for _ in range(num))
@@ -94,9 +94,9 @@ def interpolation_table(
     """
     what, *ends = (word.strip() for word in text.split(":"))
     if what not in ("seeds", "classes") or len(ends) != 2 or (what == "seeds" and not all(e.isdigit() for e in ends)):
-        raise ValueError(f"--interpolate {text} is not understood; write seeds:3:7 or classes:3:8 (numbers or names)")
+        raise ValueError(f"interpolate={text} is not understood; write seeds:3:7 or classes:3:8 (numbers or names)")
     if num < 2:
-        raise ValueError(f"--num {num}: an interpolation between two {what} has at least 2 images")
+        raise ValueError(f"num={num}: an interpolation between two {what} has at least 2 images")
     weights = [column / (num - 1) for column in range(num)]
     if what == "seeds":
         first, second = map(int, ends)
@@ -108,7 +108,7 @@ def interpolation_table(
     if not model.num_classes:
         raise ValueError(f"{model.name} is unconditional: it knows no classes to go between; write seeds:3:7")
     if classes is not None:
-        raise ValueError("--interpolate classes:A:B names its classes itself: leave --classes out")
+        raise ValueError("interpolate=classes:A:B names its classes itself: leave classes out")
     a, b = (find_label(end, model.metadata.label_names, model.num_classes) for end in ends)
     starts = range(seed, seed + INTERPOLATION_ROWS)
     return Table(

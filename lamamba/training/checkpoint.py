@@ -24,18 +24,20 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.training import RUN_VERSION
+from lamamba.runs.folder import CheckpointState
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import load_network
 from lamamba.training.distributed import Processes
 from lamamba.utils.distributed import local, whole
-from lamamba.utils.files import read_json, write_json
+from lamamba.utils.files import write_json
+from lamamba.utils.tensors import read_tensors
 
 logger = logging.getLogger("lamamba.training")
 
@@ -83,13 +85,13 @@ def whole_network(network: LaMambaUNet, processes: Processes) -> LaMambaUNet | N
     A network that is not sharded is returned as it is; a sharded one is gathered on the CPU.
     """
     if not processes.is_sharded:
-        return network if processes.is_main else None
+        return network if processes.is_rank_zero else None
     state = {}
     for name, parameter in network.named_parameters():
         tensor = whole(parameter)
-        if processes.is_main:
+        if processes.is_rank_zero:
             state[name] = tensor.cpu()
-    if not processes.is_main:
+    if not processes.is_rank_zero:
         return None
     copy_ = LaMambaUNet(network.architecture)
     copy_.load_state_dict(state, assign=True)
@@ -111,11 +113,18 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Undo `optimizer_tensors`."""
+    """Undo `optimizer_tensors`.
+
+    Raises:
+        ValueError: for a tensor that is not of this network's AdamW.
+    """
     parameters = dict(model.named_parameters())
     for full, value in tensors.items():
-        key, name = full.split("/", 1)
-        parameter = parameters[name]
+        key, _, name = full.partition("/")
+        parameter = parameters.get(name)
+        shape = parameter.shape if parameter is not None and key in MOMENTS else ()
+        if parameter is None or key not in (*MOMENTS, "step") or value.shape != shape or not value.is_floating_point():
+            raise ValueError(f"the optimizer's {full}, {value.dtype} {tuple(value.shape)}, is not of this network")
         value = value.to(parameter.device)                                      # a fused AdamW counts steps there, too
         optimizer.state[parameter][key] = _split_like(parameter, value) if key in MOMENTS else value
 
@@ -126,7 +135,7 @@ def write_checkpoint(
     """Write all files into an empty folder, all ranks together; nothing is flushed or renamed yet.
 
     Raises:
-        OSError, RuntimeError: when a file cannot be written; MainProcessError on the ranks that could write theirs.
+        OSError, RuntimeError: when a file cannot be written; RankZeroError on the ranks that could write theirs.
     """
     first = next(iter(state.averages))
     values = {
@@ -179,8 +188,8 @@ def read_checkpoint(folder: Path, state: TrainState, processes: Processes) -> No
     Raises:
         ValueError: when it belongs to another network, keeps other averages, or is damaged.
     """
-    values = read_json(folder / "state.json")
-    kept = values.get("ema_decays", list(state.averages)[:1])
+    saved = CheckpointState.load(folder)
+    kept = list(saved.ema_decays or list(state.averages)[:1])
     if kept != list(state.averages):
         raise ValueError(
             f"{folder} keeps averages of {kept}, this run of {list(state.averages)}; repeat its ema_decays"
@@ -193,24 +202,23 @@ def read_checkpoint(folder: Path, state: TrainState, processes: Processes) -> No
             _read_tensors(folder / "shards", tensors := _shards(state))
             for parameter in state.model.parameters():
                 state.optimizer.state[parameter]["step"] = torch.tensor(
-                    float(values["optimizer_steps"]), device=parameter.device
+                    saved.optimizer_steps or 0.0, device=parameter.device
                 )
         else:
             _read_network(folder / "model", state.model)
             if processes.is_sharded:
                 tensors = {key: value for key, value in _shards(state).items() if not key.startswith("model/")}
                 _read_tensors(folder, tensors)
-                steps = load_file(folder / "optimizer.safetensors")
+                steps = read_tensors(folder / "optimizer.safetensors")
                 for name, parameter in state.model.named_parameters():
                     state.optimizer.state[parameter]["step"] = steps[f"step/{name}"].to(parameter.device)
             else:
-                tensors = load_file(folder / "optimizer.safetensors")
+                tensors = read_tensors(folder / "optimizer.safetensors")
                 torch.set_rng_state(tensors.pop("random/torch"))
                 restore_optimizer(state.model, state.optimizer, tensors)
     except (KeyError, SafetensorError, dcp.api.CheckpointException) as error:
         raise ValueError(f"{folder} does not fit this network or is damaged: {str(error).splitlines()[0]}") from error
-    state.step = int(values["step"])
-    state.omitted, state.faults = int(values.get("left_out", 0)), int(values.get("faults", 0))
+    state.step, state.omitted, state.faults = saved.step, saved.left_out, saved.faults
 
 
 def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import re
-from collections.abc import Iterator, Sequence
+import multiprocessing
+import traceback
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -100,8 +102,9 @@ class TrainingData:
             times = (torch.tensor(padded, dtype=torch.float64) + 0.5) / count
             yield replace(batch, time=times, label_draw=torch.ones(len(padded))), len(chosen)
 
-    def micro_batches(self, first_batch: int) -> Iterator[Batch]:
-        """Micro-batches without end, read ahead where the configuration has workers.
+    @contextlib.contextmanager
+    def micro_batches(self, first_batch: int) -> Iterator[Iterator[Batch]]:
+        """Micro-batches without end, read ahead where the configuration has workers, which end with the context.
 
         Raises:
             RuntimeError: when a worker dies.
@@ -110,22 +113,57 @@ class TrainingData:
         keys = _Keys(first_batch, options.accumulation_steps)
         if options.data_workers == 0:
             threads = GPU_THREADS * self._pins if options.data_threads is None else options.data_threads
-            yield from read_ahead(self._pinned, keys, threads=threads) if threads else map(self.__getitem__, keys)
+            if threads:
+                with contextlib.closing(read_ahead(self._pinned, keys, threads=threads)) as batches:
+                    yield batches
+            else:
+                yield map(self.__getitem__, keys)
             return
         loader = torch.utils.data.DataLoader(
-            cast(Any, self), batch_size=None, sampler=cast(Any, keys), num_workers=options.data_workers,
+            cast(Any, _InWorker(self)), batch_size=None, sampler=cast(Any, keys), num_workers=options.data_workers,
             prefetch_factor=2, pin_memory=self._pins, worker_init_fn=_begin_worker,
             generator=torch.Generator(),                                        # not the global one: it is saved
         )
+        others = set(multiprocessing.active_children())
+        received = _received(iter(loader))
+        workers = set(multiprocessing.active_children()) - others
         try:
-            yield from loader
-        except RuntimeError as error:
-            if not re.search("DataLoader worker.*(exited unexpectedly|killed by signal)", str(error), re.DOTALL):
+            yield received
+        except BaseException as error:
+            died = [worker.exitcode for worker in workers if worker.exitcode]
+            traceback.clear_frames(error.__traceback__)                         # they keep the loader's iterator alive
+            if not died or not isinstance(error, RuntimeError | OSError | EOFError):
                 raise
             raise RuntimeError(
-                f"a process that reads data has died ({str(error).splitlines()[0]}); most often the system had no "
-                "memory left for it: fewer --processes.data-workers help. The run resumes from its last checkpoint"
+                f"a process that reads data has died (status {died[0]}; negative: by this signal); most often the "
+                "system had no memory left for it: fewer processes.data_workers help. The run resumes from its last "
+                "checkpoint"
             ) from error
+        finally:
+            received.close()                                                    # the iterator goes: it ends its workers
+            for worker in workers:                                              # they ignore the SIGTERM of an exit
+                worker.kill()
+
+
+class _InWorker:
+    """Data in a worker: errors that have a message for the user are results there, without the worker's traceback."""
+
+    def __init__(self, data: TrainingData):
+        self._data = data
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch | Exception:
+        try:
+            return self._data[key]
+        except (ValueError, OSError, RuntimeError) as error:
+            kind = next(kind for kind in (ValueError, OSError, RuntimeError) if isinstance(error, kind))
+            return kind(str(error))                                             # can be pickled, whatever it was
+
+
+def _received(results: Iterator[Batch | Exception]) -> Generator[Batch, None, None]:
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+        yield result
 
 
 class _Keys:

@@ -33,16 +33,8 @@ class Processes(ProcessGroup):
     """
 
     def __init__(self, config: TrainConfig):
-        for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-            if os.environ.get(variable, "false").lower() == "true":
-                raise ValueError(
-                    f"accelerate launch asks for {name}; start without it and give --processes.sharding full, "
-                    "which splits the network by PyTorch's own FSDP2"
-                )
+        check_processes(config)
         world_size = launched_processes()
-        if world_size > 1 and ":" in config.device:
-            raise ValueError(f"device={config.device!r} cannot serve {world_size} processes; use auto, cuda or cpu")
-        _check_batch(config, world_size)
         self._autocast, self.is_sharded = config.precision.autocast, config.processes.sharding == "full"
         if world_size == 1:
             super().__init__(0, 1, pick_device(config.device))
@@ -94,8 +86,21 @@ class Processes(ProcessGroup):
         return contextlib.nullcontext()
 
 
-def _check_batch(config: TrainConfig, world_size: int) -> None:
-    """Raise ValueError where the world size does not fit the configuration."""
+def check_processes(config: TrainConfig) -> None:
+    """Check that the launcher, its number of processes, and the configuration fit together.
+
+    Raises:
+        ValueError: when they do not.
+    """
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(variable, "false").lower() == "true":
+            raise ValueError(
+                f"accelerate launch asks for {name}; start without it and give processes.sharding='full', "
+                "which splits the network by PyTorch's own FSDP2"
+            )
+    world_size = launched_processes()
+    if world_size > 1 and ":" in config.device:
+        raise ValueError(f"device={config.device!r} cannot serve {world_size} processes; use auto, cuda or cpu")
     if config.processes.sharding == "full" and world_size == 1:
         raise ValueError(
             "processes.sharding='full' splits a network among several processes and this is only one; start them "
@@ -115,6 +120,17 @@ def _without_gradient_sync(network: Any) -> Iterator[None]:
         yield
     finally:
         network.set_requires_gradient_sync(True)
+
+
+@contextlib.contextmanager
+def computing_threads(threads: int | None) -> Iterator[None]:
+    """Compute with this many threads, where a number is given."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ It knows neither samplers nor scores: callbacks get a `StepState` after every op
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ from lamamba.diffusion.schedule import make_schedule
 from lamamba.inference.compiling import compile_network
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.training import TrainConfig
-from lamamba.runs.folder import RunFolder
+from lamamba.runs.folder import RunFolder, run_values
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.training.checkpoint import (
     TrainState,
@@ -38,13 +40,14 @@ from lamamba.training.checkpoint import (
     write_checkpoint,
 )
 from lamamba.training.data import Batch, TrainingData, as_training_set
-from lamamba.training.distributed import Processes, precision_policy
+from lamamba.training.distill import Teacher
+from lamamba.training.distributed import Processes, computing_threads, precision_policy
 from lamamba.training.interrupt import Interrupted, StopRequest, stop_signals
 from lamamba.training.non_finite import find_origin
 from lamamba.training.start import continue_official, start_network
 from lamamba.training.trackers import MetricsFile
 from lamamba.utils.distributed import local, peak_memory, whole
-from lamamba.utils.errors import MainProcessError
+from lamamba.utils.errors import RankZeroError
 from lamamba.utils.locks import FolderLock
 from lamamba.utils.repeatable import own_random_state
 
@@ -106,13 +109,38 @@ def describe(config: TrainConfig, data: ImageSet | TrainingSet) -> tuple[UNetCon
     return architecture, metadata
 
 
+def open_teacher(config: TrainConfig, architecture: UNetConfig, device: torch.device) -> Teacher | None:
+    """The network that a run learns from, if there is one.
+
+    Raises:
+        FileNotFoundError, ValueError: when it is missing, damaged, or does not fit the run's network.
+    """
+    return None if config.distill.teacher is None else Teacher(config.distill, architecture, device)
+
+
+def described(config: TrainConfig, samples: TrainingSet, teacher: Teacher | None = None) -> dict[str, Any]:
+    """The content of the run's config.json."""
+    excluded = getattr(samples, "excluded", ())                                 # latents and digits have none
+    values = run_values(config, *describe(config, samples), samples.fingerprint, excluded)
+    return values if teacher is None else {**values, "teacher": {"sha256": teacher.sha256}}
+
+
 def train(
-    config: TrainConfig, data: ImageSet | TrainingSet, folder: str | Path, callbacks: Sequence[Callback] = ()
+    config: TrainConfig, data: ImageSet | TrainingSet, folder: str | Path, callbacks: Sequence[Callback] = (),
+    on_resume: Sequence[Callback] = (),
 ) -> TrainState:
     """Train a network from its first step, or on from the folder's newest whole checkpoint, to the last.
 
     The same configuration gives the same run to the bit on one machine, however often it is stopped and resumed, and
     the same run to rounding at any world size. Under a launcher, every process calls this.
+
+    Args:
+        config: of the run.
+        data: to train on.
+        folder: of the run.
+        callbacks: called after every optimizer step.
+        on_resume: called once with the state of the checkpoint that the run goes on from, whose loss, gradient norm and
+            learning rate are NaN: for what a stop between a checkpoint and the callbacks has left undone.
 
     Raises:
         ValueError: when configuration, data and folder do not fit together.
@@ -121,7 +149,7 @@ def train(
             the weights were not touched by it.
         Interrupted: when a signal stopped the run, after a checkpoint.
         OSError: when the last checkpoint could not be written.
-        MainProcessError: on the other ranks, when rank 0 raises.
+        RankZeroError: on the other ranks, when rank 0 raises.
     """
     processes = Processes(config)
     samples = as_training_set(data, config)
@@ -130,10 +158,12 @@ def train(
     processes.on_rank_0(run.prepare)
     try:
         processes.on_rank_0(lock.acquire)
-        with own_random_state(), precision_policy(config.precision), stop_signals() as request:
-            excluded = getattr(samples, "excluded", ())                         # latents and digits have none
-            processes.on_rank_0(lambda: run.create(config, architecture, metadata, samples.fingerprint, excluded))
-            return _Trainer(config, samples, architecture, metadata, run, processes).run(callbacks, request)
+        threads = computing_threads(config.processes.threads)
+        with own_random_state(), threads, precision_policy(config.precision), stop_signals() as request:
+            teacher, files = open_teacher(config, architecture, processes.device), getattr(samples, "source_files", ())
+            processes.on_rank_0(lambda: run.create(described(config, samples, teacher), files))
+            trainer = _Trainer(config, samples, architecture, metadata, run, processes, teacher)
+            return trainer.run(callbacks, on_resume, request)
     finally:
         lock.release()
 
@@ -144,6 +174,8 @@ class _StepResult:
 
     loss: float
     """Mean over the batch."""
+    terms: dict[str, float]
+    """Mean of each term of a distillation's loss, unweighted; empty without a teacher."""
     grad_norm: float
     is_finite: bool
     is_stop_requested: bool
@@ -154,8 +186,9 @@ class _Trainer:
 
     def __init__(
         self, config: TrainConfig, samples: TrainingSet, architecture: UNetConfig, metadata: ModelMetadata,
-        folder: RunFolder, processes: Processes,
+        folder: RunFolder, processes: Processes, teacher: Teacher | None,
     ):
+        self._teacher = teacher
         self._config, self._samples, self._null_label = config, samples, architecture.num_classes
         self._metadata, self._folder, self._processes = metadata, folder, processes
         self._data = TrainingData(samples, config, processes)
@@ -181,13 +214,19 @@ class _Trainer:
         )
         self._state = TrainState(model, averages, optimizer)
 
-    def run(self, callbacks: Sequence[Callback], request: StopRequest) -> TrainState:
+    def run(
+        self, callbacks: Sequence[Callback], on_resume: Sequence[Callback], request: StopRequest
+    ) -> TrainState:
         """Train from the newest checkpoint, or from the start, to the last step."""
         config, state = self._config, self._state
-        self._begin()
-        batches = self._data.micro_batches(state.next_batch)
+        is_resumed = self._begin()
         self._clock = _Clock(config.batch_size, state.step)
-        with MetricsFile(self._folder, config, is_main=self._processes.is_main) as metrics:
+        with self._clock.paused():
+            for callback in on_resume if is_resumed else ():
+                callback(self._step_state(math.nan, math.nan, math.nan))
+        data = self._data.micro_batches(state.next_batch)
+        metrics_file = MetricsFile(self._folder, config, is_rank_zero=self._processes.is_rank_zero)
+        with metrics_file as metrics, data as batches:
             metrics.remove_after(state.step)
             while state.step < config.steps:
                 batch = [next(batches) for _ in range(config.processes.accumulation_steps)]
@@ -203,17 +242,36 @@ class _Trainer:
         self._log_event("finished", step=state.step)
         return state
 
-    def _begin(self) -> None:
-        """Resume from the newest checkpoint, or start: from fresh weights or an official checkpoint."""
+    def _begin(self) -> bool:
+        """Resume from the newest checkpoint (True), or start: from fresh weights or an official checkpoint."""
         if self._restore():
-            return
+            return True
         if self._config.start.mode == "everything":
             continue_official(Path(str(self._config.start.source)), self._state)
         if self._config.faults.on_non_finite == "back":                         # there must be something to go back to
             self._save(must=True)
+        return False
+
+    def _step_state(self, loss: float, grad_norm: float, rate: float) -> StepState:
+        state, clock = self._state, self._clock
+        return StepState(
+            state.step, self._config.steps, loss, grad_norm, rate, clock.rate, clock.seconds,
+            peak_memory(self._processes.device), state.ema, lambda: whole_network(state.ema, self._processes),
+        )
 
     def _losses(self, batch: Batch, network: nn.Module) -> Tensor:
         """Each sample's loss, (b,)."""
+        return self._weighted(self._terms(batch, network))
+
+    def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
+        """The loss of its terms: (b,)."""
+        if self._teacher is None:
+            return terms["task"]
+        weights = self._config.distill.weights()
+        return torch.stack([weights[name] * term for name, term in terms.items()]).sum(0)
+
+    def _terms(self, batch: Batch, network: nn.Module) -> dict[str, Tensor]:
+        """Each sample's loss by term, (b,): "task", and with a teacher "output" and "feature"."""
         device = self._processes.device
         x0, eps = batch.x0.to(device, non_blocking=True), batch.eps.to(device, non_blocking=True)
         t = self._schedule.timestep(batch.time).to(device)                      # (b,)
@@ -223,25 +281,34 @@ class _Trainer:
             labels = drop_labels(batch.labels, batch.label_draw, self._config.label_dropout, self._null_label)
             labels = labels.to(device)
         with self._processes.autocast():
-            output = network(xt, t, labels)                                     # (b, out_channels, h, w)
-        return training_loss(output.float(), x0, xt, t, eps, self._schedule, self._gamma)
+            features: tuple[Tensor, ...] = ()
+            if self._teacher is not None and self._teacher.needs_features:
+                output, features = network(xt, t, labels, return_features=True)
+            else:
+                output = network(xt, t, labels)                                 # (b, out_channels, h, w)
+            learned = {} if self._teacher is None else self._teacher.terms(xt, t, labels, output, features)
+        return {"task": training_loss(output.float(), x0, xt, t, eps, self._schedule, self._gamma), **learned}
 
     def _forward_backward(self, batch: list[Batch], request: StopRequest) -> _StepResult:
         """Accumulate the gradient of a batch over its micro-batches, on every rank."""
         config, state, processes = self._config, self._state, self._processes
         state.optimizer.zero_grad(set_to_none=True)
-        totals = []
+        totals, parts = [], []
         for number, micro_batch in enumerate(batch):
             with processes.accumulate(self._network, is_last=number == len(batch) - 1):
-                losses = self._losses(micro_batch, self._network)
+                terms = self._terms(micro_batch, self._network)
+                losses = self._weighted(terms)
                 # DDP and FSDP take the mean over ranks; the sum over all of them, over the batch, is wanted
                 (losses.sum() * (processes.world_size / config.batch_size)).backward()
             totals.append(losses.detach().sum())
+            parts.append([] if self._teacher is None else [term.detach().sum() for term in terms.values()])
         total = float(torch.stack(totals).sum())
         norm = float(whole(nn.utils.clip_grad_norm_(state.model.parameters(), config.optimizer.max_grad_norm)))
         is_wrong = not (math.isfinite(total) and math.isfinite(norm))
-        total, faults, stops = processes.sum(total, float(is_wrong), float(request.name is not None))
-        return _StepResult(total / config.batch_size, norm, faults == 0, stops > 0)
+        sums = [float(sum(part)) for part in zip(*parts, strict=True)]
+        total, faults, stops, *sums = processes.sum(total, float(is_wrong), float(request.name is not None), *sums)
+        means = {f"{name}_loss": value / config.batch_size for name, value in zip(terms, sums, strict=False)}
+        return _StepResult(total / config.batch_size, means, norm, faults == 0, stops > 0)
 
     def _update(self, result: _StepResult) -> None:
         state = self._state
@@ -251,7 +318,7 @@ class _Trainer:
         for decay, average in state.averages.items():
             update_ema(average, state.model, decay)
         state.step += 1
-        self._clock.tick(state.step, result.loss)
+        self._clock.tick(state.step, {"loss": result.loss, **result.terms})
 
     def _after_step(
         self, result: _StepResult, callbacks: Sequence[Callback], metrics: MetricsFile
@@ -259,19 +326,16 @@ class _Trainer:
         """Measure, log, save and call back, each when it is due; returns the checkpoint, if one was written."""
         config, state, clock, checkpoint = self._config, self._state, self._clock, None
         is_last = state.step == config.steps
-        rate, memory = state.optimizer.param_groups[0]["lr"], peak_memory(self._processes.device)
-        held_out = {}
+        rate, held_out = state.optimizer.param_groups[0]["lr"], dict[str, float]()
         if config.watch.held_out and (state.step % config.watch.held_out_every == 0 or is_last):
             with clock.paused():
-                held_out = {"held_out_loss": self._held_out_loss()}
+                held_out = self._held_out_losses()
         if state.step % config.log_every == 0 or is_last or held_out:
             metrics.write(clock.line(state.step) | {
-                "grad_norm": result.grad_norm, "learning_rate": rate, "peak_memory_bytes": memory, **held_out,
+                "grad_norm": result.grad_norm, "learning_rate": rate,
+                "peak_memory_bytes": peak_memory(self._processes.device), **held_out,
             })
-        step_state = StepState(
-            state.step, config.steps, result.loss, result.grad_norm, rate, clock.rate, clock.seconds, memory, state.ema,
-            lambda: whole_network(state.ema, self._processes),
-        )
+        step_state = self._step_state(result.loss, result.grad_norm, rate)
         with clock.paused():
             if state.step % config.checkpoint_every == 0 or is_last:
                 checkpoint = self._save(must=is_last)
@@ -294,7 +358,7 @@ class _Trainer:
         report = self._report(batch, result)
         newest = self._folder.names()[-1:] or ["none yet"]
         last = f" Last checkpoint: {newest[0]}."
-        hint = " A lower --optimizer.learning-rate or --optimizer.max-grad-norm 1 often helps"
+        hint = " A lower optimizer.learning_rate or optimizer.max_grad_norm=1 often helps"
         self._log_event("not finite", step=state.step + 1, batch=number, policy=options.on_non_finite, report=report)
         if options.on_non_finite == "stop":
             raise FloatingPointError(report + last + hint)
@@ -335,16 +399,21 @@ class _Trainer:
         )
 
     @torch.no_grad()
-    def _held_out_loss(self) -> float:
-        """Mean loss of the averaged network on held-out images, at fixed times and noise."""
-        config, processes, total = self._config, self._processes, 0.0
+    def _held_out_losses(self) -> dict[str, float]:
+        """Mean loss of the averaged network on held-out images, at fixed times and noise, and of its terms."""
+        config, processes, totals = self._config, self._processes, collections.defaultdict[str, float](float)
         micro_batches = processes.world_size * config.processes.accumulation_steps
         for batch, count in self._data.held_out(max(1, config.batch_size // micro_batches)):
-            total += float(self._losses(batch, self._state.ema)[:count].sum())
+            terms = self._terms(batch, self._state.ema)
+            named = {"held_out_loss": self._weighted(terms)}
+            if self._teacher is not None:
+                named |= {f"held_out_{name}_loss": term for name, term in terms.items()}
+            for name, losses in named.items():
+                totals[name] += float(losses[:count].sum())
         if processes.is_sharded:
             self._state.ema.reshard()
-        (total,) = processes.sum(total)
-        return total / config.watch.held_out
+        sums = processes.sum(*totals.values())
+        return {name: value / config.watch.held_out for name, value in zip(totals, sums, strict=True)}
 
     def _restore(self) -> bool:
         """Go to the newest whole checkpoint; returns whether there is one."""
@@ -372,7 +441,7 @@ class _Trainer:
                 state.step, lambda folder: write_checkpoint(folder, state, self._metadata, processes, setup),
                 processes, keep=config.keep_checkpoints, keep_every=config.keep_every,
             )
-        except (OSError, MainProcessError) as error:
+        except (OSError, RankZeroError) as error:
             if must:
                 raise
             self._warn("%s. Training goes on", error)
@@ -382,11 +451,11 @@ class _Trainer:
         return checkpoint
 
     def _log_event(self, event: str, **values: object) -> None:
-        if self._processes.is_main:
+        if self._processes.is_rank_zero:
             self._folder.log_event(event, **values)
 
     def _warn(self, message: str, *values: object) -> None:
-        if self._processes.is_main:
+        if self._processes.is_rank_zero:
             logger.warning(message, *values)
 
 
@@ -396,7 +465,7 @@ class _Clock:
     def __init__(self, batch_size: int, first_step: int):
         self._batch_size, self._first_step = batch_size, first_step
         self._began, self._paused = time.perf_counter(), 0.0
-        self._line_step, self._line_seconds, self._losses = first_step, 0.0, list[float]()
+        self._line_step, self._line_seconds, self._losses = first_step, 0.0, list[dict[str, float]]()
         self.rate = self.seconds = 0.0
 
     @contextlib.contextmanager
@@ -408,16 +477,16 @@ class _Clock:
         finally:
             self._paused += time.perf_counter() - began
 
-    def tick(self, step: int, loss: float) -> None:
+    def tick(self, step: int, losses: dict[str, float]) -> None:
         """Count a step."""
-        self._losses.append(loss)
+        self._losses.append(losses)
         self.seconds = time.perf_counter() - self._began
         self.rate = max(0, step - self._first_step) * self._batch_size / max(self.seconds - self._paused, 1e-9)
 
     def line(self, step: int) -> dict[str, float]:
-        """Mean loss and images per second since the last line."""
+        """Mean losses and images per second since the last line."""
         training = self.seconds - self._paused
         rate = max(0, step - self._line_step) * self._batch_size / max(training - self._line_seconds, 1e-9)
-        loss = sum(self._losses) / len(self._losses)
+        losses = {name: sum(each[name] for each in self._losses) / len(self._losses) for name in self._losses[0]}
         self._line_step, self._line_seconds, self._losses = step, training, []
-        return {"step": step, "loss": loss, "images_per_second": round(rate, 2), "seconds": round(self.seconds, 2)}
+        return {"step": step, **losses, "images_per_second": round(rate, 2), "seconds": round(self.seconds, 2)}

@@ -18,7 +18,7 @@ from lamamba.data.sets import EncodedSet, PixelSet, TrainingSet
 from lamamba.data.sources import open_source
 from lamamba.options.training import DataOptions, TrainConfig
 from lamamba.runs.folder import RunFolder
-from lamamba.utils.distributed import is_main_process, local_device
+from lamamba.utils.distributed import is_rank_zero, local_device
 
 logger = logging.getLogger("lamamba.training")
 
@@ -57,14 +57,14 @@ def open_data(config: TrainConfig, out: Path | None = None) -> TrainingSet:
 
 def _open_images(data: DataOptions, run: RunFolder | None) -> Images:
     """Images without the excluded files: those of the manifest, or those excluded since the run began."""
-    source = open_source(data.source)
+    source = open_source(data.source, () if run is None else run.data_files())
     excluded, note = excluded_files(source, data.manifest)
     newly_excluded: set[str] = set()
     if run is not None and (at_the_start := run.excluded()) is not None:
         excluded, newly_excluded = at_the_start, set(excluded) - set(at_the_start)
-    if note and is_main_process():
+    if note and is_rank_zero():
         logger.warning(note)
-    if newly_excluded and is_main_process():
+    if newly_excluded and is_rank_zero():
         logger.info(
             f"{len(newly_excluded)} files that the manifest names now were not known to be bad when this run began: "
             "its order stays, and where they cannot be read the next good ones replace them"
@@ -75,15 +75,17 @@ def _open_images(data: DataOptions, run: RunFolder | None) -> Images:
     )
 
 
-def plan_data(config: TrainConfig) -> TrainingSet:
+def plan_data(config: TrainConfig, out: Path | None = None) -> TrainingSet:
     """The data for a plan; where it is not there yet, what the recipe says of it.
+
+    Args: as `open_data`.
 
     Raises:
         OSError, ValueError: when the data does not fit, or is missing and the recipe does not say what it would be.
     """
     data = config.data
     if data.expected_images is None or Path(data.source).exists():
-        return open_data(config)
+        return open_data(config, out)
     return PlannedData(data)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,11 +28,7 @@ def start_network(options: StartOptions, architecture: UNetConfig) -> LaMambaUNe
         FileNotFoundError: when there is no such source.
         ValueError: when the source is another network, or has other classes and options.replace_labels is not set.
     """
-    assert options.source is not None
-    source = Path(options.source)
-    saved = load_official(source) if source.suffix == ".pt" else open_network(source)[0]
-    changes = {"num_classes"} if options.replace_labels else set()
-    _check_same(saved.architecture, architecture, source, changes)
+    saved = check_start(options, architecture)
     network = LaMambaUNet(architecture)                                         # its label table is fresh already
     table = saved.state_dict()
     if options.replace_labels:
@@ -44,6 +41,31 @@ def start_network(options: StartOptions, architecture: UNetConfig) -> LaMambaUNe
     return network
 
 
+def check_start(options: StartOptions, architecture: UNetConfig) -> LaMambaUNet:
+    """The network that training starts from, when it fits.
+
+    Raises:
+        FileNotFoundError, ValueError: as `start_network` and `continue_official`.
+    """
+    assert options.source is not None
+    source = Path(options.source)
+    if options.mode == "everything":
+        saved = load_official(_read_training_checkpoint(source), weights="model")
+    else:
+        saved = load_official(source) if source.suffix == ".pt" else open_network(source)[0]
+    _check_same(saved.architecture, architecture, source, {"num_classes"} if options.replace_labels else set())
+    return saved
+
+
+def _read_training_checkpoint(path: Path) -> dict[str, Any]:
+    content = read_official(path)
+    if lacking := [part for part in ("model", "ema", "opt") if part not in content]:
+        raise ValueError(
+            f"{path} lacks {', '.join(lacking)}: it is no whole training checkpoint; use start.mode='weights'"
+        )
+    return content
+
+
 def continue_official(path: Path, state: TrainState) -> None:
     """Continue an official training checkpoint: weights, average, AdamW's state and its number of steps.
 
@@ -53,11 +75,7 @@ def continue_official(path: Path, state: TrainState) -> None:
         FileNotFoundError: when there is no such file.
         ValueError: when it holds another network, or lacks a part.
     """
-    content = read_official(path)
-    if lacking := [part for part in ("model", "ema", "opt") if part not in content]:
-        raise ValueError(
-            f"{path} lacks {', '.join(lacking)}: it is no whole training checkpoint; use --start.mode weights"
-        )
+    content = _read_training_checkpoint(path)
     networks = {part: load_official(content, weights=part) for part in ("model", "ema")}
     _check_same(networks["model"].architecture, state.model.architecture, path, set())
     for network, part in ((state.model, "model"), *(
@@ -71,8 +89,8 @@ def continue_official(path: Path, state: TrainState) -> None:
     state.step = step
     ours = state.optimizer.param_groups[0]
     for key in ("lr", "weight_decay", "betas"):
-        if group[key] != ours[key]:
-            logger.warning("%s was trained with %s=%s; this run goes on with %s", path, key, group[key], ours[key])
+        if group.get(key) != ours[key]:
+            logger.warning("%s was trained with %s=%s; this run goes on with %s", path, key, group.get(key), ours[key])
 
 
 def _check_same(saved: UNetConfig, wanted: UNetConfig, source: Path, changes: set[str]) -> None:
@@ -84,8 +102,8 @@ def _check_same(saved: UNetConfig, wanted: UNetConfig, source: Path, changes: se
     if differences:
         hint = ""
         if saved.num_classes != wanted.num_classes and "num_classes" not in changes:
-            hint = "; to train on other classes, give --start.replace-labels"
+            hint = "; to train on other classes, give start.replace_labels"
         raise ValueError(
-            f"{source} is another network than this run's ({'; '.join(differences)}): let --model.preset and its "
+            f"{source} is another network than this run's ({'; '.join(differences)}): let model.preset and its "
             f"options describe the one that is there{hint}"
         )

@@ -82,12 +82,12 @@ def start_trackers(names: tuple[str, ...], project: str, folder: Path, config: M
 class MetricsFile:
     """metrics.jsonl, a line per logged step, and the trackers; written by rank 0, a no-op on other ranks."""
 
-    def __init__(self, folder: RunFolder, config: TrainConfig, *, is_main: bool):
-        self._folder, self._config, self._is_main = folder, config, is_main
+    def __init__(self, folder: RunFolder, config: TrainConfig, *, is_rank_zero: bool):
+        self._folder, self._config, self._is_rank_zero = folder, config, is_rank_zero
         self._trackers: list[Tracker] = []
 
     def __enter__(self) -> MetricsFile:
-        if self._is_main:
+        if self._is_rank_zero:
             watch = self._config.watch
             self._trackers = start_trackers(watch.trackers, watch.project, self._folder.path, self._config.to_dict())
         return self
@@ -98,7 +98,7 @@ class MetricsFile:
 
     def write(self, line: dict[str, float]) -> None:
         """Append the values of a step; a full disk is logged, not raised."""
-        if not self._is_main:
+        if not self._is_rank_zero:
             return
         try:
             with self._folder.metrics.open("a", encoding="utf-8") as file:
@@ -111,13 +111,13 @@ class MetricsFile:
     def remove_after(self, step: int) -> None:
         """Remove lines of steps that will be repeated."""
         path = self._folder.metrics
-        if not self._is_main or not path.exists():
+        if not self._is_rank_zero or not path.exists():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError, TypeError):                 # a line cut off by a kill
+            except (ValueError, KeyError, TypeError, RecursionError):           # a line cut off by a kill, or damaged
                 continue
         write_atomically(path, "".join(kept))

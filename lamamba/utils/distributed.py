@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lamamba.utils.errors import MainProcessError
+from lamamba.utils.errors import RankZeroError
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def is_main_process() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process is rank 0, by the launcher's environment."""
     return int(os.environ.get("RANK", "0")) == 0
 
@@ -75,16 +75,16 @@ class ProcessGroup:
 
     def __init__(self, rank: int, world_size: int, device: torch.device):
         self.rank, self.world_size, self.device = rank, world_size, device
-        self.is_main = rank == 0
+        self.is_rank_zero = rank == 0
 
     def on_rank_0(self, work: Callable[[], T]) -> T | None:
         """Call a function on rank 0 while the other ranks wait; None on those.
 
         Raises:
-            MainProcessError: on the other ranks, when rank 0 raises.
+            RankZeroError: on the other ranks, when rank 0 raises.
         """
         result, failure, message = None, None, None
-        if self.is_main:
+        if self.is_rank_zero:
             try:
                 result = work()
             except (Exception, SystemExit) as error:
@@ -94,7 +94,7 @@ class ProcessGroup:
         if failure is not None:
             raise failure
         if message is not None:
-            raise MainProcessError(f"rank 0 stopped: {message}")
+            raise RankZeroError(f"rank 0 stopped: {message}")
         return result
 
     def broadcast(self, value: T) -> T:

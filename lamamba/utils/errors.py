@@ -3,5 +3,5 @@
 from __future__ import annotations
 
 
-class MainProcessError(RuntimeError):
+class RankZeroError(RuntimeError):
     """Rank 0 has failed; the other ranks stop, and leave the report of the failure to it."""

@@ -1,32 +1,69 @@
-"""Files: JSON whose errors name the file, and writing that leaves the old content or the new, never a part."""
+"""Files: text and JSON whose errors name the file; writing that leaves the old content or the new, never a part."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+def read_text(path: Path) -> str:
+    """Text in UTF-8, with or without the byte order mark that some editors write.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: when it is in another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 (byte {error.start}: {error.reason}); save it as such") from None
+
+
+def parse_json(text: str) -> Any:
+    """A value from JSON, which has no NaN and no infinity.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no number in JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def read_json(path: Path, newest_version: int | None = None) -> dict[str, Any]:
     """A JSON object from a file; one with a version, where the newest that the caller can read is given.
 
     Raises:
-        ValueError: when the file is missing, damaged or of a newer format.
+        OSError: when the file may not be read.
+        ValueError: when it is missing, damaged or of a newer format.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        text = read_text(path)
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} is missing or damaged: {error}") from error
+    try:
+        values = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{path} is missing or damaged: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged: it holds no JSON object")
     if newest_version is not None:
         version = values.get("version")
-        if not isinstance(version, int):
-            raise ValueError(f"{path} is damaged: there is no version in it")
+        if type(version) is not int or version < 1:
+            raise ValueError(f"{path} is damaged: version={version!r} must be a whole number from 1")
         if version > newest_version:
             raise ValueError(
                 f"{path} has format version {version}, this lamamba reads up to {newest_version}; upgrade it"
@@ -36,7 +73,7 @@ def read_json(path: Path, newest_version: int | None = None) -> dict[str, Any]:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON object with indentation."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(values, indent=2) + "\n")
 
 
 def temporary_name(path: Path) -> Path:
@@ -63,11 +100,33 @@ def check_target(path: Path) -> None:
         raise OSError(f"{path} cannot be written ({reason}); nothing was done yet: name another place") from error
 
 
-def settle(temporary: Path, path: Path) -> None:
-    """Rename a complete temporary file, flushed to disk first, so that a file of that name is never a part of it."""
-    flush(temporary)
-    os.replace(temporary, path)
-    flush(path.parent)
+@contextmanager
+def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
+    """A temporary file to write, which is flushed and renamed to the path at the end; removed when that fails.
+
+    Args:
+        path: its folder is made where there is none.
+        suffix: that the temporary name is to have, for libraries that go by it.
+
+    Raises:
+        OSError: naming the path, for a full disk, too.
+    """
+    temporary = temporary_name(path)
+    temporary = temporary.with_suffix(suffix) if suffix else temporary
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    except OSError as error:
+        if error.errno is None or str(error.filename) not in ("None", str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:
@@ -83,12 +142,8 @@ def flush(path: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file: at any time it has the old content or the new."""
-    temporary = temporary_name(path)
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        settle(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_all(contents: Mapping[Path, bytes]) -> dict[Path, list[int | str]]:

@@ -142,7 +142,7 @@ class FolderLock:
                 holder = self._file.path.read_text(encoding="utf-8").strip()
         return BlockingIOError(
             f"another job trains in {self._folder} ({holder or 'of unknown name'}); wait for it, stop it, or give "
-            "another folder with --out"
+            "another folder as out"
         )
 
 

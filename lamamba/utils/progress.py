@@ -53,6 +53,14 @@ def is_watched() -> bool:
     return type(shell).__name__ == "ZMQInteractiveShell" or bool(sys.stderr and sys.stderr.isatty())
 
 
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it: "38 s", "12 min", "44 h", "5 days"."""
+    for unit, size, most in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 72)):
+        if seconds < most * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86_400:,.0f} days"
+
+
 @contextmanager
 def reporting(progress: ProgressOption = "auto") -> Iterator[Report]:
     """A function to report to, for as long as the work goes on.
@@ -123,7 +131,7 @@ class _LogLines:
             return
         self._logged = now
         rate = (state.done - state.resumed) / (now - self._began)
-        left = f"{(state.total - state.done) / rate:.0f} s left" if rate > 0 else "time left unknown"
+        left = f"{duration((state.total - state.done) / rate)} left" if rate > 0 else "time left unknown"
         logger.info(
             "%s %d/%d  %.3g %s/s  %s  %s", state.task, state.done, state.total, rate, state.unit, left, state.note
         )

@@ -56,11 +56,15 @@ class ShardPlan(ABC):
 
     @classmethod
     @abstractmethod
-    def from_dict(cls, values: dict[str, Any]) -> Any:
+    def from_dict(cls, values: Any, where: str | Path = "") -> Any:
         """Undo `to_dict`.
 
+        Args:
+            values: from a file.
+            where: the file, for messages.
+
         Raises:
-            ValueError: for entries that are missing or unknown.
+            ValueError: for entries that are missing or unknown, or do not fit.
         """
 
     def compared(self) -> dict[str, Any]:
@@ -105,6 +109,8 @@ class ShardedJob(ABC, Generic[P]):
     """For the progress."""
     what: str
     """The results in a word, for messages."""
+    unit: str = "images"
+    """What the shards are made of, in a word."""
     own: tuple[str, ...] = ()
     """How names of results begin that may be in the folder before the work; others are refused."""
     digits = 5
@@ -176,7 +182,8 @@ class ShardedJob(ABC, Generic[P]):
         """Report a number of images; by default those of the finished shards, whoever made them."""
         done = self._num_finished if done is None else done
         resumed = 0 if task else self._resumed
-        self._send(Progress(task or self.task, int(done), self.plan.sizes[0], resumed=resumed, note=note))
+        total = self.plan.sizes[0]
+        self._send(Progress(task or self.task, int(done), total, unit=self.unit, resumed=resumed, note=note))
 
     @property
     def _num_finished(self) -> int:
@@ -221,15 +228,15 @@ class ShardedJob(ABC, Generic[P]):
         foreign = [name for name in names if not name.startswith(self.own)]
         if foreign and not self.work.is_dir() and not self.is_finished():       # others may be making them just now
             raise FileExistsError(
-                f"{self.folder} exists and holds something else ({', '.join(foreign[:3])}); give another folder with "
-                "--out"
+                f"{self.folder} exists and holds something else ({', '.join(foreign[:3])}); give another folder "
+                "as out"
             )
         with self._locked("plan"):
             path = self.work / PLAN
             if self.is_finished():
                 return
             if path.is_file():
-                self._check_same(type(self.plan).from_dict(read_json(path, self.version).get("plan", {})))
+                self._check_same(type(self.plan).from_dict(read_json(path, self.version).get("plan"), path))
             else:
                 self._write_plan()
         for number in self._order:
@@ -244,7 +251,7 @@ class ShardedJob(ABC, Generic[P]):
         if found := old.differences(self.plan):
             raise ValueError(
                 f"{self.folder} holds {self.what} made otherwise ({'; '.join(found)}); repeat the options to go on "
-                "with them, or give another folder with --out"
+                "with them, or give another folder as out"
             )
 
     def _make_missing(self) -> None:
@@ -377,5 +384,5 @@ class ShardedJob(ABC, Generic[P]):
                 raise
             raise OSError(
                 f"{self.folder} takes no more ({error.strerror}): {self._num_finished:,} of {self.plan.sizes[0]:,} "
-                "images are finished and stay; make room and run the same command again"
+                f"{self.unit} are finished and stay; make room and run the same command again"
             ) from error

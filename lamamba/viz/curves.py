@@ -6,7 +6,7 @@ Figures are made without pyplot: nothing here changes the backend or the open fi
 from __future__ import annotations
 
 import itertools
-import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from lamamba.config import LATENT_SCALE
-from lamamba.utils.files import settle, temporary_name
+from lamamba.utils.files import parse_json, read_text, replacing
 
+DISTILLATION = {
+    "task_loss": "task", "output_loss": "distance to the teacher's output",
+    "feature_loss": "distance to the teacher's features",
+}
+"""Terms of a distillation's loss in metrics.jsonl."""
 OUR_COLOR, PEER_COLOR = "#1f6fb4", "#b4641f"
 
 
@@ -35,45 +40,54 @@ class _PlainLogFormatter(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def _set_log(axes: Axes) -> None:
+def set_log(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(_PlainLogFormatter())
     axes.yaxis.set_minor_formatter(_PlainLogFormatter(minor_thresholds=(1, 0.4)))
 
 
-def _tidy(panels: Sequence[Axes]) -> None:
+def tidy(panels: Sequence[Axes]) -> None:
     """A light grid, and no frame above and on the right."""
     for axes in panels:
         axes.grid(alpha=0.3, which="both" if axes.get_yscale() == "log" else "major")
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG atomically: a failure leaves no partial file."""
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-        settle(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+METRICS = ("loss", "grad_norm", "images_per_second")
+"""Numbers in every line of metrics.jsonl."""
+SCORES = ("score", "images")
+"""And of scores.jsonl."""
+
+
+def read_metrics(path: Path, keys: Sequence[str] = METRICS) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a truncated one, as a killed or running process leaves it, is skipped.
 
+    Args:
+        path: of the file.
+        keys: numbers that each line must have besides its step.
+
     Raises:
+        OSError: when it cannot be read.
         ValueError: when there is no complete line, or one is not of a run.
     """
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for number, text in enumerate(read_text(path).splitlines(), 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = parse_json(text)
+        except ValueError:
             continue
-    if not all(isinstance(line, dict) and "step" in line for line in lines):
-        raise ValueError(f"{path} is not of a training run: it has lines without a step")
+        for key in ("step", *keys):
+            value = line.get(key) if isinstance(line, dict) else None
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{path} is not of a training run: line {number} has {key}={value!r}, not a number")
+        lines.append(line)
     if not lines:
         raise ValueError(f"{path} has no lines yet; let the run make some steps")
     return lines
@@ -89,7 +103,7 @@ def _running_mean(values: Sequence[float], span: int) -> np.ndarray:
 
 def run_curves(
     runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, smooth: float = 0.02,
-    scores: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    scores: Mapping[str, Sequence[Mapping[str, Any]]] | None = None, note: str | None = None,
 ) -> None:
     """Draw loss, gradient norm, images per second and quick scores of one or several runs over the optimizer steps.
 
@@ -98,6 +112,7 @@ def run_curves(
         path: a PNG.
         smooth: span of the running mean as a share of the run; 0 draws the logged values alone.
         scores: lines of each run's scores.jsonl, where there is one, by the run's name.
+        note: above the losses, of several runs.
     """
     scores = scores or {}
     heights = (2.2, 1, 1, 1) if scores else (2.2, 1, 1)
@@ -110,24 +125,26 @@ def run_curves(
         if name in scores:
             latest = {line["step"]: line["score"] for line in scores[name]}     # a step done again replaces the first
             panels[3].plot(*zip(*sorted(latest.items()), strict=True), "o-", color=color, markersize=4)
-    panels[0].set(ylabel="loss", title=next(iter(runs)) if len(runs) == 1 else None)
+    panels[0].set(ylabel="loss", title=next(iter(runs)) if len(runs) == 1 else note)
+    panels[0].title.set_wrap(True)
     panels[1].set(ylabel="gradient norm")
-    _set_log(panels[1])
+    set_log(panels[1])
     panels[2].set(ylabel="images / s", ylim=(0, None))
     if scores:
-        names = {f"{line['name']}, {line['images']} images" for lines in scores.values() for line in lines}
+        names = {f"{line.get('name')}, {line['images']} images" for lines in scores.values() for line in lines}
         panels[3].set(ylabel=names.pop() if len(names) == 1 else "score")
-        _set_log(panels[3])
+        set_log(panels[3])
     panels[-1].set(xlabel="optimizer step")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
     losses = sorted(float(line["loss"]) for lines in runs.values() for line in lines)
-    if losses[-1] > 3 * losses[int(0.95 * len(losses))]:                        # the first steps would flatten the rest
-        _set_log(panels[0])
-    _tidy(panels)
+    has_terms = len(runs) == 1 and any("task_loss" in line for lines in runs.values() for line in lines)
+    if has_terms or losses[-1] > 3 * losses[int(0.95 * len(losses))]:           # the largest would flatten the rest
+        set_log(panels[0])
+    tidy(panels)
     if len(runs) > 1 or len(panels[0].get_legend_handles_labels()[0]) > 1:
         panels[0].legend(frameon=False, fontsize="small")
     figure.align_ylabels(panels)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_run(
@@ -145,7 +162,12 @@ def _draw_run(
         label = mean if span > 1 or not is_alone else logged
         dot = "o" if len(steps) == 1 else None                                             # no line to see
         axes.plot(steps, _running_mean(values, span), color=color, linewidth=1.6, marker=dot, label=label)
-    points = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
+    if is_alone:                                                                # of a distillation
+        for number, (key, label) in enumerate(DISTILLATION.items(), start=1):
+            terms = [(line["step"], line[key]) for line in lines if key in line]
+            if terms:
+                panels[0].plot(*zip(*terms, strict=True), color=_colors()[number], linewidth=1, label=label)
+    points = [(line["step"], loss) for line in lines if isinstance(loss := line.get("held_out_loss"), int | float)]
     if points:
         panels[0].plot(
             *zip(*points, strict=True), "o", color=color, markersize=4, markeredgecolor="white", label=held_out
@@ -183,10 +205,9 @@ def cost_curves(
         axes.set_xticks([tokens(size) for size in sizes], [f"{tokens(size):,.0f}\n{size} px" for size in sizes])
         axes.minorticks_off()
         _power_lines(axes, [tokens(size) for size in sizes])
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    _save(figure, path)
+    tidy((left, right))
+    save_figure(figure, path)
 
 
 def _power_lines(axes: Axes, tokens: Sequence[float]) -> None:
@@ -246,9 +267,8 @@ def evaluation_curves(entries: Sequence[Mapping[str, Any]], distance: str, path:
     for axes in panels:
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 5, 10], integer=not is_sweep))
         axes.xaxis.set_major_formatter("{x:g}" if is_sweep else "{x:,.0f}")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    tidy(panels)
+    save_figure(figure, path)
 
 
 def _curve_styles() -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lamamba.utils.files import settle, temporary_name
+from lamamba.utils.files import replacing
 from lamamba.viz.grids import BACKGROUND
 
 FILM_SUFFIXES = (".gif", ".mp4")
@@ -19,9 +19,9 @@ HOLD_SECONDS = 1.5
 """Duration of the last picture."""
 
 
-def chosen_frames(steps: int, most: int = MAX_FRAMES) -> list[int]:
+def chosen_frames(steps: int) -> list[int]:
     """Which of the steps 1 .. steps a film shows."""
-    return sorted({round(k) for k in np.linspace(1, steps, min(steps, most))})
+    return sorted({round(k) for k in np.linspace(1, steps, min(steps, MAX_FRAMES))})
 
 
 def check_film(path: Path) -> None:
@@ -40,16 +40,11 @@ def save_film(frames: Sequence[Image.Image], path: Path, frames_per_second: floa
     Raises:
         RuntimeError: when what MP4 needs is not installed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path).with_suffix(path.suffix.lower())
-    try:
+    with replacing(path, path.suffix.lower()) as temporary:
         if path.suffix.lower() == ".gif":
             _save_gif(frames, temporary, frames_per_second)
         else:
             _save_mp4(frames, temporary, frames_per_second)
-        settle(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _save_gif(frames: Sequence[Image.Image], path: Path, frames_per_second: float) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from lamamba.utils.files import settle, temporary_name
+from lamamba.utils.files import replacing
 
 CELL_PIXELS = 48
 """Small images are enlarged (bicubic, which eyes read far better than blocks) until a cell is about this wide."""
@@ -57,10 +57,5 @@ def bare_picture(image: np.ndarray) -> Image.Image:
 
 def save_picture(picture: Image.Image, path: Path, text: PngImagePlugin.PngInfo | None = None) -> None:
     """Write a PNG with text chunks, atomically: a failure leaves no partial file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    try:
+    with replacing(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=text)
-        settle(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

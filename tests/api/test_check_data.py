@@ -13,6 +13,7 @@ def test_a_folder_with_classes(tmp_path):
     write_images(tmp_path / "ant", 3)
     write_images(tmp_path / "bee", 2)
     (tmp_path / "bee" / "001.png").write_bytes(b"")
+    (tmp_path / "bee" / "notes.txt").write_text("")
     seen = []
     result = lamamba.check_data(lamamba.CheckDataOptions(source=str(tmp_path), workers=1), progress=seen.append)
     assert (result.num_files, result.num_good) == (5, 4)
@@ -22,7 +23,8 @@ def test_a_folder_with_classes(tmp_path):
     assert Manifest.load(result.path) == result.manifest
     assert [(state.task, state.done, state.total) for state in seen] == [("checking", k, 5) for k in range(1, 6)]
     assert [state.note for state in seen] == ["", "", "", "", "1 bad"]
-    for line in ("5 files, 2 classes with 2 to 3 files", "good      4", "bad       1", "bee/001.png: empty (0 bytes)"):
+    for line in ("5 files, 2 classes with 2 to 3 files", "good      4", "bad       1", "bee/001.png: empty (0 bytes)",
+                 "left out  1 .txt"):
         assert line in str(result)
 
 

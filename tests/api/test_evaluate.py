@@ -9,6 +9,7 @@ import pytest
 
 import lamamba
 from lamamba.data.digits import Digits
+from lamamba.runs.model import open_network
 
 NETWORK = {"features": "digits", "device": "cpu"}
 DIGITS = {**NETWORK, "metrics": lamamba.MetricOptions(kernel_subsets=2)}
@@ -32,6 +33,7 @@ def test_a_model_is_evaluated(tmp_path, capsys, caplog):
     values = json.loads(result.path.read_text())["entries"]
     assert [value["figures"] for value in values] == [entry.figures for entry in result.entries]
     assert result.entries[1].protocol["samples"]["guidance"] == 2
+    assert result.entries[0].protocol["architecture"]["width"] == open_network("shipped")[0].architecture.width
     assert result._repr_png_() == (tmp_path / "result.png").read_bytes()
     assert str(result).splitlines()[-2:] == [
         f"20 images against digits; figures and protocol: {result.path}", f"curve: {result.curve}"

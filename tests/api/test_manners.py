@@ -20,9 +20,9 @@ OFFICIAL = Path(__file__).parent.parent / "parity" / "official_checkpoint.pt"
 
 
 def tiny(out, **changes):
-    return lamamba.TrainOptions.from_recipe(
-        "digits", out=out, **{"steps": 1, "model": {"width": 8, "num_heads": 2}, "sampling": {"every": 0}, **changes}
-    )
+    model = {"width": 8, "num_heads": 2, "depths": (1, 1, 1, 1), "bottleneck_depth": 1}
+    fields = {"steps": 1, "batch_size": 4, "model": model, "sampling": {"every": 0}}
+    return lamamba.TrainOptions.from_recipe("digits", out=out, **{**fields, **changes})
 
 
 def random_states():
@@ -69,6 +69,20 @@ def test_recipes_by_path_and_numbers_of_numpy():
     assert (options.steps, options.optimizer.learning_rate) == (3, 0.5)
 
 
+@pytest.mark.parametrize("given", ["s", None, 3, {"model": "s"}])
+@pytest.mark.parametrize("name", [
+    "benchmark", "check_data", "compare", "compute_statistics", "convert", "demo", "doctor", "encode", "evaluate",
+    "export", "info", "open_app", "plan", "plot", "sample", "sample_folder", "train",
+])
+def test_a_verb_says_which_options_it_takes(name, given):
+    if given is None and name in ("demo", "doctor", "open_app"):
+        pytest.skip("None means the defaults")
+    with pytest.raises(TypeError, match=rf"lamamba.{name} takes (\w+Options), not .*: lamamba.{name}\(lamamba.\1\("):
+        getattr(lamamba, name)(given)
+    with pytest.raises(TypeError, match=r"\(lamamba\.\w+Options\(\.\.\.\)\)"):
+        getattr(lamamba, name)(options=["wrong"])
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("make", [
     lambda value: lamamba.BenchmarkOptions(seconds=value),
@@ -98,7 +112,7 @@ def test_targets_are_tried_before_the_work(tmp_path):
     calls = []
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="is a folder; name a file in it; name a path .* --manifest"):
+    with pytest.raises(ValueError, match="is a folder; name a file in it; name a path .* manifest"):
         lamamba.check_data(
             lamamba.CheckDataOptions(source=tmp_path / "images", manifest=tmp_path), progress=calls.append)
     with pytest.raises(ValueError, match="is a folder; name a file in it"):
@@ -112,7 +126,7 @@ def test_targets_are_tried_before_the_work(tmp_path):
 def test_a_plot_of_lines_that_are_no_runs(text, tmp_path):
     path = tmp_path / "other.jsonl"
     path.write_text(text + "\n")
-    with pytest.raises(ValueError, match="lines without a step"):
+    with pytest.raises(ValueError, match="is not of a training run: line 1 has step="):
         lamamba.plot(lamamba.PlotOptions(runs=(path,), out=tmp_path / "plot.png"))
 
 

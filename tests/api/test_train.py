@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
+import re
 import signal
 
 import pytest
 import torch
 
 import lamamba
+from lamamba.api.train import _LogLines
 from lamamba.data.digits import Digits
+from lamamba.evaluation.callbacks import check_sampler
+from lamamba.options.training import recipe_names
 from lamamba.runs.folder import RunFolder
 from lamamba.runs.metadata import default_guidance
 from lamamba.runs.model import open_network
 from lamamba.training.interrupt import Interrupted
+from lamamba.training.loop import StepState, describe
+from lamamba.training.sources import PlannedData
 
 TINY = dict(
     model=dict(width=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1), batch_size=4, ema_decays=(0.5,), steps=4,
@@ -62,6 +70,17 @@ def test_where_nobody_watches_some_lines_are_logged(tmp_path, caplog, monkeypatc
     assert all(word in lines[0] for word in ("loss", "gradient norm", "images/s", "GiB", "s left"))
 
 
+def test_slow_steps_are_logged_within_seconds_and_then_every_minute(caplog):
+    lines = _LogLines(0)
+    with caplog.at_level(logging.INFO, "lamamba"):
+        for step in range(1, 61):
+            lines(StepState(step, 20_000, 0.5, 1.0, 1e-3, 3.2, 8.0 * step, 2**30, None, None))
+    logged = [int(record.message.split()[1].split("/")[0]) * 8 for record in caplog.records]
+    assert logged[0] == 16
+    assert all(b - a <= 60 for a, b in zip(logged, logged[1:], strict=False))
+    assert "44 h left" in caplog.records[0].message
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     return lamamba.train(options(tmp_path_factory.mktemp("whole"), steps=5, sampling=dict(every=0)), progress=None)
@@ -90,6 +109,128 @@ def test_a_plan_writes_nothing(tmp_path):
     assert plan.cost.parameters > 0
     assert "learning rate     0 to 1.0e-03 in 2 steps, then constant 1.0e-03" in str(plan)
     assert not list(tmp_path.iterdir())
+
+
+def no_features(images):
+    return images
+
+
+REFUSED = {
+    "a sampler of other models": (dict(sampling=dict(sampler="ddim")), "sampling: sampler 'ddim' is for noise and v"),
+    "even where no grid is made": (dict(sampling=dict(every=0, sampler="ddim")), "sampler 'ddim' is for noise and v"),
+    "an unknown sampler": (dict(sampling=dict(sampler="eulr")), "sampling: sampler 'eulr' is unknown; did you mean"),
+    "too few steps": (dict(model={**TINY["model"], "objective": "v"}, sampling=dict(sampler="heun", steps=1)),
+                      "'heun' takes 5 to 1000 steps"),
+    "no reference": (dict(score=dict(every=2, features="digits")), "score.reference=None must be statistics"),
+    "a reference that is missing": (dict(score=dict(every=2, features="digits", reference="gone.npz")),
+                                    "gone.npz is no"),
+    "unknown features": (dict(score=dict(every=2, features="inceptio", reference="digits")),
+                         "did you mean 'inception'"),
+    "features that are missing": (dict(score=dict(every=2, features="gone:f", reference="digits")), "gone:f"),
+    "features of another shape": (dict(score=dict(every=2, features=f"{__name__}:no_features", reference="digits")),
+                                  "no_features made"),
+    "too many held out": (dict(watch=dict(held_out=1797)), "watch.held_out=1797 leaves nothing"),
+    "a small batch": (dict(batch_size=1, processes=dict(accumulation_steps=2)), "batch_size=1 cannot be cut"),
+    "one process to split": (dict(processes=dict(sharding="full")), "this is only one"),
+    "a device": (dict(device="warp"), "device 'warp' cannot be used"),
+    "a source that is missing": (dict(start=dict(source="gone")), "gone does not exist"),
+    "a source of another kind": (dict(start=dict(source="shipped")), "is another network than this run's"),
+    "no official checkpoint": (dict(start=dict(source="gone.pt", mode="everything")), "gone.pt is not a file"),
+    "a size": (dict(data=dict(image_size=12)), "12"),
+    "colour": (dict(data=dict(channels=3)), "data.channels=3 does not fit the digits"),
+    "a number of classes": (dict(data=dict(expected_classes=3)), "data.expected_classes=3"),
+    "a width": (dict(model=dict(width=7)), "width=7 must be a multiple of 4"),
+}
+
+
+@pytest.mark.parametrize("call", [lamamba.plan, lamamba.train])
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_can_be_refused_is_refused_before_the_first_step_and_by_the_plan(tmp_path, monkeypatch, call, case):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lamamba.training.loop._Trainer._update", lambda *values: pytest.fail("a step was made"))
+    changes, said = REFUSED[case]
+    with pytest.raises((ValueError, OSError), match=re.escape(said)):
+        call(options(tmp_path / "run", **changes))
+    if call is lamamba.plan:
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("call", [lamamba.plan, lamamba.train])
+def test_a_folder_that_does_not_fit_is_refused_by_the_plan_and_left_as_it_is(whole, tmp_path, call):
+    (tmp_path / "notes.txt").write_text("mine")
+    for folder, said in ((tmp_path, "holds no run"), (whole.folder, "train.batch_size: 4 there, 5 here")):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises((ValueError, OSError), match=said):
+            call(options(folder, steps=5, batch_size=5, sampling=dict(every=0)))
+        assert [path for path in sorted(folder.rglob("*")) if path.name != ".lock"] == [
+            path for path in before if path.name != ".lock"]
+
+
+@pytest.mark.parametrize("seed", [2**63, -1])
+def test_a_seed_that_does_not_fit(tmp_path, seed):
+    with pytest.raises(ValueError, match=f"seed={seed} must be"):
+        options(tmp_path, seed=seed)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("objective", ["noise", "v", "flow"])
+def test_samplers_follow_the_objective(name, objective):
+    """Of every recipe, whichever objective the command line gives it."""
+    config = lamamba.TrainOptions.from_recipe(name, model=dict(objective=objective)).config
+    metadata = describe(config, PlannedData(dataclasses.replace(config.data, expected_images=9)))[1]
+    check_sampler(config.sampling, metadata)
+
+
+def test_a_grid_and_a_score_that_are_missing_are_made_when_the_run_goes_on(tmp_path):
+    scored = dict(score=dict(every=4, features="digits", reference="digits", images=4))
+    first = lamamba.train(options(tmp_path, **scored), progress=None)
+    scores, grid = RunFolder(tmp_path).scores, first.sample_grid
+    content = grid.read_bytes(), scores.read_text()
+    grid.unlink()
+    scores.unlink()
+    again = lamamba.train(options(tmp_path, **scored), progress=None)
+    assert (again.sample_grid.read_bytes(), scores.read_text()) == content
+    changed = grid.stat().st_mtime_ns
+    lamamba.train(options(tmp_path, **scored), progress=None)
+    assert (grid.stat().st_mtime_ns, scores.read_text()) == (changed, content[1])
+
+
+def test_a_network_too_large_for_its_images_is_warned_of_with_a_size_that_fits(monkeypatch, tmp_path):
+    monkeypatch.setattr("lamamba.api.train.SMALL_NETWORK", 10_000)
+    monkeypatch.setattr("lamamba.api.train.PARAMETERS_PER_IMAGE", 50)
+    plan = lamamba.plan(options(tmp_path, model={**TINY["model"], "width": 32}, steps=1_000_000))
+    (warning,) = (warning for warning in plan.warnings if "by heart" in warning)
+    width = int(re.search(r"model.width=(\d+)", warning)[1])
+    assert width % 4 == 0
+    assert 0 < width < 32
+    assert f"steps={math.ceil(500 * 1797 / 4)} sees each 500 times" in warning
+    fitting = lamamba.plan(options(tmp_path, model={**TINY["model"], "width": width}))
+    assert fitting.cost.parameters < plan.cost.parameters
+
+
+def test_the_plan_comes_first_and_every_value_once(tmp_path):
+    plan = lamamba.plan(options(tmp_path / "run"))
+    text = str(plan)
+    assert text.startswith("run folder ")
+    assert len(text.splitlines()) < 40
+    assert plan.seconds == pytest.approx(4 * 4 / plan.images_per_second)
+    assert re.search(r"\ntime +about \d+ s on this machine, [\d.,e+]+ images/s measured now", text)
+    assert "optimizer   learning_rate 0.001, warmup_steps 50, " in text
+
+
+def test_more_threads_than_free_cores_are_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setattr("lamamba.utils.cores.usable_cores", lambda: 4)
+    monkeypatch.setattr("lamamba.utils.cores.free_cores", lambda: 1.2)
+    for threads, is_warned in ((1, False), (3, True)):
+        plan = lamamba.plan(options(tmp_path, processes=dict(threads=threads)))
+        assert any("they wait for each other. processes.threads=1" in line for line in plan.warnings) == is_warned
+
+
+def test_a_run_computes_with_the_threads_that_it_is_given(tmp_path):
+    before, seen = torch.get_num_threads(), []
+    lamamba.train(options(tmp_path, steps=1, sampling=dict(every=0), processes=dict(threads=before + 1)), progress=None,
+                  callbacks=[lambda state: seen.append(torch.get_num_threads())])
+    assert (seen, torch.get_num_threads()) == ([before + 1], before)
 
 
 def test_options_of_the_demo_are_checked():

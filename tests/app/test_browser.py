@@ -91,5 +91,15 @@ def test_stop_ends_a_long_sampling(page):
     assert not is_sampling()
 
 
+def test_on_a_phone_the_picture_is_above_the_controls(page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_timeout(300)
+    tops = [page.evaluate(f"document.querySelector('{name}').getBoundingClientRect().top") for name in (
+        "#head", "#picture", "#classes", "#go")]
+    assert tops == sorted(tops)
+    assert page.evaluate("document.querySelector('#picture').getBoundingClientRect().bottom") < 844
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 def is_sampling():
     return any(thread.name == THREAD_NAME for thread in threading.enumerate())

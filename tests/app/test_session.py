@@ -17,13 +17,19 @@ from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import Model, fingerprint, open_model, open_network
 from lamamba.sampling import generate
 from lamamba.sampling.settings import ImageMetadata
+from tests.networks import random_network, small_config
 
 REQUEST = Request(classes=("3", "7"), num_images=2, seed=11, sampler="flow-euler", steps=6, guidance=1.75)
 
 
 @pytest.fixture(scope="module")
-def session():
-    return Session(open_model(shipped_model()), "digits")
+def session(tmp_path_factory):
+    """Of a small network with the digits' classes."""
+    folder = tmp_path_factory.mktemp("model")
+    random_network(small_config(in_channels=1, num_classes=10, objective="flow", width=8)).save_pretrained(folder)
+    ModelMetadata(objective="flow", image_size=8, label_names=tuple("0123456789"), guidance=1.75).save(
+        folder / "sampling.json")
+    return Session(open_model(folder), "digits")
 
 
 def expected(session, labels, seeds, **settings):
@@ -36,7 +42,8 @@ def test_samples_are_those_of_generate(session):
     np.testing.assert_array_equal(last.images, images)
 
 
-def test_frames_show_the_denoising(session):
+def test_frames_show_the_denoising():
+    session = Session(open_model(shipped_model()), "digits")
     frames = list(session.sample(dataclasses.replace(REQUEST, steps=30)))
     assert [frame.is_last for frame in frames] == [False] * (len(frames) - 1) + [True]
     assert len(frames) >= 3
@@ -65,6 +72,14 @@ def test_the_default_guidance_is_the_models_own(session):
     assert session.default_guidance == session.model.metadata.guidance == 1.75
     metadata = dataclasses.replace(session.model.metadata, guidance=3.5)
     assert Session(dataclasses.replace(session.model, metadata=metadata), "digits").default_guidance == 3.5
+
+
+def test_classes_whose_names_are_numbers_go_by_number(session):
+    names = tuple(str(10 - label) for label in range(10))
+    metadata = dataclasses.replace(session.model.metadata, label_names=names)
+    facts = Session(dataclasses.replace(session.model, metadata=metadata), "toy").metadata_of(
+        Request(classes=("1", "9"), num_images=1))
+    assert (facts.labels, facts.row_names) == ((1, 9), ("9", "1"))
 
 
 def test_defaults_are_written_down(session):
@@ -110,7 +125,7 @@ def test_two_requests_at_once_do_not_mix(session):
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"classes": ()}, "no class is chosen"),
-    ({"classes": ("three",)}, "class 'three' is unknown"),
+    ({"classes": ("three",)}, "label 'three' is unknown"),
     ({"num_images": 0}, "number of images is 0"),
     ({"num_images": 2.5}, "number of images is 2.5"),
     ({"num_images": 60}, f"up to {MAX_IMAGES} at once"),

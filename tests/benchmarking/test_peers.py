@@ -6,8 +6,7 @@ import pytest
 import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-from lamamba.benchmarking.peers import PEERS, DiT, DiTSize, build_peer, find_peer, peer_activation_bytes
-from lamamba.benchmarking.throughput import Case, multiply_adds
+from lamamba.benchmarking.peers import PEERS, DiT, DiTSize, build_peer, find_peer, peer_activation_bytes, peer_cost
 
 CPU = torch.device("cpu")
 SMALL = DiTSize(width=48, depth=3, num_heads=2)
@@ -22,7 +21,7 @@ def test_parameters_are_the_papers(name, millions):
     with torch.device("meta"):
         model = DiT(PEERS[name], 32)
     assert round(parameters(model) / 1e6) == millions
-    assert Case(name, 256, 1, "float32", "cpu", "forward").parameters == parameters(model)
+    assert peer_cost(name, 256).parameters == parameters(model)
 
 
 @pytest.mark.parametrize(("image_size", "published"), [(256, 118.64), (512, 524.60), (1024, 2910.30)])
@@ -31,8 +30,8 @@ def test_multiply_adds_of_xl(image_size, published):
     width, depth, tokens = 1152, 28, (image_size // 16) ** 2
     block = tokens * 12 * width**2 + 2 * tokens**2 * width + 6 * width**2
     ends = tokens * (16 + 32) * width + (256 + width) * width + 2 * width**2
-    assert multiply_adds("dit-xl-2", image_size) == depth * block + ends
-    assert multiply_adds("dit-xl-2", image_size) / 1e9 == pytest.approx(published, rel=4e-4)
+    assert peer_cost("dit-xl-2", image_size).matrix == depth * block + ends
+    assert peer_cost("dit-xl-2", image_size).matrix / 1e9 == pytest.approx(published, rel=4e-4)
 
 
 def test_output_is_that_of_an_embedder_in_every_block():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lamamba.cli.main import VERBS
+from lamamba.cli.main import VERBS, main
 from tests.data.test_images import write_images
 from tests.networks import PARITY
 
@@ -33,8 +33,8 @@ def run(*arguments, **options) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "run"
-    done = run("train", "digits", *TINY, "--out", out, "--sampling.every", 3, "--sampling.num-steps", 2)
-    assert done.returncode == 0, done.stderr
+    sampling = ["--sampling.every", "3", "--sampling.num-steps", "2"]
+    assert main(["train", "digits", *TINY, *sampling, "--out", str(out)]) == 0
     return out
 
 
@@ -66,6 +66,7 @@ def test_every_verb_teaches(lamamba, verb):
     assert status == 0
     assert f"lamamba {verb}" in out
     assert "default:" in out or verb == "convert"
+    assert "None" not in out                                                    # an option may be left out
 
 
 def test_training_leaves_a_run_that_samples(trained, lamamba, tmp_path):
@@ -96,7 +97,7 @@ def test_the_same_command_again_goes_on(trained, lamamba):
 def test_a_dry_run_prints_the_plan_and_touches_nothing(lamamba, tmp_path):
     status, out, _ = lamamba("train", "digits", "--dry-run", "--ema-decay", "0.9999")
     assert status == 0
-    for words in ("parameters", "multiply-adds", "epochs", '"width": 32', "warning: after 900 steps"):
+    for words in ("parameters", "multiply-adds", "epochs", "width 32", "warning: after 900 steps"):
         assert words in out
     assert not list(tmp_path.iterdir())
 
@@ -115,12 +116,11 @@ def test_ones_own_folder(lamamba, tmp_path):
 
 
 def test_info(lamamba):
-    _, out, _ = lamamba("info", "xl", "--image-size", 512)
-    assert "181.56 G" in out
     _, out, _ = lamamba("info", "xl", "--image-size", 256, "--state-size", 16)
     assert "50.47 G" in out
-    _, out, _ = lamamba("info", "s", "--json")
-    assert json.loads(out)["parameters"] == 26708256
+    small, large = (json.loads(lamamba("info", "s", "--image-size", side, "--json")[1]) for side in (256, 512))
+    assert small["parameters"] == 26708256
+    assert 3.9 * small["matrix"] < large["matrix"] < 4.1 * small["matrix"]
 
 
 def test_convert_there_and_back(lamamba, tmp_path):
@@ -139,7 +139,7 @@ def test_convert_there_and_back(lamamba, tmp_path):
     assert original.keys() == back.keys()
     assert all(torch.equal(original[key].to(back[key].dtype), back[key]) for key in back)
     status, _, err = lamamba("sample", "model")
-    assert (status, "--autoencoder" in err) == (2, True)
+    assert (status, "autoencoder" in err) == (2, True)
     torch.save(original, "bare.pt")
     assert "warning: the scan kind cannot be known" in lamamba("convert", "bare.pt", "bare")[2]
 
@@ -195,7 +195,7 @@ def test_mistakes_are_answered_in_one_line(lamamba, tmp_path, arguments, said):
     (["--sampler", "ddpm"], "use flow-euler or flow-heun"),
     (["--num", "0"], "num=0 must be at least 1"),
     (["--steps", "0"], "steps=0 must be at least 1"),
-    (["--autoencoder", "x"], "leave --autoencoder out"),
+    (["--autoencoder", "x"], "leave autoencoder out"),
 ])
 def test_sampling_mistakes_leave_the_old_picture(trained, lamamba, tmp_path, arguments, said):
     (tmp_path / "samples.png").write_text("precious")
@@ -227,7 +227,8 @@ def test_an_existing_target_is_not_overwritten(lamamba, tmp_path):
     assert (status, "exists already" in err) == (2, True)
 
 
-def test_a_traceback_on_request():
-    done = run("sample", "nowhere", env={**os.environ, "LAMAMBA_TRACEBACK": "1"})
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
+def test_a_traceback_on_request(monkeypatch):
+    """Python prints that of an error that leaves main."""
+    monkeypatch.setenv("LAMAMBA_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        main(["sample", "nowhere"])

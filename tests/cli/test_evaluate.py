@@ -31,6 +31,7 @@ from lamamba.sampling import generate
 from lamamba.utils.files import sha256, write_json
 from lamamba.viz.curves import evaluation_curves
 from tests.networks import random_network, small_config
+from tests.training.together import command, command_on, needs_fork_server
 
 SAMPLE = ["--reference", "digits", "--features", "digits", "--num-images", 40, "--steps", 2, "--device", "cpu"]
 
@@ -94,40 +95,36 @@ def test_figures_of_a_run_are_those_of_its_samples(lamamba, run):
     assert len(protocol["network"]["sha256"]) == len(protocol["samples"]["weights_sha256"]) == 64
 
 
+@needs_fork_server
 def test_figures_are_the_same_at_any_number_of_processes(lamamba, run):
     assert lamamba("evaluate", run, *SAMPLE, "--shard-size", 25)[0] == 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lamamba",
-         "evaluate", str(run), *map(str, SAMPLE), "--shard-size", "25", "--out", "two.json"],
-        capture_output=True, text=True, env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("FD-digits") == 1                                  # rank 0 prints
+    printed = command_on(2, Path.cwd(), "evaluate", run, *SAMPLE, "--shard-size", 25, "--out", "two.json")
+    assert "".join(printed).count("FD-digits") == printed[0].count("FD-digits") == 1        # rank 0 prints
     one, two = figures("evaluation.json"), figures("two.json")
     assert two.keys() == one.keys()
     for name, value in one.items():
         assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
+@needs_fork_server
 def test_a_kill_loses_at_most_one_shard(lamamba, run, reference):
-    command = [sys.executable, "-m", "lamamba", "evaluate", str(run), *map(str, SAMPLE), "--shard-size", "4",
-               "--reference", str(reference), "--num-images", "120", "--steps", "8", "--keep-features"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    evaluate = ["evaluate", run, *SAMPLE, "--shard-size", 4, "--reference", reference, "--num-images", 120,
+                "--steps", 8, "--keep-features"]
+    process = command(Path.cwd(), *evaluate)
     deadline = time.monotonic() + 120
     while len(shards := sorted(Path().glob("evaluation.work/*/shard_*.safetensors"))) < 3:
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
     times = {shard: shard.stat().st_mtime_ns for shard in shards}
-    assert lamamba(*command[3:])[0] == 0
+    assert lamamba(*evaluate)[0] == 0
     again = [shard for shard, before in times.items() if shard.stat().st_mtime_ns != before]
     assert len(again) <= 1                                                      # renamed, but without its hash yet
     assert len(list(Path().glob("evaluation.work/*/shard_*.safetensors"))) == 30
     undisturbed = figures("evaluation.json")
-    assert lamamba(*command[3:-1], "--out", "again.json", "--shard-size", 50)[0] == 0
+    assert lamamba(*evaluate[:-1], "--out", "again.json", "--shard-size", 50)[0] == 0
     assert figures("again.json") == pytest.approx(undisturbed, rel=1e-4, abs=1e-5)
 
 
@@ -203,7 +200,7 @@ def test_one_checkpoint_gives_no_curve_and_a_note(lamamba, run):
     write_json(place / MANIFEST, {"version": 1, "files": files, "files_sha256": _hash_of_hashes(files)})
     status, printed, error = lamamba("evaluate", "one", *SAMPLE, "--every-checkpoint")
     assert status == 0, error
-    assert "lamamba train keeps more with --keep-checkpoints or --keep-every" in printed
+    assert "training keeps more with keep_checkpoints or keep_every" in printed
     assert not Path("evaluation.png").exists()
 
 
@@ -349,7 +346,7 @@ def test_errors_are_one_line(lamamba, colour, run, reference):
         (["folder", "--reference", "folder", "--features", "digits"], "colour images and digits reads grey"),
         (["folder", "--reference", reference, *MEANS], "was made by another feature network"),
         (["folder", "--reference", "moments.npz", *MEANS], "does not say which network made it"),
-        (["grey.npz", "--reference", "folder", "--features", "digits"], "are 6 x 5 and 8 x 8 pixels"),
+        (["grey.npz", "--reference", "loose.npz", "--features", "digits"], "are 6 x 5 and 8 x 8 pixels"),
         (["folder", "--reference", "folder", "--features", "tests.cli.test_evaluate:holes"],
          "1 of 12 images are NaN or infinite, first of image 3"),
         (["cut.npz", *folder], "cut.npz is damaged or no npz file"),
@@ -359,9 +356,9 @@ def test_errors_are_one_line(lamamba, colour, run, reference):
         (["floats.npz", *folder], "floats.npz has float64 (12, 6, 5, 3) under 'arr_0'; samples are uint8 images"),
         (["broken", *folder], "a.png is no good image (truncated"),
         (["nothing", *folder], "nothing does not exist"),
-        (["folder", *folder, "--repeats", 2, "--steps", 3], "holds images, not a model: --repeats, --steps cannot"),
+        (["folder", *folder, "--repeats", 2, "--steps", 3], "holds images, not a model: repeats, steps cannot"),
         (["folder", "--reference", "folder", "--features", "incepton"], "did you mean 'inception'"),
-        (["folder", "--reference", "folder", "--features", "json:nothing"], "has no attribute 'nothing'"),
+        (["folder", "--reference", "folder", "--features", "json:nothing"], "json has no function nothing"),
         (["folder", *folder, "--shard-size", 0], "shard_size=0 must be at least 1"),
         ([run, *SAMPLE, "--guidance", "1,x"], "'1,x' is not a list of numbers with commas"),
         ([run, *SAMPLE, "--guidance", "1,2", "--every-checkpoint"], "two curves"),
@@ -371,7 +368,7 @@ def test_errors_are_one_line(lamamba, colour, run, reference):
         ([run, *SAMPLE, "--num-images", 1], "num_images=1 must be at least 2"),
         (["compare", "nothing.json", "x.json"], "nothing.json is no file"),
         (["compare", "x.json"], "at least two result files"),
-        (["compare", "folder/00.png", "folder/01.png"], "is no result of lamamba evaluate"),
+        (["compare", "folder/00.png", "folder/01.png"], "is not text in UTF-8"),
         (["stats", "folder", *MEANS, "--out", "x.json"], "must end in .npz"),
     ]:
         status, printed, error = lamamba("evaluate", *arguments)
@@ -396,7 +393,7 @@ def test_files_of_lamamba_sample_have_the_figures_of_the_model(lamamba, run):
         assert figures("files.json") == pytest.approx(wanted, rel=1e-4, abs=1e-5)
         plan = json.loads(Path("files.json").read_text())["entries"][0]["protocol"]["samples"]["made_by"]
         assert (plan["num"], plan["seed"], plan["rule"], plan["settings"]["steps"]) == (40, 0, "random", 2)
-    for count, message in ((41, "has 40 images, and --num-images 41 asks for more"), (0, "must be at least 2")):
+    for count, message in ((41, "has 40 images, and num_images=41 asks for more"), (0, "must be at least 2")):
         status, _, error = lamamba("evaluate", "folder", *against, "--num-images", count)
         assert (status, message in error) == (2, True), error
     Path("folder/.sampling").mkdir()

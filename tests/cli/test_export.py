@@ -101,6 +101,24 @@ def test_names_from_a_file_and_imagenets(tmp_path, capsys):
     assert LaMambaPipeline.from_pretrained(tmp_path / "imagenet").get_label_ids("tabby") == [281]
 
 
+@pytest.mark.parametrize(("content", "said"), [
+    (b"a\nb\n", "2 names came for 3 classes"), (b"a\nb\nc\nd", "4 names came for 3 classes"),
+    (b"", "line 1 is empty"), (b"a\n \nc\n", "line 2 is empty"), (b"caf\xe9\nb\nc\n", "in UTF-8"),
+    (b"\xef\xbb\xbfa\r\nb, c\r\nd\r\n", ("a", "b, c", "d")), (b"a\nb\nc\n\n", ("a", "b", "c")),
+])
+def test_a_file_of_names_has_a_line_for_each_class(tmp_path, content, said):
+    saved_model(tmp_path / "model")
+    file = tmp_path / "names.txt"
+    file.write_bytes(content)
+    options = ExportOptions(source=tmp_path / "model", target=tmp_path / "out", images=0, labels=str(file))
+    if isinstance(said, tuple):
+        export(options, progress=None)
+        assert LaMambaPipeline.from_pretrained(tmp_path / "out").label_names == said
+    else:
+        with pytest.raises(ValueError, match=rf"names\.txt.* {said}"):
+            export(options, progress=None)
+
+
 def test_the_models_own_guidance_scale_goes_along(tmp_path):
     metadata = ModelMetadata(objective="flow", image_size=8, guidance=3.5)
     saved_model(tmp_path / "model", metadata)
@@ -134,7 +152,7 @@ def test_one_of_several_averages(tmp_path, capsys):
 
 @pytest.mark.parametrize(("extra", "said"), [
     (["--sampler", "ddpm"], "use flow-euler or flow-heun"),
-    (["--autoencoder", "x/y"], "this model makes pixels: leave --autoencoder out"),
+    (["--autoencoder", "x/y"], "this model makes pixels: leave autoencoder out"),
     (["--labels", "nowhere.txt"], "neither \"imagenet\" nor a text file"),
     (["--images", "-1"], "images=-1 must be at least 0"),
     (["--guidance", "nan"], "must be finite"),

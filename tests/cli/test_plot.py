@@ -40,6 +40,28 @@ def test_plot_from_python_is_a_picture_in_a_notebook(tmp_path):
     assert result._repr_png_() == (tmp_path / "a.png").read_bytes()
 
 
+@pytest.mark.parametrize(("change", "said"), [
+    ({}, None),
+    ({"architecture": {"objective": "noise"}}, "objective (flow, noise)"),
+    ({"train": {"loss": {"weighting": "min-snr"}}}, "weighting (min-snr, none)"),
+    ({"train": {"loss": {"timesteps": "uniform"}}}, "drawing of times (None, uniform)"),
+    ({"data": {"fingerprint": "b"}}, "data"),
+    (None, None),                                                               # a log alone
+])
+def test_losses_that_cannot_be_compared_are_said_to_be(tmp_path, monkeypatch, change, said):
+    config = {"architecture": {"objective": "flow"}, "train": {}, "data": {"fingerprint": "a"}}
+    for name, values in (("a", config), ("b", None if change is None else {**config, **change})):
+        write_run(tmp_path / name, 20)
+        if values is not None:
+            (tmp_path / name / "config.json").write_text(json.dumps(values))
+    drawn = []
+    monkeypatch.setattr("lamamba.viz.curves.save_figure", lambda figure, path: (drawn.append(figure), path.touch()))
+    result = package.plot(package.PlotOptions(runs=[tmp_path / "a", tmp_path / "b"], out=tmp_path / "ab.png"))
+    note = f"losses cannot be compared: the runs differ in {said}" if said else None
+    assert (result.note, drawn[0].axes[0].get_title()) == (note, note or "")
+    assert str(result).startswith(note or str(result.path))
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     ([], "name at least one run"),
     (["nowhere"], "nowhere has no metrics.jsonl"),

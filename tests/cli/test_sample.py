@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,8 +15,7 @@ from lamamba.runs.metadata import ModelMetadata
 from lamamba.sampling.settings import Interpolated, read_image_metadata
 from lamamba.viz.films import chosen_frames, save_film
 from tests.networks import random_network, small_config
-
-COMMAND = [sys.executable, "-m", "lamamba"]
+from tests.training.together import command, needs_fork_server
 
 
 def save_model(folder: Path, seed: int = 0, names=("ant", "bee", "cat"), **changes) -> None:
@@ -150,22 +145,21 @@ def test_mp4(sample):
 MANY = ["-n", 22, "--steps", 2, "--batch-size", 4, "--threads", 1, "--random-labels", "--format", "both"]
 
 
+@needs_fork_server
 def test_a_folder_of_images_by_one_process_or_by_two_that_are_killed_and_a_third(sample, tmp_path):
     status, out, err = sample("flow", *MANY, "--out", "one")
     assert (status, out.count("22 images")) == (0, 2), err                      # said before and after
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    options = ["sample", "flow", *map(str, MANY), "--out", "several"]
     several = [
-        subprocess.Popen([*COMMAND, *options], stdout=subprocess.PIPE, text=True,
-                         env={**environment, "RANK": str(rank), "WORLD_SIZE": "2"})
+        command(tmp_path, "sample", "flow", *MANY, "--out", "several", output=f"rank{rank}.txt",
+                environment={"RANK": str(rank), "WORLD_SIZE": "2"})
         for rank in range(2)
     ]
-    while all(p.poll() is None for p in several) and not list(Path("several").glob(".sampling/shard_*.json")):
+    while all(p.is_alive() for p in several) and not list(Path("several").glob(".sampling/shard_*.json")):
         time.sleep(0.01)
     for process in several:
-        process.send_signal(signal.SIGKILL)
-    said = [process.communicate()[0] for process in several]
-    assert said[1] == ""                                                        # the first one speaks
+        process.kill()
+        process.join()
+    assert Path("rank1.txt").read_text() == ""                                  # the first one speaks
     assert sample("flow", *MANY, "--out", "several")[0] == 0
     names = {f"{k:06d}.png" for k in range(22)} | {"samples.npz"}
     one = {name: digest for name, digest in hashes(tmp_path / "one").items() if name in names}
@@ -204,11 +198,11 @@ def test_balanced_labels_of_an_unconditional_model_and_of_chosen_classes(sample)
 @pytest.mark.parametrize(("arguments", "said"), [
     (["flow", "--classes", "bees"], "label 'bees' is unknown; did you mean 'bee'?"),
     (["flow", "--height", "10"], "height 10 does not fit this model: it must be a multiple of 4 pixels"),
-    (["flow", "--num", "5", "--out", "folder"], "--balanced (in turn) or --random-labels"),
-    (["flow", "--balanced"], "--num 50000"),
+    (["flow", "--num", "5", "--out", "folder"], "balanced (in turn) or random_labels"),
+    (["flow", "--balanced"], "num=50000"),
     (["flow", "--balanced", "--num", "3", "--out", "x.png"], "give a folder's name"),
     (["flow", "--balanced", "--random-labels", "--num", "3"], "exclude each other"),
-    (["free", "--balanced", "--num", "3"], "leave --balanced, --random-labels and --classes out"),
+    (["free", "--balanced", "--num", "3"], "leave balanced, random_labels and classes out"),
     (["flow", "--out", "x.jpg"], "pictures are .png, films .gif or .mp4"),
     (["flow", "--interpolate", "seeds:3"], "write seeds:3:7 or classes:3:8"),
     (["flow", "--interpolate", "classes:3:ant"], "label 3 is out of range"),
@@ -219,7 +213,7 @@ def test_balanced_labels_of_an_unconditional_model_and_of_chosen_classes(sample)
     (["flow", "--batch-size", "0"], "batch_size=0 must be at least 1"),
     (["--like", "nowhere.png"], "nowhere.png does not exist"),
     (["model.pt"], "a pickled checkpoint can run code, so it is not opened here: lamamba convert model.pt DIR"),
-    (["broken"], "broken are missing or damaged"),
+    (["broken"], "broken/diffusion_pytorch_model.safetensors is damaged"),
     (["empty"], "holds no network"),
 ])
 def test_mistakes_are_answered_in_one_line_before_any_work(sample, arguments, said, models):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,9 +22,9 @@ from lamamba.runs.folder import RunFolder
 from lamamba.runs.model import open_network
 from lamamba.sampling import generate
 from lamamba.training.interrupt import EXIT_INTERRUPTED, stop_signals
-from tests.cli.test_commands import TINY, run
+from tests.cli.test_commands import TINY
 from tests.data.test_images import write_images
-from tests.training.together import free_port
+from tests.training.together import command, command_on, free_port, needs_fork_server
 
 EXPECTED = {
     "xl_256": ("652.48 M", "5,004.6 steps per epoch"), "b_256": ("105.31 M", "256 images = 1 process x 1 x 256"),
@@ -32,7 +33,8 @@ EXPECTED = {
 """The others are checked by tests/options/test_training.py; a plan of a large network takes seconds."""
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("b_256", "s_256") else ()) for name in EXPECTED])
 def test_every_recipe_prints_its_plan_without_its_data(lamamba, tmp_path, name):
     status, out, err = lamamba("train", name, "--dry-run")
     assert status == 0, err
@@ -53,43 +55,52 @@ LAUNCHERS = {
                    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()), "-m",
                    "lamamba"],                                                  # --cpu would start one process only
 }
+SCORED = ["train", "digits", *TINY, "--out", "run", "--sampling.every", "3", "--sampling.num-steps", "2",
+          "--score.every", "3", "--score.features", "digits", "--score.images", "20", "--score.reference", "digits"]
 
 
+def assert_two_trained(printed: str, run: Path) -> None:
+    assert printed.count("done: ") == 1                                         # of rank 0
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert (events[0]["processes"], events[-1]["event"]) == (2, "finished")
+    assert (run / "samples" / "step_00000003.png").is_file()
+    assert len((run / "scores.jsonl").read_text().splitlines()) == 1
+
+
+@needs_fork_server
+def test_each_process_of_a_group_runs_the_same_command(tmp_path):
+    assert_two_trained("".join(command_on(2, tmp_path, *SCORED)), tmp_path / "run")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers_start_the_same_command_unchanged(launcher, tmp_path):
-    command = ["train", "digits", *TINY, "--out", str(tmp_path / "run"), "--sampling.every", "3",
-               "--sampling.num-steps", "2", "--score.every", "3", "--score.features", "digits", "--score.images", "20",
-               "--score.reference", "digits"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *LAUNCHERS[launcher], *command], capture_output=True, text=True, env=environment
+        [sys.executable, *LAUNCHERS[launcher], *SCORED], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("done: ") == 1                                     # of rank 0
-    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert (events[0]["processes"], events[-1]["event"]) == (2, "finished")
-    assert (tmp_path / "run" / "samples" / "step_00000003.png").is_file()
-    assert len((tmp_path / "run" / "scores.jsonl").read_text().splitlines()) == 1
+    assert_two_trained(done.stdout, tmp_path / "run")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_ends_with_a_checkpoint_and_a_status_of_its_own(name, tmp_path):
-    command = [sys.executable, "-m", "lamamba", "train", "digits", *TINY, "--steps", "1000000", "--log-every", "1",
-               "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
+def test_a_signal_ends_with_a_checkpoint_and_a_status_of_its_own(name, lamamba, tmp_path):
+    train = ["train", "digits", *TINY, "--out", "run"]
+    process = command(tmp_path, *train, "--steps", "1000000", "--log-every", "1")
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and process.is_alive():
         time.sleep(0.02)
-    process.send_signal(getattr(signal, name))
-    _, complaint = process.communicate(timeout=60)
-    assert process.returncode == EXIT_INTERRUPTED == 75
+    os.kill(process.pid, getattr(signal, name))
+    process.join(60)
+    complaint = (tmp_path / "printed.txt").read_text()
+    assert process.exitcode == EXIT_INTERRUPTED == 75
     assert f"{name}: stopped after step" in complaint
     assert "run the same command again to resume" in complaint
     assert ("once more stops at once" in complaint) == (name == "SIGINT")
     newest = RunFolder(tmp_path / "run").newest()
     assert newest.name in complaint
-    resumed = run("train", "digits", *TINY, "--steps", int(newest.name[5:]) + 1, "--out", tmp_path / "run")
-    assert f"resuming at step {int(newest.name[5:])}" in resumed.stdout
+    _, resumed, _ = lamamba(*train, "--steps", int(newest.name[5:]) + 1)
+    assert f"resuming at step {int(newest.name[5:])}" in resumed
 
 
 @pytest.fixture

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from lamamba.cli.main import main
 from lamamba.data.latents import LatentSet
 from lamamba.runs.folder import RunFolder
 from tests.autoencoders import make_kl
 from tests.cli.test_commands import TINY
+from tests.training.together import command_on
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills by POSIX signals")
 
-TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TRAINING = [
     "train", "folder", "--data.source", "latents", "--data.image-size", "32", "--data.mirror", *TINY,
     "--batch-size", "6", "--checkpoint-every", "10", "--keep-checkpoints", "9", "--steps", "60",
@@ -30,13 +33,21 @@ TRAINING = [
 ]
 
 
-def call(place, *arguments, launcher=("-m",), status=0):
-    """Run lamamba in a folder; what it printed, warnings at the end."""
+def call(place, *arguments, status=0):
+    """Run lamamba in a folder; what it printed, warnings and errors too."""
+    told = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        patch.chdir(place)
+        assert main(list(map(str, arguments))) == status, told.getvalue()
+    return told.getvalue()
+
+
+def torchrun(place, *arguments):
+    """`torchrun ... lamamba ARGUMENTS` on two processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, *(["-m"] if launcher == TWO else []), "lamamba", *map(str, arguments)]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=environment)
-    assert done.returncode == status, done.stderr[-3000:]
-    return done.stdout + done.stderr if status == 0 else done.stderr
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lamamba"]
+    return subprocess.Popen([*command, *map(str, arguments)], cwd=place, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +79,10 @@ def latents(place):
     told = call(place, "data", "check", "images")
     assert "2 classes with 20 to 21 files" in told
     assert "shape/99.jpg: truncated" in told
-    assert "1 subfolders hold no images" in told
+    assert "1 subfolder without images" in told
     encoding = ["encode", "images", "--autoencoder", "kl", "--image-size", "32", "--shard-size", "8"]
     encoding += ["--out", "latents"]
-    assert "40 images in 5 verified shards" in call(place, *encoding, launcher=TWO)
+    assert "40 images in 5 verified shards" in command_on(2, place, *encoding)[0]
     assert "5 shards, all as they were written" in call(place, "data", "check", "latents")
     return encoding
 
@@ -87,17 +98,16 @@ def content(run):
 
 @pytest.mark.slow
 def test_check_encode_train_on_two_processes_kill_resume_sample(place, latents):
-    call(place, *TRAINING, "--out", "whole", launcher=TWO)
-    command = [sys.executable, *TWO, "-m", "lamamba", *TRAINING, "--out", "killed"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    nowhere = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    process = subprocess.Popen(command, cwd=place, env=environment, start_new_session=True, **nowhere)
+    printed, _ = torchrun(place, *TRAINING, "--out", "whole").communicate()
+    process = torchrun(place, *TRAINING, "--out", "killed")
     while len(RunFolder(place / "killed").names()) < 2 and process.poll() is None:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert 0 < len(RunFolder(place / "killed").names()) < 6
-    assert "resuming at step" in call(place, *TRAINING, "--out", "killed", launcher=TWO)
+    for one in (process, *psutil.Process(process.pid).children(recursive=True)):   # torchrun's are no process group
+        one.kill()
+    process.communicate()
+    assert 0 < len(RunFolder(place / "killed").names()) < 6, printed
+    printed, _ = torchrun(place, *TRAINING, "--out", "killed").communicate()
+    assert "resuming at step" in printed
     assert content(place / "killed") == content(place / "whole")                # to the bit
     assert len(content(place / "whole")) == 3                                   # weights, average, optimizer
     last = [json.loads((place / run / "metrics.jsonl").read_text().splitlines()[-1]) for run in ("whole", "killed")]

@@ -118,7 +118,7 @@ def test_damaged_and_foreign_autoencoders_are_named(saved, tmp_path):
     (weights,) = cut.glob("*.safetensors")
     content = weights.read_bytes()
     weights.write_bytes(content[:-100])
-    with pytest.raises(ValueError, match=r"the weights of .*cut cannot be loaded"):
+    with pytest.raises(ValueError, match=r"cut.diffusion_pytorch_model.safetensors is damaged"):
         Autoencoder(cut)
     config = json.loads((cut / "config.json").read_text())
     weights.write_bytes(content)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import random
 import struct
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lamamba.data.codec import PixelCodec
 from lamamba.data.digits import Digits
 from lamamba.data.images import BadImage, Images, centre_crop, decode, random_crop
-from lamamba.data.sources import FolderSource
+from lamamba.data.sources import FolderSource, image_formats
 
 BAD = {
     "empty.png": "empty", "text.jpg": "not an image", "header.png": "truncated", "half.png": "truncated",
@@ -112,6 +115,105 @@ def test_odd_files_that_are_good_after_a_conversion(odd_files):
     assert np.asarray(grey).max() == 255
     cyan, _ = decode((odd_files / "cmyk.jpg").read_bytes())
     assert np.abs(np.asarray(cyan)[5, 5].astype(int) - [0, 255, 255]).max() <= 3
+
+
+def encoded(image, kind, **options):
+    held = io.BytesIO()
+    image.save(held, kind, **options)
+    return held.getvalue()
+
+
+def transparent_images():
+    """Files whose left half is transparent, with two hidden colours, and black beside it."""
+    def halves(mode, hidden, seen):
+        image = Image.new(mode, (8, 4), seen)
+        image.paste(hidden, (0, 0, 4, 4))
+        return image
+
+    for k, grey in enumerate((0, 90)):
+        palette, colours = halves("P", 1, 2), halves("RGBA", (grey, 200, 20, 0), (0, 0, 0, 255))
+        palette.putpalette([9, 9, 9, grey, 200, 20, 0, 0, 0])
+        yield f"RGBA {k}", encoded(colours, "PNG")
+        yield f"LA {k}", encoded(halves("LA", (grey, 0), (0, 255)), "PNG")
+        yield f"P {k}", encoded(palette, "PNG", transparency=1)
+        yield f"GIF {k}", encoded(palette, "GIF", transparency=1)
+        yield f"RGB {k}", encoded(halves("RGB", (grey, 200, 20), 0), "PNG", transparency=(grey, 200, 20))
+        yield f"WebP {k}", encoded(colours, "WEBP", lossless=True, exact=True)
+        sixteen = np.zeros((4, 8), np.uint16)
+        sixteen[:, :4] = 700 + grey
+        content = encoded(Image.fromarray(sixteen), "PNG")
+        chunk = b"tRNS" + struct.pack(">H", 700 + grey)
+        chunk = struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        yield f"16-bit {k}", content[:33] + chunk + content[33:]
+
+
+@pytest.mark.parametrize(("name", "content"), [pytest.param(*each, id=each[0]) for each in transparent_images()])
+@pytest.mark.parametrize("channels", [1, 3, None])
+def test_transparent_images_lie_on_white(name, content, channels):
+    image, note = decode(content, channels)
+    assert note == ("16-bit" if name.startswith("16") else "transparent")
+    assert (np.asarray(image)[:, :4] == 255).all(), np.asarray(image)[0, 0]
+    assert not np.asarray(image)[:, 4:].any()
+    assert channels is None or len(image.getbands()) == channels
+
+
+def test_half_transparent_and_opaque_pixels():
+    colours = np.random.default_rng(0).integers(0, 256, (4, 4, 4), dtype=np.uint8)
+    colours[..., 3] = 255
+    image, note = decode(encoded(Image.fromarray(colours), "PNG"))
+    assert note == ""
+    assert np.array_equal(np.asarray(image), colours[..., :3])                  # to the bit
+    colours[..., 3] = 51
+    image, _ = decode(encoded(Image.fromarray(colours), "PNG"))
+    assert np.abs(np.asarray(image) - (0.2 * colours[..., :3] + 0.8 * 255)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_are_turned_as_exif_says(kind, orientation):
+    """0 and 9 mean nothing."""
+    picture = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6) * 10).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(picture, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    image, note = decode(content)
+    assert (image.size, note) == (expected.size, "")
+    assert np.array_equal(np.asarray(image), np.asarray(expected))
+    damaged = encoded(picture, "PNG", exif=b"Exif\0\0MM\0*\0\0\xff\xff" + bytes([orientation]))
+    assert np.array_equal(np.asarray(decode(damaged)[0]), np.asarray(picture))
+
+
+def test_whatever_the_bytes_a_file_is_an_image_or_bad():
+    """Every format that Pillow writes here, with bits turned and ends cut off."""
+    rng, picture, kinds = random.Random(0), Image.effect_noise((20, 16), 90), 0
+    for kind in sorted(Image.SAVE.keys() & set(image_formats()) - {"ICNS", "SPIDER"}):     # 1024 pixels wide; 32-bit
+        for mode in ("RGB", "RGBA", "P", "L", "CMYK", "I;16"):
+            try:
+                content = encoded(picture.convert("RGBA" if mode == "RGBA" else "L").convert(mode), kind)
+            except (OSError, KeyError, ValueError, SystemError, struct.error):  # not for this mode
+                continue
+            kinds += 1
+            assert decode(content)[0].mode == "RGB"
+            for _ in range(4):
+                damaged = bytearray(content[: rng.randrange(len(content))] if rng.random() < 0.2 else content)
+                for _ in range(min(len(damaged), rng.choice([1, 3, 10]))):
+                    damaged[rng.randrange(min(len(damaged), rng.choice([64, 4000])))] ^= 1 << rng.randrange(8)
+                with contextlib.suppress(BadImage):
+                    assert decode(bytes(damaged))[0].mode == "RGB"
+    assert kinds > 40
+
+
+def test_the_first_frame_of_an_animation_counts_and_nothing_starts_programs():
+    frames = [Image.new("P", (4, 4), k) for k in range(3)]
+    for frame in frames:
+        frame.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    for kind in ("GIF", "PNG", "WEBP"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        content = encoded(frames[0].convert("RGB"), kind, save_all=True, append_images=frames[1:], **options)
+        assert np.asarray(decode(content)[0])[0, 0].tolist() == [10, 20, 30]
+    with pytest.raises(BadImage, match="not an image"):                         # Pillow would start Ghostscript
+        decode(encoded(Image.new("RGB", (4, 4)), "EPS"))
 
 
 def test_bad_files_are_replaced_by_the_next_good_one_and_counted(tmp_path):

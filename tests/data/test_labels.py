@@ -7,7 +7,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from lamamba.data.labels import as_names, find_label, imagenet_names, short_names
+from lamamba.data.labels import as_names, find_label, imagenet_names, short_names, texts_for
 
 # known from other lists of ImageNet's classes
 KNOWN = {
@@ -61,7 +61,29 @@ def test_few_names_are_all_named():
         find_label("cat", ("cats", "dogs"), 2)
     with pytest.raises(ValueError, match="classes have none: use 0 .. 9"):
         find_label("three", (), 10)
-    assert find_label("3", ("1", "3"), 2) == 1                                  # a name that is a number comes first
+    assert find_label("1", ("1", "3"), 2) == 1                                  # a number, not the name
+
+
+@pytest.mark.parametrize(("wanted", "label"), [
+    (1, 1), ("1", 1), (" 2 ", 2), ("caf\u00e9", 3), ("cafe\u0301", 3), ("CAFE\u0301", 3), ("Tea", 4), ("tea", 5),
+    ("\u00b2", 6),
+])
+def test_a_whole_number_is_never_a_name_and_accents_are_one_name_however_composed(wanted, label):
+    for accent in ("cafe\u0301", "caf\u00e9"):
+        assert find_label(wanted, ("1", "10", "2", accent, "Tea", "tea", "\u00b2"), 7) == label
+
+
+def test_a_number_that_is_only_a_name_is_refused_with_the_number_of_its_class():
+    with pytest.raises(ValueError, match=r"0 \.\. 2; the class that is called 10 has the number 1"):
+        find_label("10", ("1", "10", "2"), 3)
+
+
+@pytest.mark.parametrize("names", [
+    ("1", "10", "2"), ("tea", "tea", "coffee"), ("cafe\u0301", "caf\u00e9"), ("Tea", "tea", "\u00b2"), (),
+    imagenet_names(),
+])
+def test_every_class_has_a_text_that_finds_it(names):
+    assert [find_label(text, names, len(names)) for text in texts_for(names)] == list(range(len(names)))
 
 
 def test_short_names_stay_apart():

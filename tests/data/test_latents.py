@@ -7,8 +7,6 @@ import hashlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -28,6 +26,7 @@ from lamamba.evaluation.callbacks import open_decoder
 from lamamba.training.draws import draw
 from tests.autoencoders import make_dc, make_kl, make_tiny
 from tests.data.test_images import write_images
+from tests.training.together import command, command_on, needs_fork_server
 
 SHAPE = (4, 8, 8)
 
@@ -141,7 +140,7 @@ def test_an_autoencoder_that_has_moved_is_found_where_training_says(place, encod
     make_kl().save_pretrained(tmp_path / "moved")
     facts = LatentSet(encoded, autoencoder=str(tmp_path / "moved")).codec
     assert facts == dataclasses.replace(LatentSet(encoded).codec, autoencoder=str(tmp_path / "moved"))
-    with pytest.raises(OSError, match="--data.autoencoder, or train without them"):
+    with pytest.raises(OSError, match=r"data\.autoencoder, or train without them"):
         open_decoder(dataclasses.replace(facts, autoencoder=str(tmp_path / "gone")), torch.device("cpu"))
     assert open_decoder(facts, torch.device("meta")).autoencoder.device.type == "meta"
     assert open_decoder(CodecConfig(), torch.device("cpu")) is None              # pixels
@@ -200,6 +199,18 @@ def test_a_damaged_shard_is_named_and_made_anew(place, encoded, tmp_path, damage
         check_latents(folder)
     run_encode(place, folder)
     assert hashes(folder) == hashes(encoded)
+
+
+def test_a_shard_that_is_cut_off_while_it_is_read_is_named(encoded, tmp_path):
+    """A mapped one would end the process by a bus error."""
+    shutil.copytree(encoded, tmp_path / "latents")
+    latents = LatentSet(tmp_path / "latents")
+    before = latents.moments([0, 3, 5])
+    shard = tmp_path / "latents" / "shard_00000.safetensors"
+    os.truncate(shard, shard.stat().st_size // 2)
+    assert torch.equal(latents.moments([0]), before[:1])
+    with pytest.raises(ValueError, match=r"shard_00000\.safetensors ends before image 3: it is truncated"):
+        latents.moments([3])
 
 
 def test_bad_images_are_excluded_or_stop_the_encoding(place, tmp_path):
@@ -295,9 +306,7 @@ def test_pixels_have_a_fingerprint_too(place):
     assert len({other.fingerprint for other in [make(), *others]}) == 5
 
 
-# Several processes. They are started as a user would start them.
-
-COMMAND = ["-m", "lamamba", "encode"]
+# Several processes of the command.
 
 
 @pytest.fixture(scope="module")
@@ -309,48 +318,44 @@ def many(place):
     return place / "many"
 
 
-def options(many, out):
+def encode_command(many, out):
     given = {"autoencoder": many / "kl", "image-size": 16, "batch": 2, "shard-size": 8, "out": out, "device": "cpu"}
-    return [str(many / "images"), *(word for key, value in given.items() for word in (f"--{key}", str(value)))]
-
-
-def start(many, out):
-    return subprocess.Popen(
-        [sys.executable, *COMMAND, *options(many, out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return ["encode", many / "images", *(word for key, value in given.items() for word in (f"--{key}", value))]
 
 
 def kill_in_the_middle(process, out, shards=1):
     """SIGKILL as soon as some shards are finished."""
     while len(list(out.glob(".encoding/shard_*.json"))) < shards:
-        assert process.poll() is None, process.stdout.read()
+        assert process.is_alive()
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
 
 
-def test_two_processes_of_torchrun_make_the_same_bytes(many, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *COMMAND]
-    done = subprocess.run([*launcher, *options(many, tmp_path / "two")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("200 images in 25 verified shards") == 1
+@needs_fork_server
+def test_two_processes_of_a_group_make_the_same_bytes(many, tmp_path):
+    printed = command_on(2, tmp_path, *encode_command(many, tmp_path / "two"))
+    assert "".join(printed).count("200 images in 25 verified shards") == 1
     assert hashes(tmp_path / "two") == hashes(many / "alone")
 
 
+@needs_fork_server
 def test_two_of_three_processes_finish_when_one_is_killed(many, tmp_path):
     out = tmp_path / "three"
-    processes = [start(many, out) for _ in range(3)]
+    processes = [command(tmp_path, *encode_command(many, out), output=f"{k}.txt") for k in range(3)]
     kill_in_the_middle(processes[0], out)
-    for process in processes[1:]:
-        assert process.wait(timeout=100) == 0, process.stdout.read()
+    for k, process in enumerate(processes[1:], 1):
+        process.join(100)
+        assert process.exitcode == 0, (tmp_path / f"{k}.txt").read_text()
     assert hashes(out) == hashes(many / "alone")
 
 
+@needs_fork_server
 def test_an_encoding_killed_in_the_middle_goes_on_with_finished_shards(many, tmp_path):
     out = tmp_path / "killed"
-    process = start(many, out)
+    process = command(tmp_path, *encode_command(many, out))
     kill_in_the_middle(process, out, shards=3)
-    if process.returncode != -signal.SIGKILL:
+    if process.exitcode != -signal.SIGKILL:
         pytest.skip("it was done before it could be killed")
     with pytest.raises(ValueError, match="is not finished: run the same lamamba encode command again"):
         LatentSet(out)

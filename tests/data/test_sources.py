@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pickle
+import shutil
+import sys
 import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lamamba.data.images import Images
+from lamamba.data.images import Images, read_bad_files
 from lamamba.data.manifest import Manifest, check_files, excluded_files, make_manifest, manifest_path
-from lamamba.data.sources import FolderSource, fingerprint, open_source
-from tests.data.test_images import BAD, CONVERTED, write_images, write_odd_files
+from lamamba.data.sources import (
+    JUNK_REASON,
+    FolderSource,
+    _number_classes,
+    fingerprint,
+    image_extensions,
+    open_source,
+)
+from tests.data.test_images import BAD, CONVERTED, encoded, write_images, write_odd_files
 
 
 def test_names_and_labels_of_a_folder(tmp_path):
@@ -30,6 +41,95 @@ def test_names_and_labels_of_a_folder(tmp_path):
     write_images(tmp_path / "bee", 1)
     assert fingerprint(FolderSource(tmp_path)) != before
     assert fingerprint(source, ["ant/000.png"]) != before
+
+
+JUNK = (
+    ".ipynb_checkpoints/a.png", "__MACOSX/cats/._0.png", "@eaDir/cats/thumb.jpg", "cats/._0.png", "cats/.hidden/b.png",
+    "cats/Thumbs.db", "dogs/.DS_Store", "$RECYCLE.BIN/c.png", ".Trash/d.png", "dogs/@eaDir/e.png", "desktop.ini",
+)
+
+
+def test_what_systems_put_beside_images_is_no_class_and_no_image(tmp_path, caplog):
+    for name in ("cats", "dogs"):
+        write_images(tmp_path / name, 2)
+    for name in JUNK:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "cats" / "000.png", tmp_path / name)
+    source = open_source(tmp_path)
+    assert (source.label_names, source.labels.tolist()) == (("cats", "dogs"), [0, 0, 1, 1])
+    assert source.left_out.counts == {JUNK_REASON: len(JUNK)}
+    assert f"{len(JUNK)} files left out: {len(JUNK)} hidden or of the system (" in caplog.text
+    hidden = tmp_path / ".cache"                                                # only names below the source count
+    shutil.copytree(tmp_path / "cats", hidden)
+    assert len(open_source(hidden)) == 2
+
+
+def test_all_endings_that_pillow_opens_are_taken_and_the_others_counted(tmp_path, caplog):
+    picture = Image.new("RGB", (16, 16), (200, 0, 0))
+    endings = sorted(ending for ending in image_extensions() if Image.EXTENSION[ending] in Image.SAVE)
+    assert {".jfif", ".jpe", ".ppm", ".jpg", ".tga", ".ico"} < {*endings}
+    assert not {".eps", ".ps", ".mpg", ".h5", ".pdf"} & image_extensions()
+    for ending in endings:
+        mode = {".msp": "1", ".xbm": "1", ".blp": "P"}.get(ending, "RGB")
+        picture.convert(mode).save(tmp_path / f"a.b{ending.upper()}")
+    for name in ("a.heic", "b.HEIC", "c.jxl", "notes.txt", "README", "d.png.part", "film.mpg"):
+        (tmp_path / name).write_bytes(b"?")
+    (tmp_path / "lamamba-manifest.json").write_text("{}")
+    source = open_source(tmp_path)
+    assert [file.kind for file in check_files(source, 1)] == [""] * len(endings)
+    assert source.left_out.counts == {
+        ".heic": 2, ".jxl": 1, ".txt": 1, "without ending": 1, ".part": 1, ".mpg": 1}
+    assert "2 .heic (" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are bytes on Linux alone")
+def test_odd_names_links_and_loops(tmp_path, caplog):
+    """Names that are not UTF-8, with tabs and line ends; links in circles and to nothing; one name in two spellings."""
+    write_images(tmp_path / "set" / "cafe\u0301", 1)
+    write_images(tmp_path / "set" / "caf\u00e9", 2)
+    odd = os.fsencode(tmp_path / "set" / "caf\u00e9") + b"/\xe9\t\n.png"
+    os.rename(tmp_path / "set" / "caf\u00e9" / "001.png", odd)
+    for name in (b"na\xefve", b"Tea", b"tea"):
+        shutil.copytree(tmp_path / "set" / "cafe\u0301", os.fsdecode(os.fsencode(tmp_path / "set") + b"/" + name))
+    os.symlink(tmp_path / "set", tmp_path / "set" / "tea" / "up")
+    os.symlink("self", tmp_path / "set" / "tea" / "self")
+    os.symlink("nothing.png", tmp_path / "set" / "tea" / "gone.png")
+    os.symlink(tmp_path / "set" / "Tea", tmp_path / "set" / "linked")
+    source = open_source(tmp_path / "set")
+    assert source.label_names == ("Tea", "cafe\u0301", "linked", r"na\xefve", "tea")
+    names = [source.file(k) for k in range(len(source))]
+    assert names == [
+        "Tea/000.png", "cafe\u0301/000.png", "caf\u00e9/000.png", "caf\u00e9/\\xe9\\x09\\x0a.png", "linked/000.png",
+        r"na\xefve/000.png", "tea/000.png",
+    ]
+    assert source.labels.tolist() == [0, 1, 1, 1, 2, 3, 4]
+    assert source.left_out.counts == {"link to a folder above itself": 1, "link to nothing, or no file": 2}
+    assert "'Tea' and 'tea' differ in upper and lower case alone" in caplog.text
+    (tmp_path / "set" / "tea" / "000.png").write_bytes(b"")
+    pickle.loads(pickle.dumps(source)).read(3)
+    manifest = make_manifest(source, check_files(source, 1))
+    manifest.save(tmp_path / "m.json")
+    assert Manifest.load(tmp_path / "m.json") == manifest
+    assert excluded_files(source, tmp_path / "m.json") == (("tea/000.png",), None)
+    os.truncate(odd, 0)
+    images = Images(source, 8, max_bad_images=2, bad_files=tmp_path / "bad.tsv")
+    images.read(range(7))
+    assert read_bad_files(tmp_path / "bad.tsv") == {names[3]: "empty: 0 bytes", names[6]: "empty: 0 bytes"}
+
+
+def test_deleted_images_keep_their_places_are_replaced_and_named(tmp_path):
+    for name in ("a", "b", "c"):
+        write_images(tmp_path / name, 2)
+    images = Images(open_source(tmp_path), 8, max_bad_images=3)
+    (tmp_path / "a" / "001.png").unlink()
+    shutil.rmtree(tmp_path / "b")
+    again = Images(open_source(tmp_path, images.source_files), 8, max_bad_images=3)
+    assert (again.fingerprint, again.label_names) == (images.fingerprint, ("a", "b", "c"))
+    for each in (images, again):
+        assert each.read([1, 2, 4])[1].tolist() == [2, 2, 2]
+        assert list(each.bad) == ["a/001.png", "b/000.png", "b/001.png"]
+    with pytest.raises(ValueError, match=r"1 file cannot be read .*\(unreadable: No such file"):
+        Images(open_source(tmp_path, images.source_files), 8).read([1])
 
 
 def write_tar(path, samples):
@@ -85,6 +185,45 @@ def test_tars_that_do_not_fit_are_named(tmp_path):
         open_source(str(tmp_path / "b-{1..3}.tar"))
 
 
+def test_names_with_dots_and_names_that_come_twice_keep_their_own_class(tmp_path, caplog):
+    pytest.importorskip("webdataset", reason="needs webdataset")
+    picture = encoded(Image.new("RGB", (4, 4)), "PNG")
+    samples = [
+        ("./d.1/a.png", b"0"), ("photo.v2.png", b"1"), ("22.05.PNG", b"2"), ("b.left.png", None),
+        ("b.right.png", None), ("b.cls", b"\xef\xbb\xbf3"), ("c.png", b"4"), ("c.mask.png", None), ("c.json", None),
+        ("__MACOSX/._c.png", None), ("e.png", b"0"), ("e.png", b"1"), ("no image", None),
+    ]
+    files = []
+    for name, label in samples:
+        files.append((name, label if name.endswith(".cls") else picture))
+        if label and not name.endswith(".cls"):
+            files.append((name[:-4] + ".cls", label))
+    write_tar(tmp_path / "a.tar", files)
+    (tmp_path / "readme.md").write_text("not used")
+    source = open_source(tmp_path)
+    named = {source.file(k).removeprefix("a.tar/"): label for k, label in enumerate(source.labels.tolist())}
+    assert named == {
+        "./d.1/a.png": 0, "photo.v2.png": 1, "22.05.PNG": 2, "b.left.png": 3, "b.right.png": 3, "c.png": 4, "e.png": 0,
+        "e.png#2": 1,
+    }
+    assert source.left_out.counts == {
+        ".md": 1, ".json": 1, JUNK_REASON: 1, "without ending": 1, "further images of a sample": 1}
+    assert "1 further images of a sample (c.mask.png)" in caplog.text
+    (tmp_path / "sub").mkdir()
+    shutil.copy(tmp_path / "a.tar", tmp_path / "sub" / "a.tar")
+    twice = open_source(f"{tmp_path}/{{.,sub}}/a.tar")
+    assert len({twice.file(k) for k in range(len(twice))}) == 2 * len(source)
+
+
+@pytest.mark.parametrize(("classes", "said"), [
+    (["0", "1000000000"], "the class 1000000000 in 2 images"), (["1", "-1"], "the class -1 in 2 images"),
+    (["9" * 90, "0"], "numbers are labels, and count the classes from 0"),
+])
+def test_classes_that_cannot_be_labels_are_refused_before_anything_is_allocated(classes, said):
+    with pytest.raises(ValueError, match=said):
+        _number_classes("tars", classes)
+
+
 def test_hugging_face_data_sets_hold_the_same_images(tmp_path):
     datasets = pytest.importorskip("datasets", reason="needs datasets")
     write_images(tmp_path / "images" / "ant", 2)
@@ -104,6 +243,34 @@ def test_hugging_face_data_sets_hold_the_same_images(tmp_path):
         open_source(f"datasets:{tmp_path / 'splits'}@tset")
     with pytest.raises(RuntimeError, match="cannot be had"):
         open_source(f"datasets:{tmp_path / 'nowhere'}")
+
+
+@pytest.mark.parametrize(("kind", "labels", "names", "expected"), [
+    ("int64", [2, 0, 2, 1], ("0", "1", "2"), {0: 2, 1: 0, 2: 2, 3: 1}),
+    ("string", ["dog", "cat", "dog", None], ("cat", "dog"), {0: 1, 1: 0, 2: 1}),
+    ("string", ["caf\u00e9", "cafe\u0301", "", "b"], ("b", "cafe\u0301"), {0: 1, 1: 1, 3: 0}),
+    ("bool", [True, False, True, None], ("0", "1"), {0: 1, 1: 0, 2: 1}),
+    (["a", "b"], [0, 1, None, -1], ("a", "b"), {0: 0, 1: 1}),
+    ("float32", [0.5, 1.0, None, 2.0], (), {0: 0, 1: 0, 2: 0, 3: 0}),
+])
+def test_columns_of_words_and_numbers_are_classes_and_empty_rows_are_counted(
+    tmp_path, kind, labels, names, expected, caplog
+):
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    content = encoded(Image.new("RGB", (4, 4)), "PNG")
+    feature = datasets.ClassLabel(names=kind) if isinstance(kind, list) else datasets.Value(kind)
+    features = datasets.Features({"image": datasets.Image(), "label": feature, "caption": datasets.Value("string")})
+    rows = {"image": [{"bytes": content, "path": None}, None] * 2, "label": labels, "caption": ["x"] * 4}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path)
+    with caplog.at_level("INFO"):
+        source = open_source(tmp_path)
+    assert source.label_names == names
+    assert dict(zip(map(source.file, range(len(source))), source.labels.tolist(), strict=True)) == {
+        f"train/{row}": label for row, label in expected.items()}
+    assert source.left_out.counts.total() == 4 - len(expected)
+    assert "not used: " in caplog.text
+    assert {file.number for file in check_files(source, 1) if file.kind == "empty"} == {
+        k for k, row in enumerate(expected) if row % 2}
 
 
 @pytest.mark.parametrize("workers", [1, 2])

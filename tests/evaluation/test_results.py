@@ -42,6 +42,17 @@ def test_models_samplers_and_names_may_differ():
     assert differences(PROTOCOL, PROTOCOL) == []
 
 
+@pytest.mark.parametrize(("one", "other", "found"), [
+    ({"width": 64, "depths": [2, 2, 2, 2]}, {"width": 32, "depths": [1, 1, 1, 1]},
+     ["architecture.width: 64 | 32", "architecture.depths: [2, 2, 2, 2] | [1, 1, 1, 1]"]),
+    ({"width": 64}, {"width": 64}, []), (None, {"width": 64}, []), (None, None, []),
+])
+def test_architectures_that_differ_are_shown(one, other, found):
+    first, second = ({**PROTOCOL, **({"architecture": value} if value else {})} for value in (one, other))
+    assert differences(first, second) == found
+    assert disagreements(first, second) == []
+
+
 def test_a_table_across_and_down():
     other = Entry(name="b", figures={"frechet": 3.0}, spread={"frechet": 0.25}, protocol=PROTOCOL)
     lines = table([ENTRY, other]).splitlines()
@@ -61,10 +72,10 @@ def test_files(tmp_path):
     assert read_result(path) == [ENTRY]
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "version": 2}))
-    with pytest.raises(ValueError, match="format version 2, this lamamba reads 1"):
+    with pytest.raises(ValueError, match="format version 2, this lamamba reads up to 1"):
         read_result(path)
     path.write_text(json.dumps({**values, "entries": [{"figures": {}}]}))
-    with pytest.raises(ValueError, match="no result of lamamba evaluate"):
+    with pytest.raises(ValueError, match=r"a\.json: entries\[0\]\.name is missing"):
         read_result(path)
 
 

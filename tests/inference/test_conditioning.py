@@ -8,7 +8,7 @@ import torch
 from lamamba.inference import conditioning
 from lamamba.inference.conditioning import ConditionedNetwork
 from lamamba.sampling.generate import ImageGenerator, generate
-from tests.networks import random_inputs, random_network, small_config
+from tests.networks import random_inputs, random_network, small_config, two_blocks
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_classes": 0}, {"removed_blocks": ("encoder.0.0.scan", "bottleneck")}])
@@ -64,7 +64,7 @@ def test_a_time_that_nobody_announced_is_made_when_it_comes():
 
 
 def test_both_halves_compile_into_one_graph():
-    model = random_network(small_config(removed_blocks=("bottleneck", "encoder.1.0", "encoder.2.0", "encoder.3.0")))
+    model = random_network(two_blocks())
     x, t, labels = random_inputs(model.architecture)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -64,7 +64,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt is not a file"):
         load_official(tmp_path / "nowhere.pt")
     (tmp_path / "short.pt").write_bytes(CHECKPOINT.read_bytes()[:100_000])
-    with pytest.raises(ValueError, match="truncated or not a PyTorch file"):
+    with pytest.raises(ValueError, match="truncated, damaged or not a PyTorch file"):
         load_official(tmp_path / "short.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="holds a list"):

@@ -94,7 +94,7 @@ def test_a_model_that_does_not_fit_its_images():
 def test_an_ema_that_outlasts_the_run_is_warned_of():
     (warning,) = TrainConfig(steps=1300, ema_decays=(0.9999, 0.99)).warnings()
     assert "88%" in warning
-    assert "--ema-decays 0.9962" in warning
+    assert "ema_decays=0.9962" in warning
 
 
 def test_the_learning_rate_warms_up_and_cools_down():

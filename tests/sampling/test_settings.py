@@ -37,8 +37,8 @@ def test_there_and_back_through_a_png(tmp_path):
     (None, "a.png holds no settings"),
     ("{", "settings in .*a.png cannot be read"),
     (json.dumps({"version": 99}), "version 99, this lamamba reads up to 1: upgrade it"),
-    (json.dumps({"version": 1}), "damaged"),
-    (json.dumps(FACTS.to_dict()).replace("sampler", "smapler"), "did you mean 'sampler'"),
+    (json.dumps({"version": 1}), "a.png cannot be read: settings is missing"),
+    (json.dumps(FACTS.to_dict()).replace("sampler", "smapler"), "did you mean 'settings.sampler'"),
     ("[]", "cannot be read"),
     (json.dumps({**FACTS.to_dict(), "labels": [1]}), "do not fit together"),
 ])

@@ -16,55 +16,24 @@ import torch
 
 from lamamba import LaMambaUNet
 from lamamba.data.digits import Digits
-from lamamba.data.images import Images
+from lamamba.data.images import Images, read_bad_files
 from lamamba.data.sources import FolderSource
-from lamamba.options.training import DataOptions, ModelOptions, OptimizerOptions, TrainConfig, WatchOptions
+from lamamba.options.training import DataOptions, TrainConfig, WatchOptions
 from lamamba.runs.folder import RunFolder
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import open_network
 from lamamba.training.checkpoint import update_ema
 from lamamba.training.loop import train
+from lamamba.training.sources import open_data
 from tests.data.test_images import write_images
-
-TINY = ModelOptions(width=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1, window_size=4, objective="flow")
-
-
-def config(**changes) -> TrainConfig:
-    fields = dict(
-        model=TINY, batch_size=4, steps=4, ema_decays=(0.5,), log_every=1, checkpoint_every=2, device="cpu",
-        optimizer=OptimizerOptions(learning_rate=1e-2, max_grad_norm=1.0),
-    )
-    return TrainConfig(**{**fields, **changes})
-
-
-class FewDigits(Digits):
-    """The first few digits."""
-
-    def __init__(self, count):
-        super().__init__()
-        self.images, self.labels = self.images[:count], self.labels[:count]
-
-
-def states_equal(a, b) -> bool:
-    same = all(
-        torch.equal(p, q)
-        for one, other in ((a.model, b.model), (a.ema, b.ema))
-        for p, q in zip(one.parameters(), other.parameters(), strict=True)
-    )
-    moments = all(
-        torch.equal(a.optimizer.state[p][key], b.optimizer.state[q][key])
-        for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True)
-        for key in ("exp_avg", "exp_avg_sq", "step")
-    )
-    return same and moments and a.step == b.step
+from tests.training.together import TINY, FewDigits, config, states_equal
 
 
 @pytest.mark.parametrize("objective", ["flow", "noise", "v"])
 def test_learns_a_few_images(tmp_path, objective):
     losses = []
     model = dataclasses.replace(TINY, width=16, objective=objective)
-    settings = config(model=model, steps=60, batch_size=16, checkpoint_every=60,
-                      optimizer=OptimizerOptions(learning_rate=5e-3, max_grad_norm=1.0))
+    settings = config(model=model, steps=40, batch_size=16, checkpoint_every=40)
     train(settings, FewDigits(4), tmp_path, [lambda step_state: losses.append(step_state.loss)])
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
 
@@ -184,6 +153,30 @@ def test_a_run_without_a_checkpoint_may_start_again_with_other_options(tmp_path)
     assert train(config(seed=3), FewDigits(4), tmp_path).step == 4
     assert not RunFolder(tmp_path).bad_images.exists()
     assert json.loads(RunFolder(tmp_path).config.read_text())["train"]["seed"] == 3
+
+
+def test_images_deleted_during_a_run_stop_neither_it_nor_its_restart(tmp_path):
+    """Those that were seen and those that were not; added ones are refused, as they would change the order."""
+    write_images(tmp_path / "set" / "a", 4)
+    write_images(tmp_path / "set" / "b", 4)
+    settings = config(data=dict(source=str(tmp_path / "set"), image_size=8, channels=1), steps=4)
+
+    def delete(state):
+        if state.step == 2:
+            (tmp_path / "set" / "a" / "001.png").unlink()
+            shutil.rmtree(tmp_path / "set" / "b")
+
+    run = tmp_path / "run"
+    train(settings, open_data(settings, run), run, [delete])
+    longer = dataclasses.replace(settings, steps=8)
+    assert train(longer, open_data(longer, run), run).step == 8
+    assert read_bad_files(RunFolder(run).bad_images).keys() <= {"a/001.png", *(f"b/00{k}.png" for k in range(4))}
+    (tmp_path / "set" / "a" / "new.png").write_bytes((tmp_path / "set" / "a" / "000.png").read_bytes())
+    with pytest.raises(ValueError, match="began with other data"):
+        train(longer, open_data(longer, run), run)
+    (run / "data_files.txt.gz").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"data_files.txt.gz is damaged"):
+        open_data(longer, run)
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):

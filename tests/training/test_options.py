@@ -198,12 +198,10 @@ def test_a_whole_official_checkpoint_is_continued_as_its_own_optimizer_would(tmp
     assert state.step == begun + 1
 
     gradients = gradient_of_step(settings, begun)
-    names = [name for name, _ in state.model.named_parameters()]
-    order = [key for key in content["model"] if key in {official_name(name) for name in names}]
-    theirs = {key: torch.nn.Parameter(content["model"][key].clone()) for key in order}
+    ours = {official_name(name): (name, p) for name, p in state.model.named_parameters()}
+    theirs = {key: torch.nn.Parameter(value.clone()) for key, value in content["model"].items() if key in ours}
     optimizer = torch.optim.AdamW(theirs.values(), lr=1e-4)
     optimizer.load_state_dict(content["opt"])
-    ours = {official_name(name): (name, p) for name, p in state.model.named_parameters()}
     for key, parameter in theirs.items():
         parameter.grad = gradients[ours[key][0]].reshape(parameter.shape)
     optimizer.step()
@@ -241,7 +239,7 @@ def gradient_of_step(settings, step):
 def test_fine_tuning_replaces_the_label_table_and_nothing_else(tmp_path):
     official = load_official(OFFICIAL)
     settings = dict(model=OFFICIAL_MODEL, batch_size=2, steps=1, optimizer=dict(learning_rate=1e-12))
-    with pytest.raises(ValueError, match=r"num_classes: 6 there, 4 here.*--start.replace-labels"):
+    with pytest.raises(ValueError, match=r"num_classes: 6 there, 4 here.*start.replace_labels"):
         train(config(**settings, start=dict(source=str(OFFICIAL))), Latents(4), tmp_path / "kept")
     replaced = config(**settings, start=dict(source=str(OFFICIAL), replace_labels=True))
     state = train(replaced, Latents(4), tmp_path / "tuned")
@@ -259,14 +257,14 @@ def test_fine_tuning_replaces_the_label_table_and_nothing_else(tmp_path):
 
 
 def test_sources_that_do_not_fit(tmp_path):
-    with pytest.raises(ValueError, match=r"width: 8 there, 16 here.*--model.preset"):
+    with pytest.raises(ValueError, match=r"width: 8 there, 16 here.*model.preset"):
         train(config(model=ModelOptions(width=16, num_heads=2, objective="noise"), start=dict(source=str(OFFICIAL))),
               Latents(), tmp_path / "wide")
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         train(config(start=dict(source="nowhere")), FewDigits(5), tmp_path / "nowhere")
     bare = tmp_path / "bare.pt"
     torch.save({"model": read_official(OFFICIAL)["model"]}, bare)
-    with pytest.raises(ValueError, match=r"lacks ema, opt.*--start.mode weights"):
+    with pytest.raises(ValueError, match=r"lacks ema, opt.*start.mode='weights'"):
         train(config(model=OFFICIAL_MODEL, start=dict(source=str(bare), mode="everything")), Latents(), tmp_path / "b")
     with pytest.raises(ValueError, match=r"latents has 6 classes, data.expected_classes=1000"):
         train(config(model=OFFICIAL_MODEL, data=dict(expected_classes=1000)), Latents(), tmp_path / "classes")

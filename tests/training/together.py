@@ -16,9 +16,17 @@ import pytest
 from lamamba.data.digits import Digits
 from lamamba.options.training import ModelOptions, OptimizerOptions, TrainConfig
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
+pytestmark = needs_fork_server = pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
 
-TINY = ModelOptions(width=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1, window_size=4, objective="flow")
+
+TINY = ModelOptions(
+    width=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1, window_size=4, objective="flow",
+    removed_blocks=(
+        "bottleneck", *(f"encoder.{stage}.0" for stage in (1, 2, 3)), "decoder.3.1",
+        *(f"decoder.{stage}.{block}" for stage in (0, 1, 2) for block in (0, 1)),
+    ),
+)
+"""One block in the first and last stages and none in the others, for the time of a step."""
 
 
 def config(**changes) -> TrainConfig:
@@ -30,6 +38,9 @@ def config(**changes) -> TrainConfig:
     base = TrainConfig(**{**fields, **{k: v for k, v in changes.items() if not isinstance(v, dict)}})
     sections = {k: dataclasses.replace(getattr(base, k), **v) for k, v in changes.items() if isinstance(v, dict)}
     return dataclasses.replace(base, **sections)
+
+
+COMMANDS = [f"lamamba.api.{verb}" for verb in ("encode", "evaluate", "sample", "train")]
 
 
 class FewDigits(Digits):
@@ -68,7 +79,7 @@ def server():
     """The fork server; its first start takes seconds, its children a hundredth of one."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lamamba.training.loop", "tests.training.together", "sklearn.datasets",
-                                    "torch.distributed.fsdp"])
+                                    "torch.distributed.fsdp", *COMMANDS])
     return context
 
 
@@ -76,6 +87,54 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def ranks(count: int) -> list[dict[str, str]]:
+    """What a launcher sets for each process of a group."""
+    if count == 1:
+        return [{"OMP_NUM_THREADS": "1"}]
+    group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    return [{"RANK": str(index), "LOCAL_RANK": str(index), **group} for index in range(count)]
+
+
+def _command(arguments, folder, output, environment):
+    import torch
+
+    from lamamba.cli.main import main
+
+    os.environ.update(environment)
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    with open(output, "w", encoding="utf-8") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    raise SystemExit(main(arguments))
+
+
+def command(folder, *arguments, output="printed.txt", environment=None):
+    """`lamamba ARGUMENTS` in a folder, what it prints in a file there: a process that ends with the command's status.
+
+    Forked, it needs no seconds for imports.
+    """
+    target = (list(map(str, arguments)), folder, output, environment or {})
+    process = server().Process(target=_command, args=target)
+    process.start()
+    return process
+
+
+def command_on(count, folder, *arguments):
+    """`lamamba ARGUMENTS` on each process of a group, as by a launcher: what each has printed."""
+    files = [folder / f"printed.{index}.txt" for index in range(count)]
+    processes = [command(folder, *arguments, output=file, environment=environment)
+                 for file, environment in zip(files, ranks(count), strict=True)]
+    for process in processes:
+        process.join(100)
+    printed = [file.read_text(encoding="utf-8") for file in files]
+    for file in files:
+        file.unlink()
+    assert [process.exitcode for process in processes] == [0] * count, printed
+    return printed
 
 
 def _run(work, arguments, environment, results, index):
@@ -109,17 +168,11 @@ def together(count, work, *arguments, seconds=100):
     A process that raises gives (type, text, traceback) in a `Failed` instead of its result.
     """
     context = server()
-    port = free_port()
     results = context.Queue()
-    processes = []
-    for index in range(count):
-        environment = {
-            "RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        }
-        if count == 1:
-            environment = {"OMP_NUM_THREADS": "1"}
-        processes.append(context.Process(target=_run, args=(work, arguments, environment, results, index)))
+    processes = [
+        context.Process(target=_run, args=(work, arguments, environment, results, index))
+        for index, environment in enumerate(ranks(count))
+    ]
     for process in processes:
         process.start()
     answers = {}

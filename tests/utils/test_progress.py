@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 
 import pytest
 
@@ -29,7 +30,7 @@ def test_a_log_line_has_the_speed_and_the_time_left(clock, caplog):
         assert not caplog.messages                                              # not yet half a minute
         clock[0] += 20
         report(Progress("features", 100, 1000, note="step 3/4"))
-    assert caplog.messages == ["features 100/1000  2.5 images/s  360 s left  step 3/4"]
+    assert caplog.messages == ["features 100/1000  2.5 images/s  6 min left  step 3/4"]
 
 
 def test_resumed_work_does_not_count_for_the_speed(clock, caplog):
@@ -55,6 +56,7 @@ def test_a_bar_on_a_terminal_has_them_too(monkeypatch):
     assert "features" in shown
     assert "0/1000" in shown
     assert "images/s" in shown
+    assert re.search(r"\d\d:\d\d<(\d\d:\d\d|\?)", shown)                    # time taken, time left
 
 
 def test_functions_and_none_and_nothing_else():

@@ -38,7 +38,7 @@ class Plan(ShardPlan):
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values, where=""):
         return cls(**values)
 
 

@@ -9,6 +9,7 @@ runs. The requested back end (lamamba.ops.dispatch) may be "cpu" or "triton"; an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -157,30 +158,16 @@ def _have_triton(device_type: str) -> bool:
     return gpu.unsupported_reason(device_type) is None
 
 
+def _fake(name, x, *rest):
+    return x.new_empty((x.shape[0], rest[0].shape[0])) if name == "few_rows_linear" else gpu.fake(name, x)
+
+
 # Not torch.library.custom_op: its checks double the cost of a call, and a forward pass makes a hundred of them.
-_SCHEMAS = {
-    "modulated_norm": "(Tensor x, Tensor? weight, Tensor? bias, Tensor shift, Tensor scale, float eps) -> Tensor",
-    "gated_norm": "(Tensor x, Tensor z, Tensor weight, Tensor bias, float eps) -> Tensor",
-    "few_rows_linear": "(Tensor x, Tensor weight, Tensor bias) -> Tensor",
-    "local_mixing": "(Tensor x, Tensor weight) -> Tensor",
-    "window_attention": "(Tensor qkv, Tensor bias, Tensor? mask, int num_heads, int[] window, int[] shift) -> Tensor",
-}
-for _name, _schema in _SCHEMAS.items():
-    torch.library.define(f"lamamba::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+for _name in ("modulated_norm", "gated_norm", "local_mixing", "window_attention", "few_rows_linear"):
+    _arguments = gpu.SCHEMAS.get(_name, "Tensor x, Tensor weight, Tensor bias")
+    torch.library.define(f"lamamba::{_name}", f"({_arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"lamamba::{_name}", "cpu", getattr(cpu, _name))
-
-for _name in ("modulated_norm", "gated_norm", "local_mixing"):
-    torch.library.register_fake(f"lamamba::{_name}", lambda x, *rest: x.new_empty(x.shape))
-
-
-@torch.library.register_fake("lamamba::few_rows_linear")
-def _(x, weight, bias):
-    return x.new_empty((x.shape[0], weight.shape[0]))
-
-
-@torch.library.register_fake("lamamba::window_attention")
-def _(qkv, *rest):
-    return qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
+    torch.library.register_fake(f"lamamba::{_name}", functools.partial(_fake, _name))
 
 
 @register_flop_formula(torch.ops.lamamba.few_rows_linear)

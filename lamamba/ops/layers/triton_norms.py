@@ -178,31 +178,51 @@ def _block(c: int) -> tuple[int, int]:
     return block, min(max(block // CHANNELS_PER_WARP, 1), 8)
 
 
+def _row(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
 @on_tensor_device
-def modulated_norm(x, weight, bias, shift, scale, eps):
+def _run(x, z, weight, bias, shift, scale, eps) -> Tensor:
+    """Either norm; see `_norm`."""
     x, weight, bias = contiguous(x, weight, bias)
-    shift, scale, y = unit_stride(shift), unit_stride(scale), torch.empty_like(x)
-    (b, h, w, c), (block, warps) = x.shape, _block(x.shape[3])
+    (b, h, w, c), (block, warps), y = x.shape, _block(x.shape[3]), torch.empty_like(x)
     shares, each = _shares(x, warps, FORWARD_WARPS)
     _norm[(b * shares,)](
-        x, None, weight, bias, shift, scale, y, h * w, c, 0, shift.stride(0), scale.stride(0), shares, each, eps,
+        x, z, weight, bias, shift, scale, y, h * w, c, _row(z), _row(shift), _row(scale), shares, each, eps,
         BLOCK=block, num_warps=warps,
     )
     return y
+
+
+def _run_backward(grad_y, x, z, weight, bias, scale, eps) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of x and z, and sums (b, shares, 2, c); see `_norm_backward`."""
+    (b, h, w, c), (block, warps), grad_x = x.shape, _block(x.shape[3]), torch.empty_like(x)
+    grad_z = None if z is None else torch.empty_like(x)
+    shares, each = _shares(x, warps, BACKWARD_WARPS)
+    sums = x.new_empty((b, shares, 2, c), dtype=torch.float32)
+    _norm_backward[(b * shares,)](
+        grad_y, x, z, weight, bias, scale, grad_x, grad_z, sums, h * w, c, _row(z), _row(scale), shares, each, eps,
+        BLOCK=block, num_warps=warps,
+    )
+    return grad_x, grad_z, sums
+
+
+def _like(grad: Tensor, parameter: Tensor | None) -> Tensor:
+    return grad.new_empty(0) if parameter is None else grad.to(parameter.dtype)
+
+
+def modulated_norm(x, weight, bias, shift, scale, eps):
+    return _run(x, None, weight, bias, unit_stride(shift), unit_stride(scale), eps)
 
 
 @on_tensor_device
 def modulated_norm_backward(grad_y, x, weight, bias, shift, scale, eps):
     """Compute the gradients of x, weight, bias, shift and scale; empty ones for a weight or bias that is None."""
     grad_y, x, weight, bias = contiguous(grad_y, x, weight, bias)
-    scale, grad_x = unit_stride(scale), torch.empty_like(x)
-    (b, h, w, c), (block, warps) = x.shape, _block(x.shape[3])
-    shares, each = _shares(x, warps, BACKWARD_WARPS)
-    sums = x.new_empty((b, shares, 2, c), dtype=torch.float32)
-    _norm_backward[(b * shares,)](
-        grad_y, x, None, weight, bias, scale, grad_x, None, sums, h * w, c, 0, scale.stride(0), shares, each, eps,
-        BLOCK=block, num_warps=warps,
-    )
+    scale = unit_stride(scale)
+    grad_x, _, sums = _run_backward(grad_y, x, None, weight, bias, scale, eps)
+    b, shares, _, c = sums.shape
     grad_shift, grad_scale = shift.new_empty(b, c), scale.new_empty(b, c)
     parts = sums.new_empty((2, b, c))
     _vector_gradients[(b, triton.cdiv(c, SUM_BLOCK))](
@@ -212,34 +232,18 @@ def modulated_norm_backward(grad_y, x, weight, bias, shift, scale, eps):
     return grad_x, _like(parts[1].sum(0), weight), _like(parts[0].sum(0), bias), grad_shift, grad_scale
 
 
-def _like(grad: Tensor, parameter: Tensor | None) -> Tensor:
-    return grad.new_empty(0) if parameter is None else grad.to(parameter.dtype)
-
-
-@on_tensor_device
 def gated_norm(x, z, weight, bias, eps):
-    x, weight, bias = contiguous(x, weight, bias)
-    (b, h, w, c), (block, warps) = x.shape, _block(x.shape[3])
-    z, y = unit_stride(z.reshape(-1, c)), torch.empty_like(x)                   # a view where rows are evenly spaced
-    shares, each = _shares(x, warps, FORWARD_WARPS)
-    _norm[(b * shares,)](
-        x, z, weight, bias, None, None, y, h * w, c, z.stride(0), 0, 0, shares, each, eps, BLOCK=block, num_warps=warps,
-    )
-    return y
+    z = unit_stride(z.reshape(-1, z.shape[-1]))                                 # a view where rows are evenly spaced
+    return _run(x, z, weight, bias, None, None, eps)
 
 
 @on_tensor_device
 def gated_norm_backward(grad_y, x, z, weight, bias, eps):
     """Compute the gradients of x, z, weight and bias."""
     grad_y, x, weight, bias = contiguous(grad_y, x, weight, bias)
-    (b, h, w, c), (block, warps) = x.shape, _block(x.shape[3])
-    z, grad_x, grad_z = unit_stride(z.reshape(-1, c)), torch.empty_like(x), torch.empty_like(x)
-    shares, each = _shares(x, warps, BACKWARD_WARPS)
-    sums = x.new_empty((b * shares, 2, c), dtype=torch.float32)
-    _norm_backward[(b * shares,)](
-        grad_y, x, z, weight, bias, None, grad_x, grad_z, sums, h * w, c, z.stride(0), 0, shares, each, eps,
-        BLOCK=block, num_warps=warps,
-    )
+    z = unit_stride(z.reshape(-1, z.shape[-1]))
+    grad_x, grad_z, sums = _run_backward(grad_y, x, z, weight, bias, None, eps)
+    sums = sums.flatten(0, 1)
     return grad_x, grad_z, _like(sums[:, 1].sum(0), weight), _like(sums[:, 0].sum(0), bias)
 
 

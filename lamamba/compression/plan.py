@@ -1,0 +1,233 @@
+"""Plans: the set of units to remove for a budget.
+
+    least sum of score_u   such that   sum of cost_u >= share * cost of the network         (a grouped knapsack)
+    most  sum of cost_u    such that   sum of score_u <= bound
+
+over sets where no unit is removed beside one around it. Solved exactly, as a mixed-integer linear program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import lil_matrix
+
+from lamamba.compression.scores import Scores
+from lamamba.compression.units import Unit, ancestors, canonical
+from lamamba.config import unknown_name
+from lamamba.options.base import read_record, record
+from lamamba.utils.files import write_json
+
+PLAN_VERSION = 1
+
+
+@record
+@dataclass(frozen=True)
+class Plan:
+    """Which units to remove, and what that is expected to cost and save."""
+
+    removed: tuple[str, ...]
+    by: str
+    criterion: str
+    parameters: float
+    """Share that is removed."""
+    multiply_adds: float
+    """Share that is removed."""
+    time: float | None
+    """Share of the measured time that is removed, where it was measured unit by unit."""
+    predicted: float | None
+    """Relative output loss of the set: the sum of its units' (additivity). None for other criteria."""
+    predicted_with_cross_terms: float | None
+    """The same, as E ||sum of differences||^2."""
+    measured: float | None = None
+    """Relative output loss of the set, measured on samples that no unit was scored on."""
+    version: int = PLAN_VERSION
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Teacher with its hash, data, samples, seed, times of the scores."""
+
+    def save(self, path: Path) -> None:
+        write_json(path, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read plan.json.
+
+        Raises:
+            ValueError: when it is damaged or of a newer format.
+        """
+        return read_record(cls, path, PLAN_VERSION)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.removed)} units removed: {self.parameters:.1%} of the parameters, "
+            f"{self.multiply_adds:.1%} of the multiply-adds"
+            + ("" if self.time is None else f", {self.time:.1%} of the measured time")
+        ]
+        losses = {
+            "predicted by the sum": self.predicted, "with cross terms": self.predicted_with_cross_terms,
+            "measured": self.measured,
+        }
+        known = [f"{what} {loss:.3g}" for what, loss in losses.items() if loss is not None]
+        if known:
+            lines.append("relative output loss: " + ", ".join(known))
+        return "\n".join([*lines, *(f"  {name}" for name in self.removed)])
+
+
+def make_plan(
+    scores: Scores, *, remove: float | None = None, max_loss: float | None = None, by: str = "parameters",
+    keep: Iterable[str] = (), times: Mapping[str, float] | None = None, allowed: Iterable[str] | None = None,
+) -> Plan:
+    """The best set of units to remove.
+
+    Args:
+        scores: of the units.
+        remove: share of the network's cost to remove at least, 0 .. 1: the plan has the least predicted loss.
+        max_loss: the bound of the predicted relative loss: the plan removes the most. Instead of `remove`.
+        by: what cost means.
+        keep: units that stay, and with them those around them.
+        times: seconds saved without each unit, and "" of the whole network; for by="time".
+        allowed: the only units that may go; by default all.
+
+    Raises:
+        ValueError: when the share cannot be reached (with the largest that can), a unit is unknown, or times lack.
+    """
+    if (remove is None) == (max_loss is None):
+        raise ValueError("give either the share to remove or the largest loss (remove, max_loss), one of them")
+    if max_loss is not None and scores.criterion != "output":
+        raise ValueError(f"max_loss needs scores of criterion 'output'; those of {scores.criterion!r} are no loss")
+    if remove is not None and not 0 <= remove <= 1:
+        raise ValueError(f"remove={remove:g} must be a share, 0 to 1: 0.5 removes half")
+    costs, whole = _costs(scores, by, times)
+    free = _free(scores.units, keep, allowed) & np.isfinite(scores.values)
+    if remove is not None:
+        chosen = _least_loss(scores, costs, remove * whole, free, whole)
+    else:
+        chosen = _most_removed(scores, costs, float(max_loss or 0) * scores.energy, free)
+    return describe(scores, chosen, by=by, times=times)
+
+
+def describe(
+    scores: Scores, names: Iterable[str], *, by: str = "parameters", times: Mapping[str, float] | None = None
+) -> Plan:
+    """What removing a set of units saves and is predicted to cost."""
+    names = canonical(scores.units, names)
+    chosen = [scores.units[number] for number in scores.index(names)]
+    crossed, is_output = scores.predicted_with_cross_terms(names), scores.criterion == "output"
+    return Plan(
+        names, by, scores.criterion, sum(unit.parameters for unit in chosen) / scores.parameters,
+        sum(unit.multiply_adds for unit in chosen) / scores.multiply_adds,
+        None if times is None else sum(times[name] for name in names) / times[""],
+        scores.predicted(names) / scores.energy if is_output else None,
+        None if crossed is None else crossed / scores.energy, about=dict(scores.about),
+    )
+
+
+def _costs(scores: Scores, by: str, times: Mapping[str, float] | None) -> tuple[np.ndarray, float]:
+    if by == "time":
+        if times is None:
+            raise ValueError("by='time' needs the measured time of every unit (times)")
+        return np.array([max(0.0, times[unit.name]) for unit in scores.units]), times[""]
+    attribute = {"parameters": "parameters", "multiply-adds": "multiply_adds"}
+    if by not in attribute:
+        raise unknown_name("by", by, [*attribute, "time"])
+    costs = np.array([getattr(unit, attribute[by]) for unit in scores.units], float)
+    return costs, float(getattr(scores, attribute[by]))
+
+
+def _free(units: Sequence[Unit], keep: Iterable[str], allowed: Iterable[str] | None) -> np.ndarray:
+    """(u,) whether each unit may be removed."""
+    known = {unit.name: unit for unit in units}
+    kept, may = set(keep), set(known if allowed is None else allowed)
+    for name in kept | may:
+        if name not in known:
+            raise unknown_name("unit", name, known)
+    around = {other for name in kept for other in ancestors(known, name)}
+    inside = {name for name in known if kept & set(ancestors(known, name))}
+    return np.array([unit.name in may and unit.name not in kept | around | inside for unit in units])
+
+
+def _structure(units: Sequence[Unit]) -> LinearConstraint:
+    """A unit goes alone or within one around it; where a unit is the sum of those inside it, it is chosen for them."""
+    rows: list[tuple[dict[int, float], float]] = []
+    order = {unit.name: number for number, unit in enumerate(units)}
+    known = {unit.name: unit for unit in units}
+    for number, unit in enumerate(units):
+        rows += [({number: 1.0, order[around]: 1.0}, 1.0) for around in ancestors(known, unit.name)]
+        inside = [order[other.name] for other in units if other.parent == unit.name]
+        if unit.is_sum and inside:
+            rows.append((dict.fromkeys(inside, 1.0), len(inside) - 1.0))
+    matrix = lil_matrix((max(1, len(rows)), len(units)))
+    for row, (entries, _) in enumerate(rows):
+        for column, value in entries.items():
+            matrix[row, column] = value
+    return LinearConstraint(matrix.tocsr(), -np.inf, np.array([bound for _, bound in rows] or [0.0]))
+
+
+def _solve(
+    objective: np.ndarray, units: Sequence[Unit], free: np.ndarray, row: np.ndarray, low: float, high: float
+) -> list[str] | None:
+    """Minimise objective x over the sets of units with low <= row x <= high; None where there is none."""
+    scale = np.abs(objective).max() or 1.0
+    found = milp(
+        objective / scale * 1e6, integrality=np.ones(len(units)), bounds=Bounds(0, free.astype(float)),
+        constraints=[_structure(units), LinearConstraint(row[None], low, high)], options={"mip_rel_gap": 0},
+    )
+    if found.x is None:
+        return None
+    return [unit.name for unit, value in zip(units, found.x, strict=True) if value > 0.5]
+
+
+def _least_loss(scores: Scores, costs: np.ndarray, wanted: float, free: np.ndarray, whole: float) -> list[str]:
+    most = _solve(-costs, scores.units, free, costs / whole, 0, np.inf) or []
+    reached = costs[scores.index(most)].sum()
+    if wanted > reached:
+        raise ValueError(
+            f"{wanted / whole:.1%} cannot be removed: without every unit that may go, {reached / whole:.1%} are removed"
+        )
+    values, share = np.where(free, scores.values, 0.0), wanted / whole
+    values = np.maximum(values, 0.0)                                            # of "task": a gain is no reason
+    chosen = None
+    while chosen is None or costs[scores.index(chosen)].sum() < wanted:         # the solver may miss it by 1e-6
+        chosen = _solve(values, scores.units, free, costs / whole, share, np.inf)
+        if chosen is None:                                                      # beyond the most that can go
+            return most
+        share += 2e-6
+    return chosen
+
+
+def _most_removed(scores: Scores, costs: np.ndarray, bound: float, free: np.ndarray) -> list[str]:
+    values = np.where(free, np.maximum(scores.values, 0.0), 0.0)
+    scale, limit = max(bound, 1e-30), 1.0
+    while True:
+        chosen = _solve(-costs, scores.units, free, values / scale, -np.inf, limit) or []
+        if scores.predicted(chosen) <= bound or not chosen:
+            return chosen
+        limit -= 2e-6
+
+
+def in_order(
+    scores: Scores, remove: float, by: str = "parameters", keep: Iterable[str] = (),
+    times: Mapping[str, float] | None = None,
+) -> Plan:
+    """Remove units from the lowest score to the highest until a share is reached: how "hand" and "random" remove.
+
+    Args: as of `make_plan`.
+
+    Raises:
+        ValueError: when the share cannot be reached.
+    """
+    costs, whole = _costs(scores, by, times)
+    free, chosen = _free(scores.units, keep, None) & np.isfinite(scores.values), []
+    for number in np.argsort(scores.values, kind="stable"):
+        if free[number]:
+            chosen.append(scores.units[number].name)
+            if costs[scores.index(chosen)].sum() >= remove * whole:
+                return describe(scores, chosen, by=by, times=times)
+    reached = costs[scores.index(chosen)].sum() / whole if chosen else 0.0
+    raise ValueError(f"{remove:.1%} cannot be removed in this order: {reached:.1%} are, without every unit that may go")

@@ -1,0 +1,75 @@
+"""Names, shapes and types of saved weights, compared with the configuration before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from lamamba.config import UNetConfig
+from lamamba.utils.files import read_json
+from lamamba.utils.tensors import FLOATS, Header, read_header
+
+T = TypeVar("T", bound=nn.Module)
+
+
+def read_config(folder: Path) -> UNetConfig:
+    """The configuration of a saved network.
+
+    Raises:
+        ValueError: naming the file and the entry that does not fit.
+    """
+    path = folder / "config.json"
+    values = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
+    try:
+        return UNetConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def check_weights(make: Callable[[UNetConfig], T], config: UNetConfig, files: Iterable[Path], where: Path) -> T:
+    """Check that files hold the weights of a network, before a network of the configuration's sizes is made.
+
+    Args:
+        make: makes a network.
+        config: its configuration.
+        files: its weights.
+        where: for messages.
+
+    Returns:
+        The network, on the meta device.
+
+    Raises:
+        ValueError: naming every missing, unexpected and reshaped tensor, and those that are no real numbers.
+    """
+    found = {name: entry for file in files for name, entry in read_header(file).items()}
+    table = found.get("position_embedding")
+    expected = (*config.token_grid, config.width)
+    if table is None or table.shape != expected:                                # bounds the grid by the file's size
+        raise _misfit(where, [_fault("position_embedding", table, expected)])
+    if config.num_blocks > len(found):                                          # and the depths
+        raise _misfit(where, [f"depths={config.depths} and bottleneck_depth={config.bottleneck_depth} make "
+                              f"{config.num_blocks} blocks, more than there are tensors ({len(found)})"])
+    with torch.device("meta"):
+        network = make(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    faults = [_fault(name, found.get(name), shape) for name, shape in shapes.items()
+              if name not in found or found[name].shape != shape]
+    faults += [f"unexpected: {name}" for name in found if name not in shapes]
+    faults += [f"{name} has type {dtype}, not one of {', '.join(FLOATS)}" for name, (_, dtype) in found.items()
+               if dtype not in FLOATS]
+    if faults:
+        raise _misfit(where, faults)
+    return network
+
+
+def _fault(name: str, found: Header | None, shape: tuple[int, ...]) -> str:
+    return f"missing: {name}" if found is None else f"{name} has shape {found.shape}, the configuration needs {shape}"
+
+
+def _misfit(where: Path, faults: list[str]) -> ValueError:
+    shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+    return ValueError(f"the weights in {where} do not fit its config.json: {shown}")

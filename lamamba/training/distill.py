@@ -1,0 +1,79 @@
+"""The teacher of a distillation (LAPTOP-Diff, arXiv 2404.11098): a frozen network that a student is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lamamba.config import STAGES, UNetConfig
+from lamamba.diffusion.distillation import feature_losses, output_loss
+from lamamba.options.training import DistillOptions
+from lamamba.runs.model import fingerprint, open_network
+
+
+class Teacher:
+    """A frozen network whose output, and features of whose stages, a student learns.
+
+    Args:
+        options: with a teacher.
+        student: the network that learns from it.
+        device: where the teacher runs; it is whole on every rank.
+
+    Raises:
+        FileNotFoundError: when there is no such teacher.
+        ValueError: when its inputs, classes, objective or features are not the student's.
+    """
+
+    def __init__(self, options: DistillOptions, student: UNetConfig, device: torch.device):
+        assert options.teacher is not None
+        network, _ = open_network(options.teacher)
+        _check_fits(network.architecture, student, options)
+        self.sha256 = fingerprint(network)
+        self._options, self._channels = options, student.in_channels
+        self._network = network.to(device).requires_grad_(False).eval()
+        self._points = [STAGES.index(stage) for stage in options.stages or STAGES]
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether the student's features are compared, too."""
+        return self._options.features != "none"
+
+    def terms(
+        self, xt: Tensor, t: Tensor, labels: Tensor | None, output: Tensor, features: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """The distillation losses of each sample by name, unweighted: (b,) each.
+
+        Args:
+            xt, t, labels: the student's inputs; labels as they were dropped.
+            output: the student's.
+            features: the student's, of all stages; empty where they are not compared.
+        """
+        with torch.no_grad():
+            found = self._network(xt, t, labels, return_features=self.needs_features)
+        teacher_output, teacher_features = found if self.needs_features else (found, ())
+        c = self._channels                                                      # without a learned variance
+        terms = {"output": output_loss(output[:, :c], teacher_output[:, :c])}
+        if self.needs_features:
+            losses = feature_losses(
+                [features[point] for point in self._points], [teacher_features[point] for point in self._points],
+                self._options.features,
+            )
+            terms["feature"] = losses.sum(0)
+        return terms
+
+
+def _check_fits(teacher: UNetConfig, student: UNetConfig, options: DistillOptions) -> None:
+    names = ["objective", "in_channels", "num_classes", "token_grid", "patch_size"]
+    if options.features != "none":
+        names.append("width")                                                   # of the features
+    differences = [
+        f"{name}: {getattr(teacher, name)!r} there, {getattr(student, name)!r} here"
+        for name in names if getattr(teacher, name) != getattr(student, name)
+    ]
+    if differences:
+        hint = "; another width goes with distill.features=\"none\"" if teacher.width != student.width else ""
+        raise ValueError(
+            f"distill.teacher {options.teacher} does not fit this run's network ({'; '.join(differences)}){hint}"
+        )

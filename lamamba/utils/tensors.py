@@ -1,0 +1,96 @@
+"""Safetensors files, read into memory, and their headers.
+
+A file that is mapped instead ends the process when somebody truncates it, and changes pictures when it is overwritten.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from lamamba.utils.files import read_json
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLE_ADVICE = (
+    "as a pickle can run code when they are opened, only safetensors are read; official checkpoints are read by "
+    "lamamba convert"
+)
+FLOATS = ("F32", "BF16", "F16", "F64")
+"""Types that weights may have, by safetensors' names."""
+
+
+class Header(NamedTuple):
+    """A tensor in a header."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in memory of their own.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: when it is damaged.
+    """
+    try:
+        return load(path.read_bytes())
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+
+
+def read_header(path: Path) -> dict[str, Header]:
+    """Shape and type of every tensor of a safetensors file; none is read.
+
+    Raises: as `read_tensors`.
+    """
+    path.open("rb").close()                                                     # errors of the system name the file
+    try:
+        with safe_open(path, "np") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}        # noqa: SIM118 (not a dict)
+            return {name: Header(tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a network that diffusers has saved, one or, of a large network, several.
+
+    Raises:
+        FileNotFoundError: when there are none.
+        ValueError: when they are only a pickle, or the index of several is damaged.
+    """
+    if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        return [folder / SAFETENSORS_WEIGHTS_NAME]
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file() and any(pickles := [file for ending in PICKLES for file in folder.glob(f"*{ending}")]):
+        raise ValueError(f"{pickles[0]}: weights {PICKLE_ADVICE}")
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} holds no weights: there is no {SAFETENSORS_WEIGHTS_NAME} in it")
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index}: weight_map={str(names)[:40]!r} must be names of files by names of tensors")
+    files = [folder / Path(name).name for name in sorted(set(names.values()))]
+    if missing := [file for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{index} names {missing[0]}, which is missing")
+    return files
+
+
+def check_finite(network: nn.Module, where: str | Path) -> None:
+    """Check that all parameters are numbers.
+
+    Raises:
+        ValueError: naming those that hold NaN or infinities.
+    """
+    bad = [name for name, weight in network.named_parameters() if not weight.isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise ValueError(
+            f"{where}: {', '.join(bad[:3])}{more} hold NaN or infinities, so every picture would be black: take an "
+            "earlier checkpoint"
+        )

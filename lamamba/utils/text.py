@@ -1,0 +1,17 @@
+"""Words for numbers, and text in columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def counted(count: int, noun: str) -> str:
+    """ "1 image", "2,000 images", "no classes". """
+    plural = noun + ("es" if noun.endswith(("s", "sh", "ch", "x")) else "s")
+    return "1 " + noun if count == 1 else f"{count:,} {plural}" if count else f"no {plural}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Cells padded to their column's width: those of the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
