@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from lamamba.options.evaluation import EvaluateOptions
 from lamamba.utils.distributed import launched_processes, local_device
 from lamamba.utils.files import read_json, write_json
 from lamamba.utils.progress import Progress, ProgressOption, Report, reporting
+
+logger = logging.getLogger("lamamba.api")
 
 COMPARE_VERSION = 1
 LABELS = {"frechet": "Fréchet distance, guidance 1", "accuracy": "recognised"}
@@ -116,7 +119,9 @@ class _Table:
             values = read_json(path, COMPARE_VERSION)
             if values.get("about") != self._about:
                 raise ValueError(f"{path} compares another network or other samples; give another folder as out")
-            self.entries = values["entries"]
+            if not isinstance(entries := values.get("entries"), dict):
+                raise ValueError(f"{path} is damaged: it has no entries; remove it to measure again")
+            self.entries = entries
 
     def put(self, key: str, value: Any) -> Any:
         self.entries[key] = json.loads(json.dumps(value))
@@ -151,7 +156,12 @@ class _Comparison:
                 scores = self.scores(criterion, report, self.options.seed + draw)
                 for share in self.options.shares:
                     make = in_order if criterion in ("hand", "random") else make_plan
-                    yield f"{criterion} {share:g} {draw}", criterion, make(scores, remove=share)
+                    try:
+                        plan = make(scores, remove=share)
+                    except ValueError as error:                                 # beyond what this criterion can remove
+                        logger.warning("%s: %s; the point is missing", criterion, error)
+                        continue
+                    yield f"{criterion} {share:g} {draw}", criterion, plan
 
     def measure(self, key: str, criterion: str, plan: Plan, report: Report) -> dict[str, Any]:
         """Loss and figures of one pruned network."""

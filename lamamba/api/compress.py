@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,24 +40,26 @@ from lamamba.options.training import (
     DataOptions,
     DistillOptions,
     ModelOptions,
-    OptimizerOptions,
     SampleGridOptions,
     StartOptions,
     TrainConfig,
     TrainOptions,
+    load_recipe,
 )
 from lamamba.runs.folder import RunFolder
-from lamamba.runs.metadata import ModelMetadata
+from lamamba.runs.metadata import ModelMetadata, check_same_data
 from lamamba.runs.model import SHIPPED, fingerprint, model_folder, open_network
 from lamamba.training.sources import open_data
 from lamamba.utils.distributed import is_rank_zero, launched_group, local_device
 from lamamba.utils.files import read_json
 from lamamba.utils.progress import ProgressOption, Report, reporting
 
+logger = logging.getLogger("lamamba.api")
+
+SHIPPED_RECIPE = "digits_small"
+"""Of the model in the package."""
 TIMEOUT = timedelta(hours=12)
 """Of processes that wait while others score, or rank 0 plans."""
-HELD_OUT_SEED = 1_000_003
-"""Added to the seed of the samples that sets of units are measured on: other noise and times than of the scores."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def open_teacher(name: str, device: torch.device) -> Teacher:
             data = TrainConfig.from_dict(values["train"])
             break
     if name == SHIPPED:
-        data = TrainConfig()                                                    # the digits are its default
+        data = load_recipe(SHIPPED_RECIPE)
     return Teacher(name, network.to(device).eval(), metadata, data, fingerprint(network))
 
 
@@ -113,17 +116,29 @@ def data_options(teacher: Teacher, source: str | None) -> DataOptions:
 
 
 def calibrate(teacher: Teacher, options: CalibrationOptions, *, held_out: bool = False) -> Calibration:
-    """The calibration set that the options describe; of other samples where it is held out."""
-    seed = options.seed + held_out * HELD_OUT_SEED
+    """The calibration set that the options describe; the samples after those where it is held out.
+
+    Raises:
+        FileNotFoundError, ValueError: when the data is missing, or not that of the teacher.
+    """
     low, high = options.times
+    after = held_out * options.samples
     if options.data == "sampling":
         return calibrations.from_sampling(
-            teacher.network, samples=options.samples, seed=seed, times=(low, high), batch_size=options.batch_size
+            teacher.network, samples=options.samples, seed=options.seed + after, times=(low, high),
+            batch_size=options.batch_size,
         )
     chosen = data_options(teacher, options.data)
+    data = open_data(TrainConfig(data=chosen, device=options.device))
+    check_same_data(teacher.name, teacher.metadata, data.name, data.label_names, data.codec)
+    if held_out and len(data) < 2 * options.samples:
+        logger.warning(
+            "%s has %s images: they repeat, with other noise, in %s samples to score on and as many to measure on",
+            data.name, f"{len(data):,}", f"{options.samples:,}",
+        )
     found = calibrations.from_data(
-        teacher.network, open_data(TrainConfig(data=chosen, device=options.device)), samples=options.samples, seed=seed,
-        times=(low, high), batch_size=options.batch_size,
+        teacher.network, data, samples=options.samples, first=after, seed=options.seed, times=(low, high),
+        batch_size=options.batch_size,
     )
     return dataclasses.replace(found, about={**found.about, "source": chosen.source})
 
@@ -148,9 +163,10 @@ class ScoreUnitsResult:
         ]
         if len(rows) > 24:
             rows = [*rows[:12], f"  ... {len(rows) - 24} more in {self.path}", *rows[-12:]]
+        relative = {"output": ", relative to the output", "task": ", relative to the loss"}.get(scores.criterion, "")
         head = f"  {'unit':<28}{'score':>11}{'error':>11}{'size':>9}"
         return "\n".join([
-            f"{len(scores.units)} units, criterion {scores.criterion}; scores relative to the output, cheapest first",
+            f"{len(scores.units)} units, criterion {scores.criterion}{relative}, lowest first",
             head, *rows, f"{self.path}, {self.picture}",
             f"plan with them: lamamba compress plan {self.path} --remove 0.5",
         ])
@@ -277,7 +293,7 @@ def _check_budget(options: BudgetOptions) -> None:
 
 
 def _budget(options: BudgetOptions) -> dict[str, Any]:
-    """What a plan was asked for."""
+    """The budget of a plan, as it is saved with it."""
     return {"remove": options.remove, "max_loss": options.max_loss, "by": options.by, "keep": list(options.keep)}
 
 
@@ -433,15 +449,17 @@ def _holds(folder: Path, about: Mapping[str, Any]) -> bool:
 
 
 def _healing(options: CompressOptions, teacher: Teacher, pruned: RemoveUnitsResult, source: str | None) -> TrainOptions:
-    """A training from the pruned network with the whole one as teacher; loss and precision are those of its own."""
+    """A training from the pruned network with the whole one as teacher; the rest is as the teacher was trained."""
     steps, base = options.heal, teacher.data or TrainConfig()
+    optimizer = dataclasses.replace(
+        base.optimizer, learning_rate=options.heal_learning_rate or base.optimizer.learning_rate,
+        warmup_steps=min(50, steps // 10), schedule="constant", cooldown_share=0.3,
+    )
     return TrainOptions(
         out=options.out / "healed", model=ModelOptions.of(pruned.network.architecture), loss=base.loss,
-        precision=base.precision, label_dropout=base.label_dropout, data=data_options(teacher, source),
-        start=StartOptions(source=str(pruned.path)), distill=DistillOptions(teacher=str(teacher.name)),
-        optimizer=OptimizerOptions(
-            learning_rate=options.heal_learning_rate, warmup_steps=min(50, steps // 10), cooldown_share=0.3
-        ),
+        precision=base.precision, processes=base.processes, label_dropout=base.label_dropout,
+        data=data_options(teacher, source), start=StartOptions(source=str(pruned.path)),
+        distill=DistillOptions(teacher=str(teacher.name)), optimizer=optimizer,
         sampling=SampleGridOptions(every=0, guidance=teacher.metadata.guidance), steps=steps,
         batch_size=options.heal_batch_size, ema_decays=(max(0.0, 1 - 6 / max(steps, 6)),),
         checkpoint_every=max(1, min(500, steps // 4)), seed=options.seed, device=options.device,

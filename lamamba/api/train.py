@@ -350,7 +350,7 @@ def _check_before_training(
     """Raise what `train` would raise before its first step."""
     config, run = options.config, RunFolder(options.out)
     check_processes(config)
-    teacher = loop.open_teacher(config, architecture, torch.device("cpu"))
+    teacher = loop.open_teacher(config, architecture, metadata, torch.device("cpu"))
     run.check(loop.described(config, data, teacher))
     split_held_out(config.seed, len(data), config.watch.held_out)
     if config.start.source is not None and is_there and not run.names():

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ class Calibration:
 
 
 def from_data(
-    model: LaMambaUNet, data: TrainingSet, *, samples: int = 512, seed: int = 0,
+    model: LaMambaUNet, data: TrainingSet, *, samples: int = 512, first: int = 0, seed: int = 0,
     times: tuple[float, float] = (0, NUM_TIMESTEPS), batch_size: int = BATCH_SIZE,
 ) -> Calibration:
     """Data with noise, at times drawn evenly from a range; a tenth of the samples without their label.
@@ -109,6 +110,7 @@ def from_data(
         model: the network; it says channels, size, classes and objective.
         data: what it was trained on; its images may repeat where there are fewer than samples.
         samples: how many.
+        first: position of the first in the seed's order of images, which repeats none before all have come.
         seed: of order, noise, times and dropped labels.
         times: lowest and highest timestep, 0 (clean) .. 1000 (noise).
 
@@ -126,8 +128,8 @@ def from_data(
         )
     schedule, (low, high) = make_schedule(config.objective, "uniform"), times
     batches = []
-    for first in range(0, samples, batch_size):
-        positions = range(first, min(first + batch_size, samples))
+    for begin in range(first, first + samples, batch_size):
+        positions = range(begin, min(begin + batch_size, first + samples))
         draws = draw(seed, positions, has, latent=data.draws_latents)
         x0, labels = data.read(image_indices(seed, positions, len(data)), draws)
         t = schedule.timestep((low + (high - low) * draws.time) / NUM_TIMESTEPS)
@@ -140,7 +142,10 @@ def from_data(
         if config.num_classes:
             inputs["class_labels"] = drop_labels(labels, draws.label, LABEL_DROPOUT, config.num_classes)
         batches.append(Batch(inputs, t.float(), loss))
-    about = {"data": data.name, "fingerprint": data.fingerprint, "samples": samples, "seed": seed, "times": [low, high]}
+    about = {
+        "data": data.name, "fingerprint": data.fingerprint, "samples": samples, "first": first, "seed": seed,
+        "times": [low, high],
+    }
     return Calibration(batches, config.in_channels, about)
 
 
@@ -150,10 +155,12 @@ def from_sampling(
 ) -> Calibration:
     """States of the network's own sampling without guidance, one of each image's, where there is no data.
 
+    Classes take turns, every tenth image or so has none, and which state is taken is drawn.
+
     Args:
         model: the network.
         samples: how many images are sampled.
-        seed: of the first; classes take turns.
+        seed: of the first.
         times: lowest and highest timestep of the states.
         steps: of the sampler, the objective's default.
 
@@ -167,7 +174,13 @@ def from_sampling(
     for first in range(0, samples, batch_size):
         seeds = range(seed + first, seed + min(first + batch_size, samples))
         scheduler = make_scheduler(sampler, config.objective, steps)
-        labels = [number % config.num_classes for number in seeds] if config.num_classes else None
+        generators = [np.random.default_rng([number, samples]) for number in seeds]
+        labels = None
+        if config.num_classes:
+            labels = [
+                config.num_classes if generator.random() < LABEL_DROPOUT else number % config.num_classes
+                for number, generator in zip(seeds, generators, strict=True)
+            ]
         guided = GuidedModel(model, scheduler.timesteps.tolist(), Guidance(1.0), labels=labels or ())
         predict, states = guided.predictor(labels, device), list[tuple[float, Tensor]]()
 
@@ -180,7 +193,7 @@ def from_sampling(
         inside = [state for state in states if times[0] <= state[0] <= times[1]]
         if not inside:
             raise ValueError(f"no step of {sampler} lies between the times {times[0]:g} and {times[1]:g}; widen them")
-        chosen = [inside[number % len(inside)] for number in seeds]
+        chosen = [inside[generator.integers(len(inside))] for generator in generators]
         t = torch.tensor([time for time, _ in chosen])
         inputs: dict[str, Any] = {"x": torch.stack([x[row] for row, (_, x) in enumerate(chosen)]), "timestep": t}
         if labels is not None:

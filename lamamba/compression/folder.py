@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from lamamba.compression.plan import Plan
 from lamamba.models.unet import LaMambaUNet
 from lamamba.runs.metadata import ModelMetadata
-from lamamba.utils.files import write_atomically
+from lamamba.utils.files import replacing, write_atomically
 
 PLAN = "plan.json"
 CARD = "README.md"
@@ -31,16 +32,14 @@ def write_pruned(folder: Path, network: LaMambaUNet, metadata: ModelMetadata, pl
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; remove it or give another as out")
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        network.save_pretrained(unfinished)
+    with replacing(folder) as unfinished:
+        try:
+            network.save_pretrained(unfinished)
+        except SafetensorError as error:                                        # a full disk
+            raise OSError(f"{folder} cannot be written: {error}") from error
         metadata.save(unfinished / "sampling.json")
         plan.save(unfinished / PLAN)
         write_atomically(unfinished / CARD, model_card(folder.name, plan, teacher, FRONT))
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def model_card(name: str, plan: Plan, teacher: Path | None, front: str, note: str = "") -> str:
@@ -67,13 +66,13 @@ def model_card(name: str, plan: Plan, teacher: Path | None, front: str, note: st
     table = f"\n| relative output loss | |\n|---|---|\n{rows}" if rows else ""
     removed = "\n".join(f"- `{unit}`" for unit in plan.removed)
     about = plan.about
+    on = f" on {about['samples']} samples of {about['data']}" if "samples" in about and "data" in about else ""
     return f"""{front}
 # {name}
 
 `{about.get("teacher", "a network")}` (SHA-256 {str(about.get("teacher_sha256", "unknown"))[:16]}) without
 {len(plan.removed)} of its layers: {plan.parameters:.1%} fewer parameters, {plan.multiply_adds:.1%} fewer multiply-adds.
-Chosen by LAPTOP-Diff ([arXiv 2404.11098](https://arxiv.org/abs/2404.11098)), criterion "{plan.criterion}", on
-{about.get("samples", "no")} samples of {about.get("data", "no data")}.
+Chosen as in LAPTOP-Diff ([arXiv 2404.11098](https://arxiv.org/abs/2404.11098)), by criterion "{plan.criterion}"{on}.
 {note}{table}
 Removed:
 

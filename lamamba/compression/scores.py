@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lamamba.compression.calibration import Calibration
-from lamamba.compression.units import Removable, Unit, canonical
+from lamamba.compression.units import Removable, Unit, ancestors, canonical
 from lamamba.options.base import Ge, Gt, read_record, record
 from lamamba.utils.files import write_atomically
 from lamamba.utils.progress import Progress, Report
@@ -31,6 +31,8 @@ CRITERIA = {
     "magnitude": "sum of squared weights", "random": "random order", "hand": "last blocks of the stages first (BK-SDM)",
 }
 SCORES_VERSION = 1
+WHOLE_BLOCKS = ("block", "bottleneck", "transformer", "resnet")
+"""Kinds of units that are removed by hand."""
 TIME_BINS = 10
 """Of equal width over the timesteps 0 .. 1000."""
 KEPT_BYTES = 2**24
@@ -258,7 +260,8 @@ def _random(network: Removable, unit: Unit, generator: np.random.Generator) -> f
 
 def _by_hand(network: Removable, unit: Unit, generator: np.random.Generator) -> float:
     """The place of a block, counted from the end of its stage; only whole blocks go, and the bottleneck as a whole."""
-    if unit.parent is not None or unit.kind not in ("block", "bottleneck", "transformer", "resnet"):
+    around = ancestors({each.name: each for each in network.units}, unit.name)
+    if unit.kind not in WHOLE_BLOCKS or any(network[name].kind in WHOLE_BLOCKS for name in around):
         return math.inf
     blocks = [each.name for each in network.units if each.group == unit.group and each.kind == unit.kind]
     return float(len(blocks) - blocks.index(unit.name))

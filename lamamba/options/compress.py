@@ -135,5 +135,5 @@ class CompressOptions(CalibrationOptions, BudgetOptions):
     """Optimizer steps of healing: training with the whole network as teacher (normalised features). 0: none."""
     heal_batch_size: Annotated[int, Ge(1)] = 64
     """Images per step of healing."""
-    heal_learning_rate: Annotated[float, Gt(0)] = 1e-3
-    """Highest learning rate of healing."""
+    heal_learning_rate: Annotated[float, Gt(0)] | None = None
+    """Highest learning rate of healing; by default that of the network's own training."""

@@ -62,6 +62,27 @@ class ModelMetadata(CodecConfig):
             raise ValueError(f"{where}: latents_mean has {channels} numbers for {config.in_channels} channels")
 
 
+def check_same_data(
+    name: str, metadata: ModelMetadata, other: str, label_names: tuple[str, ...], codec: CodecConfig
+) -> None:
+    """Check that a model was trained on data like this; names of classes that one does not have are not compared.
+
+    Raises:
+        ValueError: when names or order of the classes, or kind or scale of the latents, differ.
+    """
+    found = []
+    if metadata.label_names and label_names and metadata.label_names != tuple(label_names):
+        pairs = zip(metadata.label_names, label_names, strict=False)
+        there, here = next((pair for pair in pairs if pair[0] != pair[1]), (f"{len(metadata.label_names)} classes",
+                                                                            f"{len(label_names)} classes"))
+        found.append(f"classes: {there!r} there, {here!r} here")
+    for entry in ("codec", "scale", "shift"):
+        if (there := getattr(metadata, entry)) != (here := getattr(codec, entry)):
+            found.append(f"{entry}: {there!r} there, {here!r} here")
+    if found:
+        raise ValueError(f"{name} was trained on other data than {other} ({'; '.join(found)})")
+
+
 def default_guidance(saved: float | None, can_guide: int | bool) -> float:
     """The guidance scale where none is given: the one saved with the model, else 2; 1 where nothing can guide.
 

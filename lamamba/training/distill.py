@@ -10,6 +10,7 @@ from torch import Tensor
 from lamamba.config import STAGES, UNetConfig
 from lamamba.diffusion.distillation import feature_losses, output_loss
 from lamamba.options.training import DistillOptions
+from lamamba.runs.metadata import ModelMetadata, check_same_data
 from lamamba.runs.model import fingerprint, open_network
 
 
@@ -19,17 +20,19 @@ class Teacher:
     Args:
         options: with a teacher.
         student: the network that learns from it.
+        metadata: of the student.
         device: where the teacher runs; it is whole on every rank.
 
     Raises:
         FileNotFoundError: when there is no such teacher.
-        ValueError: when its inputs, classes, objective or features are not the student's.
+        ValueError: when its inputs, classes, data, objective or features are not the student's.
     """
 
-    def __init__(self, options: DistillOptions, student: UNetConfig, device: torch.device):
+    def __init__(self, options: DistillOptions, student: UNetConfig, metadata: ModelMetadata, device: torch.device):
         assert options.teacher is not None
-        network, _ = open_network(options.teacher)
+        network, saved = open_network(options.teacher)
         _check_fits(network.architecture, student, options)
+        check_same_data(f"distill.teacher {options.teacher}", saved, "this run", metadata.label_names, metadata)
         self.sha256 = fingerprint(network)
         self._options, self._channels = options, student.in_channels
         self._network = network.to(device).requires_grad_(False).eval()

@@ -109,13 +109,15 @@ def describe(config: TrainConfig, data: ImageSet | TrainingSet) -> tuple[UNetCon
     return architecture, metadata
 
 
-def open_teacher(config: TrainConfig, architecture: UNetConfig, device: torch.device) -> Teacher | None:
+def open_teacher(
+    config: TrainConfig, architecture: UNetConfig, metadata: ModelMetadata, device: torch.device
+) -> Teacher | None:
     """The network that a run learns from, if there is one.
 
     Raises:
         FileNotFoundError, ValueError: when it is missing, damaged, or does not fit the run's network.
     """
-    return None if config.distill.teacher is None else Teacher(config.distill, architecture, device)
+    return None if config.distill.teacher is None else Teacher(config.distill, architecture, metadata, device)
 
 
 def described(config: TrainConfig, samples: TrainingSet, teacher: Teacher | None = None) -> dict[str, Any]:
@@ -160,7 +162,8 @@ def train(
         processes.on_rank_0(lock.acquire)
         threads = computing_threads(config.processes.threads)
         with own_random_state(), threads, precision_policy(config.precision), stop_signals() as request:
-            teacher, files = open_teacher(config, architecture, processes.device), getattr(samples, "source_files", ())
+            teacher = open_teacher(config, architecture, metadata, processes.device)
+            files = getattr(samples, "source_files", ())
             processes.on_rank_0(lambda: run.create(described(config, samples, teacher), files))
             trainer = _Trainer(config, samples, architecture, metadata, run, processes, teacher)
             return trainer.run(callbacks, on_resume, request)

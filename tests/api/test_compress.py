@@ -69,7 +69,7 @@ def test_step_by_step_equals_the_whole_way(model, tmp_path, capsys):
     assert main(["compress", "plan", str(tmp_path / "s"), "--remove", "0.3", "--keep", "decoder.3.0"]) == 0
     assert main(["compress", "apply", str(tmp_path / "s"), "--out", str(tmp_path / "p")]) == 0
     out = capsys.readouterr().out
-    assert "cheapest first" in out
+    assert "lowest first" in out
     assert "with cross terms" in out
     assert "lamamba sample" in out
     options = lamamba.CompressOptions(
