@@ -81,7 +81,7 @@ class LaMambaPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet->vae"
-    _optional_components = ["vae", "scheduler"]                                              # noqa: RUF012 (diffusers' own form)
+    _optional_components = ["vae", "scheduler"]                                 # noqa: RUF012 (diffusers' own form)
     _callback_tensor_inputs = ["latents", "x0"]                                 # noqa: RUF012
 
     def __init__(
@@ -321,8 +321,8 @@ class LaMambaPipeline(DiffusionPipeline):
         """
         self._check_call(output_type, image, strength, mask_image)
         names = self._tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        labels, count = self._find_labels(
-            class_labels, num_images_per_prompt or num_images_per_label, generator, latents)
+        per_label = num_images_per_label if num_images_per_prompt is None else num_images_per_prompt
+        labels, count = self._find_labels(class_labels, per_label, generator, latents)
         if guidance_scale is None:
             guidance_scale = default_guidance(self.config.guidance_scale, bool(labels) or guidance_model is not None)
         guidance = Guidance(guidance_scale, guidance_channels, guidance_interval, guidance_rescale)
@@ -331,31 +331,23 @@ class LaMambaPipeline(DiffusionPipeline):
         device = self._execution_device
         noise = self._noise(count, size, generator, latents, device)
         noise = self._vary(noise, size, variation_generator, variation_strength)
-        if num_inference_steps is None:
-            num_inference_steps = default_steps(self.scheduler, self.unet.config["objective"])
-        set_steps(self.scheduler, num_inference_steps)
+        default = default_steps(self.scheduler, self.unet.config["objective"])
+        set_steps(self.scheduler, default if num_inference_steps is None else num_inference_steps)
         start = None if image is None else self._encode(image, size, count, device)
-        mask = None if mask_image is None else self._mask(mask_image, size, count, device)
-        known = None if start is None or mask is None else Known(start, mask)
+        known = None if mask_image is None or start is None else Known(start, self._mask(mask_image, size, start))
         first = 0 if start is None else first_step(self.scheduler, strength)
         timesteps = self.scheduler.timesteps[first:].tolist()
-        model = GuidedModel(self.unet, timesteps, guidance, guiding_model=guidance_model)
-        predict = model.predictor(labels, device)
         self._num_timesteps, self._interrupt, self._guidance_scale = len(timesteps), False, guidance.scale
         with resized([self.unet, guidance_model], size), self.progress_bar(total=self._num_timesteps) as bar:
 
             def on_step(step: Step) -> Tensor | None:
-                nonlocal predict
                 bar.update()
-                changed = self._call_back(callback_on_step_end, names, step)
-                if model.guide_by(self._guidance_scale):
-                    predict = model.predictor(labels, device)
-                return changed
+                return self._call_back(callback_on_step_end, names, step)
 
-            x0 = denoise(
-                lambda x, t: predict(x, t), self.scheduler, noise, generators=generator, first=first, start=start,
-                known=known, on_step=on_step, interrupted=lambda: self._interrupt,
-            )
+            model = GuidedModel(self.unet, timesteps, guidance, guiding_model=guidance_model)
+            predict = model.predictor(labels, device, scale=lambda: self._guidance_scale)
+            x0 = denoise(predict, self.scheduler, noise, generators=generator, first=first, start=start, known=known,
+                         on_step=on_step, interrupted=lambda: self._interrupt)
         images = self._finish(x0, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -453,12 +445,12 @@ class LaMambaPipeline(DiffusionPipeline):
             z = encoded.latent if hasattr(encoded, "latent") else encoded.latents
         return self.codec_config.to_x0(z.float())
 
-    def _mask(self, mask: Any, size: tuple[int, int], count: int, device: torch.device) -> Tensor:
-        """(count, 1, h, w), 1 wherever any pixel below a point of the network's input is to be made anew."""
+    def _mask(self, mask: Any, size: tuple[int, int], start: Tensor) -> Tensor:
+        """(b, 1, h, w) for start (b, c, h, w): 1 wherever any pixel below a point of it is to be made anew."""
         processor = self._processor(is_grey=True, do_normalize=False, do_binarize=True)
         height, width = (side * self.pixels_per_input for side in size)
         pixels = processor.preprocess(_shares(_flat(mask, "black")), height=height, width=width)[:, :1]
-        return _repeated(F.adaptive_max_pool2d(pixels, size), count, "mask_image").to(device, torch.float32)
+        return _repeated(F.adaptive_max_pool2d(pixels, size), len(start), "mask_image").to(start)
 
     @contextmanager
     def _upcast(self) -> Iterator[None]:

@@ -54,18 +54,13 @@ class GuidedModel:
         self._networks = [conditioned(network, timesteps) for network in networks]
         self._run_labels = self._with_null(labels)
 
-    def guide_by(self, scale: float) -> bool:
-        """Take another guidance scale for the predictors that are made from now on; whether it is another."""
-        is_other = scale != self._guidance.scale
-        self._guidance = dataclasses.replace(self._guidance, scale=scale)
-        return is_other
-
     def _with_null(self, labels: Iterable[int]) -> frozenset[int]:
         needs_null = self._guidance.scale != 1 and len(self._networks) == 1
         return frozenset(labels) | ({self._num_classes} if needs_null else set())
 
     def predictor(
-        self, labels: Sequence[int] | None, device: torch.device, mixtures: Tensor | None = None
+        self, labels: Sequence[int] | None, device: torch.device, mixtures: Tensor | None = None,
+        scale: Callable[[], float] | None = None,
     ) -> Predict:
         """The guided prediction for a batch with these labels, as a function of (x, t) for `denoise`.
 
@@ -73,7 +68,22 @@ class GuidedModel:
             labels: one per image; None for an unconditional network.
             device: of x.
             mixtures: (m, num_classes + 1) weights of label embeddings; label num_classes + 1 + i means the i-th.
+            scale: called before every evaluation for the guidance scale, which may change on the way.
         """
+        predict = self._predictor(labels, device, mixtures)
+        if scale is None:
+            return predict
+
+        def predict_by_scale(x: Tensor, t: Tensor) -> Tensor:
+            nonlocal predict
+            if scale() != self._guidance.scale:
+                self._guidance = dataclasses.replace(self._guidance, scale=scale())
+                predict = self._predictor(labels, device, mixtures)
+            return predict(x, t)
+
+        return predict_by_scale
+
+    def _predictor(self, labels: Sequence[int] | None, device: torch.device, mixtures: Tensor | None) -> Predict:
         if labels is not None:
             present = self._with_null(labels)
             for network in self._networks:
