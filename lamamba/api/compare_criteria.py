@@ -55,7 +55,7 @@ class CompareCriteriaResult:
     def rank_correlation(self) -> float | None:
         """Of predicted and measured losses over sensible sets."""
         sensible = [each for each in self.sets if each.kind == "sensible"]
-        return rank_correlation(sensible) if sensible else None
+        return rank_correlation(sensible) if len(sensible) > 2 else None
 
     def __str__(self) -> str:
         figures = [name for name in LABELS if any(name in point for point in self.points)]
@@ -203,10 +203,10 @@ class _Comparison:
     def sets(self, report: Report) -> list[SetLoss]:
         if not self.options.sets:
             return []
-        key = f"sets {self.options.sets}"
-        if key not in self.table.entries:
-            found = measure_sets(
-                self.network, self.scores("output", report), self.held_out, sets=self.options.sets, report=report
-            )
-            self.table.put(key, [dataclasses.asdict(each) for each in found])
-        return [SetLoss(**each) for each in self.table.entries[key]]
+        found: list[Any] = self.table.entries.get("sets", [])
+        for each in measure_sets(
+            self.network, self.scores("output", report), self.held_out, sets=self.options.sets, first=len(found),
+            report=report,
+        ):
+            found = self.table.put("sets", [*found, dataclasses.asdict(each)])
+        return [SetLoss(**each) for each in found[: self.options.sets]]

@@ -6,15 +6,17 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lamamba.api.train import TrainResult, train
+from lamamba.benchmarking.environment import device_name
 from lamamba.compression import calibration as calibrations
 from lamamba.compression.additivity import relative_distance, relative_loss
 from lamamba.compression.calibration import Calibration
@@ -22,10 +24,10 @@ from lamamba.compression.find import find_units
 from lamamba.compression.folder import PLAN, write_pruned
 from lamamba.compression.job import SCORES, find_scores, score_in_folder
 from lamamba.compression.pictures import draw_units
-from lamamba.compression.plan import Plan, in_order, make_plan
+from lamamba.compression.plan import Plan, check_share, in_order, make_plan
 from lamamba.compression.scores import RULES, Scores, by_rule
-from lamamba.compression.timing import measure_times
-from lamamba.compression.units import Removable, canonical
+from lamamba.compression.timing import measure_pair, measure_times
+from lamamba.compression.units import Removable
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.base import verb
 from lamamba.options.compress import (
@@ -244,9 +246,12 @@ def plan_removal(options: PlanRemovalOptions, *, progress: ProgressOption = "aut
     scores, out = Scores.load(path), options.out or path.parent / PLAN
     _check_budget(options)
     needs_network = options.measure or options.by == "time"
-    teacher = _open_scored(scores.about, local_device(options.device)) if needs_network else None
+    teacher = _open_scored(scores.about, local_device(options.device), options.model) if needs_network else None
+    samples = _calibration_of(scores)
+    if options.data is not None:
+        samples = dataclasses.replace(samples, data=options.data)
     with reporting(progress) as report:
-        plan = _plan(scores, options, teacher, options.measure, report)
+        plan = _plan(scores, options, teacher, samples if options.measure else None, report)
     plan.save(out)
     picture = out.with_suffix(".png")
     draw_units(scores, picture, plan.removed)
@@ -265,13 +270,10 @@ def _open_scored(about: Mapping[str, Any], device: torch.device, name: str | Non
 
 
 def _plan(
-    scores: Scores, options: BudgetOptions, teacher: Teacher | None, measure: bool, report: Report,
-    calibration: CalibrationOptions | None = None,
+    scores: Scores, options: BudgetOptions, teacher: Teacher | None, samples: CalibrationOptions | None, report: Report
 ) -> Plan:
-    times = None
-    if options.by == "time":
-        assert teacher is not None
-        times = _times(teacher, report)
+    """The plan of a budget, with what it measures on the samples held out of a calibration set; None: nothing."""
+    times = _times(teacher, report) if options.by == "time" and teacher else None
     if scores.criterion in ("hand", "random") and options.remove is not None:
         plan = in_order(scores, options.remove, options.by, options.keep, times)
     else:
@@ -279,11 +281,18 @@ def _plan(
             scores, remove=options.remove, max_loss=options.max_loss, by=options.by, keep=options.keep, times=times
         )
     plan = dataclasses.replace(plan, about={**plan.about, "budget": _budget(options)})
-    if not measure or teacher is None:
+    if times is not None and teacher is not None:
+        pruned = find_units(teacher.network).without(plan.removed)
+        whole_seconds, seconds = measure_pair(
+            _forward(teacher, teacher.network), _forward(teacher, pruned), teacher.network.device)
+        found = {"device": device_name(str(teacher.network.device)), "images": 1, "seconds": times}
+        plan = dataclasses.replace(plan, times=found, measured_time=1 - seconds / whole_seconds)
+    if samples is None or teacher is None:
         return plan
-    held_out = calibrate(teacher, calibration or _calibration_of(scores), held_out=True)
+    held_out = calibrate(teacher, samples, held_out=True)
     if held_out.about.get("fingerprint") != scores.about.get("fingerprint", held_out.about.get("fingerprint")):
-        raise ValueError(f"{held_out.about['data']} has changed since the units were scored; score them again")
+        raise ValueError(
+            f"{held_out.about['data']} is not what the units were scored on, or has changed since; score them again")
     return dataclasses.replace(plan, measured=relative_loss(find_units(teacher.network), plan.removed, held_out))
 
 
@@ -309,16 +318,21 @@ def _calibration_of(scores: Scores) -> CalibrationOptions:
 
 
 def _times(teacher: Teacher, report: Report) -> dict[str, float]:
-    """Of a forward pass of one image, on the network's device."""
+    """Seconds of a forward pass of one image that go with each unit, on the network's device."""
+    return measure_times(find_units(teacher.network), _forward(teacher, teacher.network), report=report)
+
+
+def _forward(teacher: Teacher, network: nn.Module) -> Callable[[], object]:
+    """A forward pass of one image."""
     config, device = teacher.network.architecture, teacher.network.device
     x = torch.randn(1, config.in_channels, *config.input_size, device=device)
     labels = torch.zeros(1, dtype=torch.int64, device=device) if config.num_classes else None
 
     def forward() -> object:
         with torch.inference_mode():
-            return teacher.network(x, 500.0, labels)
+            return network(x, 500.0, labels)
 
-    return measure_times(find_units(teacher.network), forward, report=report)
+    return forward
 
 
 @dataclass(frozen=True)
@@ -360,7 +374,7 @@ def _remove(teacher: Teacher, plan: Plan, out: Path) -> RemoveUnitsResult:
     pruned = network.without(plan.removed)
     assert isinstance(pruned, LaMambaUNet)
     write_pruned(out, pruned, teacher.metadata, plan, model_folder(teacher.name))
-    return RemoveUnitsResult(out, pruned, _count(pruned), network.parameters)
+    return RemoveUnitsResult(out, pruned, pruned.num_parameters(), network.parameters)
 
 
 @dataclass(frozen=True)
@@ -410,12 +424,12 @@ def compress(options: CompressOptions, *, progress: ProgressOption = "auto") -> 
     if options.heal:
         data_options(teacher, source)                                           # or refuse now
     network, target, picture = find_units(teacher.network), out / "pruned", out / "units.png"
-    canonical(network.units, options.keep)                                      # or refuse an unknown unit now
+    check_share(network, options.remove or 0, options.by, options.keep)         # or refuse now
 
     def prune() -> None:
         if _holds(target, {**scores.about, "budget": _budget(options)}):
             return
-        plan = _plan(scores, options, teacher, True, report, options)
+        plan = _plan(scores, options, teacher, options, report)
         plan.save(out / PLAN)
         draw_units(scores, picture, plan.removed)
         _remove(teacher, plan, target)
@@ -424,7 +438,7 @@ def compress(options: CompressOptions, *, progress: ProgressOption = "auto") -> 
         scores = _scores(teacher, network, options, out, "output", report)
         group.on_rank_0(prune)
     plan, (pruned, _) = Plan.load(target / PLAN), open_network(target)
-    result = RemoveUnitsResult(target, pruned, _count(pruned), network.parameters)
+    result = RemoveUnitsResult(target, pruned, pruned.num_parameters(), network.parameters)
     if not options.heal:
         return CompressResult(plan, result, None, None, picture)
     healed = train(_healing(options, teacher, result, source), progress=progress)
@@ -464,7 +478,3 @@ def _healing(options: CompressOptions, teacher: Teacher, pruned: RemoveUnitsResu
         batch_size=options.heal_batch_size, ema_decays=(max(0.0, 1 - 6 / max(steps, 6)),),
         checkpoint_every=max(1, min(500, steps // 4)), seed=options.seed, device=options.device,
     )
-
-
-def _count(network: LaMambaUNet) -> int:
-    return sum(weight.numel() for weight in network.parameters())

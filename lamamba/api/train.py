@@ -32,7 +32,7 @@ from lamamba.training.distributed import check_processes, computing_threads
 from lamamba.training.draws import split_held_out
 from lamamba.training.loop import Callback, StepState, describe
 from lamamba.training.sources import PlannedData, open_data, plan_data
-from lamamba.training.start import check_start
+from lamamba.training.start import check_start, with_network_of_source
 from lamamba.utils.cores import waiting_threads
 from lamamba.utils.distributed import is_rank_zero, launched_processes, local_device
 from lamamba.utils.progress import Progress, ProgressOption, Report, duration, is_watched, reporting
@@ -108,6 +108,7 @@ def train(
         Interrupted: when a signal stopped the run, after a checkpoint.
         RankZeroError: on the other ranks, when rank 0 raises.
     """
+    options = with_network_of_source(options)
     config, run = options.config, RunFolder(options.out)
     data = as_training_set(open_data(config, run.path) if data is None else data, config)
     architecture, metadata = describe(config, data)
@@ -317,6 +318,7 @@ def plan(options: TrainOptions) -> TrainPlan:
 
     Raises: as `train` does before its first step.
     """
+    options = with_network_of_source(options)
     config, processes, run = options.config, launched_processes(), RunFolder(options.out)
     data = plan_data(config, run.path)
     architecture, metadata = describe(config, data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,32 +57,32 @@ def relative_distance(outputs: Sequence[Tensor], whole: Sequence[Tensor]) -> flo
 
 
 def measure_sets(
-    network: Removable, scores: Scores, calibration: Calibration, *, sets: int = 100, max_share: float = 0.6,
-    by: str = "parameters", seed: int = 0, report: Report = lambda progress: None,
-) -> list[SetLoss]:
-    """Measure sets of units that remove 5 % to max_share: half of them sensible, half random.
+    network: Removable, scores: Scores, calibration: Calibration, *, sets: int = 100, first: int = 0,
+    max_share: float = 0.6, by: str = "parameters", seed: int = 0, report: Report = lambda progress: None,
+) -> Iterator[SetLoss]:
+    """Measure sets of units that remove 5 % to max_share, every other one sensible, the rest random.
 
     Args:
         network, scores: of one network; scores of criterion "output".
         calibration: of samples that no unit was scored on.
         sets: how many.
+        first: the number of the first one to measure: a set depends on seed and number alone.
         max_share: the largest share that is removed.
         by: what a share means.
         seed: of shares, noise and order.
     """
-    generator, whole, found = np.random.default_rng(seed), calibration.predictions(network.model), []
-    for number in range(sets):
-        kind, share = ("sensible", "random")[number % 2], float(generator.uniform(0.05, max_share))
-        changed = _changed(scores, kind, generator)
+    whole = calibration.predictions(network.model) if first < sets else []
+    for number in range(first, sets):
+        generator, kind = np.random.default_rng((seed, number)), ("sensible", "random")[number % 2]
+        share, changed = float(generator.uniform(0.05, max_share)), _changed(scores, kind, generator)
         plan = make_plan(changed, remove=share, by=by) if kind == "sensible" else in_order(changed, share, by)
-        crossed = scores.predicted_with_cross_terms(plan.removed)
-        found.append(SetLoss(
+        with_cross_terms = scores.predicted_with_cross_terms(plan.removed)
+        yield SetLoss(
             kind, plan.parameters, scores.predicted(plan.removed) / scores.energy,
-            None if crossed is None else crossed / scores.energy,
+            None if with_cross_terms is None else with_cross_terms / scores.energy,
             relative_loss(network, plan.removed, calibration, whole),
-        ))
+        )
         report(Progress("measuring sets", number + 1, sets, unit="sets"))
-    return found
 
 
 def _changed(scores: Scores, kind: str, generator: np.random.Generator) -> Scores:

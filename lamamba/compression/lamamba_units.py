@@ -27,10 +27,10 @@ class LaMambaUnits(Removable):
             **{f"decoder.{number}": stage for number, stage in enumerate(model.decoder)},
         }
         with torch.device("meta"):
-            twin = LaMambaUNet(config)
+            same = LaMambaUNet(config)
             x = torch.empty(1, config.in_channels, *config.input_size)
             labels = torch.empty(1, dtype=torch.int64) if config.num_classes else None
-        self._multiply_adds = multiply_adds_by_module(twin.to("meta"), x, torch.empty(1, device="meta"), labels)
+        self._multiply_adds = multiply_adds_by_module(same.to("meta"), x, torch.empty(1, device="meta"), labels)
         self.multiply_adds = self._multiply_adds[""]
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.units = tuple(self._list())
@@ -54,13 +54,13 @@ class LaMambaUnits(Removable):
             Unit(
                 f"{name}.{branch}", branch, group, name,
                 _count(module) + _count(block.norms[branch]) + share * (block.modulation.in_features + 1),
-                self._multiply_adds.get(f"{path}.branches.{branch}", 0) + share * block.modulation.in_features,
+                self._multiply_adds[f"{path}.branches.{branch}"] + share * block.modulation.in_features,
             )
             for branch, module in block.branches.items()
         ]
         yield Unit(
             name, "block", group, "bottleneck" if group == "bottleneck" else None, _count(block),
-            self._multiply_adds.get(path, 0), is_sum=True,
+            self._multiply_adds[path], is_sum=True,
         )
         yield from branches
 

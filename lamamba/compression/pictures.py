@@ -85,8 +85,10 @@ def draw_additivity(sets: Sequence[SetLoss], path: Path) -> None:
         set_log(axes)
         low, high = (bound(axes.get_xlim()[i], axes.get_ylim()[i]) for i, bound in ((0, max), (1, min)))
         axes.plot([low, high], [low, high], color="black", linewidth=0.8, label="equal")
-        sensible = rank_correlation([each for each in sets if each.kind == "sensible"], with_cross_terms=crossed)
-        axes.set_title(f"rank correlation of sensible sets {sensible:.3f}", fontsize=10)
+        sensible = [each for each in sets if each.kind == "sensible"]
+        if len(sensible) > 2:
+            found = rank_correlation(sensible, with_cross_terms=crossed)
+            axes.set_title(f"rank correlation of sensible sets {found:.3f}", fontsize=10)
     panels[0].set(ylabel="measured relative output loss")
     panels[0].legend(frameon=False)
     tidy(panels.tolist())

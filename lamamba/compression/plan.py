@@ -19,7 +19,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_matrix
 
 from lamamba.compression.scores import Scores
-from lamamba.compression.units import Unit, ancestors, canonical
+from lamamba.compression.units import Removable, Unit, ancestors, canonical
 from lamamba.config import unknown_name
 from lamamba.options.base import read_record, record
 from lamamba.utils.files import write_json
@@ -47,6 +47,10 @@ class Plan:
     """The same, as E ||sum of differences||^2."""
     measured: float | None = None
     """Relative output loss of the set, measured on samples that no unit was scored on."""
+    measured_time: float | None = None
+    """Share of a forward pass's time that the pruned network really saves, timed in turns with the whole one."""
+    times: dict[str, Any] | None = None
+    """Seconds that go with each unit ("": of the whole pass), with device and number of images; where by is "time"."""
     version: int = PLAN_VERSION
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Teacher with its hash, data, samples, seed, times of the scores."""
@@ -67,7 +71,8 @@ class Plan:
         lines = [
             f"{len(self.removed)} units removed: {self.parameters:.1%} of the parameters, "
             f"{self.multiply_adds:.1%} of the multiply-adds"
-            + ("" if self.time is None else f", {self.time:.1%} of the measured time")
+            + ("" if self.time is None else f", {self.time:.1%} of the time unit by unit")
+            + ("" if self.measured_time is None else f", {self.measured_time:.1%} timed together")
         ]
         losses = {
             "predicted by the sum": self.predicted, "with cross terms": self.predicted_with_cross_terms,
@@ -101,15 +106,25 @@ def make_plan(
         raise ValueError("give either the share to remove or the largest loss (remove, max_loss), one of them")
     if max_loss is not None and scores.criterion != "output":
         raise ValueError(f"max_loss needs scores of criterion 'output'; those of {scores.criterion!r} are no loss")
-    if remove is not None and not 0 <= remove <= 1:
-        raise ValueError(f"remove={remove:g} must be a share, 0 to 1: 0.5 removes half")
     costs, whole = _costs(scores, by, times)
     free = _free(scores.units, keep, allowed) & np.isfinite(scores.values)
     if remove is not None:
-        chosen = _least_loss(scores, costs, remove * whole, free, whole)
+        chosen = _least_loss(scores, costs, remove, free, whole)
     else:
         chosen = _most_removed(scores, costs, float(max_loss or 0) * scores.energy, free)
     return describe(scores, chosen, by=by, times=times)
+
+
+def check_share(network: Removable, remove: float, by: str = "parameters", keep: Iterable[str] = ()) -> None:
+    """Raise what `make_plan` would raise for a share of parameters or multiply-adds, before anything is scored.
+
+    Raises:
+        ValueError: when the share cannot be reached (with the largest that can), or a unit is unknown.
+    """
+    free = _free(network.units, keep, None)
+    if by != "time":
+        costs, whole = _costs(network, by, None)
+        _most(network.units, costs, remove, free, whole)
 
 
 def describe(
@@ -128,7 +143,9 @@ def describe(
     )
 
 
-def _costs(scores: Scores, by: str, times: Mapping[str, float] | None) -> tuple[np.ndarray, float]:
+def _costs(
+    scores: Scores | Removable, by: str, times: Mapping[str, float] | None
+) -> tuple[np.ndarray, float]:
     if by == "time":
         if times is None:
             raise ValueError("by='time' needs the measured time of every unit (times)")
@@ -183,15 +200,22 @@ def _solve(
     return [unit.name for unit, value in zip(units, found.x, strict=True) if value > 0.5]
 
 
-def _least_loss(scores: Scores, costs: np.ndarray, wanted: float, free: np.ndarray, whole: float) -> list[str]:
-    most = _solve(-costs, scores.units, free, costs / whole, 0, np.inf) or []
-    reached = costs[scores.index(most)].sum()
-    if wanted > reached:
+def _most(units: Sequence[Unit], costs: np.ndarray, remove: float, free: np.ndarray, whole: float) -> list[str]:
+    """The set that costs the most, when that is the share at least."""
+    if not 0 <= remove <= 1:
+        raise ValueError(f"remove={remove:g} must be a share, 0 to 1: 0.5 removes half")
+    most = set(_solve(-costs, units, free, costs / whole, 0, np.inf) or ())
+    reached = sum(cost for unit, cost in zip(units, costs, strict=True) if unit.name in most) / whole
+    if remove > reached:
         raise ValueError(
-            f"{wanted / whole:.1%} cannot be removed: without every unit that may go, {reached / whole:.1%} are removed"
+            f"{remove:.1%} cannot be removed: without every unit that may go, {reached:.1%} are removed"
         )
-    values, share = np.where(free, scores.values, 0.0), wanted / whole
-    values = np.maximum(values, 0.0)                                            # of "task": a gain is no reason
+    return sorted(most)
+
+
+def _least_loss(scores: Scores, costs: np.ndarray, remove: float, free: np.ndarray, whole: float) -> list[str]:
+    most, wanted, share = _most(scores.units, costs, remove, free, whole), remove * whole, remove
+    values = np.maximum(np.where(free, scores.values, 0.0), 0.0)                # of "task": a gain is no reason
     chosen = None
     while chosen is None or costs[scores.index(chosen)].sum() < wanted:         # the solver may miss it by 1e-6
         chosen = _solve(values, scores.units, free, costs / whole, share, np.inf)

@@ -25,11 +25,7 @@ def measure_times(
         rounds: of all units.
     """
     def seconds() -> float:
-        began = time.perf_counter()
-        forward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
+        return _seconds(forward, device)
 
     device = next(network.model.parameters()).device
     names = [unit.name for unit in network.units]
@@ -44,3 +40,20 @@ def measure_times(
             report(Progress("timing", turn * len(names) + number + 1, rounds * len(names), unit="passes", note=name))
     found = {name: max(0.0, statistics.median(each)) for name, each in saved.items()}
     return {"": statistics.median(wholes), **found}
+
+
+def measure_pair(
+    whole: Callable[[], object], pruned: Callable[[], object], device: torch.device, *, rounds: int = 10
+) -> tuple[float, float]:
+    """Seconds of two forward passes in turns: medians over rounds, after a pass of each to warm up."""
+    pairs = [(_seconds(whole, device), _seconds(pruned, device)) for _ in range(rounds + 1)][1:]
+    first, second = zip(*pairs, strict=True)
+    return statistics.median(first), statistics.median(second)
+
+
+def _seconds(forward: Callable[[], object], device: torch.device) -> float:
+    began = time.perf_counter()
+    forward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began

@@ -75,6 +75,10 @@ class PlanRemovalOptions(BudgetOptions):
     """The plan; by default plan.json beside the scores."""
     measure: bool = True
     """Measure the set's loss on samples that no unit was scored on."""
+    model: Name | None = None
+    """The network; by default the one that was scored, at its place of then."""
+    data: Name | None = None
+    """For measuring; by default what the units were scored on."""
     device: str = "auto"
     """For measuring: "auto", or a PyTorch device."""
 

@@ -230,7 +230,8 @@ class StartOptions:
     """What training starts from, when not from fresh weights."""
 
     source: Name | None = None
-    """A run, a checkpoint, a saved model, or an official checkpoint (.pt)."""
+    """A run, a checkpoint, a saved model, or an official checkpoint (.pt). Its network is trained; the model's
+    options may be left out, or must describe it."""
     mode: Literal["weights", "everything"] = "weights"
     """"weights": the averaged weights only, for fine-tuning; "everything": go on with an official training checkpoint,
     its weights, averages, optimizer and step."""
@@ -358,9 +359,8 @@ class TrainConfig:
         """What is allowed but probably not meant."""
         found = []
         for decay in self.ema_decays:
-            initial = decay**self.steps
-            if initial > 0.02:
-                fitting = 1 - 5 / max(self.steps, 10)
+            initial, fitting = decay**self.steps, 1 - 5 / max(self.steps, 10)
+            if initial > 0.02 and fitting < decay:
                 shows = "look like noise" if self.start.source is None else f"be nearly those of {self.start.source}"
                 found.append(
                     f"after {self.steps} steps, ema_decay {decay} leaves {initial:.0%} of the averaged weights at "

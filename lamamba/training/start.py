@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,30 @@ import torch
 from lamamba.config import UNetConfig
 from lamamba.models.official import load_official, official_optimizer, read_official
 from lamamba.models.unet import LaMambaUNet
-from lamamba.options.training import StartOptions
+from lamamba.options.training import ModelOptions, StartOptions, TrainConfig, TrainOptions
+from lamamba.runs.folder import RunFolder
 from lamamba.runs.model import open_network
 from lamamba.training.checkpoint import TrainState, put, restore_optimizer
 
 logger = logging.getLogger("lamamba.training")
+
+
+def with_network_of_source(options: TrainOptions) -> TrainOptions:
+    """The options with the network of start.source, where their own [model] section says nothing.
+
+    A run that has a checkpoint keeps the network that it has: the source may be gone.
+
+    Raises:
+        FileNotFoundError, ValueError: when there is no such source, or it is damaged.
+    """
+    if options.start.source is None or options.model != ModelOptions():
+        return options
+    run = RunFolder(options.out)
+    if run.names():
+        model = TrainConfig.from_dict(run.read_config().train).model
+    else:
+        model = ModelOptions.of(_open_source(options.start).architecture)
+    return dataclasses.replace(options, model=model)
 
 
 def start_network(options: StartOptions, architecture: UNetConfig) -> LaMambaUNet:
@@ -47,14 +66,18 @@ def check_start(options: StartOptions, architecture: UNetConfig) -> LaMambaUNet:
     Raises:
         FileNotFoundError, ValueError: as `start_network` and `continue_official`.
     """
+    saved = _open_source(options)
+    changes = {"num_classes"} if options.replace_labels else set()
+    _check_same(saved.architecture, architecture, Path(str(options.source)), changes)
+    return saved
+
+
+def _open_source(options: StartOptions) -> LaMambaUNet:
     assert options.source is not None
     source = Path(options.source)
     if options.mode == "everything":
-        saved = load_official(_read_training_checkpoint(source), weights="model")
-    else:
-        saved = load_official(source) if source.suffix == ".pt" else open_network(source)[0]
-    _check_same(saved.architecture, architecture, source, {"num_classes"} if options.replace_labels else set())
-    return saved
+        return load_official(_read_training_checkpoint(source), weights="model")
+    return load_official(source) if source.suffix == ".pt" else open_network(source)[0]
 
 
 def _read_training_checkpoint(path: Path) -> dict[str, Any]:
@@ -96,7 +119,7 @@ def continue_official(path: Path, state: TrainState) -> None:
 def _check_same(saved: UNetConfig, wanted: UNetConfig, source: Path, changes: set[str]) -> None:
     differences = [
         f"{field.name}: {getattr(saved, field.name)!r} there, {getattr(wanted, field.name)!r} here"
-        for field in fields(UNetConfig)
+        for field in dataclasses.fields(UNetConfig)
         if field.name not in changes and getattr(saved, field.name) != getattr(wanted, field.name)
     ]
     if differences:
@@ -104,6 +127,6 @@ def _check_same(saved: UNetConfig, wanted: UNetConfig, source: Path, changes: se
         if saved.num_classes != wanted.num_classes and "num_classes" not in changes:
             hint = "; to train on other classes, give start.replace_labels"
         raise ValueError(
-            f"{source} is another network than this run's ({'; '.join(differences)}): let model.preset and its "
-            f"options describe the one that is there{hint}"
+            f"{source} is another network than this run's ({'; '.join(differences)}): leave out the model's "
+            f"options, or let them describe the one that is there{hint}"
         )

@@ -53,6 +53,34 @@ def test_a_run_as_a_call_with_progress_and_result(tmp_path, capsys):
     assert (again.step, seen[-1].done, seen[-1].resumed) == (5, 5, 4)
 
 
+def test_without_a_model_section_the_network_of_the_source_is_trained(tmp_path, capsys):
+    """Also of a run that goes on after its source is gone; a model section must describe the source."""
+    lamamba.train(options(tmp_path / "whole", steps=2, model={**TINY["model"], "objective": "v"}), progress=None)
+    half = lamamba.compress(lamamba.CompressOptions(model=str(tmp_path / "whole"), data="sampling", samples=2,
+                                                    remove=0.3, out=tmp_path / "half"), progress=None).path
+    recipe = tmp_path / "heal.toml"
+    recipe.write_text(f"""
+steps = 4
+batch_size = 4
+checkpoint_every = 2
+[sampling]
+every = 0
+[start]
+source = {str(half)!r}
+[distill]
+teacher = {str(tmp_path / "whole")!r}
+""")
+    heal = lamamba.TrainOptions.from_recipe(recipe, out=tmp_path / "healed", ema_decays=(0.5,), steps=2)
+    pruned = open_network(half)[0].architecture
+    assert lamamba.plan(heal).architecture == pruned
+    assert lamamba.train(heal, progress=None).state.model.architecture == pruned
+    with pytest.raises(ValueError, match=r"leave out the model's options"):
+        whole = lamamba.TrainOptions.from_recipe("digits", model={**TINY["model"], "objective": "v"}).model
+        lamamba.train(dataclasses.replace(heal, out=tmp_path / "other", model=whole), progress=None)
+    half.rename(tmp_path / "elsewhere")
+    assert lamamba.train(dataclasses.replace(heal, steps=4), progress=None).state.model.architecture == pruned
+
+
 def test_data_of_ones_own(tmp_path):
     digits = Digits()
     digits.images, digits.labels = digits.images[:6], digits.labels[:6]

@@ -148,7 +148,8 @@ def test_a_set_is_measured_as_the_pruned_network(network, calibration):
 
 
 def test_sets_are_measured_half_sensible_half_random(network, scores, calibration):
-    sets = measure_sets(network, scores, calibration, sets=6)
+    sets = list(measure_sets(network, scores, calibration, sets=6))
+    assert list(measure_sets(network, scores, calibration, sets=6, first=4)) == sets[4:]
     assert [each.kind for each in sets] == ["sensible", "random"] * 3
     assert all(each.share >= 0.05 for each in sets)
     assert -1 <= rank_correlation(sets) <= 1

@@ -257,7 +257,7 @@ def test_fine_tuning_replaces_the_label_table_and_nothing_else(tmp_path):
 
 
 def test_sources_that_do_not_fit(tmp_path):
-    with pytest.raises(ValueError, match=r"width: 8 there, 16 here.*model.preset"):
+    with pytest.raises(ValueError, match=r"width: 8 there, 16 here.*leave out the model's options"):
         train(config(model=ModelOptions(width=16, num_heads=2, objective="noise"), start=dict(source=str(OFFICIAL))),
               Latents(), tmp_path / "wide")
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
