@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 import lamamba
 from lamamba.cli.main import main
 from lamamba.compression.plan import Plan
 from lamamba.runs.model import open_network
 from tests.networks import random_network, small_config
+from tests.training.test_loop import full_disk
+from tests.training.together import command, command_on, needs_fork_server
 
 REMOVED = ("encoder.1.0", "encoder.2.0", "encoder.3.0", *(f"decoder.{s}.{k}" for s in range(3) for k in range(2)))
 
@@ -102,12 +106,122 @@ def test_criteria_are_compared(model, tmp_path):
     (["--data", "digits"], "say how much to remove"),
     (["--remove", "0.3", "--data", "digits", "--keep", "bottelneck"], "did you mean 'bottleneck'"),
     (["--remove", "0.3", "--data", "digits", "--times", "900,100"], "a lower and a higher timestep"),
+    (["--remove", "0.3", "--max-loss", "0.1", "--data", "digits"], "one of both"),
+    (["--remove", "1.2", "--data", "digits"], "remove"),
+    (["--remove", "0.3", "--data", "nowhere"], "nowhere"),
 ])
 def test_what_does_not_fit_is_refused_in_one_line(model, tmp_path, arguments, message, capsys):
     assert main(["compress", str(model), "--samples", "4", "--out", str(tmp_path / "c"), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_share_is_refused_before_anything_is_scored(model, tmp_path):
+    with pytest.raises(ValueError, match="cannot be removed: without every unit that may go"):
+        lamamba.compress(lamamba.CompressOptions(model=model, data="digits", remove=0.999, out=tmp_path), progress=None)
+    assert not list(tmp_path.rglob("*"))
+
+
+OBJECTIVES = {"noise": dict(num_classes=0), "v": dict(num_classes=10), "flow": dict(num_classes=10)}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_with_states_of_its_own_sampling(tmp_path, objective):
+    """Also without classes, and without data."""
+    network = random_network(small_config(
+        depths=(1, 1, 1, 1), in_channels=1, grid=8, objective=objective, removed_blocks=REMOVED, **OBJECTIVES[objective],
+    ))
+    network.save_pretrained(tmp_path / "whole")
+    common = dict(model=tmp_path / "whole", data="sampling", samples=4)
+    result = lamamba.compress(lamamba.CompressOptions(**common, remove=0.3, out=tmp_path / "half"), progress=None)
+    assert result.plan.measured > 0
+    assert open_network(result.path)[0].num_parameters() == result.pruned.parameters
+
+
+@pytest.mark.parametrize("criterion", ["task", "magnitude", "hand", "random"])
+def test_every_criterion_scores_and_plans(model, tmp_path, criterion):
+    scored = lamamba.score_units(lamamba.ScoreUnitsOptions(
+        model=model, data="digits", samples=4, criterion=criterion, out=tmp_path), progress=None)
+    plan = lamamba.plan_removal(
+        lamamba.PlanRemovalOptions(scores=scored.path, data="digits", remove=0.3), progress=None).plan
+    assert (plan.criterion, plan.predicted) == (criterion, None)
+    assert plan.parameters >= 0.3
+    assert plan.measured > 0
+
+
+def test_a_plan_by_time_times_every_unit_and_the_pruned_network(model, tmp_path):
+    result = lamamba.compress(lamamba.CompressOptions(
+        model=model, data="digits", samples=4, remove=0.2, by="time", out=tmp_path / "c"), progress=None)
+    plan = result.plan
+    assert plan.time >= 0.2
+    assert plan.measured_time < 1
+    assert plan.times["seconds"].keys() > set(plan.removed)
+    assert "timed together" in str(plan)
+    again = lamamba.CompressOptions(model=model, data="digits", samples=4, remove=0.2, by="time", out=tmp_path / "c")
+    assert lamamba.compress(again, progress=None).plan == plan
+
+
+def test_a_model_that_has_moved_and_data_that_has_changed(model, tmp_path):
+    shutil.copytree(model, tmp_path / "a")
+    scored = lamamba.score_units(lamamba.ScoreUnitsOptions(
+        model=tmp_path / "a", data="digits", samples=4, out=tmp_path / "s"), progress=None)
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        lamamba.plan_removal(lamamba.PlanRemovalOptions(scores=scored.path, remove=0.3), progress=None)
+    moved = lamamba.PlanRemovalOptions(scores=scored.path, remove=0.3, model=tmp_path / "b")
+    assert lamamba.plan_removal(moved, progress=None).plan.measured > 0
+    for number in range(20):
+        folder = tmp_path / "data" / str(number % 10)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 10 * number).save(folder / f"{number}.png")
+    other = lamamba.PlanRemovalOptions(scores=scored.path, remove=0.3, model=tmp_path / "b", data=tmp_path / "data")
+    with pytest.raises(ValueError, match="not what the units were scored on"):
+        lamamba.plan_removal(other, progress=None)
+
+
+@needs_fork_server
+def test_two_processes_share_the_units_and_heal_together(model, tmp_path):
+    common = ["compress", model, "--data", "digits", "--samples", "4", "--remove", "0.3", "--device", "cpu"]
+    command_on(2, tmp_path, *common, "--heal", "2", "--heal-batch-size", "4", "--out", "two")
+    one = lamamba.compress(lamamba.CompressOptions(
+        model=model, data="digits", samples=4, remove=0.3, device="cpu", out=tmp_path / "one"), progress=None)
+    assert Plan.load(tmp_path / "two" / "plan.json").removed == one.plan.removed
+    assert len((tmp_path / "two" / "healed" / "metrics.jsonl").read_text().splitlines()) >= 1
+
+
+@needs_fork_server
+def test_killed_at_any_moment_the_same_command_goes_on(model, tmp_path):
+    options = ["compress", model, "--data", "digits", "--samples", "4", "--remove", "0.3", "--device", "cpu"]
+    for seconds in (0.3, 0.6, 0.9, 1.2):
+        process = command(tmp_path, *options, "--out", "c")
+        process.join(seconds)
+        process.kill()
+        process.join()
+    last = command(tmp_path, *options, "--out", "c")
+    last.join(60)
+    assert last.exitcode == 0, (tmp_path / "printed.txt").read_text()
+    assert open_network(tmp_path / "c" / "pruned")[0].num_parameters() > 0
+    assert {path.name for path in (tmp_path / "c").iterdir()} >= {"scores.json", "plan.json", "units.png", "pruned"}
+
+
+@needs_fork_server
+def test_a_full_disk_is_named_and_nothing_is_lost(model, tmp_path):
+    options = lamamba.CompressOptions(model=model, data="digits", samples=4, remove=0.3, out=tmp_path / "c")
+    with full_disk(40_000), pytest.raises(OSError, match=r"pruned|unit_|units"):
+        lamamba.compress(options, progress=None)
+    assert not (tmp_path / "c" / "pruned").exists()
+    assert lamamba.compress(options, progress=None).plan.measured > 0
+
+
+def test_a_network_with_nan_is_refused(model, tmp_path):
+    network = open_network(model)[0]
+    with torch.no_grad():
+        network.patch_embedding.projection.weight.fill_(1e38)
+    network.save_pretrained(tmp_path / "broken")
+    with pytest.raises(FloatingPointError, match="finite"):
+        lamamba.compress(lamamba.CompressOptions(
+            model=tmp_path / "broken", data="digits", samples=4, remove=0.3, out=tmp_path / "c"), progress=None)
 
 
 def test_a_plan_for_another_network_is_refused(model, tmp_path, capsys):
