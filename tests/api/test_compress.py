@@ -130,7 +130,8 @@ OBJECTIVES = {"noise": dict(num_classes=0), "v": dict(num_classes=10), "flow": d
 def test_every_objective_with_states_of_its_own_sampling(tmp_path, objective):
     """Also without classes, and without data."""
     network = random_network(small_config(
-        depths=(1, 1, 1, 1), in_channels=1, grid=8, objective=objective, removed_blocks=REMOVED, **OBJECTIVES[objective],
+        depths=(1, 1, 1, 1), in_channels=1, grid=8, objective=objective, removed_blocks=REMOVED,
+        **OBJECTIVES[objective],
     ))
     network.save_pretrained(tmp_path / "whole")
     common = dict(model=tmp_path / "whole", data="sampling", samples=4)
