@@ -46,7 +46,7 @@ from lamamba.options.training import DistillOptions, TrainConfig, TrainOptions
 from lamamba.runs.model import open_network
 from lamamba.utils.progress import Progress
 
-MODEL, STEPS, SHARES, SEEDS = "shipped", 300, (0.5, 0.8), (0, 1, 2)
+MODEL, STEPS, SHARES, SEEDS = "shipped", 300, (0.8, 0.5), (0, 1, 2)
 DISTILLED = DistillOptions(teacher=MODEL)
 LOSSES = {
     "task": DistillOptions(),

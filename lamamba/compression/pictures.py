@@ -81,8 +81,8 @@ def draw_additivity(sets: Sequence[SetLoss], path: Path) -> None:
             predicted: list[Any] = [each.predicted_with_cross_terms if crossed else each.predicted for each in points]
             measured = [each.measured for each in points]
             axes.plot(predicted, measured, "o", color=color, markersize=4, alpha=0.75, label=f"{kind} sets")
-        axes.set(xscale="log", xlabel="predicted with cross terms" if crossed else "predicted by the sum of scores")
-        set_log(axes)
+        xlabel = "predicted with cross terms" if crossed else "predicted by the sum of scores"
+        axes.set(xscale="log", yscale="log", xlabel=xlabel)
         low, high = (bound(axes.get_xlim()[i], axes.get_ylim()[i]) for i, bound in ((0, max), (1, min)))
         axes.plot([low, high], [low, high], color="black", linewidth=0.8, label="equal")
         sensible = [each for each in sets if each.kind == "sensible"]
