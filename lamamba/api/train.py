@@ -277,9 +277,10 @@ class TrainPlan:
             shape = " x ".join(map(str, (architecture.in_channels, *architecture.input_size)))
             latents = f", as latents ({shape}) of {self.metadata.autoencoder or 'an autoencoder'}"
         if self.seconds is not None:
+            besides = "reading data and sampling" if config.distill.teacher is None else "data, sampling and the teacher"
             time = (
                 f"about {duration(self.seconds)} on this machine, {self.images_per_second:,.3g} images/s measured now, "
-                "without reading data and sampling"
+                f"without {besides}"
             )
         plan = f"""\
 run folder        {self.options.out}
