@@ -277,7 +277,7 @@ class TrainPlan:
             shape = " x ".join(map(str, (architecture.in_channels, *architecture.input_size)))
             latents = f", as latents ({shape}) of {self.metadata.autoencoder or 'an autoencoder'}"
         if self.seconds is not None:
-            besides = "reading data and sampling" if config.distill.teacher is None else "data, sampling and the teacher"
+            besides = "reading data and sampling" + (", and the teacher" if config.distill.teacher else "")
             time = (
                 f"about {duration(self.seconds)} on this machine, {self.images_per_second:,.3g} images/s measured now, "
                 f"without {besides}"
