@@ -22,7 +22,7 @@ logger = logging.getLogger("lamamba.training")
 def start_network(options: StartOptions, architecture: UNetConfig) -> LaMambaUNet:
     """A network with the averaged weights of the source, and a fresh label table where requested.
 
-    A fresh table keeps the row of the null label.
+    A fresh table keeps the row of the null label. A flow map may start from a flow: it computes at first what that does.
 
     Raises:
         FileNotFoundError: when there is no such source.
@@ -37,7 +37,10 @@ def start_network(options: StartOptions, architecture: UNetConfig) -> LaMambaUNe
             network.label_embedding.weight[-1] = no_class
     missing, unexpected = network.load_state_dict(table, strict=False)
     assert not unexpected, unexpected
-    assert missing == (["label_embedding.weight"] if options.replace_labels else []), missing
+    fresh = ["label_embedding.weight"] if options.replace_labels else []
+    if saved.architecture.objective == "flow":                                  # of flow maps, zero at first
+        fresh += [name for name in network.state_dict() if name.startswith(("gap_embedding.", "guidance_embedding."))]
+    assert sorted(missing) == sorted(fresh), missing
     return network
 
 
@@ -53,7 +56,10 @@ def check_start(options: StartOptions, architecture: UNetConfig) -> LaMambaUNet:
         saved = load_official(_read_training_checkpoint(source), weights="model")
     else:
         saved = load_official(source) if source.suffix == ".pt" else open_network(source)[0]
-    _check_same(saved.architecture, architecture, source, {"num_classes"} if options.replace_labels else set())
+    changes = {"num_classes"} if options.replace_labels else set()
+    if architecture.objective == "flow-map" and saved.architecture.objective == "flow" and options.mode == "weights":
+        changes |= {"objective", "guidance_range"}
+    _check_same(saved.architecture, architecture, source, changes)
     return saved
 
 
