@@ -194,6 +194,11 @@ class UNetConfig:
                 f"{self.objective} with num_classes={self.num_classes}: leave it out"
             )
 
+    @property
+    def lowest_guidance(self) -> float:
+        """The lowest guidance scale that a flow map takes."""
+        return (self.guidance_range or (1.0, 1.0))[0]
+
     def check_guidance(self, scale: float) -> None:
         """Check that a flow map takes a guidance scale; others take any.
 

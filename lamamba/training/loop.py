@@ -105,7 +105,7 @@ def describe(config: TrainConfig, data: ImageSet | TrainingSet) -> tuple[UNetCon
     )
     guidance = config.sampling.guidance
     if architecture.objective == "flow-map" and label_names:
-        guidance = (architecture.guidance_range or (1.0,))[0] if guidance is None else guidance
+        guidance = architecture.lowest_guidance if guidance is None else guidance
         architecture.check_guidance(guidance)
     metadata = ModelMetadata(
         objective=architecture.objective, image_size=samples.image_size, label_names=tuple(label_names),

@@ -22,7 +22,7 @@ logger = logging.getLogger("lamamba.training")
 def start_network(options: StartOptions, architecture: UNetConfig) -> LaMambaUNet:
     """A network with the averaged weights of the source, and a fresh label table where requested.
 
-    A fresh table keeps the row of the null label. A flow map may start from a flow: it computes at first what that does.
+    A fresh table keeps the row of the null label. A flow map may start from a flow, whose outputs are its own at first.
 
     Raises:
         FileNotFoundError: when there is no such source.
