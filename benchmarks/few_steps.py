@@ -54,9 +54,12 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(((means[0] - means[1]) ** 2).sum() + spread)
 
 
-def _place_in_class(labels: np.ndarray) -> np.ndarray:
-    """Of each image among those of its class before it: (n,)."""
-    return np.array([int((labels[:k] == label).sum()) for k, label in enumerate(labels)])
+def real_floor(real: np.ndarray, count: int, draws: int = 20) -> float:
+    """Mean distance of `count` real digits, drawn with replacement, to all of them: the bias of so many images."""
+    generator = np.random.default_rng(0)
+    return float(np.mean([
+        frechet_distance(real[generator.integers(len(real), size=count)], real) for _ in range(draws)
+    ]))
 
 
 def rows(images: np.ndarray) -> np.ndarray:

@@ -7,10 +7,13 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-CONFIG_VERSION = 1
-"""Raised when a saved configuration can no longer be read by older code; old versions stay readable."""
+CONFIG_VERSION = 2
+"""Raised when a saved configuration can no longer be read by older code; old versions stay readable.
+
+1: noise, v and flow, and still written for them. 2: flow maps.
+"""
 
 BRANCHES = ("scan", "attention", "mlp")
 """The three residual branches of a LaMamba block, in order."""
@@ -25,10 +28,11 @@ STAGE_WIDTHS = (1, 2, 4, 4)
 STAGE_SCALES = (1, 2, 4, 4)
 """How many times smaller a stage's grid is than the first one's."""
 
-MAX_SIZE, MAX_DEPTH, MAX_GRID = 2**24, 1000, 2048
-"""Sizes, blocks of a stage and tokens along a side beyond these are a mistake, or a damaged file."""
+MAX_SIZE, MAX_DEPTH, MAX_GRID, MAX_GUIDANCE = 2**24, 1000, 2048, 100.0
+"""Sizes, blocks of a stage, tokens along a side and guidance scales beyond these are a mistake, or a damaged file."""
 
-Objective = Literal["noise", "v", "flow"]
+Objective = Literal["noise", "v", "flow", "flow-map"]
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 Grid = tuple[int, int]
 
 LATENT_SCALE = 8
@@ -106,7 +110,7 @@ class UNetConfig:
     in_channels: int = 4
     """Channels of the noisy input: 4 for latents, 3 for RGB pixels."""
     out_channels: int | None = None
-    """Channels of the output; by default 2 * in_channels with a learned variance, in_channels for v and flow."""
+    """Channels of the output; by default 2 * in_channels with a learned variance, else in_channels."""
     num_classes: int = 1000
     """Class labels; 0 for an unconditional network. The row after the last label means "no class"."""
     grid: int | tuple[int, int] = 32
@@ -114,7 +118,10 @@ class UNetConfig:
     scan: Literal["continuous", "cross"] = "continuous"
     """Scan paths: "continuous" snakes (the paper) or "cross", plain rows and columns (its ablation)."""
     objective: Objective = "noise"
-    """What the network predicts: noise and variance (DDPM, the paper), v, or the velocity of a rectified flow."""
+    """What the network predicts: noise and variance (DDPM, the paper), v, the velocity of a rectified flow, or the mean
+    velocity between two times (flow-map)."""
+    guidance_range: tuple[float, float] | None = None
+    """Lowest and highest guidance scale of a flow map that takes the scale as an input; None: it takes none."""
     removed_blocks: tuple[str, ...] = ()
     """Removed blocks or branches: "encoder.0.1", "decoder.3.0.attention", "bottleneck" (with its residual)."""
 
@@ -150,7 +157,7 @@ class UNetConfig:
         if type(self.bottleneck_depth) is not int or not 1 <= self.bottleneck_depth <= MAX_DEPTH:
             raise ValueError(f"bottleneck_depth={self.bottleneck_depth!r} must be a whole number from 1 to {MAX_DEPTH}")
         for name, value in (("scan", self.scan), ("objective", self.objective)):
-            known = {"scan": ("continuous", "cross"), "objective": ("noise", "v", "flow")}[name]
+            known = {"scan": ("continuous", "cross"), "objective": OBJECTIVES}[name]
             if value not in known:
                 raise unknown_name(name, str(value), known)
         if self.width % 4:
@@ -169,7 +176,41 @@ class UNetConfig:
                 f"in_channels={self.in_channels}; it needs {expected}"
             )
         check_grid(self.token_grid)
+        self._validate_guidance_range()
         self._validate_removed()
+
+    def _validate_guidance_range(self) -> None:
+        if self.guidance_range is None:
+            return
+        ends = self.guidance_range if isinstance(self.guidance_range, tuple) else ()
+        numbers = len(ends) == 2 and all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)
+        if not numbers or not 1 <= ends[0] < ends[1] <= MAX_GUIDANCE:
+            raise ValueError(f"guidance_range={self.guidance_range!r} must be two scales, 1 <= low < high <= "
+                             f"{MAX_GUIDANCE:g}, such as (1, 4)")
+        object.__setattr__(self, "guidance_range", (float(ends[0]), float(ends[1])))
+        if self.objective != "flow-map" or not self.num_classes:
+            raise ValueError(
+                f"guidance_range={self.guidance_range} is for flow maps with classes, this network is "
+                f"{self.objective} with num_classes={self.num_classes}: leave it out"
+            )
+
+    @property
+    def lowest_guidance(self) -> float:
+        """The lowest guidance scale that a flow map takes."""
+        return (self.guidance_range or (1.0, 1.0))[0]
+
+    def check_guidance(self, scale: float) -> None:
+        """Check that a flow map takes a guidance scale; others take any.
+
+        Raises:
+            ValueError: when the scale is outside the range that it was trained for.
+        """
+        if self.objective != "flow-map":
+            return
+        low, high = self.guidance_range or (1.0, 1.0)
+        if not low <= scale <= high:
+            fits = f"{low:g} to {high:g}" if low < high else "1 alone (guidance was not trained into it)"
+            raise ValueError(f"guidance {scale:g} is out of range: this flow map takes {fits}")
 
     def _validate_removed(self) -> None:
         known = self.removable_names() if self.removed_blocks else []
@@ -309,7 +350,9 @@ class UNetConfig:
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values for JSON, with the format's version; `from_dict` is the inverse."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        return {"config_version": CONFIG_VERSION, **values}
+        if self.objective != "flow-map":                                        # as version 1 wrote it: same hashes
+            del values["guidance_range"]
+        return {"config_version": CONFIG_VERSION if self.objective == "flow-map" else 1, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:

@@ -40,10 +40,10 @@ from lamamba.diffusion.denoise import (
     set_steps,
     slerp,
 )
-from lamamba.diffusion.guidance import Guidance, GuidedChannels
+from lamamba.diffusion.guidance import Guidance, GuidedChannels, check_guidance
 from lamamba.models.unet import LaMambaUNet
 from lamamba.runs.metadata import default_guidance
-from lamamba.runs.model import EMA, PIPELINE_INDEX, SHIPPED, Model, open_model
+from lamamba.runs.model import EMA, PIPELINE_INDEX, Model, is_shipped, open_model
 from lamamba.sampling.generate import GuidedModel, resized
 
 logger = logging.getLogger("lamamba.pipeline")
@@ -74,7 +74,8 @@ class LaMambaPipeline(DiffusionPipeline):
         id2label: names of the classes by number; several words for one class with commas.
         codec: scale, shift, latents_mean and latents_std of the latents that the network was trained with; by default
             as the vae's configuration says.
-        guidance_scale: the model's own, which calls take by default; None: 2 with classes, 1 without.
+        guidance_scale: the model's own, which calls take by default; None: 2 with classes, 1 without; of a flow map
+            the lowest of its range.
 
     Raises:
         ValueError: when network, vae and id2label do not fit together.
@@ -98,6 +99,9 @@ class LaMambaPipeline(DiffusionPipeline):
         names = as_names(id2label, config["num_classes"])
         self._check_vae(unet, vae, codec)
         objective = config["objective"]
+        if objective == "flow-map":
+            guidance_scale = unet.architecture.lowest_guidance if guidance_scale is None else guidance_scale
+            unet.architecture.check_guidance(guidance_scale)
         scheduler = scheduler or make_scheduler(samplers_for(objective)[0], objective)
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
         self.register_to_config(
@@ -156,7 +160,7 @@ class LaMambaPipeline(DiffusionPipeline):
         """
         path = Path(pretrained_model_name_or_path)
         is_run_or_network = path.is_dir() and not (path / PIPELINE_INDEX).is_file()
-        if is_run_or_network or (str(path) == SHIPPED and not path.exists()):
+        if is_run_or_network or is_shipped(path):
             dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", torch.float32))
             if kwargs:
                 raise ValueError(f"{path} is not a pipeline: leave {', '.join(kwargs)} out")
@@ -292,7 +296,7 @@ class LaMambaPipeline(DiffusionPipeline):
             num_images_per_prompt: the same, under diffusers' name.
             num_inference_steps: by default what the scheduler's kind usually takes.
             guidance_scale: scale of guidance; 1 is none and costs half. By default the model's own, else
-                2 (for a network without classes 1, unless it is guided by another).
+                2 (for a network without classes 1, unless it is guided by another). Of a flow map, an input.
             guidance_channels: "all" (the paper's code) or "first-three" (DiT's).
             guidance_interval: guide only at timesteps / 1000 between these; 1 is noise.
             guidance_rescale: 0 .. 1, how much of the conditional prediction's deviation each image gets back.
@@ -326,6 +330,7 @@ class LaMambaPipeline(DiffusionPipeline):
         if guidance_scale is None:
             guidance_scale = default_guidance(self.config.guidance_scale, bool(labels) or guidance_model is not None)
         guidance = Guidance(guidance_scale, guidance_channels, guidance_interval, guidance_rescale)
+        check_guidance(self.unet.architecture, guidance, has_guiding_model=guidance_model is not None)
         size = self.unet.architecture.fit_input(height, width, self.pixels_per_input)
 
         device = self._execution_device

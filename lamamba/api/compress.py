@@ -83,9 +83,11 @@ def open_teacher(name: str, device: torch.device) -> Teacher:
     """The network of a run, a checkpoint, a saved model or "shipped", with what is known of its training.
 
     Raises:
-        FileNotFoundError, ValueError: when there is none, or it is damaged.
+        FileNotFoundError, ValueError: when there is none, it is damaged, or a flow map.
     """
     network, metadata = open_network(name)
+    if network.architecture.objective == "flow-map":
+        raise ValueError(f"{name} is a flow map: compress its flow model, and train a flow map of the result")
     data = None
     for folder in (Path(name), Path(name).parent.parent):                       # a run; a checkpoint of one
         if (config := RunFolder(folder).config).is_file() and "train" in (values := read_json(config)):

@@ -145,9 +145,11 @@ def _build_controls(session: Session) -> _Controls:
         go = gr.Button("Draw", variant="primary", size="lg", elem_id="go", scale=3)
         stop = gr.Button("Stop", size="lg", elem_id="stop", scale=1, min_width=90)
     with gr.Accordion("Steps, guidance, sampler, size", open=False, elem_id="more"):
-        steps = gr.Slider(1, 250, value=25, step=1, label="Steps", info="more: finer, slower")
+        most, usual = (8, 2) if session.samplers == ["flow-map"] else (250, 25)
+        steps = gr.Slider(1, most, value=usual, step=1, label="Steps", info="more: finer, slower")
         guidance = gr.Slider(
-            0, MAX_GUIDANCE / 2, value=session.default_guidance, step=0.05, label="Guidance", visible=bool(names),
+            *session.guidance_range, value=session.default_guidance, step=0.05, label="Guidance",
+            visible=bool(names) and session.guidance_range[0] < session.guidance_range[1],
             info="1: none; more: clearer, with less variety",
         )
         sampler = gr.Radio(

@@ -17,7 +17,7 @@ from torch import Tensor
 from lamamba.config import unknown_name
 from lamamba.data.codec import PixelCodec
 from lamamba.diffusion.denoise import SAMPLERS, samplers_for
-from lamamba.diffusion.guidance import Guidance
+from lamamba.diffusion.guidance import Guidance, check_guidance
 from lamamba.pretrained import DESCRIPTION
 from lamamba.runs.metadata import default_guidance
 from lamamba.runs.model import Model, move, open_model
@@ -89,6 +89,9 @@ class Session:
         self.class_names = tuple(metadata.label_names) if has_names else tuple(map(str, range(config.num_classes)))
         self.samplers = samplers_for(config.objective)
         self.default_guidance = default_guidance(metadata.guidance, config.num_classes)
+        self.guidance_range = (0.0, MAX_GUIDANCE / 2) if config.objective != "flow-map" else (
+            config.guidance_range or (1.0, 1.0))
+        """Lowest and highest scale that the page offers."""
         self.side_multiple = 4 * config.patch_size * model.factor
         """Sides of images in pixels are multiples of it."""
         self.size = (config.input_size[0] * model.factor, config.input_size[1] * model.factor)
@@ -129,6 +132,7 @@ class Session:
             _check_whole("the number of steps", request.steps, kind.min_steps, kind.max_steps)
         if type(request.guidance) not in (int, float) or not 0 <= request.guidance <= MAX_GUIDANCE:
             raise ValueError(f"guidance {request.guidance!r} must be a number from 0 to {MAX_GUIDANCE}; 1 is none")
+        check_guidance(config, Guidance(float(request.guidance)))
         if not config.num_classes and request.guidance != 1:
             raise ValueError(f"guidance {request.guidance:g} needs classes; this model has none: use 1")
         for side, pixels in (("height", request.height), ("width", request.width)):

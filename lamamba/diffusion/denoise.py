@@ -24,6 +24,7 @@ from diffusers import (
 from torch import Tensor
 
 from lamamba.config import Objective, unknown_name
+from lamamba.diffusion.flow_map_scheduler import FlowMapScheduler
 from lamamba.diffusion.guidance import Predict
 from lamamba.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule
 
@@ -88,6 +89,8 @@ SAMPLERS: dict[str, Sampler] = {
         **_FLOW, algorithm_type="dpmsolver++", solver_order=2), 25, "DPM-Solver++ 2M, second order"),
     "flow-unipc": Sampler(("flow",), lambda _: UniPCMultistepScheduler(
         **_FLOW, solver_order=2), 20, "predictor and corrector, second order"),
+    "flow-map": Sampler(("flow-map",), lambda _: FlowMapScheduler(
+        num_train_timesteps=NUM_TIMESTEPS), 2, "steps of any length; one to four"),
 }
 
 
@@ -146,7 +149,7 @@ def set_steps(scheduler: Any, num_steps: int) -> None:
     if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or not 1 <= num_steps <= NUM_TIMESTEPS:
         raise ValueError(f"num_steps={num_steps!r} must be a whole number from 1 to {NUM_TIMESTEPS}")
     num_steps = int(num_steps)                                                  # NumPy's, too
-    if "FlowMatch" in type(scheduler).__name__:
+    if type(scheduler).__name__.startswith("FlowMatch"):
         # N equal steps from 1 to 0; by default diffusers' last step begins at 1/1000, after N - 1 longer ones
         scheduler.sigma_min = 1 / num_steps
     try:
@@ -176,9 +179,14 @@ def _setting(scheduler: Any, name: str) -> Any:
     return scheduler.config.get(name) if name in inspect.signature(type(scheduler)).parameters else None
 
 
+def is_flow_map(scheduler: Any) -> bool:
+    """Whether a scheduler takes the steps of a flow map: it says where each of them ends."""
+    return hasattr(scheduler, "end_timesteps")
+
+
 def is_flow(scheduler: Any) -> bool:
-    """Whether a diffusers scheduler integrates a rectified flow."""
-    return type(scheduler).__name__.startswith("FlowMatch") or (
+    """Whether a diffusers scheduler takes a rectified flow from noise to image."""
+    return type(scheduler).__name__.startswith("FlowMatch") or is_flow_map(scheduler) or (
         bool(_setting(scheduler, "use_flow_sigmas")) and hasattr(scheduler, "alphas_cumprod"))
 
 
@@ -197,7 +205,9 @@ def check_scheduler(scheduler: Any, objective: Objective) -> None:
             rest.default is rest.empty for rest in list(step.values())[3:]):
         raise ValueError(f"{name} does not step from a prediction and a noisy image alone; {fitting}")
     prediction = _setting(scheduler, "prediction_type") or "another kind"
-    expects = "flow" if is_flow(scheduler) else {"epsilon": "noise", "v_prediction": "v"}.get(prediction, prediction)
+    expects = {"epsilon": "noise", "v_prediction": "v"}.get(prediction, prediction)
+    if is_flow(scheduler):
+        expects = "flow-map" if is_flow_map(scheduler) else "flow"
     if expects != objective:
         raise ValueError(f"{name} is for models of {expects}, this one was trained for {objective}; {fitting}")
     if scheduler.config.get("num_train_timesteps") != NUM_TIMESTEPS:

@@ -98,6 +98,22 @@ class Guidance:
         return torch.cat([result, rest], dim=1)
 
 
+def check_guidance(config: UNetConfig, guidance: Guidance, *, has_guiding_model: bool = False) -> None:
+    """Check that a model takes these settings of guidance: a flow map takes a scale alone, in its range.
+
+    Raises:
+        ValueError: for a scale out of range, and for settings that need a second evaluation.
+    """
+    if config.objective != "flow-map":
+        return
+    config.check_guidance(guidance.scale)
+    if has_guiding_model or guidance != Guidance(guidance.scale):
+        raise ValueError(
+            "guidance was trained into this flow map: it takes a scale alone, no guided channels, interval, rescaling "
+            "or guiding model"
+        )
+
+
 def check_guiding_model(config: UNetConfig, guiding_model: UNetConfig) -> None:
     """Check that a guiding model fits a model.
 

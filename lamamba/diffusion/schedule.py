@@ -124,11 +124,12 @@ def make_schedule(
     """Make the training schedule of an objective.
 
     Args:
-        objective: "noise", "v" or "flow".
-        timesteps: distribution, "uniform" or "logit-normal"; by default logit-normal for flow, uniform for the others.
+        objective: of the network.
+        timesteps: distribution, "uniform" or "logit-normal"; by default uniform for noise and v, else logit-normal.
         logit_mean, logit_deviation: of the logit-normal distribution.
     """
+    is_flow = objective in ("flow", "flow-map")
     if timesteps is None:
-        timesteps = "logit-normal" if objective == "flow" else "uniform"
+        timesteps = "logit-normal" if is_flow else "uniform"
     times = (logit_mean, logit_deviation) if timesteps == "logit-normal" else None
-    return FlowSchedule(times) if objective == "flow" else NoiseSchedule(objective, times)
+    return FlowSchedule(times) if is_flow else NoiseSchedule(objective, times)

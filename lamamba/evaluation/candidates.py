@@ -18,7 +18,7 @@ from lamamba.evaluation.reference import is_statistics, load_statistics
 from lamamba.options.evaluation import EvaluateOptions
 from lamamba.pretrained import shipped_model
 from lamamba.runs.folder import CheckpointState, RunFolder
-from lamamba.runs.model import EMA, PIPELINE_INDEX, SHIPPED, Model, list_averages, open_model
+from lamamba.runs.model import EMA, PIPELINE_INDEX, Model, is_shipped, list_averages, open_model
 from lamamba.sampling.generate import ImageGenerator
 from lamamba.sampling.labels import label_of
 from lamamba.sampling.plan import NPZ, SHARDS, UNFINISHED, find_plan
@@ -72,11 +72,6 @@ def is_model(path: Path) -> bool:
     )
 
 
-def is_shipped(path: Path) -> bool:
-    """Whether the path names the model of the package, and not a folder called so."""
-    return str(path) == SHIPPED and not path.exists()
-
-
 @dataclass(frozen=True)
 class Candidate:
     """One set of weights."""
@@ -111,7 +106,7 @@ def find_candidates(path: Path, ema: EMA | None = None, *, every: bool = False) 
     elif every:
         raise ValueError(f"{path} is no run: every_checkpoint scores the checkpoints of a run's folder")
     else:
-        folders = [shipped_model() if is_shipped(path) else path]
+        folders = [shipped_model(str(path)) if is_shipped(path) else path]
     found = []
     for folder in folders:
         averages = [average for average in list_averages(folder) if average != "none"]

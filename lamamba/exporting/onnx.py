@@ -30,16 +30,35 @@ def example_inputs(model: LaMambaUNet, batch: int = 2, seed: int = 0) -> tuple[T
     return tuple(tensor.to(model.device, model.dtype if tensor is x else tensor.dtype) for tensor in inputs)
 
 
+def extra_inputs(model: LaMambaUNet, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    """end_timestep and guidance_scale, which a flow map takes by name: (b,) each."""
+    config, generator = model.architecture, torch.Generator().manual_seed(seed + 1)
+    inputs = {}
+    if config.objective == "flow-map":
+        timestep = example_inputs(model, batch, seed)[1]
+        inputs["end_timestep"] = timestep * torch.rand(batch, generator=generator).to(timestep)
+    if config.guidance_range is not None:
+        low, high = config.guidance_range
+        inputs["guidance_scale"] = (low + (high - low) * torch.rand(batch, generator=generator)).to(model.device)
+    return inputs
+
+
 def export_program(model: LaMambaUNet) -> ExportedProgram:
     """torch.export of the network on its device, with the kernels of its back end, for batches of any size.
 
     Loading a graph with our kernels needs `import lamamba.models.unet`. Under lamamba.ops.use_backend("torch") the
     scan is the only custom operator.
     """
-    inputs = example_inputs(model)
-    batch = Dim("batch")
+    inputs, named = example_inputs(model), extra_inputs(model)
     with torch.no_grad():
-        return torch.export.export(model.eval(), inputs, dynamic_shapes=[{0: batch} for _ in inputs])
+        return torch.export.export(model.eval(), inputs, named, dynamic_shapes=_dynamic_shapes(inputs, named))
+
+
+def _dynamic_shapes(inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> dict[str, dict[int, Dim]]:
+    """Batches of any size, of all inputs by name."""
+    batch = Dim("batch")
+    names = [*("x", "timestep", "class_labels")[: len(inputs)], *named]
+    return {name: {0: batch} for name in names}
 
 
 def require_onnx() -> None:
@@ -56,8 +75,8 @@ def require_onnx() -> None:
 def export_onnx(model: LaMambaUNet, path: Path, report: Report = lambda progress: None) -> float:
     """Write the network as ONNX, for batches of any size, and compare onnxruntime's output with PyTorch's.
 
-    Inputs x, timestep and (for a conditional network) class_labels; output "output", as of `LaMambaUNet.forward`. What
-    torch.onnx.export(model, ...) itself writes is the same, after ten times as long in onnxscript's optimizer.
+    Inputs x, timestep, (for a conditional network) class_labels, and (for a flow map) end_timestep and guidance_scale;
+    output "output", as of `LaMambaUNet.forward`. What torch.onnx.export(model, ...) itself writes is the same, after ten times as long in onnxscript's optimizer.
 
     Returns:
         max |onnx - torch| / max |torch|, the largest over batches of 1, 2 and 5.
@@ -81,10 +100,11 @@ def export_onnx(model: LaMambaUNet, path: Path, report: Report = lambda progress
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names, worst = [given.name for given in session.get_inputs()], 0.0
     for batch in (1, 2, 5):
-        inputs = example_inputs(model, batch, seed=batch)
+        inputs, named = example_inputs(model, batch, seed=batch), extra_inputs(model, batch, seed=batch)
         with torch.no_grad():
-            expected = model(*inputs)
-        (output,) = session.run(None, dict(zip(names, (tensor.cpu().numpy() for tensor in inputs), strict=True)))
+            expected = model(*inputs, **named)
+        tensors = (tensor.cpu().numpy() for tensor in (*inputs, *named.values()))
+        (output,) = session.run(None, dict(zip(names, tensors, strict=True)))
         worst = max(worst, float((torch.from_numpy(output) - expected.cpu()).abs().max() / expected.abs().max()))
     if not worst < 1e-3:
         raise RuntimeError(f"onnxruntime's output differs from PyTorch's by {worst:.1e} of the largest value")
@@ -95,11 +115,11 @@ def export_onnx(model: LaMambaUNet, path: Path, report: Report = lambda progress
 def _write_graph(model: LaMambaUNet, path: Path, start_next: Callable[[], None]) -> None:
     from onnxscript import optimizer
 
-    inputs, batch = example_inputs(model), Dim("batch")
+    inputs, named = example_inputs(model), extra_inputs(model)
     with torch.no_grad():
         program = torch.onnx.export(
-            model.eval(), inputs, dynamo=True, opset_version=OPSET, output_names=["output"], verbose=False,
-            dynamic_shapes=[{0: batch} for _ in inputs], optimize=False,
+            model.eval(), inputs, kwargs=named, dynamo=True, opset_version=OPSET, output_names=["output"],
+            verbose=False, dynamic_shapes=_dynamic_shapes(inputs, named), optimize=False,
         )
     assert program is not None
     start_next()

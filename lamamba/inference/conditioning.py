@@ -7,7 +7,7 @@ modulations one by one, but only 550 different ones.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,39 @@ ROWS_BYTES = 256 << 20
 """Memory for conditioning that is computed ahead; a row of XL takes 0.7 MB in float32."""
 
 
+class FlowMapInputs:
+    """What a flow map must know besides the time: where each step of a run ends, and the guidance scale.
+
+    A step ends where the next one begins, and the last one at the image (0). Other networks take neither.
+
+    Args:
+        model: the network.
+        timesteps: the times of the run in the order of their use.
+    """
+
+    def __init__(self, model: LaMambaUNet, timesteps: Sequence[float]):
+        self._is_flow_map = model.config["objective"] == "flow-map"
+        self._takes_scale = model.config.get("guidance_range") is not None
+        self._ends = dict(zip(timesteps, [*timesteps[1:], 0.0], strict=True))
+        self.scale: float | None = None
+        """None: the network's lowest."""
+
+    def at(self, times: Sequence[float]) -> dict[str, Tensor]:
+        """Arguments of the network for these times: (n,) each.
+
+        Raises:
+            ValueError: for a time at which no step begins.
+        """
+        if not self._is_flow_map:
+            return {}
+        if lacking := [time for time in times if time not in self._ends]:
+            raise ValueError(f"no step of this run begins at timestep {lacking[0]:g}, so where it ends is unknown")
+        inputs = {"end_timestep": torch.tensor([self._ends[time] for time in times])}
+        if self._takes_scale and self.scale is not None:
+            inputs["guidance_scale"] = torch.full((len(times),), self.scale)
+        return inputs
+
+
 class ConditionedNetwork:
     """A network whose conditioning is computed ahead, some steps at a time: called as the network is.
 
@@ -28,7 +61,7 @@ class ConditionedNetwork:
 
     Args:
         model: the network; its weights must not change meanwhile.
-        timesteps: the times of the run in the order of their use.
+        timesteps: the times of the run in the order of their use; a step of a flow map ends at the next one.
         labels: see `prepare`.
         rows_bytes: memory for the rows, by default ROWS_BYTES; one step's rows are always computed together.
     """
@@ -39,6 +72,7 @@ class ConditionedNetwork:
     ):
         self._model, self._rows_bytes = model, ROWS_BYTES if rows_bytes is None else rows_bytes
         self._times = list(dict.fromkeys(float(t) for t in timesteps))
+        self._flow_map = FlowMapInputs(model, self._times)
         self._row_bytes = model.condition_outputs * next(model.parameters()).element_size()
         self._recorded: RecordedNetwork | None = None
         self._records = True
@@ -48,6 +82,11 @@ class ConditionedNetwork:
     def fits(self, labels: Collection[int]) -> bool:
         """Whether the rows of these labels at all timesteps of the run fit into memory."""
         return len(labels) * len(self._times) * self._row_bytes <= self._rows_bytes
+
+    def set_guidance_scale(self, scale: float) -> None:
+        """The scale that a flow map takes as an input in the next calls."""
+        if scale != self._flow_map.scale:
+            self._flow_map.scale, self._rows = scale, {}
 
     def prepare(self, labels: Collection[int] | None, mixtures: Tensor | None = None) -> None:
         """Announce the labels of the next calls; rows that exist for the same labels are kept.
@@ -107,7 +146,9 @@ class ConditionedNetwork:
                 first = self._times.index(time) // self._steps_ahead * self._steps_ahead
                 times = self._times[first : first + self._steps_ahead]
             labels = None if self._labels is None else torch.cat([self._labels] * len(times))
-            rows = self._model.condition(torch.tensor(times, device=self._model.device).repeat_interleave(n), labels)
+            inputs = {"timestep": torch.tensor(times), **self._flow_map.at(times)}
+            inputs = {name: values.to(self._model.device).repeat_interleave(n) for name, values in inputs.items()}
+            rows = self._model.condition(inputs.pop("timestep"), labels, **inputs)
             self._rows = dict(zip(times, rows.split(n), strict=True))
         return self._rows[time]
 
@@ -115,8 +156,13 @@ class ConditionedNetwork:
 class UnpreparedNetwork:
     """A network that computes its conditioning in every call, because hooks move its weights or it is compiled."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, timesteps: Iterable[float] = ()):
         self._model = model
+        self._flow_map = FlowMapInputs(model, list(dict.fromkeys(float(t) for t in timesteps)))
+
+    def set_guidance_scale(self, scale: float) -> None:
+        """The scale that a flow map takes as an input in the next calls."""
+        self._flow_map.scale = scale
 
     def fits(self, labels: Collection[int]) -> bool:
         """True: nothing is kept."""
@@ -128,7 +174,9 @@ class UnpreparedNetwork:
             raise ValueError("a network that is compiled or offloaded by hooks cannot interpolate between classes")
 
     def __call__(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
-        return self._model(x.to(self._model.dtype), timestep.to(x.device), class_labels).to(x.dtype)
+        inputs = {name: values.to(x.device).expand(len(x)) for name, values in self._flow_map.at(
+            [float(timestep[0])]).items()}
+        return self._model(x.to(self._model.dtype), timestep.to(x.device), class_labels, **inputs).to(x.dtype)
 
 
 def is_hooked(network: Any) -> bool:
@@ -139,5 +187,5 @@ def is_hooked(network: Any) -> bool:
 def conditioned(network: Any, timesteps: Iterable[float]) -> ConditionedNetwork | UnpreparedNetwork:
     """The network with its conditioning computed ahead wherever that is possible."""
     if is_hooked(network) or is_compiled_module(network):
-        return UnpreparedNetwork(network)
+        return UnpreparedNetwork(network, timesteps)
     return ConditionedNetwork(network, timesteps)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lamamba.config import Grid
 
 TIMESTEP_FEATURES = 256
+SCALAR_FREQUENCIES = 8
 MAX_PERIOD = 10000
 
 
@@ -74,4 +75,27 @@ class TimestepEmbedding(nn.Module):
         timestep = timestep.float()                                             # also in a bfloat16 model
         angles = timestep[:, None] * _frequencies(timestep, TIMESTEP_FEATURES // 2)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+        return self.linear_out(nn.functional.silu(self.linear_in(features)))
+
+
+class ScalarEmbedding(nn.Module):
+    """Smooth embedding of a number in 0 .. 1, zero at the start of a training: (b,) -> (b, width).
+
+    The number and sin(pi k z), cos(pi k z), k = 1 .. 8, then Linear, SiLU, Linear. Its few, low frequencies are ours:
+    a flow map must be smooth in its second time, and the last weights are zero so that a network that gets this input
+    computes at first what it did without.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear_in = nn.Linear(1 + 2 * SCALAR_FREQUENCIES, width)
+        self.linear_out = nn.Linear(width, width)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.linear_out.weight)
+
+    def forward(self, z: Tensor, dtype: torch.dtype) -> Tensor:
+        z = z.float()[:, None]
+        angles = math.pi * torch.arange(1, SCALAR_FREQUENCIES + 1, dtype=z.dtype, device=z.device) * z
+        features = torch.cat([z, angles.sin(), angles.cos()], dim=-1).to(dtype)
         return self.linear_out(nn.functional.silu(self.linear_in(features)))

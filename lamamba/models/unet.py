@@ -16,13 +16,20 @@ from torch import Tensor, nn
 
 from lamamba.config import NUM_STAGES, STAGE_SCALES, Grid, UNetConfig, as_grid, check_grid
 from lamamba.models.blocks import ConditionLinear, LaMambaBlock, ModulatedNorm
-from lamamba.models.embeddings import LabelEmbedding, PatchEmbedding, TimestepEmbedding, position_table
+from lamamba.models.embeddings import (
+    LabelEmbedding,
+    PatchEmbedding,
+    ScalarEmbedding,
+    TimestepEmbedding,
+    position_table,
+)
 from lamamba.models.geometry import TABLES, Geometry, make_geometry
 from lamamba.models.resample import PatchExpanding, PatchMerging
 from lamamba.models.weights import check_weights, read_config
 from lamamba.ops.dispatch import is_transformed
 from lamamba.utils.tensors import PICKLE_ADVICE, weight_files
 
+MAX_TIMESTEP = 1000
 GEOMETRY_SCALES = (1, 2, 4)
 """Divisors of the token grid in stages 0, 1, and 2 to 3."""
 
@@ -106,6 +113,7 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
     config_name = "config.json"
     _no_split_modules = [                                                       # noqa: RUF012 (diffusers' own form)
         "LaMambaBlock", "Head", "PatchEmbedding", "PatchMerging", "PatchExpanding", "TimestepEmbedding",
+        "ScalarEmbedding",
     ]
     """Modules that read weights of their submodules without calling these: offloading hooks move them as a whole."""
     _supports_gradient_checkpointing = True
@@ -121,6 +129,9 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         self.position_embedding = nn.Parameter(torch.empty(*config.token_grid, width))
         self.timestep_embedding = TimestepEmbedding(config.condition_width)
         self.label_embedding = LabelEmbedding(config.num_classes + 1, config.condition_width)
+        is_flow_map, has_scale = config.objective == "flow-map", config.guidance_range is not None
+        self.gap_embedding = ScalarEmbedding(config.condition_width) if is_flow_map else None
+        self.guidance_embedding = ScalarEmbedding(config.condition_width) if has_scale else None
 
         self.encoder = nn.ModuleList(
             Stage(config, f"encoder.{s}", s, config.depths[s]) for s in range(NUM_STAGES)
@@ -226,7 +237,10 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         """Width of the conditioning vector that `condition` returns."""
         return sum(module.modulation.out_features for module in self._modulated())
 
-    def condition(self, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+    def condition(
+        self, timestep: Tensor | float, class_labels: Tensor | None = None, *,
+        end_timestep: Tensor | float | None = None, guidance_scale: Tensor | float | None = None,
+    ) -> Tensor:
         """Compute the modulation of all blocks and the head from timestep and label: (b, condition_outputs).
 
         It reads a third of the parameters and does not depend on x: a sampler needs it once for each timestep and label
@@ -236,46 +250,81 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
             timestep: (b,), or a single number for all labels.
             class_labels: (b,) int64 in 0 .. num_classes; None for an unconditional network. Interpolated classes:
                 (b, num_classes + 1), the weight of each label's embedding.
+            end_timestep, guidance_scale: of a flow map, see `forward`; (b,) or a single number.
 
         Raises:
-            ValueError: when class_labels do not fit the configuration.
+            ValueError: when class_labels, end_timestep or guidance_scale do not fit the configuration.
         """
         timestep = torch.as_tensor(timestep, device=self.device)
         rows = class_labels.shape[0] if class_labels is not None else timestep.numel()
         self._check_labels(class_labels, rows)
-        c = self._embed(timestep.expand(rows), class_labels)
+        c = self._embed(timestep.expand(rows), class_labels, end_timestep, guidance_scale)
         return torch.cat([module.modulate(c) for module in self._modulated()], dim=-1)
 
-    def _embed(self, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
+    def _embed(
+        self, timestep: Tensor, class_labels: Tensor | None, end_timestep: Tensor | float | None = None,
+        guidance_scale: Tensor | float | None = None,
+    ) -> Tensor:
+        """The condition, (b, condition_width), of timestep (b,)."""
         rows = torch.zeros_like(timestep, dtype=torch.int64) if class_labels is None else class_labels
         dtype = self.position_embedding.dtype                                   # others may be stored in fewer bits
-        return self.timestep_embedding(timestep, dtype) + self.label_embedding(rows)                # (b, 4 width)
+        c = self.timestep_embedding(timestep, dtype) + self.label_embedding(rows)                   # (b, 4 width)
+        if self.gap_embedding is not None:
+            end = timestep if end_timestep is None else torch.as_tensor(end_timestep, device=timestep.device)
+            gap = self._checked("timestep - end_timestep", timestep.float() - end, 0, MAX_TIMESTEP)
+            c = c + self.gap_embedding(gap.expand_as(timestep) / MAX_TIMESTEP, dtype)
+        elif end_timestep is not None:
+            raise ValueError(f"end_timestep is for flow maps, this network predicts {self.architecture.objective}")
+        if self.guidance_embedding is not None:
+            low, high = self.architecture.guidance_range or (1.0, 1.0)
+            scale = torch.as_tensor(low if guidance_scale is None else guidance_scale, device=timestep.device).float()
+            scale = self._checked("guidance_scale", scale, low, high).expand_as(timestep)
+            c = c + self.guidance_embedding((scale - low) / (high - low), dtype)
+        elif guidance_scale is not None:
+            raise ValueError("guidance_scale is for flow maps with a guidance_range; guide this network from outside")
+        return c
+
+    @staticmethod
+    def _checked(name: str, values: Tensor, low: float, high: float) -> Tensor:
+        """The values as they are, which must lie in a range; on GPUs and in graphs that is not looked at."""
+        if values.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed():
+            if not bool(((values >= low) & (values <= high)).all()):
+                raise ValueError(
+                    f"{name} runs from {float(values.min()):g} to {float(values.max()):g}; this network takes "
+                    f"{low:g} to {high:g}"
+                )
+        return values
 
     def forward(
         self, x: Tensor, timestep: Tensor | float | None, class_labels: Tensor | None = None, *,
+        end_timestep: Tensor | float | None = None, guidance_scale: Tensor | float | None = None,
         conditioning: Tensor | None = None, return_features: bool = False, return_dict: bool | None = None,
     ) -> Any:
-        """Predict noise and variance, v, or the flow's velocity from a noisy input.
+        """Predict noise and variance, v, the flow's velocity, or its mean between two times from a noisy input.
 
         Args:
             x: (b, in_channels, h, w) noisy latents or pixels.
             timestep: (b,) or a single number, 0 (clean) to 1000 (noise); fractions are fine.
             class_labels: (b,) int64 in 0 .. num_classes, where num_classes means "no class";
                 None for an unconditional network.
-            conditioning: (b, condition_outputs) from `condition`, in place of timestep and class_labels.
+            end_timestep: of a flow map, (b,) or a single number, 0 .. timestep: the time where the step ends; None:
+                timestep itself, for the velocity at that time.
+            guidance_scale: of a flow map with a guidance_range, (b,) or a single number in it; None: its lowest.
+            conditioning: (b, condition_outputs) from `condition`, in place of timestep, class_labels and the above.
             return_features: whether to return the features of every stage, too, for distillation.
             return_dict: for programs written for diffusers' networks: True gives an object with .sample, False a tuple.
 
         Returns:
             (b, out_channels, h, w): for objective "noise" the noise, then the variance's interpolation; for "flow" the
-            velocity eps - x0. With return_features, a pair of it and a tuple of the stages' outputs (b, h_s, w_s, c_s)
-            in the order of lamamba.config.STAGES.
+            velocity eps - x0; for "flow-map" its mean from timestep to end_timestep. With return_features, a pair of it
+            and a tuple of the stages' outputs (b, h_s, w_s, c_s) in the order of lamamba.config.STAGES.
 
         Raises:
             ValueError: when x, timestep, class_labels or conditioning do not fit the configuration.
         """
         self._check_input(x)
-        c, modulations, head_modulation = self._condition(x, timestep, class_labels, conditioning)
+        c, modulations, head_modulation = self._condition(
+            x, timestep, class_labels, conditioning, end_timestep, guidance_scale)
         at = {scale: geometry.to(x.device) for scale, geometry in zip(GEOMETRY_SCALES, self.geometries, strict=True)}
         x = self.patch_embedding(x) + self._positions()                                             # (b, h, w, width)
 
@@ -300,7 +349,8 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         return output if return_dict is None else UNetOutput(sample=output) if return_dict else (output,)
 
     def _condition(
-        self, x: Tensor, timestep: Tensor | float | None, class_labels: Tensor | None, conditioning: Tensor | None
+        self, x: Tensor, timestep: Tensor | float | None, class_labels: Tensor | None, conditioning: Tensor | None,
+        end_timestep: Tensor | float | None, guidance_scale: Tensor | float | None,
     ) -> tuple[Tensor | None, list[list[Tensor | None]], Tensor | None]:
         """The condition c, the modulations of each stage's blocks, and the head's.
 
@@ -321,7 +371,8 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
             raise ValueError("timestep is None: give the time of each image, or conditioning made by condition()")
         else:
             self._check_labels(class_labels, x.shape[0])
-            c = self._embed(torch.as_tensor(timestep, device=x.device).expand(x.shape[0]), class_labels)
+            times = torch.as_tensor(timestep, device=x.device).expand(x.shape[0])
+            c = self._embed(times, class_labels, end_timestep, guidance_scale)
         modulations, first = [], 0
         for stage in self._stages():
             modulations.append(pieces[first : first + len(stage.blocks)])

@@ -17,7 +17,7 @@ class DenoisingOptions:
 
     sampler: str | None = None
     """ddpm, ddim, dpm++, dpm++-sde, unipc, euler or heun for noise and v models; flow-euler, flow-heun, flow-dpm++ or
-    flow-unipc for flow models. By default the first."""
+    flow-unipc for flow models; flow-map for flow maps. By default the first."""
     steps: Annotated[int, Ge(1)] | None = None
     """Sampling steps; by default the sampler's."""
     guidance: float | None = None
@@ -32,7 +32,7 @@ class SamplerOptions(DenoisingOptions):
         FilePath | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]", help_behavior_hint="")
     ] = None
     """Run folder, checkpoint, saved model or exported pipeline; by default the digits model that ships with the
-    package."""
+    package ("shipped-few-steps": its flow map, for one to four steps)."""
     like: FilePath | None = None
     """A PNG made by lamamba: options that are not given here are taken from it."""
     classes: Labels | None = None

@@ -29,6 +29,8 @@ Count = Annotated[int, Ge(0)]
 Positive = Annotated[int, Ge(1)]
 Above0 = Annotated[float, Gt(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
+MAX_TARGET_DECAY = 0.998
+"""Of the averaged weights that a flow map's targets come from."""
 
 
 @options
@@ -60,8 +62,10 @@ class ModelOptions:
     removed_blocks: Words | None = None
     """Removed blocks and branches of a pruned network (lamamba compress): encoder.0.1, decoder.3.0.attention."""
     objective: Objective = "noise"
-    """"noise": DDPM with learned variance, the paper's; "v": a mix of noise and image (Salimans & Ho);
-    "flow": rectified flow, quicker on small data."""
+    """"noise": DDPM with learned variance, the paper's; "v": a mix of noise and image (Salimans & Ho); "flow":
+    rectified flow, quicker on small data; "flow-map": its mean velocity between two times, for one to four steps."""
+    guidance_range: tuple[float, float] | None = None
+    """Lowest and highest guidance scale that a flow map takes as an input, such as 1 4; needs distill.teacher."""
 
     @classmethod
     def of(cls, config: UNetConfig) -> ModelOptions:
@@ -162,6 +166,20 @@ class LossOptions:
 
 
 @options
+class FlowMapOptions:
+    """How a flow map learns (model.objective flow-map): its times, and where velocities replace its own half steps."""
+
+    noise_share: Share = 0.25
+    """Share of the samples that begin at pure noise, where every image begins."""
+    velocity_share: Share = 0.25
+    """Share of the samples whose step has no length: they learn the velocity itself."""
+    image_share: Share = 0.3
+    """Share of the other samples whose step ends at the image."""
+    smallest_gap: Share = 0.04
+    """Half steps shorter than this (all time is 1) begin with the velocity itself."""
+
+
+@options
 class ProcessOptions:
     """How the work is distributed. Nothing here changes what is learned, beyond rounding."""
 
@@ -248,10 +266,12 @@ class StartOptions:
 
 @options
 class DistillOptions:
-    """A teacher whose output and features the network learns besides the data (LAPTOP-Diff, arXiv 2404.11098)."""
+    """A teacher whose output and features the network learns besides the data (LAPTOP-Diff, arXiv 2404.11098), or whose
+    velocity a flow map learns in place of the data's."""
 
     teacher: Name | None = None
-    """A run, a checkpoint or a saved model; by default there is none. It stays as it is, and is known by its hash."""
+    """A run, a checkpoint, a saved model, or "shipped"; by default there is none. It stays as it is, and is known by
+    its hash."""
     task: Annotated[float, Ge(0)] = 1.0
     """Weight of the objective's own loss."""
     output: Annotated[float, Ge(0)] = 1.0
@@ -312,6 +332,7 @@ class TrainConfig:
     data: DataOptions = field(default_factory=DataOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     loss: LossOptions = field(default_factory=LossOptions)
+    flow_map: FlowMapOptions = field(default_factory=FlowMapOptions)
     start: StartOptions = field(default_factory=StartOptions)
     distill: DistillOptions = field(default_factory=DistillOptions)
     processes: ProcessOptions = field(default_factory=ProcessOptions)
@@ -328,7 +349,7 @@ class TrainConfig:
     """Weight of the past in the running mean of the weights, constant; short runs need less. One mean is kept for each
     number; the first one is what samples come from."""
     label_dropout: Share = 0.1
-    """Probability of training a sample without its label, which guidance needs."""
+    """Probability of training a sample without its label, which guidance needs. A flow map always has its labels."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Decides initial weights, order of images, noise, times, mirrors and dropped labels."""
     log_every: Positive = 10
@@ -350,9 +371,28 @@ class TrainConfig:
                 f"keep_every={self.keep_every} must be a multiple of checkpoint_every={self.checkpoint_every}: "
                 "other steps have no checkpoint to keep"
             )
-        if self.loss.weighting == "min-snr" and self.model.objective == "flow":
+        if self.loss.weighting == "min-snr" and self.model.objective in ("flow", "flow-map"):
             raise ValueError(
                 "loss.weighting='min-snr' is for noise and v; for flow, loss.logit_mean moves the times instead"
+            )
+        if self.model.objective == "flow-map":
+            self._check_flow_map()
+
+    def _check_flow_map(self) -> None:
+        if min(self.ema_decays) > MAX_TARGET_DECAY:
+            raise ValueError(
+                f"ema_decays={self.ema_decays}: a flow map learns from its own average, which must not lag far behind; "
+                f"give one of at most {MAX_TARGET_DECAY} (it is the target; samples come from the first)"
+            )
+        if self.distill != dataclasses.replace(DistillOptions(), teacher=self.distill.teacher):
+            raise ValueError(
+                "a flow map takes the velocity of distill.teacher; leave task, output, feature, features and stages "
+                "of [distill] out"
+            )
+        if self.model.guidance_range is not None and self.distill.teacher is None:
+            raise ValueError(
+                f"model.guidance_range={self.model.guidance_range} needs a guided teacher: give distill.teacher, or "
+                "leave it out"
             )
 
     def warnings(self) -> list[str]:

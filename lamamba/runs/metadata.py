@@ -104,4 +104,5 @@ def assumed_metadata(config: UNetConfig) -> ModelMetadata:
     return ModelMetadata(
         objective=config.objective, image_size=config.input_size[0] * (LATENT_SCALE if is_latent else 1),
         codec="latents" if is_latent else "pixels", scale=SD_VAE_SCALE if is_latent else 1.0,
+        guidance=config.lowest_guidance if config.objective == "flow-map" and config.num_classes else None,
     )

@@ -21,7 +21,7 @@ from lamamba.inference.packing import pack_weights
 from lamamba.models.unet import LaMambaUNet
 from lamamba.models.weights import check_weights, read_config
 from lamamba.options.base import from_dict
-from lamamba.pretrained import shipped_model
+from lamamba.pretrained import SHIPPED_MODELS, shipped_model
 from lamamba.runs.folder import MANIFEST, CheckpointState, RunFolder, check_manifest
 from lamamba.runs.metadata import ModelMetadata, assumed_metadata
 from lamamba.utils.files import read_json
@@ -32,7 +32,7 @@ logger = logging.getLogger("lamamba.runs")
 PIPELINE_INDEX = "model_index.json"
 METADATA = "sampling.json"
 SHIPPED = "shipped"
-"""Name of the model in the package."""
+"""Name of the model in the package that is opened where none is named."""
 EMA = float | Literal["none"]
 """Which weights of a checkpoint: the average with this decay, or the trained ones."""
 
@@ -48,7 +48,7 @@ def open_model(
 
     Args:
         path: a run folder (its newest checkpoint), a checkpoint, a folder of `save_pretrained`, an exported pipeline;
-            None or "shipped" for the digits model of the package.
+            None or "shipped" for the digits model of the package, "shipped-few-steps" for its flow map.
         ema: which average of a run or checkpoint, by its decay, or "none"; by default the first.
         autoencoder: folder or hub id, for models of latents; by default the one of the training.
         device: of the autoencoder. The network stays on the CPU until `Model.prepare`.
@@ -112,6 +112,11 @@ def _log_assumption(path: str | Path | None, saved: ModelMetadata | None, metada
         logger.info("%s has no %s: taken for a model of %s, without names of classes", path, METADATA, what)
 
 
+def is_shipped(path: str | Path) -> bool:
+    """Whether a path is the name of a model in the package, and no folder is called so."""
+    return str(path) in SHIPPED_MODELS and not Path(path).exists()
+
+
 def model_folder(path: str | Path | None) -> Path:
     """The folder that holds a model: a run's newest checkpoint, or the path itself; hashes are checked if it has any.
 
@@ -119,8 +124,8 @@ def model_folder(path: str | Path | None) -> Path:
         FileNotFoundError: when there is nothing, or a run has no checkpoint yet.
         ValueError: when it is damaged, or a pickle.
     """
-    if path is None or (str(path) == SHIPPED and not Path(path).exists()):
-        return shipped_model()
+    if path is None or is_shipped(path):
+        return shipped_model(SHIPPED if path is None else str(path))
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a run folder, a checkpoint or a saved model")

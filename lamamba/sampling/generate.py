@@ -16,7 +16,7 @@ from torch import Tensor
 from lamamba.config import Grid, UNetConfig
 from lamamba.data.codec import Decoder, PixelCodec
 from lamamba.diffusion.denoise import SAMPLERS, Step, denoise, make_scheduler, samplers_for, slerp
-from lamamba.diffusion.guidance import Guidance, Predict, check_guiding_model, guided
+from lamamba.diffusion.guidance import Guidance, Predict, check_guidance, check_guiding_model, guided
 from lamamba.inference.conditioning import conditioned
 from lamamba.models.unet import LaMambaUNet
 from lamamba.sampling.settings import MAX_SEED, Interpolated
@@ -39,14 +39,16 @@ class GuidedModel:
             otherwise each batch has its own.
 
     Raises:
-        ValueError: when the guiding model does not fit the network.
+        ValueError: when guidance or the guiding model do not fit the network.
     """
 
     def __init__(
         self, model: LaMambaUNet, timesteps: Sequence[float], guidance: Guidance, *,
         guiding_model: LaMambaUNet | None = None, labels: Iterable[int] = (),
     ):
-        self._num_classes, self._guidance = model.config["num_classes"], guidance
+        self._config, self._num_classes, self._guidance = model.architecture, model.config["num_classes"], guidance
+        self._is_flow_map = self._config.objective == "flow-map"
+        check_guidance(self._config, guidance, has_guiding_model=guiding_model is not None)
         networks = [model]
         if guiding_model is not None:
             check_guiding_model(model.architecture, guiding_model.architecture)
@@ -55,7 +57,7 @@ class GuidedModel:
         self._run_labels = self._with_null(labels)
 
     def _with_null(self, labels: Iterable[int]) -> frozenset[int]:
-        needs_null = self._guidance.scale != 1 and len(self._networks) == 1
+        needs_null = self._guidance.scale != 1 and len(self._networks) == 1 and not self._is_flow_map
         return frozenset(labels) | ({self._num_classes} if needs_null else set())
 
     def predictor(
@@ -89,8 +91,13 @@ class GuidedModel:
             for network in self._networks:
                 keeps_all = mixtures is None and present <= self._run_labels and network.fits(self._run_labels)
                 network.prepare(self._run_labels if keeps_all else present, mixtures)
+        guidance = self._guidance
+        if self._is_flow_map:                                                   # the scale is an input: one evaluation
+            check_guidance(self._config, guidance)
+            self._networks[0].set_guidance_scale(guidance.scale)
+            guidance = Guidance(1.0)
         return guided(
-            self._networks[0], None if labels is None else torch.tensor(labels, device=device), self._guidance,
+            self._networks[0], None if labels is None else torch.tensor(labels, device=device), guidance,
             self._num_classes, guiding_model=self._networks[1] if len(self._networks) > 1 else None,
         )
 
@@ -130,7 +137,7 @@ class ImageGenerator:
         model: the network; its objective decides which samplers fit.
         sampler: a name from lamamba.diffusion.denoise.SAMPLERS; by default the objective's first.
         num_steps: sampling steps; by default the sampler's.
-        guidance: how far to guide, or its scale alone; 1 is none, and costs half.
+        guidance: how far to guide, or its scale alone; 1 is none, and costs half (of flow maps, as much).
         guiding_model: a second network to guide by, in place of the first one with the null label (autoguidance).
         input_size: height and width of the network's input; by default what it was made for.
         batch_size: images at a time; changes nothing but speed and memory.
@@ -155,6 +162,7 @@ class ImageGenerator:
         self._guidance = guidance if isinstance(guidance, Guidance) else Guidance(float(guidance))
         self._labels = labels
         self._guided: GuidedModel | None = None
+        check_guidance(config, self._guidance, has_guiding_model=guiding_model is not None)
         if guiding_model is not None:
             check_guiding_model(config, guiding_model.architecture)
 

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 import torch
 
 from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
-from lamamba.diffusion.guidance import Guidance
+from lamamba.diffusion.guidance import Guidance, check_guidance
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.sampling import SamplerOptions
 from lamamba.runs.metadata import default_guidance
-from lamamba.runs.model import SHIPPED, Model, fingerprint, move, open_model, open_network
+from lamamba.runs.model import SHIPPED, Model, is_shipped, fingerprint, move, open_model, open_network
 from lamamba.sampling.generate import ImageGenerator
 from lamamba.sampling.settings import ImageMetadata, Settings, read_image_metadata
 from lamamba.utils.distributed import is_rank_zero
@@ -101,7 +101,7 @@ def prepare(options: SamplerOptions, picture: ImageMetadata | None, device: torc
     if picture is not None and model.name == picture.settings.model and model.sha256 != picture.settings.model_sha256:
         raise ValueError(
             f"{options.like} was made by the shipped model of another lamamba ({picture.lamamba}); name a model as "
-            "MODEL" if model.name == SHIPPED else
+            "MODEL" if is_shipped(model.name) else
             f"{model.name} is not the model that made {options.like} (weights {model.sha256[:12]}, not "
             f"{picture.settings.model_sha256[:12]}): it was trained further, or is another. Name the one to use as "
             "MODEL"
@@ -130,14 +130,16 @@ def resolve_settings(options: SamplerOptions, model: Model, guiding_model: LaMam
     make_scheduler(sampler, objective, options.steps)                           # refused before any work
     can_guide = bool(model.num_classes or guiding_model)
     scale = default_guidance(model.metadata.guidance, can_guide) if options.guidance is None else options.guidance
+    guidance = Guidance(
+        scale, options.guidance_channels or "all", options.guidance_interval or (0.0, 1.0),
+        options.guidance_rescale or 0.0,
+    )
+    check_guidance(model.network.architecture, guidance, has_guiding_model=guiding_model is not None)
     _, (height, width) = model.fit(options.height, options.width)
     return Settings(
         model=model.name, model_sha256=model.sha256, sampler=sampler,
         steps=options.steps or SAMPLERS[sampler].default_steps, height=height, width=width,
-        guidance=Guidance(
-            scale, options.guidance_channels or "all", options.guidance_interval or (0.0, 1.0),
-            options.guidance_rescale or 0.0,
-        ),
+        guidance=guidance,
         autoguidance=None if guiding_model is None else str(options.autoguidance),
         autoguidance_sha256=None if guiding_model is None else fingerprint(guiding_model),
         autoencoder=autoencoder.name if autoencoder else None,
@@ -163,7 +165,8 @@ def _find_folder(options: SamplerOptions, picture: ImageMetadata | None) -> Path
         FileNotFoundError: when the model that made the picture is not where it was.
     """
     folder = options.model
-    if picture is None or folder is None or str(folder) != picture.settings.model or folder.exists():
+    if picture is None or folder is None or is_shipped(folder) or str(folder) != picture.settings.model or (
+            folder.exists()):
         return folder
     if fingerprint(open_network(None)[0]) == picture.settings.model_sha256:
         return None

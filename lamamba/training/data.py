@@ -49,10 +49,12 @@ class Batch:
     """(b,) uniform."""
     eps: Tensor
     """(b, c, h, w)."""
+    flow_map: Tensor
+    """(b, 5) uniform, for the times and the guidance scale of a flow map."""
 
     def pin_memory(self) -> Batch:
         """In page-locked memory, for asynchronous copies to a GPU; DataLoader calls it by this name."""
-        tensors = (self.x0, self.labels, self.time, self.label_draw, self.eps)
+        tensors = (self.x0, self.labels, self.time, self.label_draw, self.eps, self.flow_map)
         return Batch(self.indices, *(tensor.pin_memory() for tensor in tensors))
 
 
@@ -85,7 +87,7 @@ class TrainingData:
             self._config.seed, positions, self._shape, latent=self._samples.draws_latents, held_out=held_out
         )
         x0, labels = self._samples.read(indices.tolist(), draws)
-        return Batch(indices.tolist(), x0, labels, draws.time, draws.label, draws.eps)
+        return Batch(indices.tolist(), x0, labels, draws.time, draws.label, draws.eps, draws.flow_map)
 
     def held_out(self, batch_size: int) -> Iterator[tuple[Batch, int]]:
         """This rank's part of the held-out images with their fixed numbers, and how many of each batch count.

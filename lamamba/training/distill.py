@@ -1,4 +1,4 @@
-"""The teacher of a distillation (LAPTOP-Diff, arXiv 2404.11098): a frozen network that a student is compared with."""
+"""Teachers, frozen networks: of a distillation (LAPTOP-Diff, arXiv 2404.11098), and of a flow map's velocity."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lamamba.config import STAGES, UNetConfig
 from lamamba.diffusion.distillation import feature_losses, output_loss
+from lamamba.diffusion.flow_map import FlowFromNoise
+from lamamba.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule
 from lamamba.options.training import DistillOptions
 from lamamba.runs.metadata import ModelMetadata, check_same_data
 from lamamba.runs.model import fingerprint, open_network
@@ -80,3 +82,59 @@ def _check_fits(teacher: UNetConfig, student: UNetConfig, options: DistillOption
         raise ValueError(
             f"distill.teacher {options.teacher} does not fit this run's network ({'; '.join(differences)}){hint}"
         )
+
+
+class VelocityTeacher:
+    """A frozen network whose velocity, guided by the null label, a flow map learns.
+
+    Args:
+        options: with a teacher: a network of flow, noise or v; the last two as the velocity of the straight path.
+        student: the flow map.
+        metadata: of the student.
+        device: where the teacher runs; it is whole on every rank.
+
+    Raises:
+        FileNotFoundError: when there is no such teacher.
+        ValueError: when its inputs, classes, data or objective do not fit.
+    """
+
+    def __init__(self, options: DistillOptions, student: UNetConfig, metadata: ModelMetadata, device: torch.device):
+        assert options.teacher is not None
+        network, saved = open_network(options.teacher)
+        config = network.architecture
+        differences = [
+            f"{name}: {getattr(config, name)!r} there, {getattr(student, name)!r} here"
+            for name in ("in_channels", "num_classes", "input_size") if getattr(config, name) != getattr(student, name)
+        ]
+        if config.objective == "flow-map":
+            differences.append("objective: 'flow-map' there, and a velocity comes from flow, noise or v")
+        if differences:
+            raise ValueError(
+                f"distill.teacher {options.teacher} does not fit this run's flow map ({'; '.join(differences)})")
+        check_same_data(f"distill.teacher {options.teacher}", saved, "this run", metadata.label_names, metadata)
+        self.sha256 = fingerprint(network)
+        self._null_label = config.num_classes
+        self._network = network.to(device).requires_grad_(False).eval()
+        self._conversion = None if config.objective == "flow" else FlowFromNoise(NoiseSchedule(config.objective))
+
+    @torch.no_grad()
+    def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None, scale: Tensor | None) -> Tensor:
+        """The velocity, uncond + scale (cond - uncond): (b, c, h, w).
+
+        Args:
+            x: (b, c, h, w) on the straight path.
+            t: (b,) in 0 .. 1.
+            labels: (b,); None for an unconditional network.
+            scale: (b,) guidance scales; None for no guidance.
+        """
+        if scale is None or labels is None:
+            return self._velocity(x, t, labels)
+        both = torch.cat([labels, torch.full_like(labels, self._null_label)])
+        cond, uncond = self._velocity(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return uncond + scale.view(-1, *[1] * (x.dim() - 1)) * (cond - uncond)
+
+    def _velocity(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        if self._conversion is None:
+            return self._network(x, t * NUM_TIMESTEPS, labels)
+        y, timestep = self._conversion.inputs(x, t)
+        return self._conversion.velocity(self._network(y, timestep, labels), y, t)

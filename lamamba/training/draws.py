@@ -35,6 +35,8 @@ class Draws:
     """(b, c, h, w) standard normal noise."""
     crop: np.ndarray
     """(b, 3) uniform: how much a random crop shows, and where it begins, from the top and from the left."""
+    flow_map: Tensor
+    """(b, 5) uniform: which times at the ends of their ranges, the second time, and the guidance scale."""
     latent: Tensor | None = None
     """(b, c, h, w) standard normal: the draw from an autoencoder's posterior; None where it was not requested."""
 
@@ -53,7 +55,7 @@ def draw(
         latent: whether to draw from an autoencoder's posterior, too.
         held_out: whether positions are those of held-out images.
     """
-    time, label, mirror, eps, crop, posterior = [], [], [], [], [], []
+    time, label, mirror, eps, crop, posterior, flow_map = [], [], [], [], [], [], []
     for position in positions:
         generator = _generator(seed, _HELD_OUT if held_out else _SAMPLE, position)
         uniform = generator.random(3)
@@ -64,8 +66,10 @@ def draw(
         crop.append(generator.random(3))
         if latent:
             posterior.append(generator.standard_normal(shape, dtype=np.float32))
+        flow_map.append(generator.random(5))                                    # last: the others are as they were
     return Draws(
         torch.tensor(time), torch.tensor(label), np.array(mirror), torch.from_numpy(np.stack(eps)), np.stack(crop),
+        torch.from_numpy(np.stack(flow_map)),
         torch.from_numpy(np.stack(posterior)) if latent else None,
     )
 

@@ -40,8 +40,9 @@ from lamamba.training.checkpoint import (
     write_checkpoint,
 )
 from lamamba.training.data import Batch, TrainingData, as_training_set
-from lamamba.training.distill import Teacher
+from lamamba.training.distill import Teacher, VelocityTeacher
 from lamamba.training.distributed import Processes, computing_threads, precision_policy
+from lamamba.training.flow_map import FlowMapTask
 from lamamba.training.interrupt import Interrupted, StopRequest, stop_signals
 from lamamba.training.non_finite import find_origin
 from lamamba.training.start import continue_official, start_network
@@ -102,25 +103,34 @@ def describe(config: TrainConfig, data: ImageSet | TrainingSet) -> tuple[UNetCon
     architecture = config.model.build(
         channels=samples.channels, num_classes=len(label_names), input_size=samples.input_size
     )
+    guidance = config.sampling.guidance
+    if architecture.objective == "flow-map" and label_names:
+        guidance = architecture.lowest_guidance if guidance is None else guidance
+        architecture.check_guidance(guidance)
     metadata = ModelMetadata(
         objective=architecture.objective, image_size=samples.image_size, label_names=tuple(label_names),
-        guidance=config.sampling.guidance if label_names else None, **vars(samples.codec),
+        guidance=guidance if label_names else None, **vars(samples.codec),
     )
     return architecture, metadata
 
 
 def open_teacher(
     config: TrainConfig, architecture: UNetConfig, metadata: ModelMetadata, device: torch.device
-) -> Teacher | None:
+) -> Teacher | VelocityTeacher | None:
     """The network that a run learns from, if there is one.
 
     Raises:
         FileNotFoundError, ValueError: when it is missing, damaged, or does not fit the run's network.
     """
-    return None if config.distill.teacher is None else Teacher(config.distill, architecture, metadata, device)
+    if config.distill.teacher is None:
+        return None
+    kind = VelocityTeacher if architecture.objective == "flow-map" else Teacher
+    return kind(config.distill, architecture, metadata, device)
 
 
-def described(config: TrainConfig, samples: TrainingSet, teacher: Teacher | None = None) -> dict[str, Any]:
+def described(
+    config: TrainConfig, samples: TrainingSet, teacher: Teacher | VelocityTeacher | None = None
+) -> dict[str, Any]:
     """The content of the run's config.json."""
     excluded = getattr(samples, "excluded", ())                                 # latents and digits have none
     values = run_values(config, *describe(config, samples), samples.fingerprint, excluded)
@@ -189,15 +199,19 @@ class _Trainer:
 
     def __init__(
         self, config: TrainConfig, samples: TrainingSet, architecture: UNetConfig, metadata: ModelMetadata,
-        folder: RunFolder, processes: Processes, teacher: Teacher | None,
+        folder: RunFolder, processes: Processes, teacher: Teacher | VelocityTeacher | None,
     ):
-        self._teacher = teacher
+        self._teacher = teacher if isinstance(teacher, Teacher) else None
         self._config, self._samples, self._null_label = config, samples, architecture.num_classes
         self._metadata, self._folder, self._processes = metadata, folder, processes
         self._data = TrainingData(samples, config, processes)
         loss = config.loss
         self._schedule = make_schedule(architecture.objective, loss.timesteps, loss.logit_mean, loss.logit_deviation)
         self._gamma = loss.min_snr_gamma if loss.weighting == "min-snr" else None
+        self._flow_map: FlowMapTask | None = None
+        if architecture.objective == "flow-map":
+            velocity = teacher if isinstance(teacher, VelocityTeacher) else None
+            self._flow_map = FlowMapTask(config.flow_map, architecture, self._schedule, velocity)
 
         torch.manual_seed(config.seed)                                          # the same weights on every rank
         takes_weights = config.start.source is not None and config.start.mode == "weights"
@@ -277,6 +291,8 @@ class _Trainer:
         """Each sample's loss by term, (b,): "task", and with a teacher "output" and "feature"."""
         device = self._processes.device
         x0, eps = batch.x0.to(device, non_blocking=True), batch.eps.to(device, non_blocking=True)
+        if self._flow_map is not None:
+            return {"task": self._flow_map_losses(self._flow_map, batch, network, x0, eps)}
         t = self._schedule.timestep(batch.time).to(device)                      # (b,)
         xt = self._schedule.add_noise(x0, eps, t)                               # (b, c, h, w)
         labels = None
@@ -291,6 +307,18 @@ class _Trainer:
                 output = network(xt, t, labels)                                 # (b, out_channels, h, w)
             learned = {} if self._teacher is None else self._teacher.terms(xt, t, labels, output, features)
         return {"task": training_loss(output.float(), x0, xt, t, eps, self._schedule, self._gamma), **learned}
+
+    def _flow_map_losses(
+        self, task: FlowMapTask, batch: Batch, network: nn.Module, x0: Tensor, eps: Tensor
+    ) -> Tensor:
+        """Each sample's loss, (b,), against targets of the average that lags least."""
+        average = self._state.averages[min(self._state.averages)]
+        labels = batch.labels.to(x0.device) if self._null_label else None
+        with self._processes.autocast():
+            losses = task.losses(network, average, x0, eps, batch.time, batch.flow_map, labels)
+        if self._processes.is_sharded:
+            average.reshard()
+        return losses
 
     def _forward_backward(self, batch: list[Batch], request: StopRequest) -> _StepResult:
         """Accumulate the gradient of a batch over its micro-batches, on every rank."""

@@ -41,7 +41,7 @@ def with_network_of_source(options: TrainOptions) -> TrainOptions:
 def start_network(options: StartOptions, architecture: UNetConfig) -> LaMambaUNet:
     """A network with the averaged weights of the source, and a fresh label table where requested.
 
-    A fresh table keeps the row of the null label.
+    A fresh table keeps the row of the null label. A flow map may start from a flow, whose outputs are its own at first.
 
     Raises:
         FileNotFoundError: when there is no such source.
@@ -56,7 +56,10 @@ def start_network(options: StartOptions, architecture: UNetConfig) -> LaMambaUNe
             network.label_embedding.weight[-1] = no_class
     missing, unexpected = network.load_state_dict(table, strict=False)
     assert not unexpected, unexpected
-    assert missing == (["label_embedding.weight"] if options.replace_labels else []), missing
+    fresh = ["label_embedding.weight"] if options.replace_labels else []
+    if saved.architecture.objective == "flow":                                  # of flow maps, zero at first
+        fresh += [name for name in network.state_dict() if name.startswith(("gap_embedding.", "guidance_embedding."))]
+    assert sorted(missing) == sorted(fresh), missing
     return network
 
 
@@ -68,6 +71,8 @@ def check_start(options: StartOptions, architecture: UNetConfig) -> LaMambaUNet:
     """
     saved = _open_source(options)
     changes = {"num_classes"} if options.replace_labels else set()
+    if architecture.objective == "flow-map" and saved.architecture.objective == "flow" and options.mode == "weights":
+        changes |= {"objective", "guidance_range"}
     _check_same(saved.architecture, architecture, Path(str(options.source)), changes)
     return saved
 

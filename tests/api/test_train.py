@@ -204,7 +204,8 @@ def test_a_seed_that_does_not_fit(tmp_path, seed):
 @pytest.mark.parametrize("objective", ["noise", "v", "flow"])
 def test_samplers_follow_the_objective(name, objective):
     """Of every recipe, whichever objective the command line gives it."""
-    config = lamamba.TrainOptions.from_recipe(name, model=dict(objective=objective)).config
+    model = dict(objective=objective, guidance_range=None)
+    config = lamamba.TrainOptions.from_recipe(name, model=model).config
     metadata = describe(config, PlannedData(dataclasses.replace(config.data, expected_images=9)))[1]
     check_sampler(config.sampling, metadata)
 

@@ -1,0 +1,182 @@
+r"""How near do one, two and four evaluations of a flow map come to its teacher's 28, or 28 x 2 with guidance?
+
+    lamamba train digits_few_steps --seed 0 --out runs/few0             # and seeds 1 and 2
+    python benchmarks/flow_maps.py runs/few0 runs/few1 runs/few2 --images cache --json benchmarks/results/flow-maps.json
+
+Every set of images has the same seeds and labels for all, in ranges of its own: the ratio of two distances is taken
+range by range, so that what seeds share drops out of its interval (95 %, Student's t over the ranges). The distances
+themselves are those of all ranges together. Images are kept, so the same command goes on.
+
+distance      Fréchet distance between the pixels of the samples and of all 1,797 real digits, as in few_steps.py, minus
+              that of real digits, drawn as often with replacement: what is left of the bias of a finite number.
+to teacher    Fréchet distance to the teacher's images of the same seeds, so that guiding less than the teacher does not
+              win; in units of the distance between the teacher's images of two different ranges.
+recognised    share that the classifier of lamamba/metrics/digits.py takes for the digit that was asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.few_steps import frechet_distance, real_floor, rows
+from lamamba import __version__
+from lamamba.data.digits import Digits
+from lamamba.metrics.digits import DigitClassifier
+from lamamba.runs.model import fingerprint, open_network
+from lamamba.sampling import generate
+
+SCALES = (1.0, 1.75, 3.0)
+STEPS = (1, 2, 4)
+TEACHER_STEPS = 28
+FIRST_SEED = 50_000
+BATCH_SIZE = 100
+FLOOR_DRAWS = 20
+
+
+class Samples:
+    """Images of a network by scale, steps and range of seeds, kept on disk."""
+
+    def __init__(self, path: str, folder: Path, per_range: int):
+        self.network, _ = open_network(path)
+        self.sha256, self._folder, self._per_range = fingerprint(self.network), folder, per_range
+
+    def images(self, scale: float, steps: int, number: int) -> np.ndarray:
+        """(n, h, w, 1) uint8 of a range of seeds; labels take turns."""
+        name = f"{self.sha256[:12]}-scale{scale:g}-steps{steps}-range{number}of{self._per_range}.npy"
+        file = self._folder / name
+        if not file.is_file():
+            first = FIRST_SEED + number * self._per_range
+            images = generate(
+                self.network, labels_of(self._per_range), range(first, first + self._per_range), num_steps=steps,
+                guidance=scale, batch_size=BATCH_SIZE,
+            )
+            self._folder.mkdir(parents=True, exist_ok=True)
+            np.save(file, images)
+            print(name, flush=True)
+        return np.load(file)
+
+
+def labels_of(count: int) -> list[int]:
+    return [k % 10 for k in range(count)]
+
+
+def interval(ratios: list[float]) -> dict[str, float]:
+    """Mean over the ranges, and half of its 95 % interval."""
+    half = float(scipy.stats.t.ppf(0.975, len(ratios) - 1) * scipy.stats.sem(ratios)) if len(ratios) > 1 else 0.0
+    return {"mean": float(np.mean(ratios)), "half_interval": half}
+
+
+class Judge:
+    """Distances of sets of images, each a list of ranges."""
+
+    def __init__(self, per_range: int, num_ranges: int):
+        digits = Digits(8)
+        self._real, self._classifier = rows(digits.images), DigitClassifier(digits.images, digits.labels)
+        self._floor = real_floor(self._real, per_range, FLOOR_DRAWS)
+        self.whole_floor = real_floor(self._real, per_range * num_ranges, FLOOR_DRAWS)
+        self._labels = np.array(labels_of(per_range))
+
+    def distances(self, ranges: list[np.ndarray]) -> list[float]:
+        """Of each range, minus the floor."""
+        return [frechet_distance(rows(images), self._real) - self._floor for images in ranges]
+
+    def scores(self, ranges: list[np.ndarray]) -> dict[str, Any]:
+        """Of all ranges together, and of each."""
+        return {
+            "distance": frechet_distance(rows(np.concatenate(ranges)), self._real) - self.whole_floor,
+            "distances": self.distances(ranges),
+            "recognised": float(np.mean([self._classifier.classify(images) == self._labels for images in ranges])),
+        }
+
+
+def judge(judge: Judge, teacher: Samples, students: list[Samples], scale: float, ranges: range) -> dict[str, Any]:
+    """The scores of the teacher and of all students at one scale."""
+    expected = [teacher.images(scale, TEACHER_STEPS, number) for number in ranges]
+    apart = [frechet_distance(rows(a), rows(b)) for a, b in zip(expected, expected[1:] + expected[:1], strict=True)]
+    result: dict[str, Any] = {
+        "teacher": {"steps": TEACHER_STEPS, "evaluations": TEACHER_STEPS * (1 if scale == 1 else 2),
+                    "floor_between_ranges": float(np.mean(apart)), **judge.scores(expected)},
+        "students": [],
+    }
+    for number, student in enumerate(students):
+        for steps in STEPS:
+            found = [student.images(scale, steps, number) for number in ranges]
+            scores = judge.scores(found)
+            own = [frechet_distance(rows(a), rows(b)) for a, b in zip(found, expected, strict=True)]
+            pairs = zip(scores["distances"], result["teacher"]["distances"], strict=True)
+            result["students"].append({
+                "number": number, "sha256": student.sha256, "steps": steps, "evaluations": steps, **scores,
+                "ratio": interval([a / b for a, b in pairs]),
+                "to_teacher": float(np.mean(own)), "to_teacher_in_floors": float(np.mean(own) / np.mean(apart)),
+            })
+    return result
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """A table: a row for each scale and number of evaluations, the mean over students with their range."""
+    lines = [
+        "| scale | evaluations | distance | of the teacher's | to the teacher's images, in floors | recognised |",
+        "|---|---|---|---|---|---|",
+    ]
+
+    def over(values: list[float], form: str) -> str:
+        mean = form.format(float(np.mean(values)))
+        return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+
+    for scale, entry in result["scales"].items():
+        teacher = entry["teacher"]
+        lines.append(f"| {scale} | teacher, {teacher['evaluations']} | {teacher['distance']:.4f} | 1 | "
+                     f"| {teacher['recognised']:.1%} |")
+        for steps in STEPS:
+            of = [line for line in entry["students"] if line["steps"] == steps]
+            lines.append(
+                f"| {scale} | {steps} | {over([line['distance'] for line in of], '{:.4f}')} | "
+                f"{over([line['ratio']['mean'] for line in of], '{:.2f}')} ± "
+                f"{max(line['ratio']['half_interval'] for line in of):.2f} | "
+                f"{over([line['to_teacher_in_floors'] for line in of], '{:.2f}')} | "
+                f"{over([line['recognised'] for line in of], '{:.1%}')} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("students", nargs="*", help="runs or models of flow maps, one for each training seed")
+    parser.add_argument("--teacher", default="shipped")
+    parser.add_argument("--images", type=Path, required=True, help="folder where images are kept")
+    parser.add_argument("--per-range", type=int, default=2000)
+    parser.add_argument("--ranges", type=int, default=5)
+    parser.add_argument("--scales", type=float, nargs="*", default=SCALES)
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    teacher = Samples(chosen.teacher, chosen.images, chosen.per_range)
+    students = [Samples(path, chosen.images, chosen.per_range) for path in chosen.students]
+    judging = Judge(chosen.per_range, chosen.ranges)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    result = {
+        "date": datetime.date.today().isoformat(), "lamamba": __version__, "commit": commit.stdout.strip(),
+        "torch": torch.__version__, "per_range": chosen.per_range, "ranges": chosen.ranges,
+        "first_seed": FIRST_SEED, "floor": judging.whole_floor, "teacher_sha256": teacher.sha256,
+        "scales": {f"{scale:g}": judge(judging, teacher, students, scale, range(chosen.ranges))
+                   for scale in chosen.scales},
+    }
+    print(markdown(result))
+    if chosen.json:
+        chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
