@@ -22,6 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lamamba.data.digits import Digits
+from lamamba.diffusion.denoise import samplers_for
 from lamamba.metrics.digits import score_digits
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.training import load_recipe
@@ -58,9 +59,10 @@ def measure(name: str, per_digit: int, guidance: float | None) -> str:
     seconds = time.perf_counter() - began
     score = score_digits(samples, asked, digits.images.transpose(0, 2, 3, 1), digits.labels)
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    sampler = sampling.sampler or samplers_for(model.architecture.objective)[0]
     return f"""\
 parameters              {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M, {size:.2f} MB on disk
-sampling                {sampling.sampler or "the default sampler"}, {sampling.steps} steps, guidance {guidance:g}; {seconds:.1f} s
+sampling                {sampler}, {sampling.steps} steps, guidance {guidance:g}; {seconds:.1f} s
 recognised as asked     {score.recognised} of {score.num_samples} ({score.recognised / score.num_samples:.1%})
 judge on real digits    {score.held_out_accuracy:.1%} right (held out)
 two of a class differ   {score.spread:.2f} on average, real ones {score.real_spread:.2f}: {score.spread_share:.0%}

@@ -17,8 +17,8 @@ from lamamba.runs.model import open_network
 from lamamba.training.distill import VelocityTeacher
 from lamamba.training.loop import describe, train
 from tests.networks import random_network
-from tests.training.together import FewDigits, config, states_equal, together
 from tests.training.test_processes import run
+from tests.training.together import FewDigits, config, states_equal, together
 
 MAP = dict(objective="flow-map", guidance_range=(1.0, 4.0))
 
@@ -50,7 +50,7 @@ def losses_of(folder):
 
 
 def test_steps_without_length_have_no_loss_at_first(data, teacher, tmp_path):
-    """The network is its teacher, whose unguided velocity it learns there; the others are longer than its straight line."""
+    """The network is then its teacher, whose velocity without guidance it learns there."""
     only = dict(velocity_share=0.999999)
     train(flow_map(teacher, model=dict(objective="flow-map"), flow_map=only, steps=1), data, tmp_path / "velocity")
     assert losses_of(tmp_path / "velocity")[0] < 1e-9
