@@ -148,7 +148,7 @@ def markdown(result: dict[str, Any]) -> str:
         teacher = entry["teacher"]
         lines.append(f"| {scale} | teacher, {teacher['evaluations']} | {teacher['distance']:.4f} | 1 | "
                      f"| {teacher['recognised']:.1%} |")
-        for steps in STEPS:
+        for steps in STEPS if entry["students"] else ():
             of = [line for line in entry["students"] if line["steps"] == steps]
             lines.append(
                 f"| {scale} | {steps} | {over([line['distance'] for line in of], '{:.4f}')} | "
