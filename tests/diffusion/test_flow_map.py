@@ -126,6 +126,9 @@ def test_times_are_drawn_as_described():
     scale = draw_scale(uniform[:, 0], (1.0, 4.0))
     assert 1 <= float(scale.min()) < float(scale.max()) <= 4
     assert float((scale < 1.75).double().mean()) == pytest.approx(0.5, abs=0.01)
+    with_share = draw_scale(uniform[:, 0], (1.0, 4.0), 0.25)
+    assert float((with_share == 1).double().mean()) == pytest.approx(0.25, abs=0.01)
+    assert float((with_share[with_share > 1] < 1.75).double().mean()) == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("objective", ["noise", "v"])
