@@ -62,8 +62,8 @@ class TimeShares:
 def draw_scale(uniform: Tensor, guidance_range: tuple[float, float], lowest_share: float = 0.0) -> Tensor:
     """Guidance scales of training samples: (b,). Low scales are what most images are drawn at.
 
-    low for a share of them, and low + (high - low) v^2 for the others, v uniform. Both are our choice: where the range is
-    1 .. 4, half of the others lie below 1.75.
+    low for a share of them, and low + (high - low) v^2 for the others, v uniform. Both are our choice: where the range
+    is 1 .. 4, half of the others lie below 1.75.
     """
     low, high = guidance_range
     v = ((uniform - lowest_share) / (1 - lowest_share)).clamp(min=0)
