@@ -270,15 +270,19 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         dtype = self.position_embedding.dtype                                   # others may be stored in fewer bits
         c = self.timestep_embedding(timestep, dtype) + self.label_embedding(rows)                   # (b, 4 width)
         if self.gap_embedding is not None:
-            end = timestep if end_timestep is None else torch.as_tensor(end_timestep, device=timestep.device)
-            gap = self._checked("timestep - end_timestep", timestep.float() - end, 0, MAX_TIMESTEP)
-            c = c + self.gap_embedding(gap.expand_as(timestep) / MAX_TIMESTEP, dtype)
+            gap = torch.zeros_like(timestep)
+            if end_timestep is not None:
+                end = torch.as_tensor(end_timestep, device=timestep.device)
+                gap = self._checked("timestep - end_timestep", timestep.float() - end, 0, MAX_TIMESTEP)
+            c = c + self.gap_embedding(gap / MAX_TIMESTEP, dtype)
         elif end_timestep is not None:
             raise ValueError(f"end_timestep is for flow maps, this network predicts {self.architecture.objective}")
         if self.guidance_embedding is not None:
             low, high = self.architecture.guidance_range or (1.0, 1.0)
-            scale = torch.as_tensor(low if guidance_scale is None else guidance_scale, device=timestep.device).float()
-            scale = self._checked("guidance_scale", scale, low, high).expand_as(timestep)
+            scale = torch.full_like(timestep, low, dtype=torch.float32)
+            if guidance_scale is not None:
+                given = torch.as_tensor(guidance_scale, device=timestep.device).float()
+                scale = self._checked("guidance_scale", given, low, high).expand_as(timestep)
             c = c + self.guidance_embedding((scale - low) / (high - low), dtype)
         elif guidance_scale is not None:
             raise ValueError("guidance_scale is for flow maps with a guidance_range; guide this network from outside")

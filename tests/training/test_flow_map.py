@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import lamamba
 from lamamba.diffusion.flow_map import FlowFromNoise
 from lamamba.diffusion.schedule import NoiseSchedule
 from lamamba.options.training import DistillOptions
@@ -115,6 +116,11 @@ def test_the_teachers_velocity_is_guided(data, tmp_path, objective):
     expected = uncond + scale.view(3, 1, 1, 1) * (cond - uncond)
     torch.testing.assert_close(teacher.velocity(x, t, labels, scale), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(teacher.velocity(x, t, labels, None), cond, rtol=1e-4, atol=1e-4)
+
+
+def test_the_plan_of_the_recipe_has_its_network():
+    plan = lamamba.plan(lamamba.TrainOptions.from_recipe("digits_few_steps", device="cpu"))
+    assert (plan.architecture.objective, plan.architecture.guidance_range) == ("flow-map", (1.0, 4.0))
 
 
 def test_what_does_not_fit_is_refused(data, teacher, tmp_path):
