@@ -5,7 +5,8 @@ r"""How near do one, two and four evaluations of a flow map come to its teacher'
 
 Every set of images has the same seeds and labels for all, in ranges of its own: the ratio of two distances is taken
 range by range, so that what seeds share drops out of its interval (95 %, Student's t over the ranges). The distances
-themselves are those of all ranges together. Images are kept, so the same command goes on.
+themselves are those of all ranges together. Images are kept, so the same command goes on; scales that the JSON file has
+from another call stay in it.
 
 distance      Fréchet distance between the pixels of the samples and of all 1,797 real digits, as in few_steps.py, minus
               that of real digits, drawn as often with replacement: what is left of the bias of a finite number.
@@ -42,6 +43,8 @@ STEPS = (1, 2, 4)
 TEACHER_STEPS = 28
 FIRST_SEED = 50_000
 BATCH_SIZE = 100
+BLOCK = 500
+"""Images in a file; ranges are multiples of it."""
 FLOOR_DRAWS = 20
 
 
@@ -54,17 +57,22 @@ class Samples:
 
     def images(self, scale: float, steps: int, number: int) -> np.ndarray:
         """(n, h, w, 1) uint8 of a range of seeds; labels take turns."""
-        name = f"{self.sha256[:12]}-scale{scale:g}-steps{steps}-range{number}of{self._per_range}.npy"
-        file = self._folder / name
+        first = number * self._per_range
+        return np.concatenate([
+            self._block(scale, steps, start) for start in range(first, first + self._per_range, BLOCK)
+        ])
+
+    def _block(self, scale: float, steps: int, start: int) -> np.ndarray:
+        file = self._folder / f"{self.sha256[:12]}-scale{scale:g}-steps{steps}-{start:05d}.npy"
         if not file.is_file():
-            first = FIRST_SEED + number * self._per_range
+            first = FIRST_SEED + start
             images = generate(
-                self.network, labels_of(self._per_range), range(first, first + self._per_range), num_steps=steps,
-                guidance=scale, batch_size=BATCH_SIZE,
+                self.network, labels_of(BLOCK), range(first, first + BLOCK), num_steps=steps, guidance=scale,
+                batch_size=BATCH_SIZE,
             )
             self._folder.mkdir(parents=True, exist_ok=True)
             np.save(file, images)
-            print(name, flush=True)
+            print(file.name, flush=True)
         return np.load(file)
 
 
@@ -106,6 +114,7 @@ def judge(judge: Judge, teacher: Samples, students: list[Samples], scale: float,
     expected = [teacher.images(scale, TEACHER_STEPS, number) for number in ranges]
     apart = [frechet_distance(rows(a), rows(b)) for a, b in zip(expected, expected[1:] + expected[:1], strict=True)]
     result: dict[str, Any] = {
+        "images": sum(map(len, expected)), "ranges": len(expected), "floor": judge.whole_floor,
         "teacher": {"steps": TEACHER_STEPS, "evaluations": TEACHER_STEPS * (1 if scale == 1 else 2),
                     "floor_between_ranges": float(np.mean(apart)), **judge.scores(expected)},
         "students": [],
@@ -139,7 +148,7 @@ def markdown(result: dict[str, Any]) -> str:
         teacher = entry["teacher"]
         lines.append(f"| {scale} | teacher, {teacher['evaluations']} | {teacher['distance']:.4f} | 1 | "
                      f"| {teacher['recognised']:.1%} |")
-        for steps in STEPS:
+        for steps in STEPS if entry["students"] else ():
             of = [line for line in entry["students"] if line["steps"] == steps]
             lines.append(
                 f"| {scale} | {steps} | {over([line['distance'] for line in of], '{:.4f}')} | "
@@ -156,23 +165,27 @@ def main() -> None:
     parser.add_argument("students", nargs="*", help="runs or models of flow maps, one for each training seed")
     parser.add_argument("--teacher", default="shipped")
     parser.add_argument("--images", type=Path, required=True, help="folder where images are kept")
-    parser.add_argument("--per-range", type=int, default=2000)
+    parser.add_argument("--per-range", type=int, default=2000, help=f"images, a multiple of {BLOCK}")
     parser.add_argument("--ranges", type=int, default=5)
     parser.add_argument("--scales", type=float, nargs="*", default=SCALES)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
+    if chosen.per_range % BLOCK:
+        raise SystemExit(f"--per-range {chosen.per_range} is no multiple of {BLOCK}")
     teacher = Samples(chosen.teacher, chosen.images, chosen.per_range)
     students = [Samples(path, chosen.images, chosen.per_range) for path in chosen.students]
     judging = Judge(chosen.per_range, chosen.ranges)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     result = {
         "date": datetime.date.today().isoformat(), "lamamba": __version__, "commit": commit.stdout.strip(),
-        "torch": torch.__version__, "per_range": chosen.per_range, "ranges": chosen.ranges,
-        "first_seed": FIRST_SEED, "floor": judging.whole_floor, "teacher_sha256": teacher.sha256,
+        "torch": torch.__version__, "first_seed": FIRST_SEED, "teacher_sha256": teacher.sha256,
         "scales": {f"{scale:g}": judge(judging, teacher, students, scale, range(chosen.ranges))
                    for scale in chosen.scales},
     }
+    if chosen.json and chosen.json.is_file():                                   # other scales, with other numbers
+        before = json.loads(chosen.json.read_text(encoding="utf-8"))
+        result["scales"] = dict(sorted({**before["scales"], **result["scales"]}.items()))
     print(markdown(result))
     if chosen.json:
         chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The model that comes with the package is small, complete, and samples the digits of its labels."""
+"""The models that come with the package are small, complete, and sample the digits of their labels."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from lamamba.runs.model import open_network
 from lamamba.sampling import generate
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+RECIPES = {"shipped": "digits_small", "shipped-few-steps": "digits_few_steps"}
+of_each = pytest.mark.parametrize("name", RECIPES)
 
 
-def test_it_is_small_and_in_bfloat16():
-    folder = shipped_model()
+@of_each
+def test_it_is_small_and_in_bfloat16(name):
+    folder = shipped_model(name)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 3_000_000
     assert {tensor.dtype for tensor in load_file(folder / WEIGHTS).values()} == {torch.bfloat16}
     model, facts = open_network(folder)
@@ -29,20 +32,22 @@ def test_it_is_small_and_in_bfloat16():
     assert facts.label_names == tuple("0123456789")
 
 
-def test_it_is_the_recipe():
+@of_each
+def test_it_is_the_recipe(name):
     """Whoever trains the recipe gets a network of the same shape."""
-    model, facts = open_network(shipped_model())
-    recipe = load_recipe("digits_small")
+    model, facts = open_network(name)
+    recipe = load_recipe(RECIPES[name])
     expected = recipe.model.build(channels=1, num_classes=10, input_size=facts.image_size)
     assert model.architecture == expected
     assert facts.guidance == recipe.sampling.guidance
-    assert "_name_or_path" not in json.loads((shipped_model() / "config.json").read_text())
+    assert "_name_or_path" not in json.loads((shipped_model(name) / "config.json").read_text())
 
 
-def test_its_samples_are_classified_as_their_labels():
-    digits, (model, _) = Digits(), open_network(shipped_model())
+@pytest.mark.parametrize(("name", "steps"), [("shipped", 10), ("shipped-few-steps", 1), ("shipped-few-steps", 2)])
+def test_its_samples_are_classified_as_their_labels(name, steps):
+    digits, (model, _) = Digits(), open_network(name)
     labels = np.arange(20) % 10
-    samples = generate(model, labels.tolist(), range(500, 520), num_steps=10, guidance=1.75)
+    samples = generate(model, labels.tolist(), range(500, 520), num_steps=steps, guidance=1.75)
     classifier = DigitClassifier(digits.images, digits.labels)
     assert (classifier.classify(samples) == labels).sum() >= 18
     assert nearest_distances(samples, digits.images).min() > 0.2                # none is a copy

@@ -18,7 +18,7 @@ from PIL import Image
 from starlette.middleware import Middleware
 
 from lamamba.app.requests import RequestFilter
-from lamamba.app.session import MAX_GUIDANCE, MAX_SEED, Frame, Request, Session
+from lamamba.app.session import MAX_SEED, Frame, Request, Session
 from lamamba.config import unknown_name
 from lamamba.data.labels import texts_for
 from lamamba.diffusion.denoise import SAMPLERS

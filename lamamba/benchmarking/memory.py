@@ -79,7 +79,8 @@ def _run(
     """
     label_rows = config.num_classes * config.condition_width                    # without the null label's row
     with torch.device("meta"):
-        model = LaMambaUNet(config.replace(num_classes=0)).train()              # fake labels have no values
+        unconditional = config.replace(num_classes=0, guidance_range=None)      # fake labels have no values
+        model = LaMambaUNet(unconditional).train()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         model.to_empty(device="cpu")
         if checkpoint:

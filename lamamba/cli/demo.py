@@ -1,7 +1,8 @@
 """Train LaMamba-Diff on 1,797 real handwritten digits, then sample digits and evaluate them.
 
 Writes into the folder: digits.png (a 10 x 10 grid, one row per digit), real.png (real digits, to compare), loss.png,
-report.md, report.json, and run/, which lamamba sample and lamamba train can go on with."""
+one-step.png (by the flow map of the package, one evaluation of the network for each image), report.md, report.json, and
+run/, which lamamba sample and lamamba train can go on with."""
 
 from __future__ import annotations
 

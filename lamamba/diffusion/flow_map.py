@@ -59,13 +59,15 @@ class TimeShares:
         return t, torch.where(at_t < self.velocity, t, r)
 
 
-def draw_scale(uniform: Tensor, guidance_range: tuple[float, float]) -> Tensor:
-    """Guidance scales of training samples, low + (high - low) u^2: (b,). Low scales are what most images are drawn at.
+def draw_scale(uniform: Tensor, guidance_range: tuple[float, float], lowest_share: float = 0.0) -> Tensor:
+    """Guidance scales of training samples: (b,). Low scales are what most images are drawn at.
 
-    The exponent is our choice: half of the scales of 1 .. 4 lie below 1.75.
+    low for a share of them, and low + (high - low) v^2 for the others, v uniform. Both are our choice: where the range
+    is 1 .. 4, half of the others lie below 1.75.
     """
     low, high = guidance_range
-    return low + (high - low) * uniform**2
+    v = ((uniform - lowest_share) / (1 - lowest_share)).clamp(min=0)
+    return low + (high - low) * v**2
 
 
 def step_to(x: Tensor, u: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -87,22 +89,23 @@ def flow_map_target(
     The student is called twice and the velocity once, whatever the times: ranks that wait for one another do the same.
     """
     half = (t - r) / 2
-    is_map = half > 0
-    from_velocity = ~is_map | (half < smallest_gap)
-    u1 = torch.empty_like(x, dtype=torch.float32)
-    rows = _rows(from_velocity)
-    given = velocity(x[rows], t[rows], rows).float()
-    rows_by_student = _rows(~from_velocity)
-    s = t - half
-    u1[rows_by_student] = student(
-        x[rows_by_student], t[rows_by_student], s[rows_by_student], rows_by_student).float()
-    u1[rows] = torch.where(_like(from_velocity[rows], given), given, u1[rows])
-    target = u1.clone()
-    rows = _rows(is_map)
+    s, is_map = t - half, half > 0
+    by_student = is_map & (half >= smallest_gap)
+    u1 = torch.zeros_like(x, dtype=torch.float32)
+    rows = _rows(by_student)
+    _put(u1, rows, by_student, student(x[rows], t[rows], s[rows], rows))
+    rows = _rows(~by_student)
+    _put(u1, rows, ~by_student, velocity(x[rows], t[rows], rows))
+    rows, target = _rows(is_map), u1.clone()                                    # where r = t, u1 is v
     x_s = step_to(x[rows], u1[rows].to(x), t[rows], s[rows])
     u2 = student(x_s, s[rows], r[rows], rows).float()
-    target[rows] = torch.where(_like(is_map[rows], u2), (u1[rows] + u2) / 2, u1[rows])
+    _put(target, rows, is_map, (u1[rows] + u2) / 2)
     return target
+
+
+def _put(target: Tensor, rows: Tensor, chosen: Tensor, values: Tensor) -> None:
+    """Replace the chosen images among rows, (b, c, h, w); the first one may be there without being chosen."""
+    target[rows] = torch.where(_like(chosen[rows], target), values.float(), target[rows])
 
 
 def _rows(chosen: Tensor) -> Tensor:
@@ -134,10 +137,10 @@ class FlowFromNoise:
         alpha_bar = (1 - t)^2 / a^2,  a = sqrt((1 - t)^2 + t^2)
         v(x_t, t) = eps - x0, with the noise and the image that the network finds in y
 
+    Beyond the schedule's noisiest and cleanest levels (t > 0.994 and t < 0.0099) the nearest of them is taken.
+
     Args:
         schedule: of the network.
-
-    Beyond the schedule's noisiest and cleanest levels (t > 0.994 and t < 0.0099) the nearest of them is taken.
     """
 
     def __init__(self, schedule: NoiseSchedule):

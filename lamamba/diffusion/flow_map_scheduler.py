@@ -27,8 +27,7 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
 
         x_r = x_t - (t - r) u(x_t, t, r)
 
-    The network must know where a step ends, besides its time: `end_timesteps`, for each of `timesteps`. Without a step
-    between them, both are those of Euler's method on the flow: equal steps.
+    The network must know where a step ends, besides where it begins: `end_timesteps`, for each of `timesteps`.
 
         scheduler.set_timesteps(2)                          # timesteps 1000, 500; end_timesteps 500, 0
         for t, r in zip(scheduler.timesteps, scheduler.end_timesteps):
@@ -41,6 +40,8 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
 
     order = 1
     init_noise_sigma = 1.0
+    _step_index: int | None
+    _begin_index: int | None
 
     @register_to_config
     def __init__(self, num_train_timesteps: int = NUM_TIMESTEPS):
@@ -77,19 +78,19 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         most = self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("give num_inference_steps or timesteps, one of the two")
-        if timesteps is not None:
+        if num_inference_steps is not None:
+            if num_inference_steps < 1:
+                raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
+            levels = torch.linspace(most, 0, num_inference_steps + 1, dtype=torch.float32)
+        else:
+            assert timesteps is not None
             levels = torch.tensor([*timesteps, 0.0], dtype=torch.float32)
             if len(levels) < 2 or levels[0] > most or not bool((levels.diff() < 0).all()):
                 raise ValueError(f"timesteps={list(timesteps)} must fall from at most {most} to above 0")
-        elif num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
-        else:
-            levels = torch.linspace(most, 0, num_inference_steps + 1, dtype=torch.float32)
         self.num_inference_steps = len(levels) - 1
         self.sigmas = (levels / most).cpu()                                     # shares of noise; the last is 0
         self.timesteps, self.end_timesteps = levels[:-1].to(device), levels[1:].to(device)
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+        self._step_index = self._begin_index = None
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """The network's input, which is the sample itself."""

@@ -76,7 +76,8 @@ def export_onnx(model: LaMambaUNet, path: Path, report: Report = lambda progress
     """Write the network as ONNX, for batches of any size, and compare onnxruntime's output with PyTorch's.
 
     Inputs x, timestep, (for a conditional network) class_labels, and (for a flow map) end_timestep and guidance_scale;
-    output "output", as of `LaMambaUNet.forward`. What torch.onnx.export(model, ...) itself writes is the same, after ten times as long in onnxscript's optimizer.
+    output "output", as of `LaMambaUNet.forward`. What torch.onnx.export(model, ...) itself writes is the same, after
+    ten times as long in onnxscript's optimizer.
 
     Returns:
         max |onnx - torch| / max |torch|, the largest over batches of 1, 2 and 5.

@@ -72,6 +72,7 @@ class ConditionedNetwork:
     ):
         self._model, self._rows_bytes = model, ROWS_BYTES if rows_bytes is None else rows_bytes
         self._times = list(dict.fromkeys(float(t) for t in timesteps))
+        self._rows: dict[float, Tensor] = {}
         self._flow_map = FlowMapInputs(model, self._times)
         self._row_bytes = model.condition_outputs * next(model.parameters()).element_size()
         self._recorded: RecordedNetwork | None = None
@@ -115,7 +116,7 @@ class ConditionedNetwork:
             self._row_of_label = rows.to(self._model.device)
         self._rows_per_step = 1 if self._labels is None else max(1, len(self._labels))
         self._steps_ahead = max(1, self._rows_bytes // (self._row_bytes * self._rows_per_step))
-        self._rows: dict[float, Tensor] = {}
+        self._rows = {}
 
     def __call__(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
         """The network's output for images that share one time and have some of the announced labels.

@@ -270,15 +270,19 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         dtype = self.position_embedding.dtype                                   # others may be stored in fewer bits
         c = self.timestep_embedding(timestep, dtype) + self.label_embedding(rows)                   # (b, 4 width)
         if self.gap_embedding is not None:
-            end = timestep if end_timestep is None else torch.as_tensor(end_timestep, device=timestep.device)
-            gap = self._checked("timestep - end_timestep", timestep.float() - end, 0, MAX_TIMESTEP)
-            c = c + self.gap_embedding(gap.expand_as(timestep) / MAX_TIMESTEP, dtype)
+            gap = torch.zeros_like(timestep)
+            if end_timestep is not None:
+                end = torch.as_tensor(end_timestep, device=timestep.device)
+                gap = self._checked("timestep - end_timestep", timestep.float() - end, 0, MAX_TIMESTEP)
+            c = c + self.gap_embedding(gap / MAX_TIMESTEP, dtype)
         elif end_timestep is not None:
             raise ValueError(f"end_timestep is for flow maps, this network predicts {self.architecture.objective}")
         if self.guidance_embedding is not None:
             low, high = self.architecture.guidance_range or (1.0, 1.0)
-            scale = torch.as_tensor(low if guidance_scale is None else guidance_scale, device=timestep.device).float()
-            scale = self._checked("guidance_scale", scale, low, high).expand_as(timestep)
+            scale = torch.full_like(timestep, low, dtype=torch.float32)
+            if guidance_scale is not None:
+                given = torch.as_tensor(guidance_scale, device=timestep.device).float()
+                scale = self._checked("guidance_scale", given, low, high).expand_as(timestep)
             c = c + self.guidance_embedding((scale - low) / (high - low), dtype)
         elif guidance_scale is not None:
             raise ValueError("guidance_scale is for flow maps with a guidance_range; guide this network from outside")
@@ -287,12 +291,12 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
     @staticmethod
     def _checked(name: str, values: Tensor, low: float, high: float) -> Tensor:
         """The values as they are, which must lie in a range; on GPUs and in graphs that is not looked at."""
-        if values.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed():
-            if not bool(((values >= low) & (values <= high)).all()):
-                raise ValueError(
-                    f"{name} runs from {float(values.min()):g} to {float(values.max()):g}; this network takes "
-                    f"{low:g} to {high:g}"
-                )
+        is_readable = values.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
+        if is_readable and not bool(((values >= low) & (values <= high)).all()):
+            raise ValueError(
+                f"{name} runs from {float(values.min()):g} to {float(values.max()):g}; this network takes {low:g} to "
+                f"{high:g}"
+            )
         return values
 
     def forward(

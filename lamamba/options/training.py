@@ -175,6 +175,8 @@ class FlowMapOptions:
     """Share of the samples whose step has no length: they learn the velocity itself."""
     image_share: Share = 0.3
     """Share of the other samples whose step ends at the image."""
+    lowest_share: Share = 0.25
+    """Share of the samples with the lowest guidance scale of the range; the others lie all over it."""
     smallest_gap: Share = 0.04
     """Half steps shorter than this (all time is 1) begin with the velocity itself."""
 

@@ -15,7 +15,7 @@ from lamamba.diffusion.guidance import Guidance, check_guidance
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.sampling import SamplerOptions
 from lamamba.runs.metadata import default_guidance
-from lamamba.runs.model import SHIPPED, Model, is_shipped, fingerprint, move, open_model, open_network
+from lamamba.runs.model import SHIPPED, Model, fingerprint, is_shipped, move, open_model, open_network
 from lamamba.sampling.generate import ImageGenerator
 from lamamba.sampling.settings import ImageMetadata, Settings, read_image_metadata
 from lamamba.utils.distributed import is_rank_zero

@@ -27,7 +27,7 @@ class FlowMapTask:
     ):
         self._schedule, self._teacher, self._smallest_gap = schedule, teacher, options.smallest_gap
         self._shares = TimeShares(options.noise_share, options.velocity_share, options.image_share)
-        self._guidance_range = config.guidance_range
+        self._guidance_range, self._lowest_share = config.guidance_range, options.lowest_share
 
     def losses(
         self, network: nn.Module, average: nn.Module, x0: Tensor, eps: Tensor, time: Tensor, uniform: Tensor,
@@ -45,7 +45,9 @@ class FlowMapTask:
         """
         t = (self._schedule.timestep(time) / NUM_TIMESTEPS).to(x0)
         t, r = self._shares.draw(t, uniform[:, :4])
-        scale = None if self._guidance_range is None else draw_scale(uniform[:, 4].to(x0), self._guidance_range)
+        scale = None
+        if self._guidance_range is not None:
+            scale = draw_scale(uniform[:, 4].to(x0), self._guidance_range, self._lowest_share)
         xt = self._schedule.add_noise(x0, eps, t * NUM_TIMESTEPS)
 
         def student(x: Tensor, t: Tensor, r: Tensor, rows: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def test_the_demo_from_start_to_report(lamamba, tmp_path):
     assert status == 0, err
     assert "recognised as requested" in out
     assert {path.name for path in (tmp_path / "d").iterdir()} == {
-        "run", "digits.png", "real.png", "loss.png", "report.md", "report.json",
+        "run", "digits.png", "real.png", "loss.png", "one-step.png", "report.md", "report.json",
     }
     assert json.loads((tmp_path / "d" / "report.json").read_text())["score"]["asked"] == 100
 

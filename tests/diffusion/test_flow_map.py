@@ -126,6 +126,9 @@ def test_times_are_drawn_as_described():
     scale = draw_scale(uniform[:, 0], (1.0, 4.0))
     assert 1 <= float(scale.min()) < float(scale.max()) <= 4
     assert float((scale < 1.75).double().mean()) == pytest.approx(0.5, abs=0.01)
+    with_share = draw_scale(uniform[:, 0], (1.0, 4.0), 0.25)
+    assert float((with_share == 1).double().mean()) == pytest.approx(0.25, abs=0.01)
+    assert float((with_share[with_share > 1] < 1.75).double().mean()) == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("objective", ["noise", "v"])
@@ -207,6 +210,11 @@ def test_image_to_image_begins_on_the_path():
     set_steps(scheduler, 4)
     start, noise = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
     seen = []
-    x0 = denoise(lambda x, t: seen.append((float(t[0]), float(x.mean()))) or x - x, scheduler, noise, first=3, start=start)
+
+    def predict(x, t):
+        seen.append((float(t[0]), float(x.mean())))
+        return torch.zeros_like(x)
+
+    x0 = denoise(predict, scheduler, noise, first=3, start=start)
     assert seen == [(250.0, 0.25)]
     assert torch.equal(x0, 0.25 * noise)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lamamba.exporting.onnx import example_inputs, export_onnx, export_program
+from lamamba.exporting.onnx import example_inputs, export_onnx, export_program, extra_inputs
 from lamamba.ops import selective_scan, use_backend
 from lamamba.ops.scan_paths import NUM_PATHS
 from lamamba.ops.selective_scan import parallel_scan
@@ -46,6 +46,13 @@ def test_torch_export_of_the_torch_backend():
     assert len(inputs) == 2
     with torch.no_grad():
         assert relative_error(program.module()(*inputs), model(*inputs)) < 1e-5
+
+
+def test_a_flow_map_has_two_inputs_more(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = random_network(small_config(objective="flow-map", guidance_range=(1.0, 4.0), **SMALL))
+    assert list(extra_inputs(model, 3)) == ["end_timestep", "guidance_scale"]
+    assert export_onnx(model, tmp_path / "unet.onnx") < 1e-4
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 16, 100])

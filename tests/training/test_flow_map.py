@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import lamamba
 from lamamba.diffusion.flow_map import FlowFromNoise
 from lamamba.diffusion.schedule import NoiseSchedule
 from lamamba.options.training import DistillOptions
@@ -17,8 +18,8 @@ from lamamba.runs.model import open_network
 from lamamba.training.distill import VelocityTeacher
 from lamamba.training.loop import describe, train
 from tests.networks import random_network
-from tests.training.together import FewDigits, config, states_equal, together
 from tests.training.test_processes import run
+from tests.training.together import FewDigits, config, states_equal, together
 
 MAP = dict(objective="flow-map", guidance_range=(1.0, 4.0))
 
@@ -50,7 +51,7 @@ def losses_of(folder):
 
 
 def test_steps_without_length_have_no_loss_at_first(data, teacher, tmp_path):
-    """The network is its teacher, whose unguided velocity it learns there; the others are longer than its straight line."""
+    """The network is then its teacher, whose velocity without guidance it learns there."""
     only = dict(velocity_share=0.999999)
     train(flow_map(teacher, model=dict(objective="flow-map"), flow_map=only, steps=1), data, tmp_path / "velocity")
     assert losses_of(tmp_path / "velocity")[0] < 1e-9
@@ -115,6 +116,11 @@ def test_the_teachers_velocity_is_guided(data, tmp_path, objective):
     expected = uncond + scale.view(3, 1, 1, 1) * (cond - uncond)
     torch.testing.assert_close(teacher.velocity(x, t, labels, scale), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(teacher.velocity(x, t, labels, None), cond, rtol=1e-4, atol=1e-4)
+
+
+def test_the_plan_of_the_recipe_has_its_network():
+    plan = lamamba.plan(lamamba.TrainOptions.from_recipe("digits_few_steps", device="cpu"))
+    assert (plan.architecture.objective, plan.architecture.guidance_range) == ("flow-map", (1.0, 4.0))
 
 
 def test_what_does_not_fit_is_refused(data, teacher, tmp_path):
