@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from lamamba.api.sample_folder import SampleFolderResult, sample_folder
     from lamamba.api.train import TrainPlan, TrainResult, plan, train
     from lamamba.config import UNetConfig
+    from lamamba.models.deep_cache import LaMambaCacheConfig
     from lamamba.models.official import load_official, to_official
     from lamamba.models.unet import LaMambaUNet
     from lamamba.options.app import AppOptions
@@ -93,6 +94,7 @@ _NAMES = {
     "api.sample_folder": "SampleFolderResult sample_folder",
     "api.train": "TrainPlan TrainResult plan train",
     "config": "UNetConfig",
+    "models.deep_cache": "LaMambaCacheConfig",
     "models.official": "load_official to_official",
     "models.unet": "LaMambaUNet",
     "options.app": "AppOptions",
@@ -123,14 +125,14 @@ __all__ = [
     "CheckLatentsResult", "CompareCriteriaOptions", "CompareCriteriaResult", "CompareOptions", "CompareResult",
     "CompressOptions", "CompressResult", "ConvertOptions", "ConvertResult", "DemoOptions", "DemoResult",
     "DoctorOptions", "DoctorResult", "EncodeOptions", "EncodeResult", "EvaluateOptions", "EvaluateResult",
-    "ExportOptions", "ExportResult", "InfoOptions", "InfoResult", "LaMambaPipeline", "LaMambaUNet", "MetricOptions",
-    "Model", "PlanRemovalOptions", "PlanRemovalResult", "PlotOptions", "PlotResult", "RemoveUnitsOptions",
-    "RemoveUnitsResult", "SampleFolderOptions", "SampleFolderResult", "SampleOptions", "SampleResult",
-    "ScoreUnitsOptions", "ScoreUnitsResult", "StatisticsOptions", "StatisticsResult", "TrainOptions", "TrainPlan",
-    "TrainResult", "UNetConfig", "__version__", "benchmark", "check_data", "compare", "compare_criteria", "compress",
-    "compute_statistics", "convert", "demo", "doctor", "encode", "evaluate", "export", "info", "load_official",
-    "open_app", "open_model", "plan", "plan_removal", "plot", "remove_units", "sample", "sample_folder",
-    "score_units", "to_official", "train",
+    "ExportOptions", "ExportResult", "InfoOptions", "InfoResult", "LaMambaCacheConfig", "LaMambaPipeline",
+    "LaMambaUNet", "MetricOptions", "Model", "PlanRemovalOptions", "PlanRemovalResult", "PlotOptions", "PlotResult",
+    "RemoveUnitsOptions", "RemoveUnitsResult", "SampleFolderOptions", "SampleFolderResult", "SampleOptions",
+    "SampleResult", "ScoreUnitsOptions", "ScoreUnitsResult", "StatisticsOptions", "StatisticsResult", "TrainOptions",
+    "TrainPlan", "TrainResult", "UNetConfig", "__version__", "benchmark", "check_data", "compare", "compare_criteria",
+    "compress", "compute_statistics", "convert", "demo", "doctor", "encode", "evaluate", "export", "info",
+    "load_official", "open_app", "open_model", "plan", "plan_removal", "plot", "remove_units", "sample",
+    "sample_folder", "score_units", "to_official", "train",
 ]
 
 

@@ -18,7 +18,7 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 from PIL import Image
 
-from lamamba import LaMambaPipeline, LaMambaUNet
+from lamamba import LaMambaCacheConfig, LaMambaPipeline, LaMambaUNet
 from lamamba.data.codec import CodecConfig, LatentDecoder
 from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
 from lamamba.ops import scan_paths
@@ -597,3 +597,22 @@ def test_on_a_gpu(way):
     pipe.to("cuda") if way == "to" else getattr(pipe, way)()
     images = run(pipe, label=[0, 1], generator=seeds(0, 1))
     torch.testing.assert_close(images.cpu(), plain, atol=5e-3, rtol=0)
+
+
+def test_a_cache_of_deep_features_is_the_sampler_s_and_afresh_in_every_call():
+    pipe = make_pipeline("ddim", objective="noise")
+    plain = run(pipe, label=[1, 2], generator=seeds(1, 2), guidance_scale=1.5)
+    cache = LaMambaCacheConfig(interval=3)
+    pipe.unet.enable_cache(cache)
+    cached = [run(pipe, label=[1, 2], generator=seeds(1, 2), guidance_scale=1.5) for _ in range(2)]
+    assert torch.equal(*cached)
+    assert not torch.equal(cached[0], plain)
+    pipe.unet.disable_cache()
+    assert torch.equal(run(pipe, label=[1, 2], generator=seeds(1, 2), guidance_scale=1.5), plain)
+    images = generate(
+        pipe.unet, [1, 2], [1, 2], sampler="ddim", num_steps=6, guidance=1.5, cache=cache, input_size=(8, 8))
+    expected = (cached[0] * 255).permute(0, 2, 3, 1).round().numpy().astype(int)
+    assert np.abs(images.astype(int) - expected).max() <= 1
+    pipe.unet.enable_cache(cache)
+    with pytest.raises(ValueError, match="interval 3 is longer than the run: the run has 1 evaluation"):
+        run(pipe, image=picture(), strength=0.1)

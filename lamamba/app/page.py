@@ -18,7 +18,7 @@ from PIL import Image
 from starlette.middleware import Middleware
 
 from lamamba.app.requests import RequestFilter
-from lamamba.app.session import MAX_SEED, Frame, Request, Session
+from lamamba.app.session import MAX_CACHE, MAX_SEED, Frame, Request, Session
 from lamamba.config import unknown_name
 from lamamba.data.labels import texts_for
 from lamamba.diffusion.denoise import SAMPLERS
@@ -164,10 +164,14 @@ def _build_controls(session: Session) -> _Controls:
                 )
                 for label, side in zip(("Height", "Width"), session.size, strict=True)
             ]
+        cache = gr.Slider(
+            1, MAX_CACHE, value=1, step=1, label="All depths every ... steps",
+            info="1: in each; 2 or 3 save a third to a half of the time",
+        )
     scaling = gr.Radio(
         [SQUARES, SMOOTH], value=SQUARES, label="Show pixels as", visible=max(session.size) < SMALL, elem_id="look"
     )
-    settings = [classes, num_images, seed, sampler, steps, guidance, *sides, scaling]
+    settings = [classes, num_images, seed, sampler, steps, guidance, *sides, scaling, cache]
     return _Controls(settings, seed, new_seed, go, stop, scaling)
 
 
@@ -229,14 +233,14 @@ class _Handlers:
 
     def draw(
         self, classes: Any, num: Any, seed: Any, sampler: Any, steps: Any, guidance: Any, height: Any, width: Any,
-        look: Any,
+        look: Any, cache: Any = 1,
     ) -> Iterator[tuple[Any, ...]]:
         """Sample with the controls' values, as they came; parameter names are those of the endpoint /draw."""
         try:
             request = Request(
                 classes=_as_names(classes), num_images=_whole(num), seed=_whole(seed), sampler=sampler,
                 steps=_whole(steps), guidance=1.0 if guidance is None else guidance, height=_whole(height),
-                width=_whole(width),
+                width=_whole(width), cache=1 if cache is None else _whole(cache),
             )
             if look not in (SQUARES, SMOOTH):
                 raise unknown_name("way to show pixels", str(look), (SQUARES, SMOOTH))

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from lamamba.config import unknown_name
 from lamamba.data.codec import PixelCodec
-from lamamba.diffusion.denoise import SAMPLERS, samplers_for
+from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
 from lamamba.diffusion.guidance import Guidance, check_guidance
+from lamamba.models.deep_cache import LaMambaCacheConfig
 from lamamba.pretrained import DESCRIPTION
 from lamamba.runs.metadata import default_guidance
 from lamamba.runs.model import Model, move, open_model
@@ -29,6 +30,8 @@ from lamamba.utils.distributed import pick_device
 MAX_IMAGES = 100
 """In one request; lamamba sample makes any number."""
 MAX_GUIDANCE = 20.0
+MAX_CACHE = 10
+"""Longest interval of the cache."""
 MAX_SEED = 2**32 - 1
 """What fits a number field of a browser; the command line takes larger ones."""
 BATCH_TOKENS = 16_384
@@ -56,6 +59,13 @@ class Request:
     height: int | None = None
     width: int | None = None
     """In pixels; by default the size of the training."""
+    cache: int = 1
+    """Compute all depths of the network in every so many evaluations only; 1: in all of them."""
+
+    @property
+    def cache_config(self) -> LaMambaCacheConfig | None:
+        """None for no cache."""
+        return None if self.cache == 1 else LaMambaCacheConfig(interval=self.cache)
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,10 @@ class Session:
         if request.steps is not None:
             kind = SAMPLERS[sampler]
             _check_whole("the number of steps", request.steps, kind.min_steps, kind.max_steps)
+        _check_whole("the interval of full passes", request.cache, 1, MAX_CACHE)
+        if request.cache_config is not None:
+            scheduler = make_scheduler(sampler, config.objective, request.steps)
+            request.cache_config.check_run(len(scheduler.timesteps))
         if type(request.guidance) not in (int, float) or not 0 <= request.guidance <= MAX_GUIDANCE:
             raise ValueError(f"guidance {request.guidance!r} must be a number from 0 to {MAX_GUIDANCE}; 1 is none")
         check_guidance(config, Guidance(float(request.guidance)))
@@ -175,7 +189,7 @@ class Session:
             steps=request.steps or SAMPLERS[sampler].default_steps, height=height, width=width,
             guidance=Guidance(float(request.guidance)), autoencoder=autoencoder.name if autoencoder else None,
             autoencoder_sha256=autoencoder.sha256 if autoencoder else None,
-            dtype=str(self.model.network.dtype).removeprefix("torch."),
+            dtype=str(self.model.network.dtype).removeprefix("torch."), cache=request.cache_config,
         )
         labels = self._labels(request)
         return ImageMetadata(
@@ -244,7 +258,7 @@ class Session:
                     self.model.network, self._labels(request), range(request.seed, request.seed + len(images)),
                     sampler=request.sampler, num_steps=request.steps, guidance=float(request.guidance),
                     input_size=self.model.fit(height, width)[0], batch_size=self._batch_size(request),
-                    decoder=self.model.decoder, on_step=on_step, preview=preview,
+                    decoder=self.model.decoder, cache=request.cache_config, on_step=on_step, preview=preview,
                 )
             frames.put(Frame(samples, progress[1], progress[1], True, time.perf_counter() - began))
         except BaseException as error:                                          # raised again by `sample`

@@ -81,6 +81,21 @@ def count(config: UNetConfig) -> Cost:
     )
 
 
+def shallow_share(config: UNetConfig) -> float:
+    """Cost of a shallow pass (lamamba.models.deep_cache) as a share of a full pass's, all operations counted."""
+    with torch.device("meta"):
+        model = LaMambaUNet(config)
+        x = torch.empty(1, config.in_channels, *config.input_size)
+        conditioning = torch.empty(1, model.condition_outputs)                  # computed ahead in both
+        deep = torch.empty(1, *config.token_grid, config.width)
+    totals = []
+    for given in (None, deep):
+        with torch.no_grad(), _Operations() as operations:
+            model.to("meta")(x, None, conditioning=conditioning, deep_features=given)
+        totals.append(operations.get_total_flops() // 2 + operations.scan + operations.layer_norm)
+    return totals[1] / totals[0]
+
+
 def multiply_adds_by_module(model: nn.Module, *inputs: Any, **more: Any) -> dict[str, int]:
     """Multiply-adds of products and convolutions in a forward pass, by the path of each module; "" is the whole.
 

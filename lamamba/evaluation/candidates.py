@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,14 @@ from lamamba.runs.model import EMA, PIPELINE_INDEX, Model, is_shipped, list_aver
 from lamamba.sampling.generate import ImageGenerator
 from lamamba.sampling.labels import label_of
 from lamamba.sampling.plan import NPZ, SHARDS, UNFINISHED, find_plan
+from lamamba.sampling.prepare import cache_config
 from lamamba.utils.text import counted
 
 NUM_IMAGES = 50_000
 """Samples behind a published FID."""
-OF_MODELS = ("repeats", "every_checkpoint", "ema", "guidance", "seed", "sampler", "steps", "autoencoder")
+OF_MODELS = (
+    "repeats", "every_checkpoint", "ema", "guidance", "seed", "sampler", "steps", "autoencoder", "cache", "cache_order",
+)
 """Options that only a model has."""
 
 
@@ -176,16 +179,20 @@ def _sampled(
     if guidance != 1 and not classes:
         raise ValueError(f"{candidate.path} is unconditional: guidance needs classes, leave it out")
     sampler = options.sampler or samplers_for(config.objective)[0]
+    evaluations = len(make_scheduler(sampler, config.objective, options.steps).timesteps)
+    cache = cache_config(options.cache, options.cache_order)
+    if cache is not None:
+        cache.check_run(evaluations)
     metadata = {
         "name": f"{candidate.path}", "step": candidate.step, "ema": candidate.ema, "weights_sha256": model.sha256,
         "objective": config.objective, "sampler": sampler,
-        "evaluations": len(make_scheduler(sampler, config.objective, options.steps).timesteps), "dtype": options.dtype,
+        "evaluations": evaluations, "dtype": options.dtype, **({"cache": asdict(cache)} if cache else {}),
         "labels": options.labels if classes else "none",
         "autoencoder_sha256": decoder.autoencoder.sha256 if decoder else None, "guidance": guidance,
     }
     generator = ImageGenerator(
         model.network, sampler=sampler, num_steps=options.steps, guidance=guidance, batch_size=options.batch_size,
-        decoder=decoder, labels=classes,
+        decoder=decoder, labels=classes, cache=cache,
     )
 
     def make(seeds: range, labels: Sequence[int] | None) -> np.ndarray:

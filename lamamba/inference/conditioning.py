@@ -7,6 +7,7 @@ modulations one by one, but only 550 different ones.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor
 
 from lamamba.inference.cuda_graph import RecordedNetwork, is_small, record
+from lamamba.models.deep_cache import DeepFeatureCache, LaMambaCacheConfig
 from lamamba.models.unet import LaMambaUNet
 
 ROWS_BYTES = 256 << 20
@@ -64,21 +66,29 @@ class ConditionedNetwork:
         timesteps: the times of the run in the order of their use; a step of a flow map ends at the next one.
         labels: see `prepare`.
         rows_bytes: memory for the rows, by default ROWS_BYTES; one step's rows are always computed together.
+        cache: keeps the network's deep features between the steps of a run.
     """
 
     def __init__(
         self, model: LaMambaUNet, timesteps: Iterable[float], labels: Collection[int] | None = None,
-        rows_bytes: int | None = None,
+        rows_bytes: int | None = None, cache: LaMambaCacheConfig | None = None,
     ):
         self._model, self._rows_bytes = model, ROWS_BYTES if rows_bytes is None else rows_bytes
         self._times = list(dict.fromkeys(float(t) for t in timesteps))
         self._rows: dict[float, Tensor] = {}
         self._flow_map = FlowMapInputs(model, self._times)
         self._row_bytes = model.condition_outputs * next(model.parameters()).element_size()
-        self._recorded: RecordedNetwork | None = None
+        self._cache = None if cache is None else DeepFeatureCache(cache)
+        self._recorded: dict[tuple[bool, Sequence[str]], RecordedNetwork] = {}
+        """By whether deep features are given and which features are returned."""
         self._records = True
         self._present: frozenset[int] | None = None
         self._set_labels(None if labels is None else frozenset(labels), None)
+
+    def begin(self, images: int | None) -> None:
+        """Begin a run over a batch of so many images: nothing is left of the one before. None: unconditional."""
+        if self._cache is not None:
+            self._cache.reset(images)
 
     def fits(self, labels: Collection[int]) -> bool:
         """Whether the rows of these labels at all timesteps of the run fit into memory."""
@@ -129,16 +139,27 @@ class ConditionedNetwork:
         else:
             assert self._row_of_label is not None
             chosen = rows[self._row_of_label[class_labels]]
-        return self._run(x.to(chosen.dtype), chosen).to(x.dtype)
+        forward = functools.partial(self._run, x.to(chosen.dtype), chosen)
+        if self._cache is None:
+            return forward().to(x.dtype)
+        return self._cache.run(forward, float(timestep[0]), x.shape[0]).to(x.dtype)
 
-    def _run(self, x: Tensor, conditioning: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and is_small(x, self._model):
-            if self._recorded is None or not self._recorded.takes(x, conditioning):
-                self._recorded = record(self._model, x, conditioning) if self._records else None
-                self._records = self._recorded is not None
-            if self._recorded is not None:
-                return self._recorded(x, conditioning)
-        return self._model(x, None, conditioning=conditioning)
+    def _run(
+        self, x: Tensor, conditioning: Tensor, *, deep_features: Tensor | None = None,
+        return_features: Sequence[str] = (),
+    ) -> Any:
+        if not torch.is_grad_enabled() and self._records and is_small(x, self._model):
+            kind = (deep_features is not None, return_features)
+            recorded = self._recorded.get(kind)
+            if recorded is None or not recorded.takes(x, conditioning):
+                recorded = record(self._model, x, conditioning, deep_features, return_features)
+                self._records = recorded is not None
+            if recorded is not None:
+                self._recorded[kind] = recorded
+                return recorded(x, conditioning, deep_features)
+        return self._model(
+            x, None, conditioning=conditioning, deep_features=deep_features, return_features=return_features
+        )
 
     def _rows_at(self, time: float) -> Tensor:
         if time not in self._rows:
@@ -157,13 +178,19 @@ class ConditionedNetwork:
 class UnpreparedNetwork:
     """A network that computes its conditioning in every call, because hooks move its weights or it is compiled."""
 
-    def __init__(self, model: Any, timesteps: Iterable[float] = ()):
+    def __init__(self, model: Any, timesteps: Iterable[float] = (), cache: LaMambaCacheConfig | None = None):
         self._model = model
         self._flow_map = FlowMapInputs(model, list(dict.fromkeys(float(t) for t in timesteps)))
+        self._cache = None if cache is None else DeepFeatureCache(cache)
 
     def set_guidance_scale(self, scale: float) -> None:
         """The scale that a flow map takes as an input in the next calls."""
         self._flow_map.scale = scale
+
+    def begin(self, images: int | None) -> None:
+        """As that of ConditionedNetwork."""
+        if self._cache is not None:
+            self._cache.reset(images)
 
     def fits(self, labels: Collection[int]) -> bool:
         """True: nothing is kept."""
@@ -177,7 +204,11 @@ class UnpreparedNetwork:
     def __call__(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
         inputs = {name: values.to(x.device).expand(len(x)) for name, values in self._flow_map.at(
             [float(timestep[0])]).items()}
-        return self._model(x.to(self._model.dtype), timestep.to(x.device), class_labels, **inputs).to(x.dtype)
+        forward = functools.partial(
+            self._model, x.to(self._model.dtype), timestep.to(x.device), class_labels, **inputs)
+        if self._cache is None:
+            return forward().to(x.dtype)
+        return self._cache.run(forward, float(timestep[0]), x.shape[0]).to(x.dtype)
 
 
 def is_hooked(network: Any) -> bool:
@@ -185,8 +216,25 @@ def is_hooked(network: Any) -> bool:
     return hasattr(network, "_hf_hook") or hasattr(network, "_diffusers_hook")
 
 
-def conditioned(network: Any, timesteps: Iterable[float]) -> ConditionedNetwork | UnpreparedNetwork:
-    """The network with its conditioning computed ahead wherever that is possible."""
+def conditioned(
+    network: Any, timesteps: Iterable[float], cache: LaMambaCacheConfig | None = None
+) -> ConditionedNetwork | UnpreparedNetwork:
+    """The network with its conditioning computed ahead wherever that is possible.
+
+    Args:
+        network: a LaMambaUNet.
+        timesteps: those of the run.
+        cache: how its deep features are kept between steps; by default as it was enabled for the network itself.
+
+    Raises:
+        ValueError: when the run is too short for the cache.
+    """
+    timesteps = list(timesteps)
+    enabled = getattr(network, "_cache_config", None)
+    if cache is None and isinstance(enabled, LaMambaCacheConfig):
+        cache = enabled
+    if cache is not None:
+        cache.check_run(len(timesteps))
     if is_hooked(network) or is_compiled_module(network):
-        return UnpreparedNetwork(network, timesteps)
-    return ConditionedNetwork(network, timesteps)
+        return UnpreparedNetwork(network, timesteps, cache)
+    return ConditionedNetwork(network, timesteps, cache=cache)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,23 +31,36 @@ class RecordedNetwork:
 
     Args:
         model: the network, on a CUDA device.
-        x: (b, c, h, w) and
-        conditioning: (b, condition_outputs), of the shapes of later calls.
+        x: (b, c, h, w),
+        conditioning: (b, condition_outputs), and
+        deep_features: (b, h, w, width) or None, of the shapes of later calls.
+        return_features: names of the features that calls return beside the output.
     """
 
-    def __init__(self, model: LaMambaUNet, x: Tensor, conditioning: Tensor):
+    def __init__(
+        self, model: LaMambaUNet, x: Tensor, conditioning: Tensor, deep_features: Tensor | None = None,
+        return_features: Sequence[str] = (),
+    ):
         self._x, self._conditioning = x.clone(), conditioning.clone()
+        self._deep_features = None if deep_features is None else deep_features.clone()
+        self._return_features = tuple(return_features)
         self._geometries = model.geometries                                     # replays read them: never freed before
         stream = torch.cuda.Stream(x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.no_grad(), torch.cuda.device(x.device):
             with torch.cuda.stream(stream):                                     # kernels are compiled and chosen here
                 for _ in range(WARM_UP_PASSES):
-                    model(self._x, None, conditioning=self._conditioning)
+                    self._run(model)
             torch.cuda.current_stream(x.device).wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
-                self._output = model(self._x, None, conditioning=self._conditioning)
+                self._output = self._run(model)
+
+    def _run(self, model: LaMambaUNet) -> Any:
+        return model(
+            self._x, None, conditioning=self._conditioning, deep_features=self._deep_features,
+            return_features=self._return_features,
+        )
 
     def takes(self, x: Tensor, conditioning: Tensor) -> bool:
         """Whether it was recorded for tensors of these shapes, dtypes and devices."""
@@ -54,18 +69,27 @@ class RecordedNetwork:
             for given, kept in ((x, self._x), (conditioning, self._conditioning))
         )
 
-    def __call__(self, x: Tensor, conditioning: Tensor) -> Tensor:
-        """The network's output, (b, out_channels, h, w), newly allocated."""
+    def __call__(self, x: Tensor, conditioning: Tensor, deep_features: Tensor | None = None) -> Any:
+        """The network's output, (b, out_channels, h, w), and its features if these were recorded; newly allocated."""
         self._x.copy_(x)
         self._conditioning.copy_(conditioning)
+        if deep_features is not None:
+            assert self._deep_features is not None
+            self._deep_features.copy_(deep_features)
         self._graph.replay()
-        return self._output.clone()
+        if not self._return_features:
+            return self._output.clone()
+        output, features = self._output
+        return output.clone(), {name: feature.clone() for name, feature in features.items()}
 
 
-def record(model: LaMambaUNet, x: Tensor, conditioning: Tensor) -> RecordedNetwork | None:
+def record(
+    model: LaMambaUNet, x: Tensor, conditioning: Tensor, deep_features: Tensor | None = None,
+    return_features: Sequence[str] = (),
+) -> RecordedNetwork | None:
     """Record a forward pass; None, with a warning in the log, where that fails."""
     try:
-        return RecordedNetwork(model, x, conditioning)
+        return RecordedNetwork(model, x, conditioning, deep_features, return_features)
     except RuntimeError as error:
         logger.warning("the network cannot be recorded as a CUDA graph, so it runs kernel by kernel: %s", error)
         return None

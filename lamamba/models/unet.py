@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from lamamba.config import NUM_STAGES, STAGE_SCALES, Grid, UNetConfig, as_grid, check_grid
+from lamamba.config import NUM_STAGES, STAGE_SCALES, STAGES, Grid, UNetConfig, as_grid, check_grid, unknown_name
 from lamamba.models.blocks import ConditionLinear, LaMambaBlock, ModulatedNorm
+from lamamba.models.deep_cache import DEEP, DeepFeatureCache, LaMambaCacheConfig
 from lamamba.models.embeddings import (
     LabelEmbedding,
     PatchEmbedding,
@@ -34,6 +37,18 @@ GEOMETRY_SCALES = (1, 2, 4)
 """Divisors of the token grid in stages 0, 1, and 2 to 3."""
 
 
+class Features:
+    """Outputs of inner layers that a forward pass keeps: those with these names."""
+
+    def __init__(self, names: Sequence[str]):
+        self._names = frozenset(names)
+        self.kept: dict[str, Tensor] = {}
+
+    def keep(self, name: str, x: Tensor) -> None:
+        if name in self._names:
+            self.kept[name] = x
+
+
 class Stage(nn.Module):
     """The blocks of one resolution; every second one shifts its windows.
 
@@ -46,6 +61,7 @@ class Stage(nn.Module):
 
     def __init__(self, config: UNetConfig, name: str, stage: int, depth: int, *, is_decoder: bool = False):
         super().__init__()
+        self.name = name
         projects = is_decoder or config.stage_width(stage) != config.condition_width
         self.blocks = nn.ModuleDict({
             str(i): LaMambaBlock(config, f"{name}.{i}", stage, shifted=i % 2 == 1, projects_condition=projects)
@@ -54,14 +70,15 @@ class Stage(nn.Module):
         })
 
     def forward(
-        self, x: Tensor, c: Tensor | None, geometry: Geometry, modulations: Sequence[Tensor | None]
+        self, x: Tensor, c: Tensor | None, geometry: Geometry, modulations: Sequence[Tensor | None], features: Features
     ) -> Tensor:
         """Apply the blocks in turn; modulations holds each one's, None where it computes it from c."""
-        for block, modulation in zip(self.blocks.values(), modulations, strict=True):
+        for (number, block), modulation in zip(self.blocks.items(), modulations, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x, c, geometry, modulation)
             else:
                 x = block(x, c, geometry, modulation)
+            features.keep(f"{self.name}.{number}", x)
         return x
 
 
@@ -93,6 +110,16 @@ class Head(nn.Module):
         return self.linear(self.norm(self.expand(x), shift, scale))
 
 
+def _common_time(timestep: Tensor | float | None) -> float:
+    """The time of all images of a batch, which a cache needs to be one."""
+    if timestep is None:
+        raise ValueError("the cache needs the time: give timestep, also beside conditioning")
+    times = torch.as_tensor(timestep).flatten()
+    if (times != times[0]).any():
+        raise ValueError(f"the cache needs one time for all images, not {times.tolist()}: disable_cache() for this")
+    return float(times[0])
+
+
 @dataclass
 class UNetOutput(BaseOutput):
     """What return_dict=True gives, as diffusers' networks do."""
@@ -100,7 +127,7 @@ class UNetOutput(BaseOutput):
     sample: Tensor
 
 
-class LaMambaUNet(ModelMixin, ConfigMixin):
+class LaMambaUNet(ModelMixin, CacheMixin, ConfigMixin):
     """LaMamba-Diff: a diffusion U-Net of selective scans and window attention (arXiv 2408.02615).
 
         model = LaMambaUNet(UNetConfig.preset("xl", image_size=256))
@@ -224,6 +251,62 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
         resized = F.interpolate(table, self._run_grid, mode="bicubic", align_corners=False)
         return resized[0].permute(1, 2, 0).to(self.position_embedding.dtype)
 
+    _cache_config: Any = None
+    """As diffusers' CacheMixin has it."""
+    _caches: dict[str, DeepFeatureCache]
+    """By the names of their contexts."""
+    _active_cache: DeepFeatureCache | None = None
+    """Of the surrounding `cache_context`."""
+
+    def enable_cache(self, config: Any) -> None:
+        """Keep deep features between steps (LaMambaCacheConfig), or another of diffusers' caches.
+
+        Samplers and pipelines of ours then use it by themselves, afresh in every call. In a loop of your own, wrap the
+        calls of each guidance branch: `with model.cache_context("cond"): ...`. Outside of that, all passes are full.
+
+        Raises:
+            ValueError: when a cache is enabled already, or config is none that fits.
+        """
+        if not isinstance(config, LaMambaCacheConfig):
+            super().enable_cache(config)
+        elif self.is_cache_enabled:
+            raise ValueError(f"{self._cache_config} is enabled already: call disable_cache() first")
+        else:
+            self._cache_config, self._caches = config, {}
+
+    def disable_cache(self) -> None:
+        """Compute all depths in every pass again."""
+        if not isinstance(self._cache_config, LaMambaCacheConfig):
+            super().disable_cache()
+        self._cache_config, self._caches, self._active_cache = None, {}, None
+
+    @contextmanager
+    def cache_context(self, name: str, **more: Any) -> Iterator[None]:
+        """Inside it, calls of the network are evaluations of the guidance branch of this name.
+
+        A run of a sampler goes from high times to low ones: a time above the last one's begins a new run.
+        """
+        if not self.is_cache_enabled:
+            yield
+            return
+        if not isinstance(self._cache_config, LaMambaCacheConfig):
+            with super().cache_context(name, **more):
+                yield
+            return
+        before, self._active_cache = self._active_cache, self._caches.setdefault(
+            name, DeepFeatureCache(self._cache_config))
+        try:
+            yield
+        finally:
+            self._active_cache = before
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """What diffusers' pipelines call after a run."""
+        if isinstance(self._cache_config, LaMambaCacheConfig):
+            self._caches.clear()
+        elif self.is_cache_enabled:                                             # diffusers' own would make hooks
+            super()._reset_stateful_cache(recurse)
+
     def _stages(self) -> list[Stage]:
         return [*self.encoder, self.bottleneck, *self.decoder]
 
@@ -302,7 +385,8 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
     def forward(
         self, x: Tensor, timestep: Tensor | float | None, class_labels: Tensor | None = None, *,
         end_timestep: Tensor | float | None = None, guidance_scale: Tensor | float | None = None,
-        conditioning: Tensor | None = None, return_features: bool = False, return_dict: bool | None = None,
+        conditioning: Tensor | None = None, deep_features: Tensor | None = None,
+        return_features: bool | Sequence[str] = False, return_dict: bool | None = None,
     ) -> Any:
         """Predict noise and variance, v, the flow's velocity, or its mean between two times from a noisy input.
 
@@ -315,42 +399,89 @@ class LaMambaUNet(ModelMixin, ConfigMixin):
                 timestep itself, for the velocity at that time.
             guidance_scale: of a flow map with a guidance_range, (b,) or a single number in it; None: its lowest.
             conditioning: (b, condition_outputs) from `condition`, in place of timestep, class_labels and the above.
-            return_features: whether to return the features of every stage, too, for distillation.
+            deep_features: (b, h, w, width) of the token grid, what enters the last decoder stage from below: only the
+                first encoder stage, the last decoder stage and the head are computed (lamamba.models.deep_cache).
+            return_features: True for the output of every stage, too, as distillation needs them; or the names of those
+                to return: of stages (lamamba.config.STAGES), of blocks ("encoder.2.0"), or "deep".
             return_dict: for programs written for diffusers' networks: True gives an object with .sample, False a tuple.
 
         Returns:
             (b, out_channels, h, w): for objective "noise" the noise, then the variance's interpolation; for "flow" the
             velocity eps - x0; for "flow-map" its mean from timestep to end_timestep. With return_features, a pair of it
-            and a tuple of the stages' outputs (b, h_s, w_s, c_s) in the order of lamamba.config.STAGES.
+            and the features (b, h_s, w_s, c_s): for True a tuple of the stages' outputs in the order of
+            lamamba.config.STAGES, for names a dictionary.
 
         Raises:
-            ValueError: when x, timestep, class_labels or conditioning do not fit the configuration.
+            ValueError: when x, timestep, class_labels, conditioning, deep_features or the names do not fit the
+                configuration.
         """
         self._check_input(x)
+        features = Features(self._feature_names(return_features, deep_features))
         c, modulations, head_modulation = self._condition(
             x, timestep, class_labels, conditioning, end_timestep, guidance_scale)
         at = {scale: geometry.to(x.device) for scale, geometry in zip(GEOMETRY_SCALES, self.geometries, strict=True)}
-        x = self.patch_embedding(x) + self._positions()                                             # (b, h, w, width)
+        if deep_features is None and self._active_cache is not None:
+            deep_features = self._active_cache.extrapolate(_common_time(timestep), x.shape[0])
 
-        skips, features = [], []
-        for s, stage in enumerate(self.encoder):
-            x = stage(x, c, at[STAGE_SCALES[s]], modulations[s])
-            skips.append(x)
-            features.append(x)
-            if s < 2:
-                x = self.merges[s](x)                                           # (b, h / 2, w / 2, 2 c)
-        if "bottleneck" not in self.architecture.removed_blocks:
-            x = x + self.bottleneck(x, c, at[4], modulations[NUM_STAGES])
-        features.append(x)
-        for s, stage in enumerate(self.decoder):
-            if s >= 2:
-                x = self.expands[s - 2](x)                                      # (b, 2 h, 2 w, c / 2)
-            x = stage(x + skips.pop(), c, at[STAGE_SCALES[NUM_STAGES - 1 - s]], modulations[NUM_STAGES + 1 + s])
-            features.append(x)
+        x = self.patch_embedding(x) + self._positions()                                             # (b, h, w, width)
+        x = self.encoder[0](x, c, at[1], modulations[0], features)
+        features.keep("encoder.0", x)
+        if deep_features is None:
+            deep_features = self._deep_features(x, c, at, modulations, features)
+            if self._active_cache is not None:
+                self._active_cache.keep(deep_features)
+        elif deep_features.shape != x.shape:
+            raise ValueError(f"deep_features has shape {tuple(deep_features.shape)}, x needs {tuple(x.shape)}")
+        features.keep(DEEP, deep_features)
+        x = self.decoder[-1](deep_features + x, c, at[1], modulations[-1], features)
+        features.keep(STAGES[-1], x)
         output = self.head(x, c, head_modulation).permute(0, 3, 1, 2)                       # (b, out_channels, h, w)
         if return_features:
-            return output, tuple(features)
+            return output, tuple(features.kept.values()) if return_features is True else features.kept
         return output if return_dict is None else UNetOutput(sample=output) if return_dict else (output,)
+
+    def _deep_features(
+        self, x: Tensor, c: Tensor | None, at: Mapping[int, Geometry], modulations: Sequence[Sequence[Tensor | None]],
+        features: Features,
+    ) -> Tensor:
+        """All depths below the first encoder stage and the last decoder stage: (b, h, w, width) -> the same shape."""
+        skips = []
+        x = self.merges[0](x)                                                   # (b, h / 2, w / 2, 2 c)
+        for s in range(1, NUM_STAGES):
+            x = self.encoder[s](x, c, at[STAGE_SCALES[s]], modulations[s], features)
+            skips.append(x)
+            features.keep(f"encoder.{s}", x)
+            if s == 1:
+                x = self.merges[s](x)                                           # (b, h / 4, w / 4, 4 c)
+        if "bottleneck" not in self.architecture.removed_blocks:
+            x = x + self.bottleneck(x, c, at[4], modulations[NUM_STAGES], features)
+        features.keep("bottleneck", x)
+        for s in range(NUM_STAGES - 1):
+            if s == 2:
+                x = self.expands[0](x)                                          # (b, h / 2, w / 2, 2 c)
+            scale = STAGE_SCALES[NUM_STAGES - 1 - s]
+            x = self.decoder[s](x + skips.pop(), c, at[scale], modulations[NUM_STAGES + 1 + s], features)
+            features.keep(f"decoder.{s}", x)
+        return self.expands[1](x)                                               # (b, h, w, c)
+
+    def _feature_names(self, wanted: bool | Sequence[str], deep_features: Tensor | None) -> Sequence[str]:
+        """The names of the features to return.
+
+        Raises:
+            ValueError: for a name of none, or of one that is not computed where deep_features are given.
+        """
+        if isinstance(wanted, bool):
+            names: Sequence[str] = STAGES if wanted else ()
+        else:
+            names = (wanted,) if isinstance(wanted, str) else wanted
+            known = [*STAGES, DEEP, *(f"{stage.name}.{i}" for stage in self._stages() for i in stage.blocks)]
+            for name in names:
+                if name not in known:
+                    raise unknown_name("feature", str(name), known)
+        shallow = ("encoder.0", STAGES[-1], DEEP)
+        if deep_features is not None and (lost := [n for n in names if not n.startswith(shallow)]):
+            raise ValueError(f"features {', '.join(lost)} are not computed with deep_features: leave them out")
+        return names
 
     def _condition(
         self, x: Tensor, timestep: Tensor | float | None, class_labels: Tensor | None, conditioning: Tensor | None,

@@ -56,6 +56,10 @@ class EvaluateOptions:
     guidance: Numbers = (1.0,)
     """Classifier-free guidance scale. 1, no guidance, is the protocol of published figures, and the default here
     whatever the model's own scale. Several with commas are a sweep: 1,1.25,1.5,2."""
+    cache: Annotated[int, Ge(1)] | None = None
+    """Compute all depths of the network in every so many evaluations only, as in lamamba sample."""
+    cache_order: Literal[0, 1] | None = None
+    """How the cache carries deep features on, as in lamamba sample."""
     autoencoder: Name | None = None
     """For models of latents: folder or hub id; by default the one that made the latents."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -48,6 +48,12 @@ class SamplerOptions(DenoisingOptions):
     """0 (off) to 1: how much of the contrast that guidance adds is taken back."""
     autoguidance: FilePath | None = None
     """A guiding model (smaller, or an earlier checkpoint), in place of the model without labels."""
+    cache: Annotated[int, Ge(1)] | None = None
+    """Compute all depths of the network in every so many evaluations only, and the outermost stages alone in the others
+    (the first two are always full); by default, and with 1, in all of them."""
+    cache_order: Literal[0, 1] | None = None
+    """How the cache carries deep features on: 1, linearly from the last two full passes (the default), or 0, as they
+    were."""
     height: int | None = None
     """Height of an image in pixels; by default as in training."""
     width: int | None = None

@@ -18,6 +18,7 @@ from lamamba.data.codec import Decoder, PixelCodec
 from lamamba.diffusion.denoise import SAMPLERS, Step, denoise, make_scheduler, samplers_for, slerp
 from lamamba.diffusion.guidance import Guidance, Predict, check_guidance, check_guiding_model, guided
 from lamamba.inference.conditioning import conditioned
+from lamamba.models.deep_cache import LaMambaCacheConfig
 from lamamba.models.unet import LaMambaUNet
 from lamamba.sampling.settings import MAX_SEED, Interpolated
 
@@ -37,14 +38,16 @@ class GuidedModel:
         guiding_model: a second network to guide by, in place of the first one with the null label (autoguidance).
         labels: all labels of the run. Where the rows of all of them fit into memory they are kept for all batches;
             otherwise each batch has its own.
+        cache: how deep features are kept between steps, each network's and each guidance branch's its own; by default
+            as it was enabled for the networks themselves.
 
     Raises:
-        ValueError: when guidance or the guiding model do not fit the network.
+        ValueError: when guidance or the guiding model do not fit the network, or the run is too short for the cache.
     """
 
     def __init__(
         self, model: LaMambaUNet, timesteps: Sequence[float], guidance: Guidance, *,
-        guiding_model: LaMambaUNet | None = None, labels: Iterable[int] = (),
+        guiding_model: LaMambaUNet | None = None, labels: Iterable[int] = (), cache: LaMambaCacheConfig | None = None,
     ):
         self._config, self._num_classes, self._guidance = model.architecture, model.config["num_classes"], guidance
         self._is_flow_map = self._config.objective == "flow-map"
@@ -53,7 +56,7 @@ class GuidedModel:
         if guiding_model is not None:
             check_guiding_model(model.architecture, guiding_model.architecture)
             networks.append(guiding_model)
-        self._networks = [conditioned(network, timesteps) for network in networks]
+        self._networks = [conditioned(network, timesteps, cache) for network in networks]
         self._run_labels = self._with_null(labels)
 
     def _with_null(self, labels: Iterable[int]) -> frozenset[int]:
@@ -64,7 +67,7 @@ class GuidedModel:
         self, labels: Sequence[int] | None, device: torch.device, mixtures: Tensor | None = None,
         scale: Callable[[], float] | None = None,
     ) -> Predict:
-        """The guided prediction for a batch with these labels, as a function of (x, t) for `denoise`.
+        """The guided prediction for one run over a batch with these labels, as a function of (x, t) for `denoise`.
 
         Args:
             labels: one per image; None for an unconditional network.
@@ -72,6 +75,8 @@ class GuidedModel:
             mixtures: (m, num_classes + 1) weights of label embeddings; label num_classes + 1 + i means the i-th.
             scale: called before every evaluation for the guidance scale, which may change on the way.
         """
+        for network in self._networks:
+            network.begin(None if labels is None else len(labels))
         predict = self._predictor(labels, device, mixtures)
         if scale is None:
             return predict
@@ -143,15 +148,18 @@ class ImageGenerator:
         batch_size: images at a time; changes nothing but speed and memory.
         decoder: makes images of the network's clean output; by default that is the image's pixels.
         labels: all labels of the calls, where they are known: their conditioning is kept between batches and calls.
+        cache: how deep features are kept between steps; by default as `LaMambaUNet.enable_cache` has set it.
 
     Raises:
-        ValueError: when sampler, size, guidance or the guiding model do not fit the network.
+        ValueError: when sampler, size, guidance or the guiding model do not fit the network, or the run is too short
+            for the cache.
     """
 
     def __init__(
         self, model: LaMambaUNet, *, sampler: str | None = None, num_steps: int | None = None,
         guidance: Guidance | float = 1.0, guiding_model: LaMambaUNet | None = None, input_size: Grid | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE, decoder: Decoder | None = None, labels: Iterable[int] = (),
+        cache: LaMambaCacheConfig | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -160,7 +168,7 @@ class ImageGenerator:
         self._sampler, self._num_steps = sampler or samplers_for(config.objective)[0], num_steps
         self._input_size, self._decoder = input_size or config.input_size, decoder or PixelCodec()
         self._guidance = guidance if isinstance(guidance, Guidance) else Guidance(float(guidance))
-        self._labels = labels
+        self._labels, self._cache = labels, cache
         self._guided: GuidedModel | None = None
         check_guidance(config, self._guidance, has_guiding_model=guiding_model is not None)
         if guiding_model is not None:
@@ -210,7 +218,7 @@ class ImageGenerator:
         if self._guided is None:
             self._guided = GuidedModel(
                 self._model, scheduler.timesteps.tolist(), self._guidance, guiding_model=self._guiding_model,
-                labels=self._labels,
+                labels=self._labels, cache=self._cache,
             )
         numbers, mixtures = _as_numbers(labels, config.num_classes)
         x0 = denoise(
@@ -232,6 +240,7 @@ def generate(
     input_size: Grid | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     decoder: Decoder | None = None,
+    cache: LaMambaCacheConfig | None = None,
     on_step: Callable[[int, int], None] | None = None,
     preview: Preview | None = None,
 ) -> np.ndarray:
@@ -242,7 +251,7 @@ def generate(
     numbers = {label for label in labels or () if not isinstance(label, Interpolated)}
     images = ImageGenerator(
         model, sampler=sampler, num_steps=num_steps, guidance=guidance, guiding_model=guiding_model,
-        input_size=input_size, batch_size=batch_size, decoder=decoder, labels=numbers,
+        input_size=input_size, batch_size=batch_size, decoder=decoder, labels=numbers, cache=cache,
     )
     return images(labels, seeds, on_step=on_step, preview=preview)
 

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
 from lamamba.diffusion.guidance import Guidance, check_guidance
+from lamamba.models.deep_cache import LaMambaCacheConfig
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.sampling import SamplerOptions
 from lamamba.runs.metadata import default_guidance
@@ -41,6 +42,7 @@ def fill_from_picture(options: Options) -> tuple[Options, ImageMetadata | None]:
         "guidance_channels": guidance.channels, "guidance_interval": tuple(guidance.interval),
         "guidance_rescale": guidance.rescale, "height": settings.height, "width": settings.width,
         "batch_size": picture.batch_size, "dtype": settings.dtype, "autoencoder": settings.autoencoder,
+        "cache": settings.cache and settings.cache.interval, "cache_order": settings.cache and settings.cache.order,
         "model": None if settings.model == SHIPPED else Path(settings.model),
         "autoguidance": None if settings.autoguidance is None else Path(settings.autoguidance),
     }
@@ -82,7 +84,7 @@ class PreparedModel:
             model.network, sampler=settings.sampler, num_steps=settings.steps, guidance=settings.guidance,
             guiding_model=None if guiding_model is None else move(guiding_model, device, dtype),
             input_size=model.fit(settings.height, settings.width)[0], batch_size=batch_size, decoder=model.decoder,
-            labels=labels,
+            labels=labels, cache=settings.cache,
         )
 
 
@@ -127,7 +129,10 @@ def resolve_settings(options: SamplerOptions, model: Model, guiding_model: LaMam
     """
     objective, autoencoder = model.network.architecture.objective, model.decoder and model.decoder.autoencoder
     sampler = options.sampler or samplers_for(objective)[0]
-    make_scheduler(sampler, objective, options.steps)                           # refused before any work
+    scheduler = make_scheduler(sampler, objective, options.steps)               # refused before any work
+    cache = cache_config(options.cache, options.cache_order)
+    if cache is not None:
+        cache.check_run(len(scheduler.timesteps))
     can_guide = bool(model.num_classes or guiding_model)
     scale = default_guidance(model.metadata.guidance, can_guide) if options.guidance is None else options.guidance
     guidance = Guidance(
@@ -144,8 +149,21 @@ def resolve_settings(options: SamplerOptions, model: Model, guiding_model: LaMam
         autoguidance_sha256=None if guiding_model is None else fingerprint(guiding_model),
         autoencoder=autoencoder.name if autoencoder else None,
         autoencoder_sha256=autoencoder.sha256 if autoencoder else None,
-        dtype=options.dtype or "float32", compiled=options.compile,
+        dtype=options.dtype or "float32", compiled=options.compile, cache=cache,
     )
+
+
+def cache_config(interval: int | None, order: Literal[0, 1] | None) -> LaMambaCacheConfig | None:
+    """The cache that options name; None for none.
+
+    Raises:
+        ValueError: for an order without an interval.
+    """
+    if interval is None:
+        if order is not None:
+            raise ValueError(f"cache_order={order} needs a cache: give cache, too, as in cache=3")
+        return None
+    return LaMambaCacheConfig(interval=interval, order=1 if order is None else order)
 
 
 def _log_notes(model: Model) -> None:

@@ -13,6 +13,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from lamamba._version import __version__
 from lamamba.config import unknown_name
 from lamamba.diffusion.guidance import Guidance
+from lamamba.models.deep_cache import LaMambaCacheConfig
 from lamamba.options.base import Ge, from_dict, record
 from lamamba.utils.files import parse_json
 
@@ -55,6 +56,8 @@ class Settings:
     dtype: str = "float32"
     """In which the network computed."""
     compiled: bool = False
+    cache: LaMambaCacheConfig | None = None
+    """How deep features were kept between steps; absent in files where they were not."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -64,12 +67,15 @@ class Settings:
         """Plain values for JSON."""
         values = dataclasses.asdict(self)
         values["guidance"]["interval"] = list(self.guidance.interval)
+        if self.cache is None:
+            del values["cache"]
         return values
 
     def what_counts(self) -> dict[str, Any]:
         """Flat, and without the names of folders: their hashes say what was in them."""
         values = self.to_dict()
         guidance = values.pop("guidance")
+        values |= {f"cache {key}": value for key, value in values.pop("cache", {}).items()}
         names = ("model", "autoguidance", "autoencoder")
         return {key: v for key, v in values.items() if key not in names} | {
             f"guidance {key}": value for key, value in guidance.items()

@@ -45,6 +45,23 @@ def test_a_model_is_evaluated(tmp_path, capsys, caplog):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "result.png"]
 
 
+def test_a_model_is_evaluated_with_deep_features_kept(tmp_path):
+    options = dict(samples="shipped", reference="digits", num_images=20, steps=6, **DIGITS)
+    found = [
+        lamamba.evaluate(lamamba.EvaluateOptions(out=tmp_path / f"{k}.json", **cache, **options), progress=None)
+        for k, cache in enumerate(({}, {"cache": 1}, {"cache": 2, "cache_order": 0}))
+    ]
+    distances = [result.figures["frechet"] for result in found]
+    assert distances[0] == distances[1] != distances[2]
+    assert found[2].best.protocol["samples"]["cache"] == {"interval": 2, "order": 0, "warm_up": 2}
+    with pytest.raises(ValueError, match="interval 7 is longer than the run"):
+        lamamba.evaluate(lamamba.EvaluateOptions(cache=7, out=tmp_path / "x.json", **options), progress=None)
+    with pytest.raises(ValueError, match="holds images, not a model: cache"):
+        lamamba.evaluate(
+            lamamba.EvaluateOptions(samples="digits", reference="digits", cache=2, out=tmp_path / "x.json", **DIGITS),
+            progress=None)
+
+
 def test_arrays_are_evaluated_as_files_are(tmp_path, digits):
     np.savez(tmp_path / "samples.npz", arr_0=digits[::2])
     paths = {"samples": tmp_path / "samples.npz", "reference": "digits"}

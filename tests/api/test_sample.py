@@ -52,6 +52,24 @@ def test_a_png_repeats_itself(model, tmp_path):
     assert again.metadata == first.metadata
 
 
+def test_a_png_says_how_deep_features_were_kept(model, tmp_path):
+    settings = dict(steps=8, guidance=3.0, out=tmp_path / "a.png")
+    first = sample(model, cache=3, **settings)
+    assert str(first).endswith("flow-euler in 8 steps, guidance 3, cache 3")
+    assert first.metadata.settings.cache == lamamba.LaMambaCacheConfig(interval=3)
+    assert read_image_metadata(tmp_path / "a.png") == first.metadata
+    again = lamamba.sample(
+        lamamba.SampleOptions(like=tmp_path / "a.png", out=tmp_path / "b.png", device="cpu"), progress=None)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert again.metadata.settings.what_counts()["cache order"] == 1
+    repeated = sample(model, cache=3, cache_order=0, **settings)
+    plain = sample(model, **settings)
+    assert "cache" not in plain.metadata.settings.to_dict()                     # older versions read it
+    np.testing.assert_array_equal(sample(model, cache=1, **settings).images, plain.images)
+    assert not np.array_equal(first.images, plain.images)
+    assert not np.array_equal(first.images, repeated.images)
+
+
 def test_classes_are_given_as_words_numbers_or_a_list(model):
     for classes in ("1,cat", ["bee", 2], (1, 2), [np.int64(1), "2"]):
         assert sample(model, classes=classes, num=1).labels == (1, 2)
@@ -74,6 +92,9 @@ def test_progress_is_reported_in_steps(model):
 @pytest.mark.parametrize(("changes", "said"), [
     ({"out": "x.jpg"}, "pictures are .png"), ({"num": 0}, "num=0 must be at least 1"),
     ({"fps": 51}, "fps=51 must be at most 50"), ({"guidance_rescale": 1.5}, "guidance_rescale=1.5 must be at most 1"),
+    ({"cache": 0}, "cache=0 must be at least 1"), ({"cache_order": 1}, "cache_order=1 needs a cache"),
+    ({"cache": 3}, "interval 3 is longer than the run: the run has 2 evaluations"),
+    ({"steps": 1, "cache": 2}, "the run has 1 evaluation of the network"),
     ({"classes": ["bees"]}, "did you mean 'bee'"), ({"sampler": "ddpm"}, "this one was trained for flow"),
 ])
 def test_options_that_do_not_fit_are_refused(model, changes, said):

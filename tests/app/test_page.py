@@ -132,7 +132,7 @@ def send(server, path, body=b"", method="POST", **headers):
         return error.code, error.read().decode()
 
 
-GOOD = {"data": [["4"], 1, 3, "flow-euler", 3, 1.0, 8, 8, "squares"]}
+GOOD = {"data": [["4"], 1, 3, "flow-euler", 3, 1.0, 8, 8, "squares", 1]}
 CALL, JOIN = "/gradio_api/call/draw", "/gradio_api/queue/join"
 FILE = {"path": "http://127.0.0.1:9/x", "meta": {"_type": "gradio.FileData"}}
 

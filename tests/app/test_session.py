@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from lamamba import LaMambaCacheConfig
 from lamamba.app.session import MAX_IMAGES, Request, Session
 from lamamba.config import UNetConfig
 from lamamba.models.unet import LaMambaUNet
@@ -53,6 +54,16 @@ def test_frames_show_the_denoising():
     distances = [float(np.abs(frame.images.astype(int) - frames[-1].images).mean()) for frame in frames]
     assert distances[0] > 10                                                    # grey levels
     assert distances[-2] < distances[0] / 2
+
+
+def test_deep_features_are_kept_as_the_request_says(session):
+    request = dataclasses.replace(REQUEST, cache=3)
+    *_, last = session.sample(request)
+    cache = LaMambaCacheConfig(interval=3)
+    images = expected(session, [3, 3, 7, 7], [11, 12, 13, 14], num_steps=6, guidance=1.75, cache=cache)
+    np.testing.assert_array_equal(last.images, images)
+    assert session.metadata_of(request).settings.cache == cache
+    assert session.metadata_of(REQUEST).settings.cache is None
 
 
 def test_the_metadata_reproduces_the_images(session):
@@ -138,6 +149,8 @@ def test_two_requests_at_once_do_not_mix(session):
     ({"guidance": "much"}, "guidance 'much'"),
     ({"height": 10}, "height 10 does not fit this model: it must be a multiple of 4 pixels; the nearest is 8 or 12"),
     ({"width": 4096}, "width is 4096"),
+    ({"cache": 0}, "interval of full passes is 0"),
+    ({"cache": 7}, "interval 7 is longer than the run"),
 ])
 def test_what_does_not_fit_is_refused_in_words(session, change, said):
     with pytest.raises(ValueError, match=said):

@@ -112,6 +112,19 @@ def test_paths_between_seeds_and_classes(sample):
     assert (status, "shows an interpolation" in err) == (2, True)
 
 
+def test_deep_features_are_kept_between_steps(sample):
+    status, out, _ = sample("flow", "--num", 1, "--steps", 6, "--cache", 3, "--cache-order", 0, "--out", "a.png")
+    assert (status, "guidance 2, cache 3" in out) == (0, True)
+    cache = read_image_metadata("a.png").settings.cache
+    assert (cache.interval, cache.order) == (3, 0)
+    status, _, err = sample("flow", "--num", 1, "--steps", 1, "--cache", 3)
+    assert (status, "longer than the run: the run has 1 evaluation" in err) == (2, True)
+    command = ("flow", "--num", 4, "--steps", 6, "--cache", 3, "--balanced", "--out", "many")
+    assert sample(*command)[0] == 0
+    status, _, err = sample(*command, "--cache-order", 0)                       # made otherwise
+    assert (status, "cache order" in err) == (2, True)
+
+
 def test_films_have_a_frame_for_every_step(sample):
     options = ("flow", "--classes", "1", "--num", 2, "--steps", 7)
     assert sample(*options, "--out", "walk.gif")[0] == 0
