@@ -73,13 +73,14 @@ COMMANDS = [
 SHORTER = "--steps 2"
 HERE = {
     "train digits --out": "--steps 6 --batch-size 16 --sampling.every 6 --checkpoint-every 6",
-    "train digits --dry-run": "",
+    "train digits --dry-run": "--out runs/planned",
     "train folder": "--steps 2 --batch-size 2 --sampling.every 2 --model.width 16 --model.num-heads 2",
     "sample runs/photos": SHORTER,
     "data check imagenet/train": "",
     "train xl_256 --dry-run": "",
     "plot": "",
     "sample --out digits.png": SHORTER,
+    "sample --cache": "--steps 6 -n 2",
     "sample runs/digits --classes 3,7": SHORTER,
     "sample --like": "",
     "sample runs/digits --interpolate": SHORTER,
@@ -91,6 +92,7 @@ HERE = {
     "evaluate compare": "",
     "convert official.pt": "",
     "convert models/xl": "",
+    "compress shipped": "--samples 16",
 }
 """Commands that run here, in this order, by how they begin; with words that shorten them."""
 ELSEWHERE = {
@@ -98,7 +100,7 @@ ELSEWHERE = {
     "encode": "an autoencoder of a hub", "train xl_256 --out": "latents, and days", "train finetune": "latents",
     "train digits --score.every": "a training of minutes: tests/cli/test_train.py",
     "evaluate samples.npz": "weights of Inception", "evaluate stats": "weights of Inception",
-    "sample models/xl": "an autoencoder of a hub",
+    "sample models/xl": "an autoencoder of a hub", "compress runs/xl": "a network of a long training",
 }
 
 

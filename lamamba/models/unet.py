@@ -28,7 +28,7 @@ from lamamba.models.embeddings import (
 )
 from lamamba.models.geometry import TABLES, Geometry, make_geometry
 from lamamba.models.resample import PatchExpanding, PatchMerging
-from lamamba.models.weights import check_weights, read_config
+from lamamba.models.weights import check_weights, is_quantized, read_config
 from lamamba.ops.dispatch import is_transformed
 from lamamba.utils.tensors import PICKLE_ADVICE, weight_files
 
@@ -581,7 +581,8 @@ class LaMambaUNet(ModelMixin, CacheMixin, ConfigMixin):
             )
         if kwargs.get("use_safetensors") is False:
             raise ValueError(f"use_safetensors=False: weights {PICKLE_ADVICE}")
-        if place.is_dir() and not kwargs.get("variant") and not kwargs.get("quantization_config"):
+        is_whole = place.is_dir() and not kwargs.get("variant") and not kwargs.get("quantization_config")
+        if is_whole and not is_quantized(place):                                # their tensors are the quantiser's
             check_weights(cls, read_config(place), weight_files(place), place)
         kwargs["use_safetensors"] = True
         kwargs.setdefault("disable_mmap", True)

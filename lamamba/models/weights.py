@@ -16,13 +16,24 @@ from lamamba.utils.tensors import FLOATS, Header, read_header
 T = TypeVar("T", bound=nn.Module)
 
 
+def is_quantized(folder: Path) -> bool:
+    """Whether a folder of a saved network holds weights that a quantiser of diffusers has written."""
+    path = folder / "config.json"
+    return path.is_file() and "quantization_config" in read_json(path)
+
+
 def read_config(folder: Path) -> UNetConfig:
     """The configuration of a saved network.
 
     Raises:
-        ValueError: naming the file and the entry that does not fit.
+        ValueError: naming the file and the entry that does not fit; for quantised weights.
     """
     path = folder / "config.json"
+    if is_quantized(folder):
+        raise ValueError(
+            f"{path}: its weights are quantised, which LaMambaUNet.from_pretrained reads; here give the network as it "
+            "was before, with quantize"
+        )
     values = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
     try:
         return UNetConfig.from_dict(values)

@@ -67,6 +67,8 @@ class SamplerOptions(DenoisingOptions):
     """"auto" (a GPU where there is one; under torchrun each process its own), or a PyTorch device."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the network, by default float32 (the sampler's own arithmetic always is)."""
+    quantize: Literal["int8", "int8-dynamic"] | None = None
+    """Weights in eight bits, by torchao (pip install 'lamamba-diff[quantize]'); int8-dynamic: activations, too."""
     compile: bool = False
     """torch.compile the network first: worth its minute or two for many images, not for a few."""
 

@@ -18,6 +18,7 @@ from lamamba.data.codec import CodecConfig, LatentDecoder
 from lamamba.data.labels import as_names, short_names
 from lamamba.inference.compiling import compile_network
 from lamamba.inference.packing import pack_weights
+from lamamba.inference.quantizing import Quantization, quantize
 from lamamba.models.unet import LaMambaUNet
 from lamamba.models.weights import check_weights, read_config
 from lamamba.options.base import from_dict
@@ -268,10 +269,19 @@ class Model:
         size = self.network.architecture.fit_input(height, width, self.factor)
         return size, (size[0] * self.factor, size[1] * self.factor)
 
-    def prepare(self, device: torch.device, dtype: torch.dtype, compiled: bool, images: int) -> None:
-        """Move the network to a device and dtype, and pack or compile its weights for batches of so many images."""
+    def prepare(
+        self, device: torch.device, dtype: torch.dtype, compiled: bool, images: int,
+        quantized: Quantization | None = None,
+    ) -> None:
+        """Move the network to a device and dtype, and quantise, pack or compile it for batches of so many images.
+
+        Raises:
+            RuntimeError: without torchao, where it is to be quantised, or without a compiler.
+        """
         move(self.network, device, dtype)
-        if dtype == torch.bfloat16 and device.type == "cpu" and not compiled:
+        if quantized:
+            quantize(self.network, quantized)
+        elif dtype == torch.bfloat16 and device.type == "cpu" and not compiled:
             grid = self.network.architecture.token_grid
             pack_weights(self.network, grid[0] * grid[1] * images)
         if compiled:

@@ -12,6 +12,7 @@ import torch
 
 from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
 from lamamba.diffusion.guidance import Guidance, check_guidance
+from lamamba.inference.quantizing import check_quantization, quantize
 from lamamba.models.deep_cache import LaMambaCacheConfig
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.sampling import SamplerOptions
@@ -42,6 +43,7 @@ def fill_from_picture(options: Options) -> tuple[Options, ImageMetadata | None]:
         "guidance_channels": guidance.channels, "guidance_interval": tuple(guidance.interval),
         "guidance_rescale": guidance.rescale, "height": settings.height, "width": settings.width,
         "batch_size": picture.batch_size, "dtype": settings.dtype, "autoencoder": settings.autoencoder,
+        "quantize": settings.quantized,
         "cache": settings.cache and settings.cache.interval, "cache_order": settings.cache and settings.cache.order,
         "model": None if settings.model == SHIPPED else Path(settings.model),
         "autoguidance": None if settings.autoguidance is None else Path(settings.autoguidance),
@@ -79,10 +81,15 @@ class PreparedModel:
         """
         model, guiding_model, settings = self.model, self.guiding_model, self.settings
         dtype = getattr(torch, settings.dtype)
-        model.prepare(device, dtype, settings.compiled, min(batch_size, num_images or batch_size))
+        model.prepare(
+            device, dtype, settings.compiled, min(batch_size, num_images or batch_size), settings.quantized)
+        if guiding_model is not None:
+            move(guiding_model, device, dtype)
+            if settings.quantized:
+                quantize(guiding_model, settings.quantized)
         return ImageGenerator(
             model.network, sampler=settings.sampler, num_steps=settings.steps, guidance=settings.guidance,
-            guiding_model=None if guiding_model is None else move(guiding_model, device, dtype),
+            guiding_model=guiding_model,
             input_size=model.fit(settings.height, settings.width)[0], batch_size=batch_size, decoder=model.decoder,
             labels=labels, cache=settings.cache,
         )
@@ -99,6 +106,8 @@ def prepare(options: SamplerOptions, picture: ImageMetadata | None, device: torc
     Raises:
         ValueError: when they do not fit together, or the model is not the one that made the picture.
     """
+    if options.quantize:
+        check_quantization()
     model = open_model(_find_folder(options, picture), autoencoder=options.autoencoder, device=device)
     if picture is not None and model.name == picture.settings.model and model.sha256 != picture.settings.model_sha256:
         raise ValueError(
@@ -149,7 +158,8 @@ def resolve_settings(options: SamplerOptions, model: Model, guiding_model: LaMam
         autoguidance_sha256=None if guiding_model is None else fingerprint(guiding_model),
         autoencoder=autoencoder.name if autoencoder else None,
         autoencoder_sha256=autoencoder.sha256 if autoencoder else None,
-        dtype=options.dtype or "float32", compiled=options.compile, cache=cache,
+        dtype=options.dtype or "float32", compiled=options.compile,
+        quantized=options.quantize, cache=cache,
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
@@ -56,6 +56,8 @@ class Settings:
     dtype: str = "float32"
     """In which the network computed."""
     compiled: bool = False
+    quantized: Literal["int8", "int8-dynamic"] | None = None
+    """Weights (and activations) in eight bits; absent in files where they were not."""
     cache: LaMambaCacheConfig | None = None
     """How deep features were kept between steps; absent in files where they were not."""
 
@@ -67,9 +69,7 @@ class Settings:
         """Plain values for JSON."""
         values = dataclasses.asdict(self)
         values["guidance"]["interval"] = list(self.guidance.interval)
-        if self.cache is None:
-            del values["cache"]
-        return values
+        return {key: value for key, value in values.items() if value is not None or key not in ("cache", "quantized")}
 
     def what_counts(self) -> dict[str, Any]:
         """Flat, and without the names of folders: their hashes say what was in them."""
