@@ -304,7 +304,9 @@ def test_ways_to_load(tmp_path):
         assert again.unet.dtype == dtype
         assert float((run(again) - plain).abs().max()) < (0.02 if dtype == torch.float16 else 1e-6)
     split = LaMambaUNet.from_pretrained(
-        tmp_path / "unet", variant="fp16", device_map="auto", max_memory={"cpu": "120KB"}, offload_folder=tmp_path / "o")
+        tmp_path / "unet", variant="fp16", device_map="auto", max_memory={"cpu": "400KB"},
+        offload_folder=tmp_path / "o")
+    assert set(split.hf_device_map.values()) == {"cpu", "disk"}
     pipe.unet = split
     torch.testing.assert_close(run(pipe), plain)
     assert LaMambaUNet.from_config(split.config).config == LaMambaUNet.from_config(dict(split.config)).config
