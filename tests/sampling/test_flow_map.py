@@ -137,7 +137,8 @@ def test_the_page_offers_its_range_and_its_sampler(model):
         session.check(Request(classes=("3",), guidance=10.0))
 
 
-def test_it_is_evaluated_at_several_scales():
+def test_it_is_evaluated_at_several_scales(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     result = lamamba.evaluate(lamamba.EvaluateOptions(
         samples=NAME, reference="digits", features="digits", num_images=20, guidance=[1, 3], steps=1), progress=None)
     assert [entry.protocol["samples"]["evaluations"] for entry in result.entries] == [1, 1]
