@@ -183,8 +183,10 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(SAMPLERS), figsize=(12, 4.2), sharey=True)
-    for axes, sampler in zip(panels, SAMPLERS, strict=True):
+    samplers = list(dict.fromkeys(row["sampler"] for row in found))
+    size = (max(6, 4 * len(samplers)), 4.6)
+    figure, panels = plt.subplots(1, len(samplers), figsize=size, sharey=True, squeeze=False)
+    for axes, sampler in zip(panels[0], samplers, strict=True):
         for kind, colour, marker, label in (
             ("plain", "0.35", "o", "fewer steps"), ("1", "tab:blue", "D", "deep features extrapolated (order 1)"),
             ("0", "tab:orange", "s", "deep features repeated (order 0)"),
@@ -201,12 +203,13 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
                 axes.annotate(name, (row["cost"], mean), xytext=(5, 6 if kind == "plain" else -12),
                               textcoords="offset points", fontsize=8, color=colour)
         axes.set(title=sampler, xlabel="cost in full evaluations per image")
-        axes.margins(x=0.15, y=0.15)
+        axes.margins(x=0.25, y=0.15)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("Fréchet distance to real digits, less theirs")
-    panels[0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    panels[0, 0].set_ylabel("Fréchet distance to real digits, less theirs")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=3)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=110)
 
 

@@ -144,6 +144,8 @@ class LaMambaUNet(ModelMixin, CacheMixin, ConfigMixin):
     ]
     """Modules that read weights of their submodules without calling these: offloading hooks move them as a whole."""
     _supports_gradient_checkpointing = True
+    _repeated_blocks = ["LaMambaBlock"]                                         # noqa: RUF012
+    """What compile_repeated_blocks compiles."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -251,7 +253,7 @@ class LaMambaUNet(ModelMixin, CacheMixin, ConfigMixin):
         resized = F.interpolate(table, self._run_grid, mode="bicubic", align_corners=False)
         return resized[0].permute(1, 2, 0).to(self.position_embedding.dtype)
 
-    _cache_config: Any = None
+    _cache_config: LaMambaCacheConfig | None = None
     """As diffusers' CacheMixin has it."""
     _caches: dict[str, DeepFeatureCache]
     """By the names of their contexts."""
@@ -259,25 +261,25 @@ class LaMambaUNet(ModelMixin, CacheMixin, ConfigMixin):
     """Of the surrounding `cache_context`."""
 
     def enable_cache(self, config: Any) -> None:
-        """Keep deep features between steps (LaMambaCacheConfig), or another of diffusers' caches.
+        """Keep deep features between steps (LaMambaCacheConfig).
 
         Samplers and pipelines of ours then use it by themselves, afresh in every call. In a loop of your own, wrap the
         calls of each guidance branch: `with model.cache_context("cond"): ...`. Outside of that, all passes are full.
 
         Raises:
-            ValueError: when a cache is enabled already, or config is none that fits.
+            ValueError: when a cache is enabled already, or config is of another cache.
         """
         if not isinstance(config, LaMambaCacheConfig):
-            super().enable_cache(config)
-        elif self.is_cache_enabled:
+            raise ValueError(
+                f"{type(config).__name__} is for transformers of diffusers' own blocks and attention classes, and this "
+                "is a U-Net of others: use lamamba.LaMambaCacheConfig(interval=3)"
+            )
+        if self.is_cache_enabled:
             raise ValueError(f"{self._cache_config} is enabled already: call disable_cache() first")
-        else:
-            self._cache_config, self._caches = config, {}
+        self._cache_config, self._caches = config, {}
 
     def disable_cache(self) -> None:
         """Compute all depths in every pass again."""
-        if not isinstance(self._cache_config, LaMambaCacheConfig):
-            super().disable_cache()
         self._cache_config, self._caches, self._active_cache = None, {}, None
 
     @contextmanager
@@ -286,12 +288,8 @@ class LaMambaUNet(ModelMixin, CacheMixin, ConfigMixin):
 
         A run of a sampler goes from high times to low ones: a time above the last one's begins a new run.
         """
-        if not self.is_cache_enabled:
+        if self._cache_config is None:
             yield
-            return
-        if not isinstance(self._cache_config, LaMambaCacheConfig):
-            with super().cache_context(name, **more):
-                yield
             return
         before, self._active_cache = self._active_cache, self._caches.setdefault(
             name, DeepFeatureCache(self._cache_config))
@@ -302,10 +300,19 @@ class LaMambaUNet(ModelMixin, CacheMixin, ConfigMixin):
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """What diffusers' pipelines call after a run."""
-        if isinstance(self._cache_config, LaMambaCacheConfig):
+        if self.is_cache_enabled:
             self._caches.clear()
-        elif self.is_cache_enabled:                                             # diffusers' own would make hooks
-            super()._reset_stateful_cache(recurse)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Refused: attention here is over small windows, by PyTorch's product or a kernel of ours.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"set_attention_backend({backend!r}) is for diffusers' attention classes, which this U-Net has none of: "
+            "its windows take PyTorch's scaled_dot_product_attention, or a kernel of ours (LAMAMBA_BACKEND)"
+        )
 
     def _stages(self) -> list[Stage]:
         return [*self.encoder, self.bottleneck, *self.decoder]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 
@@ -209,3 +210,29 @@ def test_both_kinds_of_passes_compile_into_one_graph():
         torch.testing.assert_close(again, output)
         torch.testing.assert_close(compiled(x, t, labels, deep_features=kept["deep"]), output)
         torch.testing.assert_close(kept["deep"], features["deep"])
+
+
+@pytest.mark.parametrize("name", [
+    "FirstBlockCacheConfig", "MagCacheConfig", "PyramidAttentionBroadcastConfig", "FasterCacheConfig",
+    "TaylorSeerCacheConfig",
+])
+def test_caches_of_transformers_are_refused_by_name(name):
+    if not hasattr(diffusers, name):
+        pytest.skip(f"this diffusers has no {name}")
+    model = random_network(two_blocks())
+    config = getattr(diffusers, name).__new__(getattr(diffusers, name))
+    with pytest.raises(ValueError, match=f"{name} is for transformers .* use lamamba.LaMambaCacheConfig"):
+        model.enable_cache(config)
+    assert not model.is_cache_enabled
+
+
+def test_another_attention_backend_is_refused_and_repeated_blocks_compile():
+    model = random_network(two_blocks())
+    with pytest.raises(ValueError, match="set_attention_backend\\('flash'\\) is for diffusers' attention classes"):
+        model.set_attention_backend("flash")
+    inputs = random_inputs(model.architecture)
+    with torch.no_grad():
+        expected = model(*inputs)
+        torch.compiler.reset()
+        model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(model(*inputs), expected)
