@@ -174,6 +174,8 @@ def report(results: Results, compare: Path | None) -> str:
         for share in SHARES:
             for name in ("before", *LOSSES):
                 entries = [entry for key, entry in heals.items() if key.startswith(f"{share:g} {name}")]
+                if not entries:
+                    continue
                 columns = [mean_and_spread([entry[field] for entry in entries]) for field in ("loss", "frechet")]
                 recognised = mean_and_spread([100 * entry["accuracy"] for entry in entries])
                 lines.append(f"| {share:.0%} | {name} | {' | '.join(columns)} | {recognised} % |")

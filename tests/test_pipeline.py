@@ -54,7 +54,8 @@ def levels(images):
 def test_it_makes_what_lamamba_sample_makes_at_any_batch_size(sampler, objective):
     pipe = make_pipeline(sampler, objective=objective)
     pipe_images = levels(pipe([0, 2, 1], num_inference_steps=6, generator=seeds(5, 6, 7)).images)
-    same = generate(pipe.unet, [0, 2, 1], [5, 6, 7], sampler=sampler, num_steps=6, guidance=2.0)[..., 0]
+    scale = 1.0 if objective == "flow-map" else 2.0
+    same = generate(pipe.unet, [0, 2, 1], [5, 6, 7], sampler=sampler, num_steps=6, guidance=scale)[..., 0]
     assert np.abs(pipe_images - same).max() <= 1
     alone = levels(pipe(1, num_inference_steps=6, generator=seeds(7)).images)
     assert np.abs(alone[0] - pipe_images[2]).max() <= 1

@@ -63,7 +63,10 @@ def exact_v_predictor(x, t):
     return alpha * eps - sigma * (x - sigma * eps) / alpha
 
 
-PREDICTORS = {"noise": exact_noise_predictor, "v": exact_v_predictor, "flow": exact_velocity}
+PREDICTORS = {
+    "noise": exact_noise_predictor, "v": exact_v_predictor, "flow": exact_velocity,
+    "flow-map": exact_velocity,                                                 # of r = t; exact maps: test_flow_map.py
+}
 PAIRS = [(name, objective) for name, sampler in SAMPLERS.items() for objective in sampler.objectives]
 DETERMINISTIC = [(name, objective) for name, objective in PAIRS if not SAMPLERS[name].is_stochastic]
 
@@ -333,7 +336,8 @@ def test_known_parts_have_the_noise_level_of_each_step():
         )
         for step, following in zip(seen[:-1], scheduler.timesteps[1:], strict=True):
             x = step.x / (1 + scheduler.sigmas[step.done] ** 2).sqrt() if name in ("euler", "heun") else step.x
-            alpha, sigma = (1 - following / 1000, following / 1000) if objective == "flow" else level(following[None])
+            is_flow = objective in ("flow", "flow-map")
+            alpha, sigma = (1 - following / 1000, following / 1000) if is_flow else level(following[None])
             torch.testing.assert_close(x, alpha * clean + sigma * noise, rtol=1e-3, atol=2e-3, msg=name)
         assert torch.equal(seen[-1].x, clean)
 
