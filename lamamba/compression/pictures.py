@@ -75,19 +75,21 @@ def draw_additivity(sets: Sequence[SetLoss], path: Path) -> None:
     has_cross_terms = all(each.predicted_with_cross_terms is not None for each in sets)
     figure = Figure(figsize=(9 if has_cross_terms else 5, 4.4))
     panels = figure.subplots(1, 2 if has_cross_terms else 1, sharey=True, squeeze=False)[0]
-    for axes, crossed in zip(panels, (False, True), strict=False):
+    for axes, with_cross_terms in zip(panels, (False, True), strict=False):
         for kind, color in (("random", "#999999"), ("sensible", COLORS["output"])):
             points = [each for each in sets if each.kind == kind]
-            predicted: list[Any] = [each.predicted_with_cross_terms if crossed else each.predicted for each in points]
+            predicted: list[Any] = [
+                each.predicted_with_cross_terms if with_cross_terms else each.predicted for each in points
+            ]
             measured = [each.measured for each in points]
             axes.plot(predicted, measured, "o", color=color, markersize=4, alpha=0.75, label=f"{kind} sets")
-        xlabel = "predicted with cross terms" if crossed else "predicted by the sum of scores"
+        xlabel = "predicted with cross terms" if with_cross_terms else "predicted by the sum of scores"
         axes.set(xscale="log", yscale="log", xlabel=xlabel)
         low, high = (bound(axes.get_xlim()[i], axes.get_ylim()[i]) for i, bound in ((0, max), (1, min)))
         axes.plot([low, high], [low, high], color="black", linewidth=0.8, label="equal")
         sensible = [each for each in sets if each.kind == "sensible"]
         if len(sensible) > 2:
-            found = rank_correlation(sensible, with_cross_terms=crossed)
+            found = rank_correlation(sensible, with_cross_terms=with_cross_terms)
             axes.set_title(f"rank correlation of sensible sets {found:.3f}", fontsize=10)
     panels[0].set(ylabel="measured relative output loss")
     panels[0].legend(frameon=False)

@@ -25,6 +25,8 @@ from lamamba.options.base import read_record, record
 from lamamba.utils.files import write_json
 
 PLAN_VERSION = 1
+MOST_CUTS = 50
+"""Sets that miss a bound by the solver's tolerance and are excluded one by one, before the bound is moved."""
 
 
 @record
@@ -133,13 +135,13 @@ def describe(
     """What removing a set of units saves and is predicted to cost."""
     names = canonical(scores.units, names)
     chosen = [scores.units[number] for number in scores.index(names)]
-    crossed, is_output = scores.predicted_with_cross_terms(names), scores.criterion == "output"
+    with_cross_terms, is_output = scores.predicted_with_cross_terms(names), scores.criterion == "output"
     return Plan(
         names, by, scores.criterion, sum(unit.parameters for unit in chosen) / scores.parameters,
         sum(unit.multiply_adds for unit in chosen) / scores.multiply_adds,
         None if times is None else sum(times[name] for name in names) / times[""],
         scores.predicted(names) / scores.energy if is_output else None,
-        None if crossed is None else crossed / scores.energy, about=dict(scores.about),
+        None if with_cross_terms is None else with_cross_terms / scores.energy, about=dict(scores.about),
     )
 
 
@@ -187,13 +189,21 @@ def _structure(units: Sequence[Unit]) -> LinearConstraint:
 
 
 def _solve(
-    objective: np.ndarray, units: Sequence[Unit], free: np.ndarray, row: np.ndarray, low: float, high: float
+    objective: np.ndarray, units: Sequence[Unit], free: np.ndarray, row: np.ndarray, low: float, high: float,
+    excluded: Sequence[Sequence[str]] = (),
 ) -> list[str] | None:
-    """Minimise objective x over the sets of units with low <= row x <= high; None where there is none."""
+    """Minimise objective x over the sets of units with low <= row x <= high, but for some; None where there is none.
+
+    The solver keeps the bounds to 1e-6: who needs them exactly excludes the sets that miss them, and solves again.
+    """
     scale = np.abs(objective).max() or 1.0
+    cuts = [
+        LinearConstraint(np.array([[1.0 if unit.name in names else -1.0 for unit in units]]), -np.inf, len(names) - 1)
+        for names in excluded
+    ]
     found = milp(
         objective / scale * 1e6, integrality=np.ones(len(units)), bounds=Bounds(0, free.astype(float)),
-        constraints=[_structure(units), LinearConstraint(row[None], low, high)], options={"mip_rel_gap": 0},
+        constraints=[_structure(units), LinearConstraint(row[None], low, high), *cuts], options={"mip_rel_gap": 0},
     )
     if found.x is None:
         return None
@@ -216,23 +226,28 @@ def _most(units: Sequence[Unit], costs: np.ndarray, remove: float, free: np.ndar
 def _least_loss(scores: Scores, costs: np.ndarray, remove: float, free: np.ndarray, whole: float) -> list[str]:
     most, wanted, share = _most(scores.units, costs, remove, free, whole), remove * whole, remove
     values = np.maximum(np.where(free, scores.values, 0.0), 0.0)                # of "task": a gain is no reason
-    chosen = None
-    while chosen is None or costs[scores.index(chosen)].sum() < wanted:         # the solver may miss it by 1e-6
-        chosen = _solve(values, scores.units, free, costs / whole, share, np.inf)
+    missed: list[list[str]] = []
+    while True:
+        chosen = _solve(values, scores.units, free, costs / whole, share, np.inf, missed)
         if chosen is None:                                                      # beyond the most that can go
             return most
-        share += 2e-6
-    return chosen
+        if costs[scores.index(chosen)].sum() >= wanted:
+            return chosen
+        missed.append(chosen)
+        if len(missed) > MOST_CUTS:                                             # many sets within the tolerance
+            missed, share = [], share + 2e-6
 
 
 def _most_removed(scores: Scores, costs: np.ndarray, bound: float, free: np.ndarray) -> list[str]:
     values = np.where(free, np.maximum(scores.values, 0.0), 0.0)
-    scale, limit = max(bound, 1e-30), 1.0
+    scale, limit, missed = max(bound, 1e-30), 1.0, list[list[str]]()
     while True:
-        chosen = _solve(-costs, scores.units, free, values / scale, -np.inf, limit) or []
+        chosen = _solve(-costs, scores.units, free, values / scale, -np.inf, limit, missed) or []
         if scores.predicted(chosen) <= bound or not chosen:
             return chosen
-        limit -= 2e-6
+        missed.append(chosen)
+        if len(missed) > MOST_CUTS:
+            missed, limit = [], limit - 2e-6
 
 
 def in_order(

@@ -46,33 +46,34 @@ OrInfinity = Annotated[
 """A number that may be infinite; JSON files hold "inf"."""
 
 
-def _split(item: type) -> BeforeValidator:
-    """A validator that takes "1,2" and 1 for tuples."""
-    def split(value: Any) -> Any:
-        if isinstance(value, str):
-            try:
-                return tuple(item(word.strip()) for word in value.split(","))
-            except ValueError:
-                kind = {int: "whole numbers", float: "numbers"}[item]
-                raise ValueError(f"{value!r} is not a list of {kind} with commas, as in 1,2") from None
-        return (value,) if isinstance(value, int | float) else value
+def _split(item: type, value: Any) -> Any:
+    """Tuples of "1,2" and of 1."""
+    if isinstance(value, str):
+        try:
+            return tuple(item(word.strip()) for word in value.split(","))
+        except ValueError:
+            kind = {int: "whole numbers", float: "numbers"}[item]
+            raise ValueError(f"{value!r} is not a list of {kind} with commas, as in 1,2") from None
+    return (value,) if isinstance(value, int | float) else value
 
-    return BeforeValidator(split)
+
+def _splits(item: type) -> BeforeValidator:
+    return BeforeValidator(functools.partial(_split, item))
 
 
 def _word(item: type) -> PrimitiveConstructorSpec[Any]:
     """On the command line: one word with commas."""
     name = {int: "INT", float: "FLOAT", str: "NAME"}[item]
     return PrimitiveConstructorSpec(
-        nargs=1, metavar=f"{name},{name},..", instance_from_str=lambda words: _split(item).func(words[0]),  # type: ignore
+        nargs=1, metavar=f"{name},{name},..", instance_from_str=lambda words: _split(item, words[0]),
         is_instance=lambda value: isinstance(value, tuple), str_from_instance=lambda value: [",".join(map(str, value))],
     )
 
 
-PositiveInts = Annotated[tuple[Annotated[int, Ge(1)], ...], _split(int), Strict(False), _word(int)]
-Numbers = Annotated[tuple[float, ...], _split(float), Strict(False), _word(float)]
-Words = Annotated[tuple[str, ...], _split(str), Strict(False), _word(str)]
-Labels = Annotated[tuple[int | str, ...], _split(str), Strict(False), _word(str)]
+PositiveInts = Annotated[tuple[Annotated[int, Ge(1)], ...], _splits(int), Strict(False), _word(int)]
+Numbers = Annotated[tuple[float, ...], _splits(float), Strict(False), _word(float)]
+Words = Annotated[tuple[str, ...], _splits(str), Strict(False), _word(str)]
+Labels = Annotated[tuple[int | str, ...], _splits(str), Strict(False), _word(str)]
 """Several values; the command line reads them from one word with commas: 256,512."""
 
 __all__ = [

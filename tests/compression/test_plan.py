@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lamamba.compression.plan import Plan, describe, in_order, make_plan
@@ -74,6 +74,7 @@ def test_the_least_loss_for_a_share_is_that_of_brute_force(costs, values, share,
 
 
 @settings(max_examples=40, deadline=None)
+@example((1, 1, 1, 1, 0, 0), [1.0] * 6 + [1e-6], 1.0)                           # missed by 1e-6
 @given(COSTS, VALUES, st.floats(0, 20))
 def test_the_most_removed_for_a_loss_is_that_of_brute_force(costs, values, bound):
     scores = scores_of(costs, values)
