@@ -21,20 +21,26 @@ logger = logging.getLogger("lamamba.training")
 
 
 def with_network_of_source(options: TrainOptions) -> TrainOptions:
-    """The options with the network of start.source, where their own [model] section says nothing.
+    """The options with the network of start.source, where their own [model] section names no size.
 
-    A run that has a checkpoint keeps the network that it has: the source may be gone.
+    The objective is the source's, too, unless the section has one: a flow map may start from a flow. A run that has a
+    checkpoint keeps the network that it has: the source may be gone.
 
     Raises:
         FileNotFoundError, ValueError: when there is no such source, or it is damaged.
     """
-    if options.start.source is None or options.model != ModelOptions():
+    own, default = options.model, ModelOptions()
+    names_objective = own != default
+    if options.start.source is None or default != dataclasses.replace(
+            own, objective=default.objective, guidance_range=None):
         return options
     run = RunFolder(options.out)
     if run.names():
         model = TrainConfig.from_dict(run.read_config().train).model
     else:
         model = ModelOptions.of(_open_source(options.start).architecture)
+        if names_objective:
+            model = dataclasses.replace(model, objective=own.objective, guidance_range=own.guidance_range)
     return dataclasses.replace(options, model=model)
 
 
