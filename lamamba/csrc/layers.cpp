@@ -58,6 +58,22 @@ struct FewRows {
     void* y;                                                    // (rows, outputs)
 };
 
+struct QuantizedRows {
+    int64_t threads, is_bfloat16;
+    int64_t rows, c;
+    const void* x;                                              // (rows, c)
+    int8_t* q;                                                  // (rows, c)
+    float* scale;                                               // (rows,)
+};
+
+struct ScaledProducts {
+    int64_t threads, is_bfloat16;
+    int64_t rows, c;
+    const int32_t* products;                                    // (rows, c)
+    const float *row_scale, *column_scale, *bias;               // (rows,), (c,), (c,)
+    void* y;                                                    // (rows, c)
+};
+
 namespace {
 
 // Calls function(T{}) with the type of the numbers: float, or uint16_t for bfloat16.
@@ -228,6 +244,58 @@ void gated_norm(const GatedNorm& s) {
                 silu<1>(&gates);
                 const Vec normal = (load(row + i) - norm.mean) * norm.scale;
                 write(to + i, (normal * load(times + i) + load(plus + i)) * gates, s.c - i);
+            }
+        }
+    });
+}
+
+// q = round(x / scale), scale = max |x| / 127 of each row. A row with NaN or infinity has scale NaN; a row of zeros, 0.
+template <class T>
+void quantized_rows(const QuantizedRows& s) {
+    in_runs(s.threads, s.rows, s.rows * s.c, [&](int64_t first, int64_t last) {
+        float* row = scratch.take(round_up(s.c));
+        for (int64_t k = first; k < last; ++k) {
+            const T* x = static_cast<const T*>(s.x) + k * s.c;
+            Vec most = splat(0.0f), nothing = splat(0.0f);
+            for (int64_t i = 0; i < s.c; i += LANES) {
+                const Vec value = read(x + i, s.c - i);
+                store(row + i, value);
+                most = larger(most, absolute(value));
+                nothing += value * 0.0f;
+            }
+            const float peak = largest(most) + sum(nothing);
+            s.scale[k] = peak / 127.0f;
+            const float times = peak > 1e-30f ? 127.0f / peak : 0.0f;  // no overflow
+            int8_t* q = s.q + k * s.c;
+            for (int64_t i = 0; i < s.c; i += LANES) {
+                const Vec shifted = load(row + i) * times + ROUND;      // the nearest integer, in the low bits
+                int32_t lanes[LANES];
+                std::memcpy(lanes, &shifted, sizeof lanes);
+                if (s.c - i >= LANES)
+                    for (int j = 0; j < LANES; ++j) q[i + j] = int8_t(lanes[j]);
+                else
+                    for (int64_t j = 0; j < s.c - i; ++j) q[i + j] = int8_t(lanes[j]);
+            }
+        }
+    });
+}
+
+// y = products row_scale column_scale + bias.
+template <class T>
+void scaled_products(const ScaledProducts& s) {
+    in_runs(s.threads, s.rows, s.rows * s.c, [&](int64_t first, int64_t last) {
+        for (int64_t k = first; k < last; ++k) {
+            const int32_t* from = s.products + k * s.c;
+            T* to = static_cast<T*>(s.y) + k * s.c;
+            for (int64_t i = 0; i < s.c; i += LANES) {
+                const int64_t count = std::min<int64_t>(LANES, s.c - i);
+                float lanes[LANES] = {};
+                if (count == LANES)
+                    for (int j = 0; j < LANES; ++j) lanes[j] = float(from[i + j]);
+                else
+                    for (int64_t j = 0; j < count; ++j) lanes[j] = float(from[i + j]);
+                const Vec scale = read(s.column_scale + i, count) * s.row_scale[k];
+                write(to + i, read(lanes) * scale + read(s.bias + i, count), count);
             }
         }
     });
@@ -440,4 +508,10 @@ LAMAMBA_EXPORT void lamamba_window_attention(const Windows* s) {
 }
 LAMAMBA_EXPORT void lamamba_few_rows(const FewRows* s) {
     with_type(s->is_bfloat16, [&](auto type) { few_rows<decltype(type)>(*s); });
+}
+LAMAMBA_EXPORT void lamamba_quantized_rows(const QuantizedRows* s) {
+    with_type(s->is_bfloat16, [&](auto type) { quantized_rows<decltype(type)>(*s); });
+}
+LAMAMBA_EXPORT void lamamba_scaled_products(const ScaledProducts* s) {
+    with_type(s->is_bfloat16, [&](auto type) { scaled_products<decltype(type)>(*s); });
 }

@@ -40,7 +40,8 @@ def can_pack() -> bool:
 def pack_weights(model: nn.Module, rows: int) -> None:
     """Pack every Linear layer of a bfloat16 network on the CPU, in place, for products of about `rows` rows.
 
-    The network can then only be run: neither trained nor saved nor moved. Where `can_pack` is false, nothing changes.
+    The network can then only be run: neither trained nor saved nor moved. Where `can_pack` is false, nothing changes;
+    layers that are quantised stay as they are.
     The scan's small input projection (W_x, a raw parameter) stays as it is.
 
     Raises:
@@ -51,6 +52,8 @@ def pack_weights(model: nn.Module, rows: int) -> None:
     for name, child in list(model.named_children()):
         if isinstance(child, nn.Linear):
             weight = child.weight
+            if hasattr(weight, "__tensor_flatten__"):                           # quantised
+                continue
             if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
                 raise ValueError(
                     f"pack_weights takes bfloat16 weights on the CPU, not {weight.dtype} on {weight.device}: "

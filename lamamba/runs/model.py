@@ -280,8 +280,8 @@ class Model:
         """
         move(self.network, device, dtype)
         if quantized:
-            quantize(self.network, quantized)
-        elif dtype == torch.bfloat16 and device.type == "cpu" and not compiled:
+            quantize(self.network, quantized, compiled=compiled)
+        if dtype == torch.bfloat16 and device.type == "cpu" and not compiled:
             grid = self.network.architecture.token_grid
             pack_weights(self.network, grid[0] * grid[1] * images)
         if compiled:

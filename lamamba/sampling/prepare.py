@@ -86,7 +86,7 @@ class PreparedModel:
         if guiding_model is not None:
             move(guiding_model, device, dtype)
             if settings.quantized:
-                quantize(guiding_model, settings.quantized)
+                quantize(guiding_model, settings.quantized, compiled=settings.compiled)
         return ImageGenerator(
             model.network, sampler=settings.sampler, num_steps=settings.steps, guidance=settings.guidance,
             guiding_model=guiding_model,
@@ -107,7 +107,8 @@ def prepare(options: SamplerOptions, picture: ImageMetadata | None, device: torc
         ValueError: when they do not fit together, or the model is not the one that made the picture.
     """
     if options.quantize:
-        check_quantization()
+        dtype = getattr(torch, options.dtype or "float32")
+        check_quantization(options.quantize, device, dtype, compiled=options.compile)
     model = open_model(_find_folder(options, picture), autoencoder=options.autoencoder, device=device)
     if picture is not None and model.name == picture.settings.model and model.sha256 != picture.settings.model_sha256:
         raise ValueError(

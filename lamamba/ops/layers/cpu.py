@@ -20,17 +20,20 @@ _STRUCTS = {name: native.struct(f"threads is_bfloat16 {fields}") for name, field
     "lamamba_convolution": "b h w c *x x_b x_h x_w *weight *y",
     "lamamba_window_attention": "b h w heads d window_h window_w shift_h shift_w *qkv *bias *mask *y",
     "lamamba_few_rows": "rows inputs outputs *x *weight *bias *y",
+    "lamamba_quantized_rows": "rows c *x *q *scale",
+    "lamamba_scaled_products": "rows c *products *row_scale *column_scale *bias *y",
 }.items()}
 
 
 def _run(name: str, *values) -> Tensor:
     """Call a function with the fields of its struct, tensors as their addresses; the last one is the output."""
     library, y = native.load(), values[-1]
+    is_bfloat16 = any(isinstance(value, Tensor) and value.dtype == torch.bfloat16 for value in values)
     assert library is not None                                                  # checked by lamamba.ops.layers
     plain = [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
     function = getattr(library, name)
     function.restype = None
-    function(ctypes.byref(_STRUCTS[name](native.num_threads(), y.dtype == torch.bfloat16, *plain)))
+    function(ctypes.byref(_STRUCTS[name](native.num_threads(), is_bfloat16, *plain)))
     return y
 
 
@@ -65,3 +68,20 @@ def few_rows_linear(x, weight, bias) -> Tensor:
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
     return _run("lamamba_few_rows", *x.shape, weight.shape[0], x, weight, bias, y)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 q (rows, c) and float32 scale (rows, 1), x = q scale to rounding: scale = max |x| / 127 of each row of x.
+
+    A row that is not finite has the scale NaN.
+    """
+    x = x.contiguous()
+    q, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty((x.shape[0], 1))
+    _run("lamamba_quantized_rows", *x.shape, x, q, scale)
+    return q, scale
+
+
+def scale_products(products, row_scale, column_scale, bias, dtype: torch.dtype) -> Tensor:
+    """products row_scale column_scale + bias: int32 (rows, c), float32 (rows, 1), (c,) and (c,)."""
+    y = torch.empty(products.shape, dtype=dtype)
+    return _run("lamamba_scaled_products", *products.shape, products, row_scale, column_scale, bias, y)
