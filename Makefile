@@ -9,9 +9,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 help:
 	@echo "make demo   train on handwritten digits, look at demo/digits.png (a few minutes on two CPU cores)"
-	@echo "make test   linter, type checker and tests (5 minutes on two cores)"
+	@echo "make test   linter, type checker and all but the slow tests (5 minutes on two cores)"
 	@echo "make quick  a few tests of every package, in a minute, for use while working"
-	@echo "make slow   what `make test` leaves out: long compilations, whole estimates (10 minutes)"
+	@echo "make slow   what make test leaves out: tests of tests/slow.txt, compilations, damaged files by the thousand"
 	@echo "make docs-test  runs every example and notebook"
 	@echo "make faults kills, starves and poisons trainings many times; prints what was tried and survived (minutes)"
 	@echo "make versions  main commands and tests on the lowest and the newest versions allowed, in environments of their own"

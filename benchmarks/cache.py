@@ -27,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.few_steps import frechet_distance, real_floor, rows
 from lamamba.benchmarking.environment import commit, device_name, versions
 from lamamba.benchmarking.flops import shallow_share
 from lamamba.config import UNetConfig
@@ -45,27 +46,7 @@ SAMPLERS = {
 }
 """Numbers of steps without a cache; steps, interval and order with one."""
 FIRST_SEED = 200_000
-FLOOR_DRAWS = 20
 BATCH = 250
-
-
-def rows(images: np.ndarray) -> np.ndarray:
-    return images.reshape(len(images), -1) / 255
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Between two sets of rows (n, d), each taken for Gaussian."""
-    means, covariances = [x.mean(0) for x in (a, b)], [np.cov(x, rowvar=False) for x in (a, b)]
-    roots = np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0)
-    return float(((means[0] - means[1]) ** 2).sum() + np.trace(sum(covariances)) - 2 * np.sqrt(roots).sum())
-
-
-def floor_of(real: np.ndarray, count: int) -> float:
-    """Distance of `count` images drawn at random from the real ones."""
-    draws = np.random.default_rng(0)
-    return statistics.mean(
-        frechet_distance(real[draws.integers(len(real), size=count)], real) for _ in range(FLOOR_DRAWS)
-    )
 
 
 def settings(share: float, samplers: list[str]) -> list[dict[str, Any]]:
@@ -87,7 +68,7 @@ def measure(chosen: argparse.Namespace, facts: dict[str, Any]) -> None:
     model = open_network(shipped_model())[0].eval()
     digits = Digits(8)
     real, labels = rows(digits.images), [k % 10 for k in range(chosen.images)]
-    classifier, floor = DigitClassifier(digits.images, digits.labels), floor_of(rows(digits.images), chosen.images)
+    classifier, floor = DigitClassifier(digits.images, digits.labels), real_floor(real, chosen.images)
     share = shallow_share(model.architecture)
     facts |= {"images": chosen.images, "real_digits_distance": floor, "digits_share": share,
               "rows": settings(share, chosen.samplers)}

@@ -7,6 +7,7 @@ import multiprocessing.util
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,14 @@ def pytest_configure(config):
         tempfile.tempdir = os.environ["TMPDIR"] = folder
         # after multiprocessing has removed its own folder in it, at -100
         multiprocessing.util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-200)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that slow.txt names have the mark of slow ones."""
+    names = set((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid in names:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

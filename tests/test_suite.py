@@ -27,6 +27,13 @@ def test_quick_tests_exist(name):
     assert all(f"def {function}(" in text for function in functions)
 
 
+def test_slow_tests_exist():
+    """Those of slow.txt, which took longest."""
+    for name in (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").splitlines():
+        path, *_, function = name.partition("[")[0].split("::")
+        assert f"def {function}(" in (ROOT / path).read_text(encoding="utf-8"), name
+
+
 def test_the_temporary_directory_is_a_folder_that_is_removed_at_the_end():
     """In this process and in those that it starts; see conftest.py."""
     code = "import tempfile; print(tempfile.gettempdir())"

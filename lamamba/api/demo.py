@@ -16,7 +16,7 @@ from lamamba.options.base import verb
 from lamamba.options.demo import SHOWN_PER_DIGIT, DemoOptions
 from lamamba.options.training import TrainOptions
 from lamamba.runs.metadata import default_guidance
-from lamamba.runs.model import open_network
+from lamamba.runs.model import FEW_STEPS, open_network
 from lamamba.sampling import generate
 from lamamba.utils.files import write_atomically, write_json
 from lamamba.utils.progress import Progress, ProgressOption, reporting
@@ -28,8 +28,6 @@ logger = logging.getLogger("lamamba.api")
 
 RECIPE = "digits"
 FIRST_SEED = 10_000
-FEW_STEPS = "shipped-few-steps"
-"""The model that draws the last picture: a flow map would take half an hour to train."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def _draw(out: Path, samples: np.ndarray, labels: np.ndarray, digits: Digits) ->
 
 def _draw_in_one_step(out: Path, digits: Digits) -> float:
     """Write one-step.png, guided digits of one evaluation each by the package's flow map; returns its seconds."""
-    network, metadata = open_network(FEW_STEPS)
+    network, metadata = open_network(FEW_STEPS)                                 # half an hour to train
     labels = np.repeat(np.arange(10), SHOWN_PER_DIGIT).tolist()
     began = time.perf_counter()
     samples = generate(

@@ -15,6 +15,7 @@ from lamamba.data.digits import SIDE
 from lamamba.diffusion.denoise import make_scheduler, samplers_for
 from lamamba.evaluation.images import ArrayImages, DigitImages, FolderImages, GeneratedImages, Images, NpzImages
 from lamamba.evaluation.reference import is_statistics, load_statistics
+from lamamba.inference.quantizing import check_quantization
 from lamamba.options.evaluation import EvaluateOptions
 from lamamba.pretrained import shipped_model
 from lamamba.runs.folder import CheckpointState, RunFolder
@@ -29,6 +30,7 @@ NUM_IMAGES = 50_000
 """Samples behind a published FID."""
 OF_MODELS = (
     "repeats", "every_checkpoint", "ema", "guidance", "seed", "sampler", "steps", "autoencoder", "cache", "cache_order",
+    "quantize",
 )
 """Options that only a model has."""
 
@@ -153,6 +155,9 @@ def find_sample_sets(
     if not isinstance(options.samples, str) or not is_model(Path(options.samples)):
         samples = _existing_images(options)
         return [lambda: samples]
+    dtype = getattr(torch, options.dtype)
+    if options.quantize:
+        check_quantization(options.quantize, device, dtype)
     candidates = find_candidates(Path(options.samples), options.ema, every=options.every_checkpoint)
     models: dict[Candidate, Model] = {}
 
@@ -160,7 +165,8 @@ def find_sample_sets(
         if candidate not in models:
             models.clear()                                                      # one network in memory
             model = open_model(candidate.folder, ema=candidate.ema, autoencoder=options.autoencoder, device=device)
-            model.prepare(device, getattr(torch, options.dtype), compiled=False, images=options.batch_size)
+            model.prepare(
+                device, dtype, compiled=False, images=options.batch_size, quantized=options.quantize)
             models[candidate] = model
         name = f"guidance {scale:g}" if len(options.guidance) > 1 else candidate.name
         runs = _sampled(models[candidate], candidate, options, scale, on_step)
@@ -187,6 +193,7 @@ def _sampled(
         "name": f"{candidate.path}", "step": candidate.step, "ema": candidate.ema, "weights_sha256": model.sha256,
         "objective": config.objective, "sampler": sampler,
         "evaluations": evaluations, "dtype": options.dtype, **({"cache": asdict(cache)} if cache else {}),
+        **({"quantized": options.quantize} if options.quantize else {}),
         "labels": options.labels if classes else "none",
         "autoencoder_sha256": decoder.autoencoder.sha256 if decoder else None, "guidance": guidance,
     }

@@ -64,6 +64,8 @@ class EvaluateOptions:
     """For models of latents: folder or hub id; by default the one that made the latents."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the sampled network."""
+    quantize: Literal["int8", "int8-dynamic"] | None = None
+    """Weights in eight bits, or activations, too, as in lamamba sample."""
     ema: float | Literal["none"] | None = None
     """Which average: its decay, as 0.999, or "none" for the trained weights; by default the first."""
     repeats: Annotated[int, Ge(1)] = 1

@@ -33,6 +33,9 @@ class SamplerOptions(DenoisingOptions):
     ] = None
     """Run folder, checkpoint, saved model or exported pipeline; by default the digits model that ships with the
     package ("shipped-few-steps": its flow map, for one to four steps)."""
+    fast: bool = False
+    """A preset for what is not given: one step of a flow map, 8 of flow-unipc for a flow, 16 of dpm++ for noise and v
+    models; bfloat16 where the device has it; without MODEL, "shipped-few-steps". Guidance stays."""
     like: FilePath | None = None
     """A PNG made by lamamba: options that are not given here are taken from it."""
     classes: Labels | None = None

@@ -34,6 +34,8 @@ PIPELINE_INDEX = "model_index.json"
 METADATA = "sampling.json"
 SHIPPED = "shipped"
 """Name of the model in the package that is opened where none is named."""
+FEW_STEPS = "shipped-few-steps"
+"""The flow map of the package."""
 EMA = float | Literal["none"]
 """Which weights of a checkpoint: the average with this decay, or the trained ones."""
 

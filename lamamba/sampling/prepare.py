@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from lamamba.config import Objective
 from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
 from lamamba.diffusion.guidance import Guidance, check_guidance
 from lamamba.inference.quantizing import check_quantization, quantize
@@ -17,10 +18,10 @@ from lamamba.models.deep_cache import LaMambaCacheConfig
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.sampling import SamplerOptions
 from lamamba.runs.metadata import default_guidance
-from lamamba.runs.model import SHIPPED, Model, fingerprint, is_shipped, move, open_model, open_network
+from lamamba.runs.model import FEW_STEPS, SHIPPED, Model, fingerprint, is_shipped, move, open_model, open_network
 from lamamba.sampling.generate import ImageGenerator
 from lamamba.sampling.settings import ImageMetadata, Settings, read_image_metadata
-from lamamba.utils.distributed import is_rank_zero
+from lamamba.utils.distributed import is_rank_zero, multiplies_bfloat16
 
 logger = logging.getLogger("lamamba.sampling")
 
@@ -32,10 +33,12 @@ def fill_from_picture(options: Options) -> tuple[Options, ImageMetadata | None]:
 
     Raises:
         FileNotFoundError: when there is no such picture.
-        ValueError: when it holds no settings.
+        ValueError: when it holds no settings, or with options.fast.
     """
     if options.like is None:
         return options, None
+    if options.fast:
+        raise ValueError("fast and like exclude each other: a picture's settings say how fast it was made")
     picture = read_image_metadata(options.like)
     settings, guidance = picture.settings, picture.settings.guidance
     saved: dict[str, Any] = {
@@ -58,6 +61,19 @@ def fill_from_picture(options: Options) -> tuple[Options, ImageMetadata | None]:
         **{key: value for key, value in saved.items() if given[key] is None},
     )
     return filled, picture
+
+
+FAST = {"flow-map": ("flow-map", 1), "flow": ("flow-unipc", 8), "noise": ("dpm++", 16), "v": ("dpm++", 16)}
+"""Sampler and steps of the preset `fast` by objective: the fewest after which more change little (docs/sampling.md)."""
+
+def with_fast_preset(options: Options, objective: Objective, device: torch.device) -> Options:
+    """Options with the preset `fast` in the place of those that are None."""
+    sampler, fewest = FAST[objective]
+    steps = fewest if options.sampler in (None, sampler) else None              # of another one they mean another thing
+    return replace(
+        options, sampler=options.sampler or sampler, steps=options.steps or steps,
+        dtype=options.dtype or ("bfloat16" if multiplies_bfloat16(device) else "float32"),
+    )
 
 
 @dataclass(frozen=True)
@@ -106,6 +122,8 @@ def prepare(options: SamplerOptions, picture: ImageMetadata | None, device: torc
     Raises:
         ValueError: when they do not fit together, or the model is not the one that made the picture.
     """
+    if options.fast and options.model is None:
+        options = replace(options, model=Path(FEW_STEPS))
     if options.quantize:
         dtype = getattr(torch, options.dtype or "float32")
         check_quantization(options.quantize, device, dtype, compiled=options.compile)
@@ -118,6 +136,8 @@ def prepare(options: SamplerOptions, picture: ImageMetadata | None, device: torc
             f"{picture.settings.model_sha256[:12]}): it was trained further, or is another. Name the one to use as "
             "MODEL"
         )
+    if options.fast:
+        options = with_fast_preset(options, model.network.architecture.objective, device)
     guiding_model = None if options.autoguidance is None else open_network(options.autoguidance)[0]
     settings = resolve_settings(options, model, guiding_model)
     for part in ("autoguidance", "autoencoder"):

@@ -47,6 +47,14 @@ def local_device(name: str) -> torch.device:
     return device
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU or this processor has instructions for products in bfloat16, as PyTorch knows."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()       # since torch 2.12
+    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def launched_processes() -> int:
     """How many processes a launcher has started, this one among them; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))

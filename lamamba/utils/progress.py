@@ -85,7 +85,7 @@ def reporting(progress: ProgressOption = "auto") -> Iterator[Report]:
 
 
 class _Bars:
-    """A tqdm bar, a new one for each task."""
+    """A tqdm bar, a new one for each task, also for one that begins again."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -99,7 +99,7 @@ class _Bars:
             self._bar.close()
 
     def __call__(self, state: Progress) -> None:
-        if self._bar is None or state.task != self._task:
+        if self._bar is None or state.task != self._task or state.done < self._bar.n:
             self.__exit__()
             self._task, self._bar = state.task, self._open(state)
         self._bar.set_postfix_str(state.note, refresh=False)
@@ -121,12 +121,13 @@ class _LogLines:
     """A log line every half minute."""
 
     def __init__(self) -> None:
-        self._task, self._began, self._logged = "", 0.0, 0.0
+        self._task, self._done, self._began, self._logged = "", 0, 0.0, 0.0
 
     def __call__(self, state: Progress) -> None:
         now = time.perf_counter()
-        if state.task != self._task:
+        if state.task != self._task or state.done < self._done:                 # another task, or it begins again
             self._task, self._began, self._logged = state.task, now, now
+        self._done = state.done
         if now - self._logged < LOG_SECONDS:
             return
         self._logged = now

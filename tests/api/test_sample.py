@@ -6,11 +6,14 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import lamamba
+from lamamba.diffusion.denoise import samplers_for
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.sampling import generate
+from lamamba.sampling.prepare import with_fast_preset
 from lamamba.sampling.settings import Interpolated, read_image_metadata
 from tests.networks import random_network, small_config
 
@@ -50,6 +53,28 @@ def test_a_png_repeats_itself(model, tmp_path):
         lamamba.SampleOptions(like=tmp_path / "a.png", out=tmp_path / "b.png", device="cpu"), progress=None)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert again.metadata == first.metadata
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+@pytest.mark.parametrize(
+    ("objective", "sampler", "steps"), [("flow", "flow-unipc", 8), ("noise", "dpm++", 16), ("v", "dpm++", 16)])
+def test_the_fast_preset_fills_what_is_not_given(objective, sampler, steps, has_bfloat16, monkeypatch):
+    monkeypatch.setattr("lamamba.sampling.prepare.multiplies_bfloat16", lambda device: has_bfloat16)
+    options = with_fast_preset(lamamba.SampleOptions(fast=True), objective, torch.device("cpu"))
+    assert (options.sampler, options.steps) == (sampler, steps)
+    assert options.dtype == ("bfloat16" if has_bfloat16 else "float32")
+    given = lamamba.SampleOptions(fast=True, sampler=samplers_for(objective)[0], dtype="float16")
+    options = with_fast_preset(given, objective, torch.device("cpu"))
+    assert (options.sampler, options.steps, options.dtype) == (given.sampler, None, "float16")
+
+
+def test_the_fast_preset_draws_with_the_few_step_model(model, tmp_path):
+    options = lamamba.SampleOptions(fast=True, classes=[3], num=2, out=tmp_path / "a.png")
+    settings = lamamba.sample(options, progress=None).metadata.settings
+    assert (settings.model, settings.sampler, settings.steps) == ("shipped-few-steps", "flow-map", 1)
+    assert str(sample(model, fast=True)) == "6 images, seeds 5 to 10, flow-unipc in 2 steps, guidance 1.5"
+    with pytest.raises(ValueError, match="fast and like exclude each other"):
+        lamamba.sample(lamamba.SampleOptions(fast=True, like=tmp_path / "a.png"))
 
 
 def test_a_png_says_how_deep_features_were_kept(model, tmp_path):

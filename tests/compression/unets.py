@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -63,4 +64,5 @@ def inputs_for(model: UNet2DModel | UNet2DConditionModel, seed: int = 1) -> dict
 
 @torch.no_grad()
 def output(model: UNet2DModel | UNet2DConditionModel) -> torch.Tensor:
-    return model(**inputs_for(model)).sample
+    """By a copy of the weights: on some processors the last bits of a product follow where in memory they begin."""
+    return copy.deepcopy(model)(**inputs_for(model)).sample
