@@ -90,7 +90,7 @@ NETWORKS: dict[str, UNetConfig | DiTShape] = {
 
 
 def build(shape: UNetConfig | DiTShape) -> nn.Module:
-    from lamamba.benchmarking.peers import DiT, DiTSize
+    from lamamba.benchmarking.peers.dit import DiT, DiTSize
     from lamamba.models.unet import LaMambaUNet
 
     if isinstance(shape, UNetConfig):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lamamba.benchmarking.environment import environment
-from lamamba.benchmarking.peers import find_peer
+from lamamba.benchmarking.peers.registry import find_peer
 from lamamba.benchmarking.report import describe, table
 from lamamba.benchmarking.throughput import Case, cost_of, measure, parse_model, ratios
 from lamamba.options.base import verb

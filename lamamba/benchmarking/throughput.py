@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lamamba.benchmarking.flops import Cost, count
-from lamamba.benchmarking.peers import PEERS, build_peer, peer_cost
+from lamamba.benchmarking.peers.registry import PEERS, build_peer, peer_activation_bytes, peer_operations
 from lamamba.config import LATENT_SCALE, PRESETS, UNetConfig, unknown_name
 from lamamba.inference.packing import can_pack
 from lamamba.models.unet import LaMambaUNet
@@ -107,7 +107,10 @@ def parse_model(name: str, image_size: int, state_size: int | None = None) -> UN
 @functools.cache
 def cost_of(name: str, image_size: int) -> Cost:
     """Of a preset or a peer, for one image and one forward pass."""
-    return peer_cost(name, image_size) if name in PEERS else count(parse_model(name, image_size))
+    if name not in PEERS:
+        return count(parse_model(name, image_size))
+    found = peer_operations(name, image_size)
+    return Cost(**asdict(found), activation_bytes=peer_activation_bytes(name, image_size))
 
 
 def build(case: Case) -> nn.Module:
