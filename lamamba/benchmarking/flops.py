@@ -70,14 +70,23 @@ class _Counter(FlopCounterMode):
 
 def count(config: UNetConfig) -> Cost:
     """Cost of one image for a network of this configuration, at its input size."""
+    model, inputs = _on_meta(config)
+    return Cost(**asdict(operations(model, *inputs)), activation_bytes=saved_bytes(model, *inputs))
+
+
+def lamamba_operations(config: UNetConfig) -> Operations:
+    """Operations of one image for a network of this configuration, at its input size."""
+    model, inputs = _on_meta(config)
+    return operations(model, *inputs)
+
+
+def _on_meta(config: UNetConfig) -> tuple[LaMambaUNet, tuple[torch.Tensor | None, ...]]:
     with torch.device("meta"):
         model = LaMambaUNet(config)
         x = torch.empty(1, config.in_channels, *config.input_size)
         timestep = torch.empty(1)
         labels = torch.empty(1, dtype=torch.int64) if config.num_classes else None
-    model.to("meta")
-    found = operations(model, x, timestep, labels)
-    return Cost(**asdict(found), activation_bytes=saved_bytes(model, x, timestep, labels))
+    return model.to("meta"), (x, timestep, labels)
 
 
 def operations(model: nn.Module, *inputs: Any) -> Operations:
