@@ -88,7 +88,7 @@ def prepare(case: Case, model: torch.nn.Module, device: torch.device) -> tuple[C
     def step() -> torch.Tensor:
         with mixed:
             output = network(x, timestep, labels)
-        loss = torch.nn.functional.mse_loss(output.float(), target)
+        loss = torch.nn.functional.mse_loss(output.float(), target[:, : output.shape[1]])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -20,6 +20,7 @@ from lamamba.benchmarking.peers.registry import (
     peer_operations,
     peers_for,
 )
+from lamamba.inference.packing import PackedLinear, can_pack, pack_weights
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 GROUPS = dict(channels=32, num_blocks=1, head_channels=16, num_classes=10)      # GroupNorm has 32 groups
@@ -176,6 +177,24 @@ def test_every_tensor_is_set_when_a_network_is_allocated(name, monkeypatch):
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
         assert torch.isfinite(tensor).all(), key
         assert tensor.dtype == torch.bfloat16, key
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_bfloat16_weights_are_packed_without_changing_the_output(name):
+    channels, _, side, build = SMALL[name]
+    torch.manual_seed(0)
+    with META:
+        model = build(side)
+    materialise(model, CPU, torch.bfloat16)
+    x = torch.randn(2, channels, side, side).bfloat16().contiguous(memory_format=torch.channels_last)
+    inputs = x, torch.tensor([10.0, 900.0]), torch.tensor([0, 9])
+    with torch.no_grad():
+        plain = model.eval()(*inputs)
+        pack_weights(model, 64)
+        packed = model(*inputs)
+    assert packed.dtype == torch.bfloat16
+    assert differ(plain.float(), packed.float()) < 0.05
+    assert any(isinstance(module, PackedLinear) for module in model.modules()) == can_pack()
 
 
 @pytest.mark.parametrize("name", SMALL)
