@@ -32,7 +32,7 @@ from lamamba.benchmarking.peers.registry import (
     peer_operations,
 )
 from lamamba.config import LATENT_SCALE, PRESETS, UNetConfig, unknown_name
-from lamamba.inference.packing import can_pack
+from lamamba.inference.packing import can_pack, can_pack_convolutions
 from lamamba.models.unet import LaMambaUNet
 from lamamba.utils.repeatable import own_random_state
 
@@ -113,6 +113,14 @@ class Case:
         return (
             self.packed and self.device == "cpu" and self.dtype == "bfloat16" and self.mode == "forward"
             and not self.compile and can_pack()
+        )
+
+    @property
+    def packs_convolutions(self) -> bool:
+        """Whether weights of convolutions are stored in oneDNN's order once, in any precision."""
+        return (
+            self.packed and self.device == "cpu" and self.dtype != "float16" and self.mode == "forward"
+            and not self.compile and can_pack_convolutions()
         )
 
     def memory_estimate(self) -> int:

@@ -15,8 +15,8 @@ from lamamba.benchmarking.peers import adm, dim, dis, dit, ldm, u_vit
 from lamamba.config import LATENT_SCALE, unknown_name
 
 ATTENTION = "scaled_dot_product_attention"
-CONVOLUTIONS = f"{ATTENTION}, channels last"
-SCANS = "our selective scan, channels last"
+CONVOLUTIONS = f"{ATTENTION}; convolutions with channels last and, on CPUs, weights packed for oneDNN"
+SCANS = "our selective scan; depthwise convolutions with channels last"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from lamamba.benchmarking.peers.registry import (
     peer_operations,
     peers_for,
 )
-from lamamba.inference.packing import PackedLinear, can_pack, pack_weights
+from lamamba.inference.packing import PackedLinear, can_pack, pack_convolutions, pack_weights
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 GROUPS = dict(channels=32, num_blocks=1, head_channels=16, num_classes=10)      # GroupNorm has 32 groups
@@ -191,6 +191,7 @@ def test_bfloat16_weights_are_packed_without_changing_the_output(name):
     with torch.no_grad():
         plain = model.eval()(*inputs)
         pack_weights(model, 64)
+        pack_convolutions(model)
         packed = model(*inputs)
     assert packed.dtype == torch.bfloat16
     assert differ(plain.float(), packed.float()) < 0.05
