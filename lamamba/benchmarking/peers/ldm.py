@@ -26,8 +26,11 @@ class LDMSize:
     num_classes: int = NUM_CLASSES
 
 
-LDM_4 = LDMSize((192, 384, 576, 960), (False, True, True, True), (1, 1, 1, 1), channels=3)
-LDM_8 = LDMSize((256, 512, 1024), (True, True, True), (8, 16, 32), channels=4)
+SIZES = {
+    4: LDMSize((192, 384, 576, 960), (False, True, True, True), (1, 1, 1, 1), channels=3),
+    8: LDMSize((256, 512, 1024), (True, True, True), (8, 16, 32), channels=4),
+}
+"""By the factor of the autoencoder."""
 
 
 class LDM(nn.Module):

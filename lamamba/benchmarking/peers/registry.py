@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lamamba.benchmarking.flops import Operations, operations, saved_bytes
-from lamamba.benchmarking.peers import adm, dim, dis, dit, ldm, u_vit
 from lamamba.config import LATENT_SCALE, unknown_name
 
 ATTENTION = "scaled_dot_product_attention"
@@ -53,25 +52,75 @@ class Peer:
         return image_size // self.scale
 
 
+# The families are imported when one of them is built: diffusers' networks take a second.
+
+
+def _adm(image_size: int) -> Peer:
+    def build(side: int) -> nn.Module:
+        from lamamba.benchmarking.peers.adm import ADM, SIZES
+
+        return ADM(SIZES[image_size], side)
+
+    multiple = image_size // 8                                                  # attention at 8 px is the coarsest
+    return Peer(build, 3, 1, multiple, token=multiple // 4, image_sizes=(image_size,), care=CONVOLUTIONS)
+
+
+def _adm_u(side: int) -> nn.Module:
+    from lamamba.benchmarking.peers.adm import ADMU
+
+    return ADMU(side)
+
+
+def _ldm(factor: int) -> Callable[[int], nn.Module]:
+    def build(side: int) -> nn.Module:
+        from lamamba.benchmarking.peers.ldm import LDM, SIZES
+
+        return LDM(SIZES[factor], side)
+
+    return build
+
+
 def _dit(size: str, patch: int) -> Peer:
-    return Peer(functools.partial(dit.DiT, dit.SIZES[size], patch_size=patch), multiple=patch, token=patch)
+    def build(side: int) -> nn.Module:
+        from lamamba.benchmarking.peers.dit import SIZES, DiT
+
+        return DiT(SIZES[size], side, patch_size=patch)
+
+    return Peer(build, multiple=patch, token=patch)
+
+
+def _u_vit(patch: int) -> Callable[[int], nn.Module]:
+    def build(side: int) -> nn.Module:
+        from lamamba.benchmarking.peers.u_vit import H, UViT
+
+        return UViT(replace(H, patch_size=patch), side)
+
+    return build
+
+
+def _dis(side: int) -> nn.Module:
+    from lamamba.benchmarking.peers.dis import H_2, DiS
+
+    return DiS(H_2, side)
+
+
+def _dim(side: int) -> nn.Module:
+    from lamamba.benchmarking.peers.dim import HUGE, DiM
+
+    return DiM(HUGE, side)
 
 
 PEERS = {
-    "adm-256": Peer(
-        functools.partial(adm.ADM, adm.SIZES[256]), 3, 1, multiple=32, token=8, image_sizes=(256,), care=CONVOLUTIONS),
-    "adm-512": Peer(
-        functools.partial(adm.ADM, adm.SIZES[512]), 3, 1, multiple=64, token=16, image_sizes=(512,), care=CONVOLUTIONS),
-    "adm-u-256": Peer(adm.ADMU, 3, 1, multiple=32, token=8, image_sizes=(256,), care=CONVOLUTIONS),
-    "ldm-4": Peer(
-        functools.partial(ldm.LDM, ldm.LDM_4), 3, 4, multiple=8, token=2, image_sizes=(256,), care=CONVOLUTIONS),
-    "ldm-8": Peer(
-        functools.partial(ldm.LDM, ldm.LDM_8), 4, 8, multiple=4, token=1, image_sizes=(256,), care=CONVOLUTIONS),
-    **{f"dit-{size}-{patch}": _dit(size, patch) for patch in (2, 4) for size in dit.SIZES},
-    "u-vit-h-2": Peer(functools.partial(u_vit.UViT, u_vit.H_2), image_sizes=(256,)),
-    "u-vit-h-4": Peer(functools.partial(u_vit.UViT, u_vit.H_4), multiple=4, token=4, image_sizes=(512,)),
-    "dis-h-2": Peer(functools.partial(dis.DiS, dis.H_2), care=SCANS),
-    "dim-huge": Peer(functools.partial(dim.DiM, dim.HUGE), care=SCANS),
+    "adm-256": _adm(256),
+    "adm-512": _adm(512),
+    "adm-u-256": Peer(_adm_u, 3, 1, multiple=32, token=8, image_sizes=(256,), care=CONVOLUTIONS),
+    "ldm-4": Peer(_ldm(4), 3, 4, multiple=8, token=2, image_sizes=(256,), care=CONVOLUTIONS),
+    "ldm-8": Peer(_ldm(8), 4, 8, multiple=4, token=1, image_sizes=(256,), care=CONVOLUTIONS),
+    **{f"dit-{size}-{patch}": _dit(size, patch) for patch in (2, 4) for size in ("s", "b", "l", "xl")},
+    "u-vit-h-2": Peer(_u_vit(2), image_sizes=(256,)),
+    "u-vit-h-4": Peer(_u_vit(4), multiple=4, token=4, image_sizes=(512,)),
+    "dis-h-2": Peer(_dis, care=SCANS),
+    "dim-huge": Peer(_dim, care=SCANS),
 }
 
 

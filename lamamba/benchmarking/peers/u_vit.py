@@ -19,12 +19,12 @@ class UViTSize:
     depth: int
     """Blocks before and after the middle one together."""
     num_heads: int
-    patch_size: int
+    patch_size: int = 2
     channels: int = 4
     num_classes: int = 1000
 
 
-H_2, H_4 = UViTSize(1152, 28, 16, 2), UViTSize(1152, 28, 16, 4)
+H = UViTSize(1152, 28, 16)
 
 
 class UViTBlock(nn.Module):

@@ -82,7 +82,7 @@ def test_counts_are_those_of_the_published_designs(name, image_size, parameters,
 
 def test_parts_of_adm_u_and_ldm():
     with META:
-        network, latent = adm.ADMU(256), ldm.LDM(ldm.LDM_4, 64)
+        network, latent = adm.ADMU(256), ldm.LDM(ldm.SIZES[4], 64)
     counts = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (network.base, network.upsampler)]
     assert [f"{count:.2f}" for count in counts] == ["295.90", "311.80"]
     assert sum(p.numel() for p in latent.labels.parameters()) == 1001 * 512
