@@ -221,15 +221,21 @@ def efficiency_points(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         rows: of a benchmark's result.
         path: a PNG.
     """
-    figure = Figure(figsize=(9, 6))
+    figure = Figure(figsize=(9.5, 6.5))
     axes = figure.subplots()
     several = len({row["image_size"] for row in rows}) > 1
-    for row in rows:
+    rows = sorted(rows, key=lambda row: row["multiply_adds"])
+    gaps = [math.inf, *np.diff(np.log([row["multiply_adds"] for row in rows])), math.inf]
+    is_right = True
+    for row, before, after in zip(rows, gaps, gaps[1:], strict=False):
         color, marker = (PEER_COLOR, "s") if row["is_peer"] else (OUR_COLOR, "o")
         point = row["multiply_adds"] / 1e9, row["images_per_second"]
         axes.plot(*point, marker, color=color, markersize=6)
-        name = f"{row['model']}, {row['image_size']} px" if several else row["model"]
-        axes.annotate(name, point, (6, 5), textcoords="offset points", fontsize="small", color=color)
+        name = row["model"] if row["is_peer"] else f"LaMamba-{row['model'].upper()}"
+        name += f", {row['image_size']} px" if several else ""
+        is_right = not is_right if before < 0.25 else before <= after           # names of neighbours on either side
+        offset, side = ((6, 4), "left") if is_right else ((-6, -12), "right")
+        axes.annotate(name, point, offset, textcoords="offset points", fontsize="small", color=color, ha=side)
     axes.set(xscale="log", yscale="log", xlabel="G multiply-adds of an image", ylabel="images / s")
     axes.margins(0.12)
     limits = axes.get_xlim(), axes.get_ylim()
