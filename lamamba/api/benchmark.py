@@ -128,6 +128,7 @@ def _measure_size(
     if not missing:
         return
     ours = [case for case in cases if not case.is_peer]
+    note(f"{cases[0].image_size} px: estimating memory")
     fitting, others = leave_out([*ours, *(case for case in missing if case.is_peer)])
     result.left_out.extend(others)
     for present in sets_in_turns(fitting, options.processes):

@@ -39,17 +39,23 @@ def left_out(case: Case, reason: str) -> dict[str, Any]:
 
 
 def sets_in_turns(cases: Sequence[Case], processes: Processes) -> Iterator[list[Case]]:
-    """Sets of networks that take turns: all, or every LaMamba network with one peer, for each peer.
+    """Sets of networks that take turns: all, or every LaMamba network with one peer, for each peer that fits beside.
+
+    Peers that do not fit beside LaMamba are a set with it, whose networks are loaded one after the other.
 
     Args:
         cases: networks that fit into memory alone, LaMamba's among them.
         processes: "auto" makes sets of one peer where not all fit together.
     """
     ours, peers = [case for case in cases if not case.is_peer], [case for case in cases if case.is_peer]
-    if processes != "auto" or len(peers) < 2 or fit_together([*cases, ours[0].product()]):
+    large = ours[0].product()
+    if processes != "auto" or len(peers) < 2 or fit_together([*cases, large]):
         yield list(cases)
-    else:
-        yield from ([*ours, peer] for peer in peers)
+        return
+    beside = [peer for peer in peers if fit_together([*ours, peer, large])]
+    yield from ([*ours, peer] for peer in beside)
+    if others := [peer for peer in peers if peer not in beside]:
+        yield [*ours, *others]
 
 
 def merge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

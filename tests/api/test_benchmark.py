@@ -94,7 +94,7 @@ def test_the_same_call_goes_on_where_it_was_interrupted(monkeypatch, tmp_path):
         return rows_of(cases)
 
     monkeypatch.setattr(api, "measure", measure)
-    monkeypatch.setattr(turns, "fit_together", lambda cases: len(cases) < 3)
+    monkeypatch.setattr(turns, "fit_together", lambda cases: len(cases) < 4)
     options = lamamba.BenchmarkOptions(
         models="s", peers="dit-s-2,dit-s-4", image_sizes="64,128", batch=1, device="cpu", json=tmp_path / "b.json"
     )

@@ -101,6 +101,8 @@ def test_networks_that_fit_together_take_turns_and_else_each_peer_with_ours(monk
     monkeypatch.setattr(throughput, "free_memory", lambda device: free)
     ours, first, second = present[:2], present[2], present[3]
     assert list(sets_in_turns(present, "auto")) == [[*ours, first], [*ours, second]]
+    large = cases("dit-xl-2", "dim-huge")
+    assert list(sets_in_turns([*present, *large], "auto")) == [[*ours, first], [*ours, second], [*ours, *large]]
     assert list(sets_in_turns(present, "apart")) == [present]
     assert list(sets_in_turns(present[:3], "auto")) == [present[:3]]
 

@@ -160,6 +160,16 @@ def test_the_condition_changes_the_output_and_images_do_not_influence_each_other
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_a_training_step_reaches_every_weight(name):
+    model, x = small(name)
+    model.train()(x, torch.tensor([10.0, 500.0, 900.0]), torch.tensor([0, 4, 9])).square().mean().backward()
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, key
+            assert torch.isfinite(parameter.grad).all(), key
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_every_tensor_is_set_when_a_network_is_allocated(name, monkeypatch):
     """What is allocated holds NaN first, in the dtype that it keeps."""
     to_empty = nn.Module.to_empty
