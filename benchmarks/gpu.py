@@ -38,12 +38,12 @@ def steps(folder: Path) -> dict[str, tuple[list[str], int, Path | None]]:
             60, files["layers"],
         ),
         "forward": (
-            [*BENCH, "--image-sizes", "256,512,1024", "--batch", "64,16,4", "--seconds", "4",
+            [*BENCH, "--image-sizes", "256,512,1024", "--batch", "64,16,4", "--seconds", "3",
              "--json", str(files["forward"])],
             95, files["forward"],
         ),
         "train": (
-            [*BENCH, "--image-sizes", "256", "--batch", "32", "--mode", "train", "--seconds", "5",
+            [*BENCH, "--image-sizes", "256", "--batch", "32", "--mode", "train", "--seconds", "4",
              "--json", str(files["train"])],
             50, files["train"],
         ),

@@ -90,7 +90,7 @@ NETWORKS: dict[str, UNetConfig | DiTShape] = {
 
 
 def build(shape: UNetConfig | DiTShape) -> nn.Module:
-    from lamamba.benchmarking.peers import DiT, DiTSize
+    from lamamba.benchmarking.peers.dit import DiT, DiTSize
     from lamamba.models.unet import LaMambaUNet
 
     if isinstance(shape, UNetConfig):
@@ -114,7 +114,7 @@ def cost(shape: UNetConfig | DiTShape) -> tuple[float, float]:
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as operations:
         network = build(shape).to("meta")
         network(torch.empty(1, 1, SIDE, SIDE), torch.empty(1), torch.empty(1, dtype=torch.int64))
-    return sum(p.numel() for p in network.parameters()) / 1e6, operations.get_total_flops() / 2e6
+    return sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6, operations.get_total_flops() / 2e6
 
 
 def enlarged_digits() -> tuple[np.ndarray, np.ndarray]:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from lamamba.api.train import TrainPlan, TrainResult, plan, train
     from lamamba.config import UNetConfig
     from lamamba.models.deep_cache import LaMambaCacheConfig
+    from lamamba.models.layers import LaMambaLayer, SS2DLayer
     from lamamba.models.official import load_official, to_official
     from lamamba.models.unet import LaMambaUNet
     from lamamba.options.app import AppOptions
@@ -95,6 +96,7 @@ _NAMES = {
     "api.train": "TrainPlan TrainResult plan train",
     "config": "UNetConfig",
     "models.deep_cache": "LaMambaCacheConfig",
+    "models.layers": "LaMambaLayer SS2DLayer",
     "models.official": "load_official to_official",
     "models.unet": "LaMambaUNet",
     "options.app": "AppOptions",
@@ -125,14 +127,14 @@ __all__ = [
     "CheckLatentsResult", "CompareCriteriaOptions", "CompareCriteriaResult", "CompareOptions", "CompareResult",
     "CompressOptions", "CompressResult", "ConvertOptions", "ConvertResult", "DemoOptions", "DemoResult",
     "DoctorOptions", "DoctorResult", "EncodeOptions", "EncodeResult", "EvaluateOptions", "EvaluateResult",
-    "ExportOptions", "ExportResult", "InfoOptions", "InfoResult", "LaMambaCacheConfig", "LaMambaPipeline",
-    "LaMambaUNet", "MetricOptions", "Model", "PlanRemovalOptions", "PlanRemovalResult", "PlotOptions", "PlotResult",
-    "RemoveUnitsOptions", "RemoveUnitsResult", "SampleFolderOptions", "SampleFolderResult", "SampleOptions",
-    "SampleResult", "ScoreUnitsOptions", "ScoreUnitsResult", "StatisticsOptions", "StatisticsResult", "TrainOptions",
-    "TrainPlan", "TrainResult", "UNetConfig", "__version__", "benchmark", "check_data", "compare", "compare_criteria",
-    "compress", "compute_statistics", "convert", "demo", "doctor", "encode", "evaluate", "export", "info",
-    "load_official", "open_app", "open_model", "plan", "plan_removal", "plot", "remove_units", "sample",
-    "sample_folder", "score_units", "to_official", "train",
+    "ExportOptions", "ExportResult", "InfoOptions", "InfoResult", "LaMambaCacheConfig", "LaMambaLayer",
+    "LaMambaPipeline", "LaMambaUNet", "MetricOptions", "Model", "PlanRemovalOptions", "PlanRemovalResult",
+    "PlotOptions", "PlotResult", "RemoveUnitsOptions", "RemoveUnitsResult", "SS2DLayer", "SampleFolderOptions",
+    "SampleFolderResult", "SampleOptions", "SampleResult", "ScoreUnitsOptions", "ScoreUnitsResult",
+    "StatisticsOptions", "StatisticsResult", "TrainOptions", "TrainPlan", "TrainResult", "UNetConfig", "__version__",
+    "benchmark", "check_data", "compare", "compare_criteria", "compress", "compute_statistics", "convert", "demo",
+    "doctor", "encode", "evaluate", "export", "info", "load_official", "open_app", "open_model", "plan",
+    "plan_removal", "plot", "remove_units", "sample", "sample_folder", "score_units", "to_official", "train",
 ]
 
 

@@ -1,60 +1,86 @@
-"""lamamba.benchmark: LaMamba and DiT side by side on this machine."""
+"""lamamba.benchmark: LaMamba and the systems of the paper's tables side by side on this machine."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lamamba.benchmarking.environment import environment
-from lamamba.benchmarking.peers import find_peer
-from lamamba.benchmarking.report import describe, table
-from lamamba.benchmarking.throughput import Case, cost_of, measure, parse_model, ratios
+from lamamba.benchmarking.peers.registry import find_peer, peers_for
+from lamamba.benchmarking.report import describe, explain, table
+from lamamba.benchmarking.throughput import Case, OutOfMemory, cost_of, measure, parse_model, ratios
+from lamamba.benchmarking.turns import leave_out, left_out, merge, sets_in_turns
 from lamamba.options.base import verb
 from lamamba.options.benchmark import BenchmarkOptions
 from lamamba.utils.distributed import pick_device
-from lamamba.utils.files import check_target, write_atomically
+from lamamba.utils.files import check_target, read_json, write_atomically
 from lamamba.utils.progress import Progress, ProgressOption, reporting
-from lamamba.viz.curves import cost_curves
+from lamamba.viz.curves import cost_curves, efficiency_points
 
 PLOTTED_SIZES = (256, 512, 1024, 2048)
 """Image sizes whose multiply-adds are drawn, besides those that were timed."""
-VERSION = 1
+VERSION = 2
+"""2: sets of networks that took turns, large products, networks that were left out."""
+logger = logging.getLogger("lamamba.api")
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
     """Times, memory and operations of networks, and the environment in which they were measured."""
 
-    rows: list[dict[str, Any]]
-    """One per network and image size: ms (median of a pass), ms_quartiles, images_per_second, peak_memory_bytes, ..."""
-    ratios: list[dict[str, Any]]
-    """Images per second of each model over those of each peer."""
+    sets: list[dict[str, Any]] = field(repr=False)
+    """A row for each time that a network was timed; rows with the same "set" took turns."""
     environment: dict[str, Any] = field(repr=False)
     """Device, versions, commit, date and settings."""
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    """Networks that do not fit into memory, each with its reason."""
     paths: tuple[Path, ...] = ()
     """Files that were written."""
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One per network and image size: ms (median of a pass), images_per_second, share_of_product, ..."""
+        return merge(self.sets)
+
+    @property
+    def ratios(self) -> list[dict[str, Any]]:
+        """Images per second of each model over those of each peer, as they took turns."""
+        return ratios(self.sets)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"version": VERSION, "rows": self.rows, "ratios": self.ratios, "environment": self.environment}
+        return {
+            "version": VERSION, "rows": self.rows, "ratios": self.ratios, "sets": self.sets, "left_out": self.left_out,
+            "environment": self.environment,
+        }
 
     def to_markdown(self) -> str:
         """The environment and the table as a Markdown page."""
         lines = "\n".join(f"- {key}: {value}" for key, value in describe(self.environment))
-        mode, dtype = self.rows[0]["mode"], self.rows[0]["dtype"]
+        mode, dtype = self.sets[0]["mode"], self.sets[0]["dtype"]
         what = "training step" if mode == "train" else "forward pass"
-        return f"# LaMamba beside DiT: {what}, {dtype}\n\n{lines}\n\n{table(self.rows, self.ratios)}\n"
+        notes = "".join(f"- {line}\n" for line in explain(self.rows, self.left_out))
+        return (
+            f"# LaMamba beside its peers: {what}, {dtype}\n\n{lines}\n\n{table(self.rows, self.ratios)}\n\n{notes}"
+        )
 
     def __str__(self) -> str:
         lines = [f"{key:<12}{value}" for key, value in describe(self.environment)]
-        return "\n".join([*lines, "", table(self.rows, self.ratios), *(f"wrote {path}" for path in self.paths)])
+        notes = explain(self.rows, self.left_out)
+        written = [f"wrote {path}" for path in self.paths]
+        return "\n".join([*lines, "", table(self.rows, self.ratios), "", *notes, *written])
 
 
 @verb
 def benchmark(options: BenchmarkOptions, *, progress: ProgressOption = "auto") -> BenchmarkResult:
-    """Time LaMamba presets beside DiT: same batch, precision and settings, in turns, each network in its own process.
+    """Time LaMamba presets beside peers: same batch, precision and settings, in turns, each network in its own process.
+
+    Where not all networks fit into memory together, LaMamba takes turns with one peer after the other; what does not
+    fit alone is left out. With a JSON file, the same call goes on where it was interrupted.
 
     Args:
         options: networks, sizes and settings; files to write.
@@ -64,28 +90,75 @@ def benchmark(options: BenchmarkOptions, *, progress: ProgressOption = "auto") -
         ValueError: for unknown networks or sizes that do not fit, before anything is built.
         RuntimeError: when a network cannot be built or run, with the reason.
     """
-    paths = tuple(path for path in (options.json, options.markdown, options.plot) if path)
+    paths = tuple(path for path in (options.json, options.markdown, options.plot, options.plot_efficiency) if path)
     for path in paths:
         if not path.resolve().parent.is_dir():
             raise ValueError(f"{path}: the folder {path.resolve().parent} does not exist; make it first")
         check_target(path)
     groups = plan(options)
     where = environment(groups[0][0], seconds=options.seconds, processes=options.processes)
-    rows: list[dict[str, Any]] = []
+    plan_text = [asdict(case) for cases in groups for case in cases]
+    result = BenchmarkResult(_interrupted(options.json, where, plan_text), where, paths=paths)
     with reporting(progress) as report:
         for number, cases in enumerate(groups):
             def note(text: str, number: int = number) -> None:
                 report(Progress("timing", number, len(groups), unit="image sizes", note=text))
 
-            rows += measure(cases, seconds=options.seconds, processes=options.processes, on_progress=note)
-            result = BenchmarkResult(rows, ratios(rows), where, paths)
-            if options.json:
-                write_atomically(options.json, json.dumps(result.to_dict(), indent=2) + "\n")
+            for _ in _measure_size(cases, options, result, note):
+                if options.json:
+                    unfinished = {**result.to_dict(), "plan": plan_text}
+                    write_atomically(options.json, json.dumps(unfinished, indent=2) + "\n")
+    if options.json:
+        write_atomically(options.json, json.dumps(result.to_dict(), indent=2) + "\n")
     if options.markdown:
         write_atomically(options.markdown, result.to_markdown())
     if options.plot:
-        cost_curves(rows, _curves(groups), options.plot)
+        cost_curves(result.rows, _curves(groups), options.plot)
+    if options.plot_efficiency:
+        efficiency_points(result.rows, options.plot_efficiency)
     return result
+
+
+def _measure_size(
+    cases: list[Case], options: BenchmarkOptions, result: BenchmarkResult, note: Callable[[str], None],
+) -> Iterator[None]:
+    """Time the networks of an image size that the result lacks, and add them set by set."""
+    done = {row["model"] for row in result.sets if row["image_size"] == cases[0].image_size}
+    missing = [case for case in cases if case.model not in done]
+    if not missing:
+        return
+    ours = [case for case in cases if not case.is_peer]
+    note(f"{cases[0].image_size} px: estimating memory")
+    fitting, others = leave_out([*ours, *(case for case in missing if case.is_peer)])
+    result.left_out.extend(others)
+    for present in sets_in_turns(fitting, options.processes):
+        while any(case.model not in done for case in present):
+            try:
+                rows = measure(present, seconds=options.seconds, processes=options.processes, on_progress=note)
+            except OutOfMemory as error:
+                if not error.case.is_peer:
+                    raise
+                result.left_out.append(left_out(error.case, str(error)))
+                present = [case for case in present if case != error.case]
+                continue
+            number = 1 + max((row["set"] for row in result.sets), default=0)
+            result.sets.extend({**row, "set": number} for row in rows)
+            done |= {case.model for case in present}
+            yield
+
+
+def _interrupted(path: Path | None, where: dict[str, Any], plan_text: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sets of an earlier call with the same networks, machine and settings that was interrupted; else none."""
+    if path is None or not path.exists():
+        return []
+    found = read_json(path)
+    if found.get("plan") != plan_text:
+        return []
+    before, now = found["environment"], json.loads(json.dumps(where))
+    if {**before, "date": None} != {**now, "date": None}:
+        return []
+    logger.info("going on: %d networks were timed on %s", len(merge(found["sets"])), before["date"])
+    return found["sets"]
 
 
 @verb
@@ -95,12 +168,11 @@ def plan(options: BenchmarkOptions) -> list[list[Case]]:
     Raises:
         ValueError: for an unknown network, or a size that does not fit.
     """
-    peers = () if options.peers == ("none",) else options.peers
-    for name in peers:
-        find_peer(name)
-    for name in options.models:
-        for size in options.image_sizes:
+    for size in options.image_sizes:
+        for name in options.models:
             parse_model(name, size, options.state_size)
+        for name in _peers(options.peers, size):
+            find_peer(name).side(size)
     models = options.models
     if options.state_size > 1:
         models = tuple(name if "-n" in name else f"{name}-n{options.state_size}" for name in models)
@@ -112,10 +184,17 @@ def plan(options: BenchmarkOptions) -> list[list[Case]]:
             Case(
                 name, size, batch, options.dtype, device, options.mode, options.compile, options.threads, options.pack
             )
-            for name in (*models, *peers)
+            for name in (*models, *_peers(options.peers, size))
         ]
         for size, batch in zip(options.image_sizes, batches, strict=True)
     ]
+
+
+def _peers(names: tuple[str, ...], image_size: int) -> tuple[str, ...]:
+    """Names of peers, where "all" means those for this image size."""
+    if names == ("all",):
+        return peers_for(image_size)
+    return () if names == ("none",) else names
 
 
 def _curves(groups: list[list[Case]]) -> dict[str, list[tuple[int, int]]]:

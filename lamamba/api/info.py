@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lamamba.benchmarking.comparison import Comparison, compare_systems
 from lamamba.benchmarking.flops import Cost, count
 from lamamba.config import PRESETS, UNetConfig, unknown_name
 from lamamba.models.weights import read_config
@@ -21,12 +22,17 @@ class InfoResult:
 
     config: UNetConfig
     cost: Cost
+    comparison: Comparison | None = None
+    """The paper's table of systems, where it was asked for."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"config": self.config.to_dict(), **asdict(self.cost), "paper_total": self.cost.paper_total}
+        table = {"comparison": self.comparison.to_dict()} if self.comparison else {}
+        return {"config": self.config.to_dict(), **asdict(self.cost), "paper_total": self.cost.paper_total, **table}
 
     def __str__(self) -> str:
+        if self.comparison:
+            return str(self.comparison)
         config, cost = self.config, self.cost
         (height, width), (rows, columns) = config.input_size, config.token_grid
         return f"""\
@@ -51,7 +57,9 @@ def info(options: InfoOptions) -> InfoResult:
         ValueError: for an unknown preset or folder, sizes that do not fit, or a damaged config.json.
     """
     config = _find_config(options)
-    return InfoResult(config, count(config))
+    name = f"LaMamba-Diff-{options.model.upper()}" if options.model in PRESETS else Path(options.model).name
+    cost = count(config)
+    return InfoResult(config, cost, compare_systems(name, config, cost) if options.compare else None)
 
 
 def _find_config(options: InfoOptions) -> UNetConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
@@ -22,8 +22,8 @@ LAYER_NORM_OPERATIONS = 5
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Cost of one image and one forward pass: counts of operations, memory in bytes."""
+class Operations:
+    """Operations of one image and one forward pass."""
 
     parameters: int
     matrix: int
@@ -32,8 +32,6 @@ class Cost:
     """Operations of the recurrences, 9 l (g c) n + l (g c) for each scan of l tokens, g directions, c channels."""
     layer_norm: int
     """Operations of layer norms, 5 per element."""
-    activation_bytes: int
-    """Saved for the backward pass, without parameters, in float32."""
 
     @property
     def paper_total(self) -> int:
@@ -41,7 +39,15 @@ class Cost:
         return self.matrix + self.scan + self.layer_norm
 
 
-class _Operations(FlopCounterMode):
+@dataclass(frozen=True)
+class Cost(Operations):
+    """Operations and memory of one image and one forward pass."""
+
+    activation_bytes: int
+    """Saved for the backward pass, without parameters, in float32."""
+
+
+class _Counter(FlopCounterMode):
     """FlopCounterMode that counts scans and layer norms separately."""
 
     def __init__(self) -> None:
@@ -64,20 +70,37 @@ class _Operations(FlopCounterMode):
 
 def count(config: UNetConfig) -> Cost:
     """Cost of one image for a network of this configuration, at its input size."""
+    model, inputs = _on_meta(config)
+    return Cost(**asdict(operations(model, *inputs)), activation_bytes=saved_bytes(model, *inputs))
+
+
+def lamamba_operations(config: UNetConfig) -> Operations:
+    """Operations of one image for a network of this configuration, at its input size."""
+    model, inputs = _on_meta(config)
+    return operations(model, *inputs)
+
+
+def _on_meta(config: UNetConfig) -> tuple[LaMambaUNet, tuple[torch.Tensor | None, ...]]:
     with torch.device("meta"):
         model = LaMambaUNet(config)
         x = torch.empty(1, config.in_channels, *config.input_size)
         timestep = torch.empty(1)
         labels = torch.empty(1, dtype=torch.int64) if config.num_classes else None
-    model.to("meta")
-    with torch.no_grad(), _Operations() as operations:
-        model(x, timestep, labels)
-    return Cost(
+    return model.to("meta"), (x, timestep, labels)
+
+
+def operations(model: nn.Module, *inputs: Any) -> Operations:
+    """Parameters and operations of a network.
+
+    Args:
+        model: on the meta device.
+        inputs: of its forward pass, for one image.
+    """
+    with torch.no_grad(), _Counter() as counter:
+        model(*inputs)
+    return Operations(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        matrix=operations.get_total_flops() // 2,
-        scan=operations.scan,
-        layer_norm=operations.layer_norm,
-        activation_bytes=_saved_bytes(model, x, timestep, labels),
+        matrix=counter.get_total_flops() // 2, scan=counter.scan, layer_norm=counter.layer_norm,
     )
 
 
@@ -90,9 +113,9 @@ def shallow_share(config: UNetConfig) -> float:
         deep = torch.empty(1, *config.token_grid, config.width)
     totals = []
     for given in (None, deep):
-        with torch.no_grad(), _Operations() as operations:
+        with torch.no_grad(), _Counter() as counter:
             model.to("meta")(x, None, conditioning=conditioning, deep_features=given)
-        totals.append(operations.get_total_flops() // 2 + operations.scan + operations.layer_norm)
+        totals.append(counter.get_total_flops() // 2 + counter.scan + counter.layer_norm)
     return totals[1] / totals[0]
 
 
@@ -103,13 +126,13 @@ def multiply_adds_by_module(model: nn.Module, *inputs: Any, **more: Any) -> dict
         model: a network on the meta device.
         inputs, more: of its forward pass, for one image.
     """
-    with torch.no_grad(), _Operations() as operations:
+    with torch.no_grad(), _Counter() as counter:
         model(*inputs, **more)
-    counts = {name.partition(".")[2]: sum(by.values()) // 2 for name, by in operations.get_flop_counts().items()}
-    return {**counts, "": operations.get_total_flops() // 2}
+    counts = {name.partition(".")[2]: sum(by.values()) // 2 for name, by in counter.get_flop_counts().items()}
+    return {**counts, "": counter.get_total_flops() // 2}
 
 
-def _saved_bytes(model: LaMambaUNet, *inputs: Any) -> int:
+def saved_bytes(model: nn.Module, *inputs: Any) -> int:
     """Bytes that autograd saves for the backward pass, each storage once, without parameters and buffers."""
     with saved_storages({address(tensor) for tensor in [*model.parameters(), *model.buffers()]}) as kept:
         output = model(*inputs)

@@ -1,4 +1,4 @@
-"""Throughput of LaMamba beside DiT: networks built alike, timed in turns, each in its own process."""
+"""Throughput of LaMamba beside its peers: networks built alike, timed in turns, each in its own process."""
 
 from __future__ import annotations
 
@@ -14,17 +14,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lamamba.benchmarking import product
 from lamamba.benchmarking.flops import Cost, count
-from lamamba.benchmarking.peers import PEERS, build_peer, peer_cost
+from lamamba.benchmarking.peers.registry import (
+    PEERS,
+    build_peer,
+    find_peer,
+    materialise,
+    peer_activation_bytes,
+    peer_operations,
+)
 from lamamba.config import LATENT_SCALE, PRESETS, UNetConfig, unknown_name
-from lamamba.inference.packing import can_pack
+from lamamba.inference.packing import can_pack, can_pack_convolutions
 from lamamba.models.unet import LaMambaUNet
 from lamamba.utils.repeatable import own_random_state
 
@@ -45,6 +53,10 @@ MEMORY_SHARE = 0.85
 """Share of the free memory up to which networks are kept in memory together."""
 FORWARD_SHARE = 0.25
 """Upper bound of the activations alive at once in a forward pass, as a share of those that training saves."""
+TRAINING_PASSES = 3
+"""Multiply-adds of a training step in units of the forward pass's: gradients of inputs and of weights come to it."""
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""In the messages of errors of the allocators, and of `Runner` for a process that was killed."""
 NATIVE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -53,7 +65,7 @@ class Case:
     """One network at one size, and how it is timed."""
 
     model: str
-    """A preset (s, b, l, xl; xl-n16 has state size 16) or a peer."""
+    """A preset (s, b, l, xl; xl-n16 has state size 16), a peer, or "product", one large matrix product."""
     image_size: int
     batch: int
     dtype: str
@@ -70,8 +82,30 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the finest grid, for one image."""
-        return (self.image_size // LATENT_SCALE // (2 if self.is_peer else 1)) ** 2
+        """Tokens of the finest grid with products of tokens, for one image; rows of the large product."""
+        if self.model == product.NAME:
+            return product.product_side(self.device)
+        if not self.is_peer:
+            return (self.image_size // LATENT_SCALE) ** 2
+        peer = find_peer(self.model)
+        return (peer.side(self.image_size) // peer.token) ** 2
+
+    @property
+    def cost(self) -> Cost:
+        """Of one image and one forward pass."""
+        if self.model == product.NAME:
+            return product.product_cost(self.tokens)
+        return cost_of(self.model, self.image_size)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of a pass that is timed, of all images."""
+        passes = TRAINING_PASSES if self.mode == "train" else 1
+        return passes * self.batch * self.cost.matrix
+
+    def product(self) -> Case:
+        """The large matrix product that this network is held against."""
+        return replace(self, model=product.NAME, batch=1, mode="forward", compile=False)
 
     @property
     def packs_weights(self) -> bool:
@@ -81,9 +115,17 @@ class Case:
             and not self.compile and can_pack()
         )
 
+    @property
+    def packs_convolutions(self) -> bool:
+        """Whether weights of convolutions are stored in oneDNN's order once, in any precision."""
+        return (
+            self.packed and self.device == "cpu" and self.dtype != "float16" and self.mode == "forward"
+            and not self.compile and can_pack_convolutions()
+        )
+
     def memory_estimate(self) -> int:
         """Upper estimate of the bytes that the network needs."""
-        cost = cost_of(self.model, self.image_size)
+        cost = self.cost
         kept = cost.activation_bytes * self.batch
         if self.mode == "train":
             return 16 * cost.parameters + kept
@@ -107,7 +149,10 @@ def parse_model(name: str, image_size: int, state_size: int | None = None) -> UN
 @functools.cache
 def cost_of(name: str, image_size: int) -> Cost:
     """Of a preset or a peer, for one image and one forward pass."""
-    return peer_cost(name, image_size) if name in PEERS else count(parse_model(name, image_size))
+    if name not in PEERS:
+        return count(parse_model(name, image_size))
+    found = peer_operations(name, image_size)
+    return Cost(**asdict(found), activation_bytes=peer_activation_bytes(name, image_size))
 
 
 def build(case: Case) -> nn.Module:
@@ -116,6 +161,11 @@ def build(case: Case) -> nn.Module:
     dtype = torch.float32 if case.mode == "train" else getattr(torch, case.dtype)
     if case.is_peer:
         return build_peer(case.model, case.image_size, device, dtype)
+    if case.model == product.NAME:
+        with torch.device("meta"):
+            large = product.MatrixProduct(case.tokens)
+        materialise(large, device, dtype)
+        return large
     config = parse_model(case.model, case.image_size)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -133,13 +183,33 @@ def build(case: Case) -> nn.Module:
 
 
 def inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """x, timestep and labels, the same for every network."""
-    random, side = torch.Generator().manual_seed(0), case.image_size // LATENT_SCALE
+    """x, timestep and labels, the same for every network that takes the same; channels last for convolutions."""
+    random = torch.Generator().manual_seed(0)
     dtype = torch.float32 if case.mode == "train" else getattr(torch, case.dtype)
-    x = torch.randn(case.batch, 4, side, side, generator=random)
+    if case.model == product.NAME:
+        x = torch.randn(case.tokens, case.tokens, generator=random)
+    else:
+        peer = find_peer(case.model) if case.is_peer else None
+        channels, side = (peer.channels, peer.side(case.image_size)) if peer else (4, case.image_size // LATENT_SCALE)
+        x = torch.randn(case.batch, channels, side, side, generator=random)
+        if case.is_peer:
+            x = x.contiguous(memory_format=torch.channels_last)
     timestep = torch.rand(case.batch, generator=random) * 1000
     labels = torch.randint(0, 1000, (case.batch,), generator=random)
     return x.to(device, dtype), timestep.to(device), labels.to(device)
+
+
+class OutOfMemory(RuntimeError):
+    """A network that does not fit into memory.
+
+    Args:
+        case: the network.
+        message: the reason.
+    """
+
+    def __init__(self, case: Case, message: str):
+        super().__init__(message)
+        self.case = case
 
 
 class Runner:
@@ -173,7 +243,10 @@ class Runner:
         if "error" in reply:
             self.close()
             case = self.case
-            raise RuntimeError(f"{case.model}, {case.image_size} px, batch {case.batch}, {case.mode}: {reply['error']}")
+            message = f"{case.model}, {case.image_size} px, batch {case.batch}, {case.mode}: {reply['error']}"
+            if any(words in message for words in OUT_OF_MEMORY):
+                raise OutOfMemory(case, message)
+            raise RuntimeError(message)
         return reply
 
     def _exit_message(self) -> str:
@@ -263,7 +336,7 @@ def training_rate(config: UNetConfig, batch_size: int, device: torch.device, bfl
 
 
 def fit_together(cases: Sequence[Case]) -> bool:
-    """Whether the networks are estimated to fit into the device's free memory together."""
+    """Whether the networks (or one of them alone) are estimated to fit into the device's free memory together."""
     free = free_memory(cases[0].device)
     return free is None or sum(case.memory_estimate() for case in cases) < MEMORY_SHARE * free
 
@@ -272,7 +345,7 @@ def measure(
     cases: Sequence[Case], *, seconds: float = 60, processes: Processes = "auto",
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Time networks in turns: one row for each case.
+    """Time networks and one large matrix product in turns: one row for each network.
 
     Networks that fit into memory together take turns pass by pass; others are loaded one after the other, in two
     rounds, so that a machine that slows down does so for all.
@@ -284,8 +357,11 @@ def measure(
         on_progress: called with a line of text.
 
     Raises:
+        OutOfMemory: when a network does not fit into memory.
         RuntimeError: when a network cannot be built or run, with its reason.
     """
+    large = cases[0].product()
+    networks, cases = cases, (*cases, large)
     together = processes == "together" or (processes == "auto" and fit_together(cases))
     rounds = [cases] if together else [[case] for case in (*cases, *cases)]
     times: dict[Case, list[float]] = {case: [] for case in cases}
@@ -295,7 +371,8 @@ def measure(
             times[runner.case] += runner.times
             peaks = [f["peak_memory_bytes"] for f in (facts[runner.case], runner.found) if f.get("peak_memory_bytes")]
             facts[runner.case] |= {**runner.found, "peak_memory_bytes": max(peaks, default=None)}
-    return [_row(case, times[case], facts[case], together) for case in cases]
+    rate = 1000 * large.multiply_adds / statistics.median(times[large])
+    return [_row(case, times[case], facts[case], together, rate) for case in networks]
 
 
 def _take_turns(cases: Sequence[Case], seconds: float, on_progress: Callable[[str], None]) -> Iterator[Runner]:
@@ -321,10 +398,13 @@ def _take_turns(cases: Sequence[Case], seconds: float, on_progress: Callable[[st
         yield from runners
 
 
-def _row(case: Case, times: Sequence[float], facts: dict[str, Any], together: bool) -> dict[str, Any]:
+def _row(
+    case: Case, times: Sequence[float], facts: dict[str, Any], together: bool, product_rate: float
+) -> dict[str, Any]:
     ms = statistics.median(times)
     low, _, high = statistics.quantiles(times, n=4)
-    peak, stays, cost = facts["peak_memory_bytes"], facts["weights_bytes"], cost_of(case.model, case.image_size)
+    peak, stays, cost = facts["peak_memory_bytes"], facts["weights_bytes"], case.cost
+    rate = 1000 * case.multiply_adds / ms
     return {
         "model": case.model, "image_size": case.image_size, "batch": case.batch, "dtype": case.dtype,
         "device": case.device, "mode": case.mode, "ms": ms, "ms_quartiles": [low, high], "ms_fastest": min(times),
@@ -332,12 +412,14 @@ def _row(case: Case, times: Sequence[float], facts: dict[str, Any], together: bo
         "images_per_second": 1000 * case.batch / ms, "peak_memory_bytes": peak,
         "activation_bytes_per_image": (peak - stays) / case.batch if peak is not None else None,
         "multiply_adds": cost.matrix, "parameters": cost.parameters, "tokens": case.tokens,
+        "multiply_adds_per_second": rate, "product_multiply_adds_per_second": product_rate,
+        "share_of_product": rate / product_rate, "is_peer": case.is_peer,
         "compiled": case.compile, "packed_weights": facts["packed"], "in_memory_together": together,
     }
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Images per second of each model over those of each peer, where both were timed alike."""
+    """Images per second of each model over those of each peer, where both were timed alike and in turns."""
     same = ("image_size", "batch", "dtype", "device", "mode")
     return [
         {
@@ -345,5 +427,5 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "ratio": row["images_per_second"] / peer["images_per_second"],
         }
         for row in rows if row["model"] not in PEERS
-        for peer in rows if peer["model"] in PEERS and all(peer[key] == row[key] for key in same)
+        for peer in rows if peer["model"] in PEERS and all(peer.get(key) == row.get(key) for key in (*same, "set"))
     ]

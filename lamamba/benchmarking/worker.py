@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import torch
 
 from lamamba.benchmarking.throughput import Case, build, inputs, proc_bytes
-from lamamba.inference.packing import pack_weights
+from lamamba.inference.packing import pack_convolutions, pack_weights
 
 
 def main() -> None:
@@ -70,6 +70,8 @@ def prepare(case: Case, model: torch.nn.Module, device: torch.device) -> tuple[C
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if case.packs_weights:
         pack_weights(model, case.tokens * case.batch)
+    if case.packs_convolutions:
+        pack_convolutions(model)
     network = torch.compile(model, dynamic=False) if case.compile else model
     if case.mode == "forward":
         model.eval()
@@ -88,7 +90,7 @@ def prepare(case: Case, model: torch.nn.Module, device: torch.device) -> tuple[C
     def step() -> torch.Tensor:
         with mixed:
             output = network(x, timestep, labels)
-        loss = torch.nn.functional.mse_loss(output.float(), target)
+        loss = torch.nn.functional.mse_loss(output.float(), target[:, : output.shape[1]])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -3,6 +3,7 @@
   lamamba info xl --image-size 512
   lamamba info xl --image-size 256 --state-size 16        as in the paper's tables
   lamamba info runs/digits                                a trained one
+  lamamba info --compare --image-size 256                 the paper's table of systems, counted
 
 Nothing is allocated: the counts come from a run on PyTorch's meta device."""
 

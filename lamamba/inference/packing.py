@@ -1,6 +1,7 @@
-"""bfloat16 weights in oneDNN's blocked layout, for inference on CPUs.
+"""Weights in oneDNN's blocked layout, for inference on CPUs: bfloat16 Linear layers, convolutions.
 
-A plain bfloat16 product reorders its weight in every call; a packed one is reordered once.
+A plain bfloat16 product reorders its weight in every call, a plain convolution too, in any precision; a packed one is
+reordered once.
 """
 
 from __future__ import annotations
@@ -63,3 +64,53 @@ def pack_weights(model: nn.Module, rows: int) -> None:
             child.weight = None  # type: ignore[assignment]
         else:
             pack_weights(child, rows)
+
+
+class PackedConv2d(nn.Module):
+    """A convolution for inference, its weight in oneDNN's layout for inputs as large as the first.
+
+    Other inputs are computed as well, perhaps in another layout than theirs.
+    """
+
+    def __init__(self, convolution: nn.Conv2d):
+        super().__init__()
+        c = convolution
+        self.bias = c.bias.detach() if c.bias is not None else None
+        self.weight = c.weight.detach()
+        self._settings = list(c.padding), list(c.stride), list(c.dilation), c.groups
+        self._is_packed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._is_packed:
+            self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self._settings, list(x.shape))
+            self._is_packed = True
+        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self._settings, "none", [], "")
+
+    def _save_to_state_dict(self, *args: object) -> None:
+        raise RuntimeError("packed weights cannot be saved: save the network before pack_convolutions(network)")
+
+
+@functools.cache
+def can_pack_convolutions() -> bool:
+    """Whether this build of torch has oneDNN's packed convolutions."""
+    try:
+        convolution = PackedConv2d(nn.Conv2d(8, 8, 3))
+        return bool(torch.isfinite(convolution(torch.ones(1, 8, 4, 4))).all())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def pack_convolutions(model: nn.Module) -> None:
+    """Pack every plain 2-D convolution of a network on the CPU, in place, when it first runs.
+
+    The network can then only be run, without gradients: neither trained nor saved nor moved. Subclasses of nn.Conv2d
+    stay as they are. Where `can_pack_convolutions` is false, nothing changes.
+    """
+    if not can_pack_convolutions():
+        return
+    for name, child in list(model.named_children()):
+        if type(child) is nn.Conv2d and child.padding_mode == "zeros" and not isinstance(child.padding, str):
+            setattr(model, name, PackedConv2d(child))
+            child.weight = None  # type: ignore[assignment]
+        else:
+            pack_convolutions(child)

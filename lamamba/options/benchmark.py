@@ -14,7 +14,8 @@ class BenchmarkOptions:
     models: Words = ("xl",)
     """Presets (s, b, l, xl), separated by commas; xl-n16 has 16 states."""
     peers: Words = ("dit-xl-2",)
-    """dit-s-2, dit-b-2, dit-l-2, dit-xl-2, separated by commas, or "none"."""
+    """adm-256, adm-512, adm-u-256, ldm-4, ldm-8, dit-{s,b,l,xl}-{2,4}, u-vit-h-2, u-vit-h-4, dis-h-2, dim-huge,
+    separated by commas; "all" of them that are for an image size, or "none"."""
     image_sizes: PositiveInts = (256,)
     """Sides of the images in pixels, separated by commas."""
     batch: PositiveInts = (8,)
@@ -32,17 +33,20 @@ class BenchmarkOptions:
     seconds: Annotated[float, Ge(0)] = 60.0
     """How long each network is timed at each size; at least three passes all the same."""
     processes: Literal["auto", "together", "apart"] = "auto"
-    """Networks in memory together, taking turns pass by pass, or loaded one after the other, twice over."""
+    """Networks in memory together, taking turns pass by pass, or loaded one after the other, twice over; "auto":
+    LaMamba takes turns with one peer after the other where not all fit together."""
     threads: Annotated[int | None, Ge(1)] = None
     """CPU threads of each network; by default torch's choice."""
     pack: bool = True
-    """Pack bfloat16 weights for oneDNN on CPUs, for both sides."""
+    """Pack bfloat16 weights of Linear layers, and weights of convolutions, for oneDNN on CPUs, of all networks."""
     json: FilePath | None = None
-    """Write rows, ratios and environment to this file, after every size."""
+    """Write rows, ratios and environment to this file, and go on from it after an interruption."""
     markdown: FilePath | None = None
     """Write the table to this file."""
     plot: FilePath | None = None
     """Draw time and multiply-adds against the number of tokens into this PNG."""
+    plot_efficiency: FilePath | None = None
+    """Draw images/s over multiply-adds into this PNG: a point for each network, lines of equal efficiency."""
 
     def __post_init__(self) -> None:
         if not self.models or not self.image_sizes:

@@ -13,7 +13,7 @@ from lamamba.options.base import Ge, Name, options
 class InfoOptions:
     """Which network to count."""
 
-    model: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    model: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "xl"
     """A preset (s, b, l, xl), or the folder of a run, checkpoint, model or pipeline."""
     image_size: Annotated[int | None, Ge(1)] = None
     """Side of the image in pixels (256), 8 times the latent's; only for presets."""
@@ -21,3 +21,5 @@ class InfoOptions:
     """State size N of the scan (1); only for presets."""
     num_classes: Annotated[int | None, Ge(0)] = None
     """Class labels (1000); 0: unconditional. Only for presets."""
+    compare: bool = False
+    """The paper's table of systems instead: our counts beside the published ones, and what is wrong there."""

@@ -192,7 +192,8 @@ def cost_curves(
     figure = Figure(figsize=(10, 4.6))
     left, right = figure.subplots(1, 2)
     for model, points in multiply_adds.items():
-        color, style = (PEER_COLOR, "s--") if model.startswith("dit") else (OUR_COLOR, "o-")
+        is_peer = any(row["is_peer"] for row in rows if row["model"] == model)
+        color, style = (PEER_COLOR, "s--") if is_peer else (OUR_COLOR, "o-")
         mine = sorted((row["image_size"], row["ms"] / row["batch"]) for row in rows if row["model"] == model)
         left.plot([tokens(size) for size, _ in mine], [ms for _, ms in mine], style, color=color, label=model)
         right.plot([tokens(size) for size, _ in points], [n / 1e9 for _, n in points], style, color=color, label=model)
@@ -207,6 +208,56 @@ def cost_curves(
         _power_lines(axes, [tokens(size) for size in sizes])
         axes.legend(frameon=False)
     tidy((left, right))
+    save_figure(figure, path)
+
+
+def efficiency_points(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw images per second over multiply-adds of an image, a point for each network; log-log.
+
+    Networks on one line use the machine equally well: a line's figure is the multiply-adds per second as a share of
+    those of one large matrix product.
+
+    Args:
+        rows: of a benchmark's result.
+        path: a PNG.
+    """
+    figure = Figure(figsize=(9.5, 6.5))
+    axes = figure.subplots()
+    several = len({row["image_size"] for row in rows}) > 1
+    rows = sorted(rows, key=lambda row: row["multiply_adds"])
+    gaps = [math.inf, *np.diff(np.log([row["multiply_adds"] for row in rows])), math.inf]
+    is_right = True
+    for row, before, after in zip(rows, gaps, gaps[1:], strict=False):
+        color, marker = (PEER_COLOR, "s") if row["is_peer"] else (OUR_COLOR, "o")
+        point = row["multiply_adds"] / 1e9, row["images_per_second"]
+        axes.plot(*point, marker, color=color, markersize=6)
+        name = row["model"] if row["is_peer"] else f"LaMamba-{row['model'].upper()}"
+        name += f", {row['image_size']} px" if several else ""
+        is_right = not is_right if before < 0.25 else before <= after           # names of neighbours on either side
+        offset, side = ((6, 4), "left") if is_right else ((-6, -12), "right")
+        axes.annotate(name, point, offset, textcoords="offset points", fontsize="small", color=color, ha=side)
+    axes.set(xscale="log", yscale="log", xlabel="G multiply-adds of an image", ylabel="images / s")
+    axes.margins(0.12)
+    limits = axes.get_xlim(), axes.get_ylim()
+    passes = 3 if rows[0]["mode"] == "train" else 1                             # as lamamba.benchmarking counts a step
+    rate = float(np.median([row["product_multiply_adds_per_second"] for row in rows])) / 1e9 / passes
+    for share in (1.0, 0.5, 0.25, 0.125):
+        ends = np.asarray(limits[0])
+        axes.plot(ends, share * rate / ends, ":", color="grey", linewidth=1, zorder=0)
+        left = max(ends[0], share * rate / limits[1][1])                        # where the line enters the picture
+        axes.annotate(
+            f"{100 * share:g} %", (left, share * rate / left), (4, -12),
+            textcoords="offset points", color="grey", fontsize="small",
+        )
+    axes.set(xlim=limits[0], ylim=limits[1])
+    axes.xaxis.set_major_formatter(_PlainLogFormatter())
+    axes.yaxis.set_major_formatter(_PlainLogFormatter())
+    first = rows[0]
+    axes.set_title(
+        f"{first['mode']}, {first['dtype']}, {first['device']}, batch {first['batch']}; lines: share of one large "
+        "matrix product's multiply-adds/s"
+    )
+    tidy([axes])
     save_figure(figure, path)
 
 

@@ -28,8 +28,8 @@ def test_removed_branches_are_not_counted():
 
 
 def test_activation_memory_is_what_a_real_pass_keeps():
-    from lamamba.benchmarking.flops import _saved_bytes
+    from lamamba.benchmarking.flops import saved_bytes
 
     config = small_config(width=64, num_heads=4, grid=16)
-    real = _saved_bytes(random_network(config).train(), *random_inputs(config, batch=1))
+    real = saved_bytes(random_network(config).train(), *random_inputs(config, batch=1))
     assert count(config).activation_bytes == pytest.approx(real, rel=0.15)

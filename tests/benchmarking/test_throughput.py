@@ -7,6 +7,7 @@ import torch
 
 from lamamba.benchmarking import throughput
 from lamamba.benchmarking.throughput import Case, build, inputs, measure, ratios
+from lamamba.benchmarking.turns import leave_out, merge, sets_in_turns
 from lamamba.inference.packing import PackedLinear, can_pack, pack_weights
 
 
@@ -27,6 +28,10 @@ def test_two_networks_take_turns():
         assert row["passes"] >= throughput.MIN_PASSES
         assert row["in_memory_together"]
         assert 1 <= row["peak_memory_bytes"] / (4 * row["parameters"]) < 3
+        rate = 2 * row["multiply_adds"] / (row["ms"] / 1000)
+        assert row["multiply_adds_per_second"] == pytest.approx(rate)
+        assert row["share_of_product"] == pytest.approx(rate / row["product_multiply_adds_per_second"])
+    assert ours["product_multiply_adds_per_second"] == theirs["product_multiply_adds_per_second"] > 1e9
     turns = [text.split()[0] for text in said if "passes" in text]
     assert turns[:2] == ["s", "dit-s-2"]
     (ratio,) = ratios([ours, theirs])
@@ -74,3 +79,51 @@ def test_rows_that_differ_in_anything_have_no_ratio():
     ours, theirs = {**row, "model": "xl", "images_per_second": 3}, {**row, "model": "dit-xl-2", "images_per_second": 2}
     assert [ratio["ratio"] for ratio in ratios([ours, theirs])] == [1.5]
     assert ratios([ours, {**theirs, "batch": 2}]) == []
+    assert ratios([{**ours, "set": 1}, {**theirs, "set": 2}]) == []
+
+
+def cases(*names: str) -> list[Case]:
+    return [Case(name, 256, 1, "float32", "cpu", "forward") for name in names]
+
+
+def test_the_multiply_adds_of_a_training_step_are_three_forward_passes():
+    forward, step = (Case("dit-s-2", 256, 4, "float32", "cpu", mode) for mode in ("forward", "train"))
+    assert forward.multiply_adds == 4 * forward.cost.matrix
+    assert step.multiply_adds == 3 * forward.multiply_adds
+    assert step.product().multiply_adds == 3072**3
+    assert (step.product().mode, step.product().batch) == ("forward", 1)
+
+
+def test_networks_that_fit_together_take_turns_and_else_each_peer_with_ours(monkeypatch):
+    present = cases("s", "b", "dit-s-2", "dit-s-4")
+    assert list(sets_in_turns(present, "auto")) == [present]
+    free = 1.2 * sum(case.memory_estimate() for case in present)                # too little with the large product
+    monkeypatch.setattr(throughput, "free_memory", lambda device: free)
+    ours, first, second = present[:2], present[2], present[3]
+    assert list(sets_in_turns(present, "auto")) == [[*ours, first], [*ours, second]]
+    large = cases("dit-xl-2", "dim-huge")
+    assert list(sets_in_turns([*present, *large], "auto")) == [[*ours, first], [*ours, second], [*ours, *large]]
+    assert list(sets_in_turns(present, "apart")) == [present]
+    assert list(sets_in_turns(present[:3], "auto")) == [present[:3]]
+
+
+def test_what_does_not_fit_is_left_out_by_name(monkeypatch):
+    monkeypatch.setattr(throughput, "free_memory", lambda device: 2**30)
+    fitting, others = leave_out(cases("s", "dit-s-2", "dit-xl-2"))
+    assert [case.model for case in fitting] == ["s", "dit-s-2"]
+    assert others[0].items() >= {"model": "dit-xl-2", "image_size": 256}.items()
+    assert others[0]["reason"].startswith("needs about 2.")
+    with pytest.raises(RuntimeError, match="xl: too large for the free memory of cpu"):
+        leave_out(cases("xl", "dit-s-2"))
+
+
+def test_rows_of_several_sets_become_one_of_medians():
+    row = {"model": "xl", "image_size": 256, "batch": 1, "is_peer": False, "passes": 3, "ms_fastest": 1.0,
+           "images_per_second": 1.0, "multiply_adds_per_second": 1.0, "product_multiply_adds_per_second": 1.0,
+           "share_of_product": 0.5, "ms_quartiles": [1.0, 3.0], "peak_memory_bytes": 5, "ms": 2.0, "set": 1}
+    again = {**row, "ms": 4.0, "ms_quartiles": [2.0, 5.0], "peak_memory_bytes": 7, "share_of_product": 0.7, "set": 2}
+    peer = {**row, "model": "ldm-4", "is_peer": True}
+    first, second = merge([peer, row, again])
+    assert (first["ms"], first["ms_quartiles"], first["passes"], first["peak_memory_bytes"]) == (3.0, [1.5, 4.0], 6, 7)
+    assert first["share_of_product"] == pytest.approx(0.6)
+    assert second == peer

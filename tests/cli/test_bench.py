@@ -13,16 +13,17 @@ from lamamba.cli.main import main
 
 @pytest.mark.slow
 def test_the_file_holds_rows_ratios_and_environment(capsys, tmp_path):
-    files = [tmp_path / name for name in ("b.json", "b.md", "b.png")]
+    files = [tmp_path / name for name in ("b.json", "b.md", "b.png", "e.png")]
     status = main([
         "bench", "--models", "s", "--peers", "dit-s-2", "--image-sizes", "32", "--batch", "1", "--device", "cpu",
         "--seconds", "0", "--dtype", "bfloat16", "--threads", "1",
         "--json", str(files[0]), "--markdown", str(files[1]), "--plot", str(files[2]),
+        "--plot-efficiency", str(files[3]),
     ])
     out = capsys.readouterr().out
     assert status == 0
     result = json.loads(files[0].read_text())
-    assert result.keys() == {"version", "rows", "ratios", "environment"}
+    assert result.keys() == {"version", "rows", "ratios", "sets", "left_out", "environment"}
     wanted = {"model", "image_size", "batch", "dtype", "device", "mode", "ms", "images_per_second",
               "peak_memory_bytes", "multiply_adds"}
     assert all(wanted <= row.keys() for row in result["rows"])
@@ -34,13 +35,14 @@ def test_the_file_holds_rows_ratios_and_environment(capsys, tmp_path):
     for text in (out, files[1].read_text()):
         assert f"{ratio['ratio']:.2f} |" in text
         assert "MALLOC_" in text or result["environment"]["settings"]["malloc"] is None
-    assert Image.open(files[2]).size[0] > 800
+    assert all(Image.open(file).size[0] > 800 for file in files[2:])
 
 
 def test_the_table():
     row = {"image_size": 256, "batch": 8, "dtype": "float32", "device": "cpu", "mode": "forward", "ms": 4000.0,
            "ms_quartiles": [3990.0, 4010.0], "images_per_second": 2.0, "peak_memory_bytes": 2**30,
-           "activation_bytes_per_image": 2**24, "multiply_adds": 45.55e9}
+           "activation_bytes_per_image": 2**24, "multiply_adds": 45.55e9,
+           "multiply_adds_per_second": 7e10, "share_of_product": 0.88}
     unknown = {"peak_memory_bytes": None, "activation_bytes_per_image": None}
     ours, theirs = {**row, "model": "xl"}, {**row, "model": "dit-xl-2", **unknown}
     same = {key: row[key] for key in ("image_size", "batch", "mode")}
@@ -48,8 +50,9 @@ def test_the_table():
     heading, rule, first, second = table([ours, theirs], [ratio]).splitlines()
     assert len({len(line) for line in (heading, rule, first, second)}) == 1
     assert [cell.strip() for cell in first.split("|")[1:-1]] == [
-        "xl", "256", "8", "2", "4000.0", "3990.0 - 4010.0", "1024", "16", "45.55", "2.04",
+        "xl", "256", "8", "2", "4000.0", "3990.0 - 4010.0", "1024", "16", "45.55", "70.0", "88%", "",
     ]
+    assert second.rstrip("| ").endswith(" 2.04")
     assert " - |" in second
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lamamba.inference.packing import PackedLinear, can_pack, pack_weights
+from lamamba.inference.packing import (
+    PackedConv2d,
+    PackedLinear,
+    can_pack,
+    can_pack_convolutions,
+    pack_convolutions,
+    pack_weights,
+)
 from lamamba.sampling import generate
 from tests.networks import random_inputs, random_network, relative_error, small_config
 
@@ -35,3 +42,29 @@ def test_what_packed_weights_cannot_do_is_said(tmp_path):
     assert any(isinstance(module, PackedLinear) for module in model.modules())
     with pytest.raises(RuntimeError, match="save the network before"):
         model.save_pretrained(tmp_path)
+
+
+@pytest.mark.skipif(not can_pack_convolutions(), reason="no packed convolutions in this build of torch")
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_packed_convolutions_give_the_same_answers_also_for_other_sizes(dtype, most, tmp_path):
+    torch.manual_seed(0)
+    settings = (dict(padding=1), dict(stride=2, padding=1, bias=False), dict(padding=2, dilation=2, groups=4))
+    model = torch.nn.Sequential(*(torch.nn.Conv2d(16, 16, 3, **each) for each in settings)).to(dtype)
+    inputs = [torch.randn(2, 16, side, side).to(dtype, memory_format=torch.channels_last) for side in (16, 10)]
+    with torch.no_grad():
+        plain = [model(x).float() for x in inputs]
+        pack_convolutions(model)
+        assert all(isinstance(module, PackedConv2d) for module in model)
+        for x, expected in zip(inputs, plain, strict=True):
+            assert relative_error(model(x).float(), expected) <= most
+    with pytest.raises(RuntimeError, match="save the network before"):
+        model.state_dict()
+
+
+def test_convolutions_that_do_more_than_convolve_stay_as_they_are():
+    class Larger(torch.nn.Conv2d):
+        pass
+
+    model = torch.nn.Sequential(Larger(4, 4, 3), torch.nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"))
+    pack_convolutions(model)
+    assert not any(isinstance(module, PackedConv2d) for module in model)

@@ -10,7 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from lamamba.viz.curves import read_metrics, run_curves
+from lamamba.viz.curves import efficiency_points, read_metrics, run_curves
 
 
 def lines(steps, **more):
@@ -56,3 +56,17 @@ def test_a_truncated_line_is_skipped_and_a_file_without_lines_named(tmp_path):
     path.write_text("")
     with pytest.raises(ValueError, match="has no lines yet"):
         read_metrics(path)
+
+
+def test_a_network_more_is_a_point_more(tmp_path):
+    def row(model, giga, share):
+        return {"model": model, "image_size": 256, "batch": 1, "mode": "forward", "dtype": "float32", "device": "cpu",
+                "is_peer": model != "xl", "multiply_adds": giga * 1e9, "images_per_second": share * 80 / giga,
+                "product_multiply_adds_per_second": 80e9}
+
+    rows = [row("xl", 45, 0.8), row("ldm-8", 57, 0.4), row("dit-xl-2", 118, 0.8)]
+    efficiency_points(rows, tmp_path / "some.png")
+    efficiency_points([*rows, row("adm-256", 1120, 0.8)], tmp_path / "more.png")
+    some, more = (matplotlib.image.imread(tmp_path / name) for name in ("some.png", "more.png"))
+    assert some.shape == more.shape
+    assert np.abs(some - more).max() > 0.5

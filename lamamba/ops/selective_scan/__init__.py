@@ -45,8 +45,12 @@ def selective_scan(
 
     The state h (b, g, c, n) is float32 for all inputs but float64, where it is float64.
 
+    Any number of paths g >= 1, each a permutation of the tokens in any order: [[0, 1, ..., l - 1]] is Mamba's own scan
+    of a sequence, a second row [l - 1, ..., 0] makes it bidirectional, `scan_paths` gives those of a grid. Tokens, dt,
+    B and C stay in grid order. docs/layers.md has examples.
+
     Args:
-        x, dt, B, C, W_dt, b_dt, A, D, paths: as in the notation above.
+        x, dt, B, C, W_dt, b_dt, A, D, paths: as in the notation above; paths are int64, on x's device.
         backend: name of a back end; by default the requested or automatic one (see lamamba.ops.dispatch).
 
     Returns:

@@ -1,4 +1,4 @@
-"""Peers of LaMamba: DiT-S/2 to XL/2 (arXiv 2212.09748), with diffusers' blocks and the paper's parameter count.
+"""DiT-S to DiT-XL (arXiv 2212.09748), with diffusers' blocks and the paper's parameter count.
 
 diffusers' DiTTransformer2DModel has an embedder of timestep and label in every block (749.8 M parameters for XL/2); the
 paper's DiT has one for all blocks (675 M), evaluated once. `DiT` here is the paper's.
@@ -6,17 +6,12 @@ paper's DiT has one for all blocks (675 M), evaluated once. `DiT` here is the pa
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
-from lamamba.benchmarking.flops import Cost
-from lamamba.config import LATENT_SCALE, unknown_name
 
 IN_CHANNELS, OUT_CHANNELS, PATCH_SIZE, NUM_CLASSES = 4, 8, 2, 1000
 
@@ -30,11 +25,8 @@ class DiTSize:
     num_heads: int
 
 
-PEERS = {
-    "dit-s-2": DiTSize(384, 12, 6),
-    "dit-b-2": DiTSize(768, 12, 12),
-    "dit-l-2": DiTSize(1024, 24, 16),
-    "dit-xl-2": DiTSize(1152, 28, 16),
+SIZES = {
+    "s": DiTSize(384, 12, 6), "b": DiTSize(768, 12, 12), "l": DiTSize(1024, 24, 16), "xl": DiTSize(1152, 28, 16),
 }
 
 
@@ -71,6 +63,17 @@ class DiT(nn.Module):
         self.embedding.class_embedder.dropout_prob = 0.0
         for norm in norms:
             norm.emb = _Identity()
+        positions = self.transformer.pos_embed
+        table = positions.pos_embed                                             # (1, l, width), fixed
+        del positions.pos_embed
+        positions.pos_embed = nn.Parameter(table, requires_grad=False)          # so the paper counts it
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fill the table of positions, where the network was made on the meta device."""
+        p = self.transformer.pos_embed
+        table = PatchEmbed(p.height * p.patch_size, p.width * p.patch_size, p.patch_size, 1, p.proj.out_channels)
+        p.pos_embed.copy_(table.pos_embed)
 
     def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
         c = self.embedding(timestep, class_labels, hidden_dtype=x.dtype)                            # (b, width)
@@ -97,52 +100,3 @@ class DiT(nn.Module):
         for module in (*zero, transformer.proj_out_1, transformer.proj_out_2):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-
-
-def find_peer(name: str) -> DiTSize:
-    """Size of a peer by name.
-
-    Raises:
-        ValueError: for an unknown name, with the nearest one.
-    """
-    if name not in PEERS:
-        raise unknown_name("peer", name, PEERS)
-    return PEERS[name]
-
-
-def build_peer(name: str, image_size: int, device: torch.device, dtype: torch.dtype) -> DiT:
-    """A peer with random weights (only biases are zero), allocated on its device and in its dtype at once."""
-    size, grid = find_peer(name), image_size // LATENT_SCALE
-    with torch.device("meta"):
-        model = DiT(size, grid)
-    model.to(dtype).to_empty(device=device)
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
-            module.reset_parameters()
-    embed = PatchEmbed(grid, grid, PATCH_SIZE, IN_CHANNELS, size.width)
-    model.transformer.pos_embed.pos_embed.copy_(embed.pos_embed)
-    return model
-
-
-@functools.cache
-def peer_cost(name: str, image_size: int) -> Cost:
-    """Parameters and multiply-adds (the paper's "GFLOPs") of one image, counted on the meta device; its activations."""
-    grid = image_size // LATENT_SCALE
-    with torch.device("meta"):
-        model = DiT(find_peer(name), grid)
-        inputs = torch.empty(1, IN_CHANNELS, grid, grid), torch.empty(1), torch.empty(1, dtype=torch.int64)
-    with torch.no_grad(), FlopCounterMode(display=False) as operations:
-        model.to("meta")(*inputs)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(parameters, operations.get_total_flops() // 2, 0, 0, peer_activation_bytes(name, image_size))
-
-
-def peer_activation_bytes(name: str, image_size: int) -> int:
-    """Estimate of the bytes saved for the backward pass of one image in float32: 23 widths per token and block.
-
-    The input and its two normalised, modulated copies, q, k and v, the output of attention, two gated branches, and the
-    hidden layer of 4 widths before and after its activation, with what modulation and gates save.
-    """
-    size = find_peer(name)
-    tokens = (image_size // LATENT_SCALE // PATCH_SIZE) ** 2
-    return 4 * 23 * size.width * size.depth * tokens

@@ -1,0 +1,191 @@
+"""The networks by name: how each is built, what it takes, what is done for its speed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lamamba.benchmarking.flops import Operations, operations, saved_bytes
+from lamamba.config import LATENT_SCALE, unknown_name
+
+ATTENTION = "scaled_dot_product_attention"
+CONVOLUTIONS = f"{ATTENTION}; convolutions with channels last and, on CPUs, weights packed for oneDNN"
+SCANS = "our selective scan; depthwise convolutions with channels last"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A network of the paper's tables."""
+
+    build: Callable[[int], nn.Module]
+    """Makes it for a side of its input."""
+    channels: int = 4
+    """Of its input and of what it estimates."""
+    scale: int = LATENT_SCALE
+    """Pixels of the image along a side of an input pixel; 1: it works on pixels."""
+    multiple: int = 2
+    """Its input's side is a multiple of this."""
+    token: int = 2
+    """Side of a token in input pixels, for products of many rows."""
+    image_sizes: tuple[int, ...] | None = None
+    """Images that its configuration was published for; None: any."""
+    care: str = ATTENTION
+    """What is done for its speed."""
+
+    def side(self, image_size: int) -> int:
+        """Of its input.
+
+        Raises:
+            ValueError: when the image does not fit, with the nearest sizes that do.
+        """
+        step = self.scale * self.multiple
+        if image_size < step or image_size % step:
+            below = max(step, image_size // step * step)
+            raise ValueError(
+                f"image_size={image_size} is not a multiple of {step}; use {below} or {below + step}"
+            )
+        return image_size // self.scale
+
+
+# The families are imported when one of them is built: diffusers' networks take a second.
+
+
+def _adm(image_size: int) -> Peer:
+    def build(side: int) -> nn.Module:
+        from lamamba.benchmarking.peers.adm import ADM, SIZES
+
+        return ADM(SIZES[image_size], side)
+
+    multiple = image_size // 8                                                  # attention at 8 px is the coarsest
+    return Peer(build, 3, 1, multiple, token=multiple // 4, image_sizes=(image_size,), care=CONVOLUTIONS)
+
+
+def _adm_u(side: int) -> nn.Module:
+    from lamamba.benchmarking.peers.adm import ADMU
+
+    return ADMU(side)
+
+
+def _ldm(factor: int) -> Callable[[int], nn.Module]:
+    def build(side: int) -> nn.Module:
+        from lamamba.benchmarking.peers.ldm import LDM, SIZES
+
+        return LDM(SIZES[factor], side)
+
+    return build
+
+
+def _dit(size: str, patch: int) -> Peer:
+    def build(side: int) -> nn.Module:
+        from lamamba.benchmarking.peers.dit import SIZES, DiT
+
+        return DiT(SIZES[size], side, patch_size=patch)
+
+    return Peer(build, multiple=patch, token=patch)
+
+
+def _u_vit(patch: int) -> Callable[[int], nn.Module]:
+    def build(side: int) -> nn.Module:
+        from lamamba.benchmarking.peers.u_vit import H, UViT
+
+        return UViT(replace(H, patch_size=patch), side)
+
+    return build
+
+
+def _dis(side: int) -> nn.Module:
+    from lamamba.benchmarking.peers.dis import H_2, DiS
+
+    return DiS(H_2, side)
+
+
+def _dim(side: int) -> nn.Module:
+    from lamamba.benchmarking.peers.dim import HUGE, DiM
+
+    return DiM(HUGE, side)
+
+
+PEERS = {
+    "adm-256": _adm(256),
+    "adm-512": _adm(512),
+    "adm-u-256": Peer(_adm_u, 3, 1, multiple=32, token=8, image_sizes=(256,), care=CONVOLUTIONS),
+    "ldm-4": Peer(_ldm(4), 3, 4, multiple=8, token=2, image_sizes=(256,), care=CONVOLUTIONS),
+    "ldm-8": Peer(_ldm(8), 4, 8, multiple=4, token=1, image_sizes=(256,), care=CONVOLUTIONS),
+    **{f"dit-{size}-{patch}": _dit(size, patch) for patch in (2, 4) for size in ("s", "b", "l", "xl")},
+    "u-vit-h-2": Peer(_u_vit(2), image_sizes=(256,)),
+    "u-vit-h-4": Peer(_u_vit(4), multiple=4, token=4, image_sizes=(512,)),
+    "dis-h-2": Peer(_dis, care=SCANS),
+    "dim-huge": Peer(_dim, care=SCANS),
+}
+
+
+def find_peer(name: str) -> Peer:
+    """A network of the paper's tables by name.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest one.
+    """
+    if name not in PEERS:
+        raise unknown_name("peer", name, PEERS)
+    return PEERS[name]
+
+
+def peers_for(image_size: int) -> tuple[str, ...]:
+    """Names of the networks whose configuration was published for images of this size, or is for any."""
+    return tuple(
+        name for name, peer in PEERS.items() if peer.image_sizes is None or image_size in peer.image_sizes
+    )
+
+
+def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Allocate a network of the meta device where and as it runs, at once, and give it random weights.
+
+    Convolutions have their channels last. Every module sets its own tensors by `reset_parameters`.
+    """
+    model.to(dtype).to(memory_format=torch.channels_last).to_empty(device=device)  # type: ignore[call-overload]
+    for module in model.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+
+
+def build_peer(name: str, image_size: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A network with random weights, allocated on its device and in its dtype at once."""
+    model = _on_meta(name, image_size)
+    materialise(model, device, dtype)
+    return model
+
+
+def _on_meta(name: str, image_size: int) -> nn.Module:
+    peer = find_peer(name)
+    with torch.device("meta"):
+        return peer.build(peer.side(image_size)).to("meta")
+
+
+def _inputs(name: str, image_size: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    peer = find_peer(name)
+    side = peer.side(image_size)
+    return (
+        torch.empty(1, peer.channels, side, side, device=device), torch.empty(1, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+    )
+
+
+@functools.cache
+def peer_operations(name: str, image_size: int) -> Operations:
+    """Parameters and operations of one image, counted on the meta device."""
+    return operations(_on_meta(name, image_size), *_inputs(name, image_size, "meta"))
+
+
+@functools.cache
+def peer_activation_bytes(name: str, image_size: int) -> int:
+    """Bytes saved for the backward pass of one image in float32, counted on fake tensors: nothing is computed."""
+    model = _on_meta(name, image_size)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        return saved_bytes(model, *_inputs(name, image_size, "cpu"))
