@@ -29,6 +29,7 @@ NUM_IMAGES = 50_000
 """Samples behind a published FID."""
 OF_MODELS = (
     "repeats", "every_checkpoint", "ema", "guidance", "seed", "sampler", "steps", "autoencoder", "cache", "cache_order",
+    "lora",
 )
 """Options that only a model has."""
 
@@ -159,7 +160,8 @@ def find_sample_sets(
     def open_samples(candidate: Candidate, scale: float) -> SampleSet:
         if candidate not in models:
             models.clear()                                                      # one network in memory
-            model = open_model(candidate.folder, ema=candidate.ema, autoencoder=options.autoencoder, device=device)
+            model = open_model(
+                candidate.folder, ema=candidate.ema, autoencoder=options.autoencoder, device=device, lora=options.lora)
             model.prepare(device, getattr(torch, options.dtype), compiled=False, images=options.batch_size)
             models[candidate] = model
         name = f"guidance {scale:g}" if len(options.guidance) > 1 else candidate.name
@@ -187,6 +189,7 @@ def _sampled(
         "name": f"{candidate.path}", "step": candidate.step, "ema": candidate.ema, "weights_sha256": model.sha256,
         "objective": config.objective, "sampler": sampler,
         "evaluations": evaluations, "dtype": options.dtype, **({"cache": asdict(cache)} if cache else {}),
+        **({"lora_sha256": model.lora.sha256} if model.lora else {}),
         "labels": options.labels if classes else "none",
         "autoencoder_sha256": decoder.autoencoder.sha256 if decoder else None, "guidance": guidance,
     }

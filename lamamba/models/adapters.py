@@ -118,15 +118,23 @@ class Adapters:
         """Add a fresh adapter and make it the active one.
 
         Args:
-            adapter_config: peft's LoraConfig or another of its configurations.
+            adapter_config: peft's LoraConfig.
             adapter_name: of the adapter.
 
         Raises:
             ValueError: when a name is taken, or a layer is named that cannot have one.
         """
         check_peft()
+        from peft import LoraConfig
         from peft.tuners.tuners_utils import check_target_module_exists
 
+        if not isinstance(adapter_config, LoraConfig):
+            raise ValueError(f"add_adapter takes peft's LoraConfig, not {type(adapter_config).__name__}")
+        if adapter_config.target_parameters:
+            raise ValueError(
+                f"target_parameters={sorted(adapter_config.target_parameters)}: peft saves adapters of parameters that "
+                f"are no layers, but cannot load them; name layers in target_modules, as in {list(BLOCK_PRODUCTS)}"
+            )
         refused = [
             name for name, module in self._named_modules().items()
             if isinstance(module, LocalMixing) and check_target_module_exists(adapter_config, name)
@@ -213,8 +221,9 @@ class Adapters:
         tensors = {name: (tensor.float() if upcast_before_saving else tensor).detach().contiguous()
                    for name, tensor in tensors.items()}
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        save_file(tensors, Path(save_directory) / weight_name, metadata={
-            "format": "pt", LORA_SETTINGS: json.dumps(values, indent=2, sort_keys=True)})
+        text = json.dumps(values, indent=2, sort_keys=True)
+        # one entry: safetensors writes several in any order
+        save_file(tensors, Path(save_directory) / weight_name, metadata={LORA_SETTINGS: text})
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """Remove adapters; without any left the network is as it was before the first.
@@ -333,3 +342,17 @@ def find_targets(modules: Mapping[str, nn.Module], names: Iterable[str]) -> list
             raise unknown_name("layer for a LoRA", name, sorted({".".join(layer.split(".")[-2:]) for layer in layers}))
         found.update(of_name)
     return sorted(found)
+
+
+def count_parameters(modules: Mapping[str, nn.Module], targets: Iterable[str], rank: int) -> int:
+    """Parameters of a LoRA of these layers."""
+    count = 0
+    for name in targets:
+        module = modules[name]
+        if isinstance(module, nn.Linear):
+            count += rank * (module.in_features + module.out_features)
+        elif isinstance(module, nn.Embedding):
+            count += rank * (module.num_embeddings + module.embedding_dim)
+        elif isinstance(module, nn.Conv2d):
+            count += rank * (module.weight[0].numel() + module.out_channels)
+    return count

@@ -78,18 +78,6 @@ def test_every_layer_can_have_a_lora_that_changes_the_output_and_learns(name):
     assert all(p.grad is None for name, p in model.named_parameters() if name not in weights)
 
 
-@pytest.mark.parametrize("name", ["W_x", "W_dt", "D", "bias_table"])
-def test_parameters_that_are_no_layers_can_have_one_too(name):
-    x, t, y = random_inputs(CONFIGS["whole"])
-    model = adapted(targets=[], target_parameters=[name])
-    with torch.no_grad():
-        output = model(x, t, y)
-    assert not torch.equal(output, random_network(CONFIGS["whole"])(x, t, y))
-    torch.testing.assert_close(model(x, t, y).detach(), output, atol=1e-5, rtol=1e-5)
-    model(x, t, y).square().sum().backward()
-    assert all(p.grad.abs().max() > 0 for p in trained(model).values())
-
-
 def test_the_formula():
     """W x + (alpha / r) B A x, for one layer by hand; fused weights are W + (alpha / r) B A."""
     model = adapted(targets=["encoder.0.blocks.0.branches.mlp.linear_in"], lora_alpha=6)
@@ -148,6 +136,21 @@ def test_saved_and_loaded_again_it_is_the_same(tmp_path, name):
     again.unload_lora()
     with torch.no_grad():
         assert torch.equal(again(x, t, y), random_network(config)(x, t, y))
+
+
+@pytest.mark.parametrize("more", [dict(use_dora=True), dict(use_rslora=True), dict(lora_bias=True), dict(bias="all")])
+def test_variants_of_peft_are_saved_and_fused_too(tmp_path, more):
+    config = CONFIGS["pruned"]
+    x, t, y = random_inputs(config)
+    model, again = adapted(config, ["mlp.linear_in", "modulation"], **more), random_network(config)
+    with torch.no_grad():
+        expected = model(x, t, y)
+        model.save_lora_adapter(tmp_path)
+        again.load_lora_adapter(tmp_path)
+        assert torch.equal(again(x, t, y), expected)
+        again.fuse_lora()
+        again.unload_lora()
+        torch.testing.assert_close(again(x, t, y), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_mixed_labels_see_the_adapter_of_the_labels_and_plain_ones_keep_their_bits():
@@ -279,6 +282,10 @@ def test_what_does_not_fit_is_refused_and_nothing_is_changed(tmp_path):
         assert list(model.state_dict()) == names
     with pytest.raises(ValueError, match="branches.scan.conv is a depthwise convolution fused with its SiLU"):
         model.add_adapter(settings(["conv"]))
+    with pytest.raises(ValueError, match=r"target_parameters=\['W_x'\]: peft saves .* but cannot load them"):
+        model.add_adapter(settings(["qkv"], target_parameters=["W_x"]))
+    with pytest.raises(ValueError, match="takes peft's LoraConfig, not dict"):
+        model.add_adapter({"r": 4})
     with pytest.raises(ValueError, match="ModulatedNorm"):
         model.add_adapter(settings(["linear_in", "norms.mlp"]))
     with pytest.raises(ValueError, match="layer for a LoRA 'attention.qvk' is unknown; did you mean"):
