@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -568,14 +569,10 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
                         f"({config.num_classes} means no class)"
                     )
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As diffusers' own.
-
-        Raises:
-            ValueError: with adapters, which save_lora_adapter saves.
-        """
+    @functools.wraps(ModelMixin.save_pretrained)                                # pipelines look at its parameters
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         self.check_plain("save_pretrained")
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any):
