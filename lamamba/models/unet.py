@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -569,10 +569,17 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
                         f"({config.num_classes} means no class)"
                     )
 
-    @functools.wraps(ModelMixin.save_pretrained)                                # pipelines look at its parameters
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' own.
+
+        Raises:
+            ValueError: with adapters, which save_lora_adapter saves.
+        """
         self.check_plain("save_pretrained")
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    # pipelines look for variant and max_shard_size among its parameters
+    save_pretrained.__signature__ = inspect.signature(ModelMixin.save_pretrained)  # type: ignore[attr-defined]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any):

@@ -133,9 +133,30 @@ def test_saved_and_loaded_again_it_is_the_same(tmp_path, name):
         again.load_lora_adapter(source, adapter_name="mine")
         with torch.no_grad():
             assert torch.equal(again(x, t, y), model(x, t, y))
+    with pytest.raises(ValueError, match=r"adapter 'default' is unknown .*known: mine"):
+        again.save_lora_adapter(tmp_path / "wrong")
+    with pytest.raises(ValueError, match="must end in .safetensors"):
+        again.save_lora_adapter(tmp_path / "wrong", "mine", weight_name="lora.bin")
+    assert not (tmp_path / "wrong").exists()
     again.unload_lora()
     with torch.no_grad():
         assert torch.equal(again(x, t, y), random_network(config)(x, t, y))
+
+
+def test_an_adapter_is_swapped_in_place(tmp_path):
+    config = CONFIGS["pruned"]
+    x, t, y = random_inputs(config)
+    for rank in (4, 8):
+        model = adapted(config, r=rank)
+        model.save_lora_adapter(tmp_path / str(rank))
+    with torch.no_grad():
+        expected, swapped = model(x, t, y), random_network(config)
+        swapped.enable_lora_hotswap(target_rank=8)
+        swapped.load_lora_adapter(tmp_path / "4", adapter_name="mine")
+        first = swapped(x, t, y)
+        swapped.load_lora_adapter(tmp_path / "8", adapter_name="mine", hotswap=True)
+        torch.testing.assert_close(swapped(x, t, y), expected, atol=1e-5, rtol=1e-4)
+        assert relative_error(first, expected) > 1e-3
 
 
 @pytest.mark.parametrize("more", [dict(use_dora=True), dict(use_rslora=True), dict(lora_bias=True), dict(bias="all")])
