@@ -63,7 +63,7 @@ def open_app(options: AppOptions | None = None, *, in_background: bool = False) 
         raise RuntimeError("the page needs gradio: pip install 'lamamba-diff[app]'")
     from lamamba.app.session import open_session
 
-    session = open_session(options.model, options.autoencoder, options.device)
+    session = open_session(options.model, options.autoencoder, options.device, options.lora)
     logger.info("%s: %.2f M parameters, on %s", session.title, session.num_parameters / 1e6, session.device)
     if "GRADIO_TEMP_DIR" not in os.environ:                                     # gradio's own may be another user's
         os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="lamamba-app-")

@@ -63,6 +63,7 @@ class SampleResult:
         if self.num_frames:
             return f"{name}a film of {self.num_frames} pictures"
         how = f"{settings.sampler} in {counted(settings.steps, 'step')}, guidance {settings.guidance.scale:g}"
+        how += f", LoRA {settings.lora}" if settings.lora else ""
         how += f", {settings.quantized}" if settings.quantized else ""
         how += f", cache {settings.cache.interval}" if settings.cache else ""
         return f"{name}{counted(len(self.images), 'image')}, {describe_seeds(self.seeds)}, {how}"

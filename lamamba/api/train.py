@@ -21,6 +21,7 @@ from lamamba.config import UNetConfig
 from lamamba.data.images import ImageSet, read_bad_files
 from lamamba.data.sets import TrainingSet
 from lamamba.evaluation.callbacks import QuickScore, SampleGrid, check_sampler, open_decoder
+from lamamba.models.adapters import count_parameters
 from lamamba.options.base import verb
 from lamamba.options.training import TrainConfig, TrainOptions
 from lamamba.runs.folder import RunFolder
@@ -32,7 +33,7 @@ from lamamba.training.distributed import check_processes, computing_threads
 from lamamba.training.draws import split_held_out
 from lamamba.training.loop import Callback, StepState, describe
 from lamamba.training.sources import PlannedData, open_data, plan_data
-from lamamba.training.start import check_start, with_network_of_source
+from lamamba.training.start import check_start, lora_layers, open_base, with_network_of_source
 from lamamba.utils.cores import waiting_threads
 from lamamba.utils.distributed import is_rank_zero, launched_processes, local_device
 from lamamba.utils.progress import Progress, ProgressOption, Report, duration, is_watched, reporting
@@ -79,7 +80,8 @@ class TrainResult:
     def __str__(self) -> str:
         bad, files = RunFolder(self.folder).bad_images, counted(self.bad_images, "file")
         note = f"{files} could not be read, replaced by others: {bad}\n" if self.bad_images else ""
-        return f"{note}done: {self.folder}\nsample it: lamamba sample {self.folder} --out grid.png"
+        lora = "" if self.state.base is None else "--lora "
+        return f"{note}done: {self.folder}\nsample it: lamamba sample {lora}{self.folder} --out grid.png"
 
     def _repr_png_(self) -> bytes | None:
         return self.sample_grid.read_bytes() if self.sample_grid else None
@@ -251,6 +253,8 @@ class TrainPlan:
     images: int
     """Number of its images."""
     cost: Cost
+    lora_parameters: int | None
+    """Of a LoRA, which alone are trained."""
     memory: TrainingMemory
     """On each device."""
     images_per_second: float | None
@@ -273,6 +277,7 @@ class TrainPlan:
         group = counted(self.processes, "process")
         size, accumulated = config.data.image_size, config.processes.accumulation_steps
         steps, latents, time = counted(config.steps, "step"), "", "unknown: it is measured where the data is"
+        lora = f", and {self.lora_parameters / 1e6:.2f} M of a LoRA to train" if self.lora_parameters else ""
         if self.metadata.codec == "latents":
             shape = " x ".join(map(str, (architecture.in_channels, *architecture.input_size)))
             latents = f", as latents ({shape}) of {self.metadata.autoencoder or 'an autoencoder'}"
@@ -286,7 +291,7 @@ class TrainPlan:
 run folder        {self.options.out}
 data              {self.data}: {counted(self.images, 'image')}, {size} x {size}{latents}
 device            {self.device}, {group}
-parameters        {cost.parameters / 1e6:.2f} M
+parameters        {cost.parameters / 1e6:.2f} M{lora}
 multiply-adds     {cost.matrix / 1e9:.3f} G per image and forward pass, and {cost.scan / 1e9:.3f} G of the scan
 memory            about {memory.peak / 2**30:.2f} GiB on each device: {memory.state / 2**30:.2f} weights, averages and \
 optimizer, {memory.step / 2**30:.2f} for a step of {counted(self.micro_batch, 'image')} at a time
@@ -324,13 +329,13 @@ def plan(options: TrainOptions) -> TrainPlan:
     data = plan_data(config, run.path)
     architecture, metadata = describe(config, data)
     is_there = not isinstance(data, PlannedData)
-    _check_before_training(options, data, architecture, metadata, is_there=is_there)
+    lora_parameters = _check_before_training(options, data, architecture, metadata, is_there=is_there)
     micro_batch = math.ceil(math.ceil(config.batch_size / processes) / config.processes.accumulation_steps)
     memory = training_memory(
         architecture, micro_batch, num_averages=len(config.ema_decays), processes=processes,
         sharded=config.processes.sharding == "full", bfloat16=config.precision.autocast == "bfloat16",
         checkpoint_activations=config.processes.checkpoint_activations,
-        accumulates=config.processes.accumulation_steps > 1,
+        accumulates=config.processes.accumulation_steps > 1, lora_parameters=lora_parameters,
     )
     device, cost = local_device(config.device), count(architecture)
     free = free_memory(device.type)
@@ -342,20 +347,25 @@ def plan(options: TrainOptions) -> TrainPlan:
     if is_there and free is not None and memory.peak >= free:
         warnings.append(f"the run needs about {memory.peak / 2**30:.1f} GiB and {free / 2**30:.1f} are free here")
     return TrainPlan(
-        options, architecture, metadata, data.name, len(data), cost, memory, rate, processes, micro_batch, str(device),
-        tuple(warnings),
+        options, architecture, metadata, data.name, len(data), cost, lora_parameters, memory, rate, processes,
+        micro_batch, str(device), tuple(warnings),
     )
 
 
 def _check_before_training(
     options: TrainOptions, data: TrainingSet, architecture: UNetConfig, metadata: ModelMetadata, *, is_there: bool
-) -> None:
-    """Raise what `train` would raise before its first step."""
+) -> int | None:
+    """Raise what `train` would raise before its first step; returns the parameters of a LoRA, if there is one."""
     config, run = options.config, RunFolder(options.out)
     check_processes(config)
     teacher = loop.open_teacher(config, architecture, metadata, torch.device("cpu"))
-    run.check(loop.described(config, data, teacher))
+    base = open_base(config, architecture)
+    run.check(loop.described(config, data, teacher, base and base[1]))
     split_held_out(config.seed, len(data), config.watch.held_out)
     if config.start.source is not None and is_there and not run.names():
         check_start(config.start, architecture)
     _pictures(config, architecture, metadata, run, lambda progress: None)
+    if base is None or config.lora.rank is None:
+        return None
+    modules = dict(base[0].named_modules())
+    return count_parameters(modules, lora_layers(base[0], config.lora), config.lora.rank)

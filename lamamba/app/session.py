@@ -21,7 +21,7 @@ from lamamba.diffusion.guidance import Guidance, check_guidance
 from lamamba.models.deep_cache import LaMambaCacheConfig
 from lamamba.pretrained import DESCRIPTION
 from lamamba.runs.metadata import default_guidance
-from lamamba.runs.model import Model, move, open_model
+from lamamba.runs.model import Model, base_of_lora, move, open_model
 from lamamba.sampling import generate
 from lamamba.sampling.settings import ImageMetadata, Settings
 from lamamba.sampling.table import find_labels
@@ -183,13 +183,14 @@ class Session:
         """All that reproduces the images, for the PNG's metadata."""
         height, width = self.size_of(request)
         sampler = request.sampler or self.samplers[0]
-        autoencoder = self.model.decoder.autoencoder if self.model.decoder else None
+        autoencoder, lora = self.model.decoder.autoencoder if self.model.decoder else None, self.model.lora
         settings = Settings(
             model=self.model.name, model_sha256=self.model.sha256, sampler=sampler,
             steps=request.steps or SAMPLERS[sampler].default_steps, height=height, width=width,
             guidance=Guidance(float(request.guidance)), autoencoder=autoencoder.name if autoencoder else None,
             autoencoder_sha256=autoencoder.sha256 if autoencoder else None,
             dtype=str(self.model.network.dtype).removeprefix("torch."), cache=request.cache_config,
+            lora=lora.name if lora else None, lora_sha256=lora.sha256 if lora else None,
         )
         labels = self._labels(request)
         return ImageMetadata(
@@ -265,17 +266,23 @@ class Session:
             frames.put(error)
 
 
-def open_session(path: Path | None, autoencoder: str | None, device_name: str) -> Session:
+def open_session(
+    path: Path | None, autoencoder: str | None, device_name: str, lora: Path | None = None
+) -> Session:
     """A session of the model in a folder, or of the one that comes with the package for None.
 
     Raises:
-        OSError, ValueError: when there is no such model, autoencoder or device, or they do not fit together.
+        OSError, ValueError: when there is no such model, autoencoder, LoRA or device, or they do not fit together.
+        RuntimeError: without peft, where there is a LoRA.
     """
+    if path is None and lora is not None:
+        path = base_of_lora(lora)
     device = pick_device(device_name)
-    model = open_model(path, autoencoder=autoencoder, device=device)
+    model = open_model(path, autoencoder=autoencoder, device=device, lora=lora)
     move(model.network, device, torch.float32)
     shipped = f"{DESCRIPTION.capitalize()}, the model that comes with the package"
-    return Session(model, shipped if path is None else str(path))
+    title = shipped if path is None else str(path)
+    return Session(model, title if lora is None else f"{title}, with the LoRA {lora}")
 
 
 class _Stopped(Exception):

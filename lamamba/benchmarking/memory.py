@@ -38,6 +38,7 @@ class TrainingMemory:
 def training_memory(
     config: UNetConfig, batch_size: int, *, num_averages: int = 1, processes: int = 1, sharded: bool = False,
     bfloat16: bool = False, checkpoint_activations: bool = False, accumulates: bool = False,
+    lora_parameters: int | None = None,
 ) -> TrainingMemory:
     """Estimate the memory of a training step on one device.
 
@@ -50,6 +51,7 @@ def training_memory(
         bfloat16: autocast to bfloat16.
         checkpoint_activations: blocks save their inputs only.
         accumulates: several forward passes per step, so that gradients exist from the start.
+        lora_parameters: of a LoRA, which alone is trained and averaged then.
     """
     parts = processes if sharded else 1
     events, transient, parameters, largest_block = _run(config, batch_size, bfloat16, checkpoint_activations)
@@ -57,6 +59,9 @@ def training_memory(
     state = weights * (1 + num_averages + MOMENTS) // parts
     kept = sum(saved for saved, _ in events)
     gradients = weights if accumulates else 0
+    if lora_parameters is not None:
+        state, gradients = weights + FLOAT * lora_parameters * (1 + num_averages + MOMENTS), FLOAT * lora_parameters
+        events = [(saved, 0) for saved, _ in events]
     peak = kept + gradients // parts
     for saved, gradient in reversed(events):
         if not accumulates:

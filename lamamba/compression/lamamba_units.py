@@ -20,6 +20,7 @@ class LaMambaUnits(Removable):
     model: LaMambaUNet
 
     def __init__(self, model: LaMambaUNet):
+        model.check_plain("removing layers")
         self.model, config = model, model.architecture
         self._stages: dict[str, Any] = {
             **{f"encoder.{number}": stage for number, stage in enumerate(model.encoder)},

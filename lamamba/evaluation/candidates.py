@@ -30,7 +30,7 @@ NUM_IMAGES = 50_000
 """Samples behind a published FID."""
 OF_MODELS = (
     "repeats", "every_checkpoint", "ema", "guidance", "seed", "sampler", "steps", "autoencoder", "cache", "cache_order",
-    "quantize",
+    "quantize", "lora",
 )
 """Options that only a model has."""
 
@@ -164,9 +164,9 @@ def find_sample_sets(
     def open_samples(candidate: Candidate, scale: float) -> SampleSet:
         if candidate not in models:
             models.clear()                                                      # one network in memory
-            model = open_model(candidate.folder, ema=candidate.ema, autoencoder=options.autoencoder, device=device)
-            model.prepare(
-                device, dtype, compiled=False, images=options.batch_size, quantized=options.quantize)
+            model = open_model(
+                candidate.folder, ema=candidate.ema, autoencoder=options.autoencoder, device=device, lora=options.lora)
+            model.prepare(device, dtype, compiled=False, images=options.batch_size, quantized=options.quantize)
             models[candidate] = model
         name = f"guidance {scale:g}" if len(options.guidance) > 1 else candidate.name
         runs = _sampled(models[candidate], candidate, options, scale, on_step)
@@ -194,6 +194,7 @@ def _sampled(
         "objective": config.objective, "sampler": sampler,
         "evaluations": evaluations, "dtype": options.dtype, **({"cache": asdict(cache)} if cache else {}),
         **({"quantized": options.quantize} if options.quantize else {}),
+        **({"lora_sha256": model.lora.sha256} if model.lora else {}),
         "labels": options.labels if classes else "none",
         "autoencoder_sha256": decoder.autoencoder.sha256 if decoder else None, "guidance": guidance,
     }

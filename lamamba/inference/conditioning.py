@@ -62,7 +62,7 @@ class ConditionedNetwork:
     On a GPU, passes over small batches are recorded as a CUDA graph and replayed.
 
     Args:
-        model: the network; its weights must not change meanwhile.
+        model: the network; its weights must not change meanwhile, but adapters may come, go and be switched.
         timesteps: the times of the run in the order of their use; a step of a flow map ends at the next one.
         labels: see `prepare`.
         rows_bytes: memory for the rows, by default ROWS_BYTES; one step's rows are always computed together.
@@ -82,6 +82,7 @@ class ConditionedNetwork:
         self._recorded: dict[tuple[bool, Sequence[str]], RecordedNetwork] = {}
         """By whether deep features are given and which features are returned."""
         self._records = True
+        self._adapter_changes = model.adapter_changes
         self._present: frozenset[int] | None = None
         self._set_labels(None if labels is None else frozenset(labels), None)
 
@@ -133,6 +134,7 @@ class ConditionedNetwork:
 
         The network computes in its own precision; the output comes back in that of x.
         """
+        self._follow_adapters()
         rows = self._rows_at(float(timestep[0]))
         if class_labels is None:
             chosen = rows.expand(x.shape[0], -1)
@@ -143,6 +145,13 @@ class ConditionedNetwork:
         if self._cache is None:
             return forward().to(x.dtype)
         return self._cache.run(forward, float(timestep[0]), x.shape[0]).to(x.dtype)
+
+    def _follow_adapters(self) -> None:
+        """Forget what was computed or recorded before the network's adapters were changed."""
+        if self._adapter_changes != self._model.adapter_changes:
+            self._adapter_changes, self._rows, self._recorded = self._model.adapter_changes, {}, {}
+            if self._cache is not None:
+                self._cache.restart()
 
     def _run(
         self, x: Tensor, conditioning: Tensor, *, deep_features: Tensor | None = None,
@@ -179,7 +188,7 @@ class UnpreparedNetwork:
     """A network that computes its conditioning in every call, because hooks move its weights or it is compiled."""
 
     def __init__(self, model: Any, timesteps: Iterable[float] = (), cache: LaMambaCacheConfig | None = None):
-        self._model = model
+        self._model, self._adapter_changes = model, model.adapter_changes
         self._flow_map = FlowMapInputs(model, list(dict.fromkeys(float(t) for t in timesteps)))
         self._cache = None if cache is None else DeepFeatureCache(cache)
 
@@ -208,6 +217,9 @@ class UnpreparedNetwork:
             self._model, x.to(self._model.dtype), timestep.to(x.device), class_labels, **inputs)
         if self._cache is None:
             return forward().to(x.dtype)
+        if self._adapter_changes != self._model.adapter_changes:                # features of other weights
+            self._adapter_changes = self._model.adapter_changes
+            self._cache.restart()
         return self._cache.run(forward, float(timestep[0]), x.shape[0]).to(x.dtype)
 
 

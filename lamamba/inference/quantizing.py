@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from diffusers import TorchAoConfig
 
 Quantization = Literal["int8", "int8-dynamic"]
-KEPT = ("timestep_embedding", "condition", "modulation", "head")
+KEPT = ("timestep_embedding", "condition", "modulation", "head", "lora_A", "lora_B")
 """Names of modules that keep their precision, wherever they are; W_x and W_dt are no modules and stay anyway."""
 
 

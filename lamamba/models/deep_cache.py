@@ -126,9 +126,10 @@ class DeepFeatureCache:
                 default all rows are one.
         """
         self._images = images
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Forget everything; a guidance branch has as many images as before."""
         self._branches: dict[int, _Branch] = {}
         self._evaluation, self._time, self._rows = -1, math.inf, 0
 
@@ -138,7 +139,7 @@ class DeepFeatureCache:
         A time above the last one's begins a new run, and so does, without `images`, another number of rows.
         """
         if time > self._time or (self._images is None and rows != self._rows):
-            self._restart()
+            self.restart()
         self._evaluation, self._time, self._rows = self._evaluation + 1, time, rows
         branches = [self._branches.setdefault(k, _Branch()) for k in range(rows // self._branch_rows)]
         if any(branch.is_due(self._evaluation, self.config) for branch in branches):

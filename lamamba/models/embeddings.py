@@ -52,13 +52,6 @@ class PatchEmbedding(nn.Module):
         return self.norm(self.projection(x).permute(0, 2, 3, 1))
 
 
-class LabelEmbedding(nn.Embedding):
-    """Embedding of labels (b,), or of mixtures of labels (b, num_embeddings), the weight of each: -> (b, width)."""
-
-    def forward(self, labels: Tensor) -> Tensor:
-        return labels.to(self.weight.dtype) @ self.weight if labels.is_floating_point() else super().forward(labels)
-
-
 class TimestepEmbedding(nn.Module):
     """256 sinusoidal features of the timestep (cosines first), then Linear, SiLU, Linear: (b,) -> (b, width)."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from lamamba.config import NUM_STAGES, STAGE_SCALES, STAGES, Grid, UNetConfig, as_grid, check_grid, unknown_name
+from lamamba.models.adapters import Adapters
 from lamamba.models.blocks import ConditionLinear, LaMambaBlock, ModulatedNorm
 from lamamba.models.deep_cache import DEEP, DeepFeatureCache, LaMambaCacheConfig
 from lamamba.models.embeddings import (
-    LabelEmbedding,
     PatchEmbedding,
     ScalarEmbedding,
     TimestepEmbedding,
@@ -127,7 +128,7 @@ class UNetOutput(BaseOutput):
     sample: Tensor
 
 
-class LaMambaUNet(ModelMixin, CacheMixin, ConfigMixin):
+class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
     """LaMamba-Diff: a diffusion U-Net of selective scans and window attention (arXiv 2408.02615).
 
         model = LaMambaUNet(UNetConfig.preset("xl", image_size=256))
@@ -157,7 +158,7 @@ class LaMambaUNet(ModelMixin, CacheMixin, ConfigMixin):
         self.patch_embedding = PatchEmbedding(config.in_channels, width, config.patch_size)
         self.position_embedding = nn.Parameter(torch.empty(*config.token_grid, width))
         self.timestep_embedding = TimestepEmbedding(config.condition_width)
-        self.label_embedding = LabelEmbedding(config.num_classes + 1, config.condition_width)
+        self.label_embedding = nn.Embedding(config.num_classes + 1, config.condition_width)
         is_flow_map, has_scale = config.objective == "flow-map", config.guidance_range is not None
         self.gap_embedding = ScalarEmbedding(config.condition_width) if is_flow_map else None
         self.guidance_embedding = ScalarEmbedding(config.condition_width) if has_scale else None
@@ -257,6 +258,7 @@ class LaMambaUNet(ModelMixin, CacheMixin, ConfigMixin):
     """As diffusers' CacheMixin has it."""
     _caches: dict[str, DeepFeatureCache]
     """By the names of their contexts."""
+    _cached_adapter_changes = 0
     _active_cache: DeepFeatureCache | None = None
     """Of the surrounding `cache_context`."""
 
@@ -291,6 +293,9 @@ class LaMambaUNet(ModelMixin, CacheMixin, ConfigMixin):
         if self._cache_config is None:
             yield
             return
+        if self._cached_adapter_changes != self.adapter_changes:                # features of other weights
+            self._cached_adapter_changes = self.adapter_changes
+            self._caches.clear()
         before, self._active_cache = self._active_cache, self._caches.setdefault(
             name, DeepFeatureCache(self._cache_config))
         try:
@@ -358,7 +363,7 @@ class LaMambaUNet(ModelMixin, CacheMixin, ConfigMixin):
         """The condition, (b, condition_width), of timestep (b,)."""
         rows = torch.zeros_like(timestep, dtype=torch.int64) if class_labels is None else class_labels
         dtype = self.position_embedding.dtype                                   # others may be stored in fewer bits
-        c = self.timestep_embedding(timestep, dtype) + self.label_embedding(rows)                   # (b, 4 width)
+        c = self.timestep_embedding(timestep, dtype) + self._embed_labels(rows)                     # (b, 4 width)
         if self.gap_embedding is not None:
             gap = torch.zeros_like(timestep)
             if end_timestep is not None:
@@ -377,6 +382,13 @@ class LaMambaUNet(ModelMixin, CacheMixin, ConfigMixin):
         elif guidance_scale is not None:
             raise ValueError("guidance_scale is for flow maps with a guidance_range; guide this network from outside")
         return c
+
+    def _embed_labels(self, labels: Tensor) -> Tensor:
+        """Embedding of labels (b,), or of mixtures (b, num_classes + 1), the weight of each: (b, condition_width)."""
+        if not labels.is_floating_point():
+            return self.label_embedding(labels)
+        table = self.label_embedding(torch.arange(labels.shape[1], device=labels.device))           # with its adapter
+        return labels.to(table.dtype) @ table
 
     @staticmethod
     def _checked(name: str, values: Tensor, low: float, high: float) -> Tensor:
@@ -556,6 +568,18 @@ class LaMambaUNet(ModelMixin, CacheMixin, ConfigMixin):
                         f"class_labels run from {low} to {high}; they must lie in 0 .. {config.num_classes} "
                         f"({config.num_classes} means no class)"
                     )
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' own.
+
+        Raises:
+            ValueError: with adapters, which save_lora_adapter saves.
+        """
+        self.check_plain("save_pretrained")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    # pipelines look for variant and max_shard_size among its parameters
+    save_pretrained.__signature__ = inspect.signature(ModelMixin.save_pretrained)  # type: ignore[attr-defined]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any):

@@ -27,5 +27,7 @@ class AppOptions:
     """Open a browser, too."""
     autoencoder: Name | None = None
     """For models of latents: a diffusers autoencoder; by default the one of the training."""
+    lora: FilePath | None = None
+    """A LoRA of the model, a run of lamamba train --lora.rank or a folder."""
     device: str = "auto"
     """"auto" (a GPU where there is one), or a PyTorch device."""

@@ -60,6 +60,8 @@ class EvaluateOptions:
     """Compute all depths of the network in every so many evaluations only, as in lamamba sample."""
     cache_order: Literal[0, 1] | None = None
     """How the cache carries deep features on, as in lamamba sample."""
+    lora: FilePath | None = None
+    """A LoRA of the model, as in lamamba sample."""
     autoencoder: Name | None = None
     """For models of latents: folder or hub id; by default the one that made the latents."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

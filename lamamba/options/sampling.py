@@ -51,6 +51,9 @@ class SamplerOptions(DenoisingOptions):
     """0 (off) to 1: how much of the contrast that guidance adds is taken back."""
     autoguidance: FilePath | None = None
     """A guiding model (smaller, or an earlier checkpoint), in place of the model without labels."""
+    lora: FilePath | None = None
+    """A LoRA of the model, a run of lamamba train --lora.rank or a folder; without MODEL, of the model that it was
+    trained for."""
     cache: Annotated[int, Ge(1)] | None = None
     """Compute all depths of the network in every so many evaluations only, and the outermost stages alone in the others
     (the first two are always full); by default, and with 1, in all of them."""

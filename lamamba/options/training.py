@@ -267,6 +267,24 @@ class StartOptions:
 
 
 @options
+class LoraOptions:
+    """A LoRA (arXiv 2106.09685) of start.source, whose network it is whatever [model] says: weights W stay, and A and B
+    of W + (alpha / rank) B A are learned. Needs pip install 'lamamba-diff[lora]'."""
+
+    rank: Positive | None = None
+    """Rows of A; by default there is no LoRA and all weights are trained."""
+    alpha: Above0 | None = None
+    """By default the rank."""
+    layers: Words = ()
+    """Layers by the end of their name: attention.qkv, modulation, label_embedding. By default the tokens' products of
+    every block: scan.in_proj, scan.out_proj, attention.qkv, attention.out_proj, mlp.linear_in, mlp.linear_out."""
+
+    def __post_init__(self) -> None:
+        if self.rank is None and (self.alpha is not None or self.layers):
+            raise ValueError("alpha and layers are of a LoRA: give its rank, too, as in lora.rank=16")
+
+
+@options
 class DistillOptions:
     """A teacher whose output and features the network learns besides the data (LAPTOP-Diff, arXiv 2404.11098), or whose
     velocity a flow map learns in place of the data's."""
@@ -336,6 +354,7 @@ class TrainConfig:
     loss: LossOptions = field(default_factory=LossOptions)
     flow_map: FlowMapOptions = field(default_factory=FlowMapOptions)
     start: StartOptions = field(default_factory=StartOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
     distill: DistillOptions = field(default_factory=DistillOptions)
     processes: ProcessOptions = field(default_factory=ProcessOptions)
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
@@ -379,6 +398,23 @@ class TrainConfig:
             )
         if self.model.objective == "flow-map":
             self._check_flow_map()
+        if self.lora.rank is not None:
+            self._check_lora()
+
+    def _check_lora(self) -> None:
+        rank, start = self.lora.rank, self.start
+        if start.source is None:
+            raise ValueError(f"lora.rank={rank} adapts a trained network: give it as start.source")
+        if start.mode != "weights" or start.replace_labels:
+            raise ValueError(
+                f"lora.rank={rank} trains a few products beside the weights of start.source, which stay as they are: "
+                "leave start.mode and start.replace_labels out (lora.layers=label_embedding adapts the labels' table)"
+            )
+        if self.processes.sharding != "none":
+            raise ValueError(
+                f"processes.sharding={self.processes.sharding!r} splits gradients, moments and averages, which a LoRA "
+                "(lora.rank) has few of: leave it out"
+            )
 
     def _check_flow_map(self) -> None:
         if min(self.ema_decays) > MAX_TARGET_DECAY:

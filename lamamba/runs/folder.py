@@ -136,6 +136,8 @@ class RunConfig:
     """None in older runs."""
     teacher: dict[str, str] | None = None
     """Of a distillation: {"sha256": ...}."""
+    base: dict[str, str] | None = None
+    """The network that a LoRA is for: {"sha256": ...}."""
 
 
 @record
@@ -282,8 +284,9 @@ class RunFolder:
 
     def _check_same(self, saved: RunConfig, new: Mapping[str, Any]) -> None:
         old = {entry.name: getattr(saved, entry.name) for entry in dataclasses.fields(saved) if entry.name != "data"}
-        if saved.teacher is None:
-            del old["teacher"]
+        for part in ("teacher", "base"):
+            if old[part] is None:
+                del old[part]
         old["train"] = TrainConfig.from_dict(saved.train, self.config).to_dict()    # options that it did not know yet
         old["sampling"] = json.loads(json.dumps(dataclasses.asdict(CodecConfig()))) | old["sampling"]
         may_change = {

@@ -19,11 +19,13 @@ from lamamba.data.labels import as_names, short_names
 from lamamba.inference.compiling import compile_network
 from lamamba.inference.packing import pack_weights
 from lamamba.inference.quantizing import Quantization, quantize
+from lamamba.models.adapters import check_peft
 from lamamba.models.unet import LaMambaUNet
 from lamamba.models.weights import check_weights, read_config
 from lamamba.options.base import from_dict
 from lamamba.pretrained import SHIPPED_MODELS, shipped_model
 from lamamba.runs.folder import MANIFEST, CheckpointState, RunFolder, check_manifest
+from lamamba.runs.lora import Lora, LoraBase, add_lora, is_lora
 from lamamba.runs.metadata import ModelMetadata, assumed_metadata
 from lamamba.utils.files import read_json
 from lamamba.utils.tensors import check_finite, read_tensors, weight_files
@@ -42,7 +44,7 @@ EMA = float | Literal["none"]
 
 def open_model(
     path: str | Path | None = None, *, ema: EMA | None = None, autoencoder: str | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu", lora: str | Path | None = None,
 ) -> Model:
     """Open a trained model to sample from it.
 
@@ -55,11 +57,15 @@ def open_model(
         ema: which average of a run or checkpoint, by its decay, or "none"; by default the first.
         autoencoder: folder or hub id, for models of latents; by default the one of the training.
         device: of the autoencoder. The network stays on the CPU until `Model.prepare`.
+        lora: a LoRA of this network, a run or a folder: it is added to the weights.
 
     Raises:
         FileNotFoundError: when there is no model.
-        ValueError: when it is damaged or a pickle, has no such average, or does not fit the autoencoder.
+        ValueError: when it is damaged or a pickle, has no such average, or does not fit the autoencoder; when the LoRA
+            is one of another network.
+        RuntimeError: without peft, where there is a LoRA.
     """
+    place = None if lora is None else lora_folder(lora)
     network, saved = _open(path, ema)
     metadata, decoder = saved or assumed_metadata(network.architecture), None
     if metadata.codec == "latents" or (saved is None and autoencoder is not None):
@@ -76,7 +82,9 @@ def open_model(
     elif autoencoder is not None:
         raise ValueError("this model makes pixels: leave autoencoder out")
     _log_assumption(path, saved, metadata)
-    return Model(SHIPPED if path is None else str(path), network, metadata, fingerprint(network), decoder)
+    sha256 = fingerprint(network)
+    added = None if place is None else add_lora(network, sha256, place, str(lora))
+    return Model(SHIPPED if path is None else str(path), network, metadata, sha256, decoder, added)
 
 
 def open_network(path: str | Path | None, ema: EMA | None = None) -> tuple[LaMambaUNet, ModelMetadata]:
@@ -147,6 +155,31 @@ def model_folder(path: str | Path | None) -> Path:
     return path
 
 
+def lora_folder(path: str | Path) -> Path:
+    """The folder that holds a LoRA: of a run or checkpoint the averaged one, or the path itself.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when it is damaged.
+        RuntimeError: without peft.
+    """
+    check_peft()
+    folder = model_folder(path)
+    folder = folder / "ema" if (folder / "ema").is_dir() else folder
+    if not is_lora(folder):
+        raise FileNotFoundError(f"{path} holds no LoRA; lamamba train --lora.rank 16 --start.source MODEL makes one")
+    return folder
+
+
+def base_of_lora(path: str | Path) -> Path | None:
+    """The network that a LoRA is for, where it says so and the network is where it was.
+
+    Raises: as `lora_folder`.
+    """
+    base = LoraBase.load(lora_folder(path))
+    return Path(base.base) if base is not None and (is_shipped(base.base) or Path(base.base).exists()) else None
+
+
 def list_averages(checkpoint: Path) -> dict[EMA, Path]:
     """The weights in a checkpoint: averages by their decays, the first one first, then the trained weights, "none".
 
@@ -177,8 +210,12 @@ def load_network(folder: Path) -> LaMambaUNet:
 
     Raises:
         OSError: when the folder holds no network, or a file may not be read.
-        ValueError: when its files are damaged or do not fit together, or a weight is not finite.
+        ValueError: when its files are damaged or do not fit together, or a weight is not finite; for a LoRA.
     """
+    if is_lora(folder):
+        base = LoraBase.load(folder)
+        named = "the network that it was trained for" if base is None else base.base
+        raise ValueError(f"{folder} holds a LoRA and no network: give {named} as the model, and this as lora")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no network: there is no config.json in it")
     config, files = read_config(folder), weight_files(folder)
@@ -248,6 +285,8 @@ class Model:
     """Of architecture and weights, by `fingerprint`."""
     decoder: LatentDecoder | None
     """None for models of pixels."""
+    lora: Lora | None = None
+    """Which the weights hold besides what the hash is of."""
 
     @property
     def factor(self) -> int:

@@ -18,7 +18,17 @@ from lamamba.models.deep_cache import LaMambaCacheConfig
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.sampling import SamplerOptions
 from lamamba.runs.metadata import default_guidance
-from lamamba.runs.model import FEW_STEPS, SHIPPED, Model, fingerprint, is_shipped, move, open_model, open_network
+from lamamba.runs.model import (
+    FEW_STEPS,
+    SHIPPED,
+    Model,
+    base_of_lora,
+    fingerprint,
+    is_shipped,
+    move,
+    open_model,
+    open_network,
+)
 from lamamba.sampling.generate import ImageGenerator
 from lamamba.sampling.settings import ImageMetadata, Settings, read_image_metadata
 from lamamba.utils.distributed import is_rank_zero, multiplies_bfloat16
@@ -50,10 +60,12 @@ def fill_from_picture(options: Options) -> tuple[Options, ImageMetadata | None]:
         "cache": settings.cache and settings.cache.interval, "cache_order": settings.cache and settings.cache.order,
         "model": None if settings.model == SHIPPED else Path(settings.model),
         "autoguidance": None if settings.autoguidance is None else Path(settings.autoguidance),
+        "lora": None if settings.lora is None else Path(settings.lora),
     }
     given = {entry.name: getattr(options, entry.name) for entry in fields(options)}
     if given["model"] is not None:                                              # another model: sizes of its own
-        saved = {key: saved[key] for key in saved if key not in ("height", "width", "autoencoder", "autoguidance")}
+        saved = {key: saved[key] for key in saved if key not in (
+            "height", "width", "autoencoder", "autoguidance", "lora")}
     if given["sampler"] is not None and given["sampler"] != settings.sampler:   # steps mean another thing
         del saved["steps"]
     filled = replace(
@@ -122,12 +134,15 @@ def prepare(options: SamplerOptions, picture: ImageMetadata | None, device: torc
     Raises:
         ValueError: when they do not fit together, or the model is not the one that made the picture.
     """
-    if options.fast and options.model is None:
+    if options.fast and options.model is None and options.lora is None:
         options = replace(options, model=Path(FEW_STEPS))
     if options.quantize:
         dtype = getattr(torch, options.dtype or "float32")
         check_quantization(options.quantize, device, dtype, compiled=options.compile)
-    model = open_model(_find_folder(options, picture), autoencoder=options.autoencoder, device=device)
+    folder = _find_folder(options, picture)
+    if folder is None and options.lora is not None:
+        folder = base_of_lora(options.lora)
+    model = open_model(folder, autoencoder=options.autoencoder, device=device, lora=options.lora)
     if picture is not None and model.name == picture.settings.model and model.sha256 != picture.settings.model_sha256:
         raise ValueError(
             f"{options.like} was made by the shipped model of another lamamba ({picture.lamamba}); name a model as "
@@ -140,7 +155,7 @@ def prepare(options: SamplerOptions, picture: ImageMetadata | None, device: torc
         options = with_fast_preset(options, model.network.architecture.objective, device)
     guiding_model = None if options.autoguidance is None else open_network(options.autoguidance)[0]
     settings = resolve_settings(options, model, guiding_model)
-    for part in ("autoguidance", "autoencoder"):
+    for part in ("autoguidance", "autoencoder", "lora"):
         name = getattr(settings, part)
         if picture is not None and name is not None and name == getattr(picture.settings, part) and (
             getattr(settings, f"{part}_sha256") != getattr(picture.settings, f"{part}_sha256")
@@ -181,6 +196,7 @@ def resolve_settings(options: SamplerOptions, model: Model, guiding_model: LaMam
         autoencoder_sha256=autoencoder.sha256 if autoencoder else None,
         dtype=options.dtype or "float32", compiled=options.compile,
         quantized=options.quantize, cache=cache,
+        lora=model.lora.name if model.lora else None, lora_sha256=model.lora.sha256 if model.lora else None,
     )
 
 
@@ -198,7 +214,7 @@ def cache_config(interval: int | None, order: Literal[0, 1] | None) -> LaMambaCa
 
 
 def _log_notes(model: Model) -> None:
-    if model.name == SHIPPED:
+    if model.name == SHIPPED and model.lora is None:
         logger.info("no model was named: the small digits model that ships with lamamba draws")
     if model.decoder and model.metadata.autoencoder_sha256 not in (None, model.decoder.autoencoder.sha256):
         logger.info(

@@ -58,8 +58,12 @@ class Settings:
     compiled: bool = False
     quantized: Literal["int8", "int8-dynamic"] | None = None
     """Weights (and activations) in eight bits; absent in files where they were not."""
+    lora: str | None = None
+    """As it was named; absent, as the next two, in files of pictures without."""
+    lora_sha256: str | None = None
+    """Of its file."""
     cache: LaMambaCacheConfig | None = None
-    """How deep features were kept between steps; absent in files where they were not."""
+    """How deep features were kept between steps."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -69,14 +73,15 @@ class Settings:
         """Plain values for JSON."""
         values = dataclasses.asdict(self)
         values["guidance"]["interval"] = list(self.guidance.interval)
-        return {key: value for key, value in values.items() if value is not None or key not in ("cache", "quantized")}
+        younger = ("cache", "quantized", "lora", "lora_sha256")
+        return {key: value for key, value in values.items() if value is not None or key not in younger}
 
     def what_counts(self) -> dict[str, Any]:
         """Flat, and without the names of folders: their hashes say what was in them."""
         values = self.to_dict()
         guidance = values.pop("guidance")
         values |= {f"cache {key}": value for key, value in values.pop("cache", {}).items()}
-        names = ("model", "autoguidance", "autoencoder")
+        names = ("model", "autoguidance", "autoencoder", "lora")
         return {key: v for key, v in values.items() if key not in names} | {
             f"guidance {key}": value for key, value in guidance.items()
         }

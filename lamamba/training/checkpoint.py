@@ -8,7 +8,8 @@
                   state.json                step, omitted batches, world size, device, precision
                   manifest.json             every file's hash
 
-Either kind is read at any world size. All of it is safetensors and JSON: nothing is ever unpickled.
+Either kind is read at any world size. Of a run with a LoRA, each network is a folder of that alone (lamamba.runs.lora).
+All of it is safetensors and JSON: nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lamamba.models.adapters import LORA_FILE
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.training import RUN_VERSION
 from lamamba.runs.folder import CheckpointState
+from lamamba.runs.lora import LoraBase, save_lora
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import load_network
 from lamamba.training.distributed import Processes
@@ -52,6 +55,8 @@ class TrainState:
     averages: dict[float, LaMambaUNet]
     """The averaged networks by their decay, the first one first."""
     optimizer: torch.optim.Optimizer
+    base: LoraBase | None = None
+    """The network that the run's LoRA is for."""
     step: int = 0
     """Optimizer steps done."""
     omitted: int = 0
@@ -72,10 +77,9 @@ class TrainState:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema = decay ema + (1 - decay) model, for every parameter, or for this rank's part of it."""
-    torch._foreach_lerp_(
-        [local(p) for p in ema.parameters()], [local(p) for p in model.parameters()], 1 - decay
-    )
+    """ema = decay ema + (1 - decay) model, for every parameter that is trained, or for this rank's part of it."""
+    pairs = [pair for pair in zip(ema.parameters(), model.parameters(), strict=True) if pair[1].requires_grad]
+    torch._foreach_lerp_([local(p) for p, _ in pairs], [local(p) for _, p in pairs], 1 - decay)
 
 
 @torch.no_grad()
@@ -147,7 +151,7 @@ def write_checkpoint(
         metadata.save(folder / "sampling.json")
         write_json(folder / "state.json", values)
         if not processes.is_sharded:
-            state.model.save_pretrained(folder / "model")
+            _save_network(state.model, folder / "model", state.base)
             tensors = optimizer_tensors(state.model, state.optimizer) | {"random/torch": torch.get_rng_state()}
             save_file(tensors, folder / "optimizer.safetensors")
 
@@ -157,12 +161,20 @@ def write_checkpoint(
 
         def write_average(network: LaMambaUNet | None = network, decay: float = decay) -> None:
             assert network is not None
-            network.save_pretrained(folder / folder_name(decay, first))
+            _save_network(network, folder / folder_name(decay, first), state.base)
 
         processes.on_rank_0(write_average)
     if processes.is_sharded:
         writer = HuggingFaceStorageWriter(str(folder / "shards"), save_distributed=True)
         dcp.save(_shards(state), storage_writer=writer)
+
+
+def _save_network(network: LaMambaUNet, folder: Path, base: LoraBase | None) -> None:
+    """Save a network, or the LoRA alone of one that has a base."""
+    if base is None:
+        network.save_pretrained(folder)
+    else:
+        save_lora(network, base, folder)
 
 
 def _optimizer_steps(state: TrainState) -> float:
@@ -227,11 +239,24 @@ def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def _read_network(folder: Path, target: LaMambaUNet) -> None:
+    if target.has_adapters:
+        _read_lora(folder / LORA_FILE, target)
+        return
     saved = load_network(folder)
     if saved.architecture != target.architecture:
         raise ValueError(f"{folder} is a network with another configuration: {saved.architecture}")
     tensors = dict(saved.named_parameters())
     for name, parameter in target.named_parameters():
+        put(parameter, tensors[name])
+
+
+def _read_lora(path: Path, target: LaMambaUNet) -> None:
+    """Read the LoRA of a network; its base stays as it is."""
+    tensors = read_tensors(path)
+    parameters = {name.replace(".default", ""): p for name, p in target.named_parameters() if ".lora_" in name}
+    if {name: p.shape for name, p in parameters.items()} != {name: value.shape for name, value in tensors.items()}:
+        raise ValueError(f"{path} is a LoRA of another network, or of other layers or another rank than this run's")
+    for name, parameter in parameters.items():
         put(parameter, tensors[name])
 
 
@@ -248,5 +273,9 @@ def _split_like(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 def averages_of(model: LaMambaUNet, decays: tuple[float, ...]) -> dict[float, LaMambaUNet]:
-    """Copies of a network, for the averages of its weights, by their decay."""
-    return {decay: copy.deepcopy(model).requires_grad_(False).eval() for decay in decays}
+    """Copies of a network, for the averages of its weights, by their decay; weights that are not trained are shared."""
+    shared = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return {
+        decay: copy.deepcopy(model, {id(parameter): parameter for parameter in shared}).requires_grad_(False).eval()
+        for decay in decays
+    }

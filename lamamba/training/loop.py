@@ -30,6 +30,7 @@ from lamamba.inference.compiling import compile_network
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.training import TrainConfig
 from lamamba.runs.folder import RunFolder, run_values
+from lamamba.runs.lora import LoraBase
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.training.checkpoint import (
     TrainState,
@@ -45,7 +46,7 @@ from lamamba.training.distributed import Processes, computing_threads, precision
 from lamamba.training.flow_map import FlowMapTask
 from lamamba.training.interrupt import Interrupted, StopRequest, stop_signals
 from lamamba.training.non_finite import find_origin
-from lamamba.training.start import continue_official, start_network
+from lamamba.training.start import add_lora_layers, continue_official, open_base, start_network
 from lamamba.training.trackers import MetricsFile
 from lamamba.utils.distributed import local, peak_memory, whole
 from lamamba.utils.errors import RankZeroError
@@ -129,12 +130,15 @@ def open_teacher(
 
 
 def described(
-    config: TrainConfig, samples: TrainingSet, teacher: Teacher | VelocityTeacher | None = None
+    config: TrainConfig, samples: TrainingSet, teacher: Teacher | VelocityTeacher | None = None,
+    base: LoraBase | None = None,
 ) -> dict[str, Any]:
     """The content of the run's config.json."""
     excluded = getattr(samples, "excluded", ())                                 # latents and digits have none
     values = run_values(config, *describe(config, samples), samples.fingerprint, excluded)
-    return values if teacher is None else {**values, "teacher": {"sha256": teacher.sha256}}
+    if teacher is not None:
+        values["teacher"] = {"sha256": teacher.sha256}
+    return values if base is None else {**values, "base": {"sha256": base.base_sha256}}
 
 
 def train(
@@ -173,9 +177,11 @@ def train(
         threads = computing_threads(config.processes.threads)
         with own_random_state(), threads, precision_policy(config.precision), stop_signals() as request:
             teacher = open_teacher(config, architecture, metadata, processes.device)
+            base = open_base(config, architecture)
             files = getattr(samples, "source_files", ())
-            processes.on_rank_0(lambda: run.create(described(config, samples, teacher), files))
-            trainer = _Trainer(config, samples, architecture, metadata, run, processes, teacher)
+            values = described(config, samples, teacher, base and base[1])
+            processes.on_rank_0(lambda: run.create(values, files))
+            trainer = _Trainer(config, samples, architecture, metadata, run, processes, teacher, base)
             return trainer.run(callbacks, on_resume, request)
     finally:
         lock.release()
@@ -200,6 +206,7 @@ class _Trainer:
     def __init__(
         self, config: TrainConfig, samples: TrainingSet, architecture: UNetConfig, metadata: ModelMetadata,
         folder: RunFolder, processes: Processes, teacher: Teacher | VelocityTeacher | None,
+        base: tuple[LaMambaUNet, LoraBase] | None,
     ):
         self._teacher = teacher if isinstance(teacher, Teacher) else None
         self._config, self._samples, self._null_label = config, samples, architecture.num_classes
@@ -214,10 +221,7 @@ class _Trainer:
             self._flow_map = FlowMapTask(config.flow_map, architecture, self._schedule, velocity)
 
         torch.manual_seed(config.seed)                                          # the same weights on every rank
-        takes_weights = config.start.source is not None and config.start.mode == "weights"
-        takes_weights &= not processes.broadcast(folder.names())                # a restart has better ones
-        network = start_network(config.start, architecture) if takes_weights else LaMambaUNet(architecture)
-        model = network.to(processes.device).train()
+        model = self._initial_network(architecture, base).to(processes.device).train()
         averages = averages_of(model, config.ema_decays)
         if config.processes.checkpoint_activations:
             model.enable_gradient_checkpointing()
@@ -226,10 +230,23 @@ class _Trainer:
         self._network = processes.distribute(model, list(averages.values()))    # what a step calls
         options = config.optimizer
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay,
-            fused=True,
+            [parameter for parameter in model.parameters() if parameter.requires_grad], lr=options.learning_rate,
+            betas=options.betas, weight_decay=options.weight_decay, fused=True,
         )
-        self._state = TrainState(model, averages, optimizer)
+        self._state = TrainState(model, averages, optimizer, base and base[1])
+
+    def _initial_network(
+        self, architecture: UNetConfig, base: tuple[LaMambaUNet, LoraBase] | None
+    ) -> LaMambaUNet:
+        """The network before the first step, or one to read a checkpoint into."""
+        if base is not None:
+            network, _ = base
+            add_lora_layers(network, self._config.lora)
+            return network
+        start = self._config.start
+        takes_weights = start.source is not None and start.mode == "weights"
+        takes_weights &= not self._processes.broadcast(self._folder.names())    # a restart has better ones
+        return start_network(start, architecture) if takes_weights else LaMambaUNet(architecture)
 
     def run(
         self, callbacks: Sequence[Callback], on_resume: Sequence[Callback], request: StopRequest

@@ -10,18 +10,20 @@ from typing import Any
 import torch
 
 from lamamba.config import UNetConfig
+from lamamba.models.adapters import BLOCK_PRODUCTS, check_peft, find_targets
 from lamamba.models.official import load_official, official_optimizer, read_official
 from lamamba.models.unet import LaMambaUNet
-from lamamba.options.training import ModelOptions, StartOptions, TrainConfig, TrainOptions
+from lamamba.options.training import LoraOptions, ModelOptions, StartOptions, TrainConfig, TrainOptions
 from lamamba.runs.folder import RunFolder
-from lamamba.runs.model import open_network
+from lamamba.runs.lora import LoraBase
+from lamamba.runs.model import fingerprint, open_network
 from lamamba.training.checkpoint import TrainState, put, restore_optimizer
 
 logger = logging.getLogger("lamamba.training")
 
 
 def with_network_of_source(options: TrainOptions) -> TrainOptions:
-    """The options with the network of start.source, where their own [model] section names no size.
+    """The options with the network of start.source, where their own [model] section names no size or there is a LoRA.
 
     The objective is the source's, too, unless the section has one: a flow map may start from a flow. A run that has a
     checkpoint keeps the network that it has: the source may be gone.
@@ -30,16 +32,15 @@ def with_network_of_source(options: TrainOptions) -> TrainOptions:
         FileNotFoundError, ValueError: when there is no such source, or it is damaged.
     """
     own, default = options.model, ModelOptions()
-    names_objective = own != default
-    if options.start.source is None or default != dataclasses.replace(
-            own, objective=default.objective, guidance_range=None):
+    names_size = dataclasses.replace(own, objective=default.objective, guidance_range=None) != default
+    if options.start.source is None or (names_size and options.lora.rank is None):
         return options
     run = RunFolder(options.out)
     if run.names():
         model = TrainConfig.from_dict(run.read_config().train).model
     else:
         model = ModelOptions.of(_open_source(options.start).architecture)
-        if names_objective:
+        if own != default and options.lora.rank is None:
             model = dataclasses.replace(model, objective=own.objective, guidance_range=own.guidance_range)
     return dataclasses.replace(options, model=model)
 
@@ -67,6 +68,45 @@ def start_network(options: StartOptions, architecture: UNetConfig) -> LaMambaUNe
         fresh += [name for name in network.state_dict() if name.startswith(("gap_embedding.", "guidance_embedding."))]
     assert sorted(missing) == sorted(fresh), missing
     return network
+
+
+def open_base(config: TrainConfig, architecture: UNetConfig) -> tuple[LaMambaUNet, LoraBase] | None:
+    """The network that a run's LoRA is for, and its name and hash; None for a run without.
+
+    Raises:
+        FileNotFoundError, ValueError: as `start_network`, and for layers that it does not have.
+        RuntimeError: without peft.
+    """
+    if config.lora.rank is None:
+        return None
+    check_peft()
+    source = config.start.source
+    network = _open_source(config.start)
+    _check_same(network.architecture, architecture, Path(str(source)), set(), replaces_labels=False)
+    lora_layers(network, config.lora)
+    return network, LoraBase(base=str(source), base_sha256=fingerprint(network))
+
+
+def lora_layers(network: LaMambaUNet, options: LoraOptions) -> list[str]:
+    """Names of the layers that a LoRA adapts.
+
+    Raises:
+        ValueError: for a name of none.
+    """
+    modules = dict(network.named_modules())
+    names = options.layers or [
+        name for name in BLOCK_PRODUCTS if any(module.endswith(f".{name}") for module in modules)]
+    return find_targets(modules, names)
+
+
+def add_lora_layers(network: LaMambaUNet, options: LoraOptions) -> None:
+    """Add a fresh LoRA, B = 0, to a network, in place; all other weights need no gradients any more."""
+    from peft import LoraConfig
+
+    assert options.rank is not None
+    alpha: Any = options.rank if options.alpha is None else options.alpha       # peft takes fractions, too
+    network.requires_grad_(False)
+    network.add_adapter(LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=lora_layers(network, options)))
 
 
 def check_start(options: StartOptions, architecture: UNetConfig) -> LaMambaUNet:
@@ -127,7 +167,9 @@ def continue_official(path: Path, state: TrainState) -> None:
             logger.warning("%s was trained with %s=%s; this run goes on with %s", path, key, group.get(key), ours[key])
 
 
-def _check_same(saved: UNetConfig, wanted: UNetConfig, source: Path, changes: set[str]) -> None:
+def _check_same(
+    saved: UNetConfig, wanted: UNetConfig, source: Path, changes: set[str], *, replaces_labels: bool = True
+) -> None:
     differences = [
         f"{field.name}: {getattr(saved, field.name)!r} there, {getattr(wanted, field.name)!r} here"
         for field in dataclasses.fields(UNetConfig)
@@ -135,7 +177,7 @@ def _check_same(saved: UNetConfig, wanted: UNetConfig, source: Path, changes: se
     ]
     if differences:
         hint = ""
-        if saved.num_classes != wanted.num_classes and "num_classes" not in changes:
+        if replaces_labels and saved.num_classes != wanted.num_classes and "num_classes" not in changes:
             hint = "; to train on other classes, give start.replace_labels"
         raise ValueError(
             f"{source} is another network than this run's ({'; '.join(differences)}): leave out the model's "
