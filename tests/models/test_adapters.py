@@ -244,6 +244,10 @@ def test_compiled_networks_honour_it_also_when_it_is_switched():
     x, t, y = random_inputs(config)
     model, compiled = adapted(config, EVERYTHING), adapted(config, EVERYTHING)
     compiled.compile(fullgraph=True, backend="aot_eager")
+    for network in (model, compiled):
+        network(x, t, y).square().mean().backward()
+    for p, q in zip(trained(model).values(), trained(compiled).values(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, atol=1e-6, rtol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x, t, y), model(x, t, y), atol=1e-5, rtol=1e-4)
         compiled.disable_adapters()
