@@ -29,7 +29,7 @@ from lamamba.runs.metadata import ModelMetadata
 from lamamba.training import loop
 from lamamba.training.checkpoint import TrainState
 from lamamba.training.data import as_training_set
-from lamamba.training.distributed import check_processes, computing_threads
+from lamamba.training.distributed import check_processes, computing_threads, shard_size
 from lamamba.training.draws import split_held_out
 from lamamba.training.loop import Callback, StepState, describe
 from lamamba.training.sources import PlannedData, open_data, plan_data
@@ -332,8 +332,9 @@ def plan(options: TrainOptions) -> TrainPlan:
     lora_parameters = _check_before_training(options, data, architecture, metadata, is_there=is_there)
     micro_batch = math.ceil(math.ceil(config.batch_size / processes) / config.processes.accumulation_steps)
     memory = training_memory(
-        architecture, micro_batch, num_averages=len(config.ema_decays), processes=processes,
-        sharded=config.processes.sharding == "full", bfloat16=config.precision.autocast == "bfloat16",
+        architecture, micro_batch, num_averages=len(config.ema_decays),
+        processes=shard_size(config, processes),
+        sharded=config.processes.sharding != "none", bfloat16=config.precision.autocast == "bfloat16",
         checkpoint_activations=config.processes.checkpoint_activations,
         accumulates=config.processes.accumulation_steps > 1, lora_parameters=lora_parameters,
     )

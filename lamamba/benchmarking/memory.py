@@ -46,7 +46,7 @@ def training_memory(
         config: of the network.
         batch_size: images of one forward pass on this device.
         num_averages: EMA copies of the weights.
-        processes: world size, for a sharded state.
+        processes: among which a sharded state is split.
         sharded: parameters, gradients, EMA copies and moments are split among the processes.
         bfloat16: autocast to bfloat16.
         checkpoint_activations: blocks save their inputs only.
@@ -54,7 +54,9 @@ def training_memory(
         lora_parameters: of a LoRA, which alone is trained and averaged then.
     """
     parts = processes if sharded else 1
-    events, transient, parameters, largest_block = _run(config, batch_size, bfloat16, checkpoint_activations)
+    events, transient, parameters, largest_block = _run(
+        config, batch_size, bfloat16, checkpoint_activations, bfloat16_blocks=sharded and bfloat16
+    )
     weights = FLOAT * parameters
     state = weights * (1 + num_averages + MOMENTS) // parts
     kept = sum(saved for saved, _ in events)
@@ -68,12 +70,14 @@ def training_memory(
             gradients += gradient
         peak = max(peak, kept + gradients // parts)
         kept -= saved
-    unsharded = 2 * largest_block * FLOAT if sharded else 0                     # one block in use, one being gathered
+    unsharded = 0
+    if sharded:                                                                 # one block in use, one being gathered
+        unsharded = 2 * largest_block * (FLOAT // 2 if bfloat16 else FLOAT)
     return TrainingMemory(state, round(ALLOCATOR * (state + peak + transient + unsharded)))
 
 
 def _run(
-    config: UNetConfig, batch: int, bfloat16: bool, checkpoint: bool
+    config: UNetConfig, batch: int, bfloat16: bool, checkpoint: bool, bfloat16_blocks: bool
 ) -> tuple[list[tuple[int, int]], int, int, int]:
     """What a forward pass keeps, in the order of the layers, and what the backward pass adds.
 
@@ -88,6 +92,9 @@ def _run(
         model = LaMambaUNet(unconditional).train()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         model.to_empty(device="cpu")
+        blocks = [block for block in model.modules() if isinstance(block, LaMambaBlock)]
+        for block in blocks if bfloat16_blocks else ():                         # as FSDP2 gathers them
+            block.to(torch.bfloat16)
         if checkpoint:
             model.enable_gradient_checkpointing()
         x = torch.empty(batch, config.in_channels, *config.input_size)
@@ -103,7 +110,6 @@ def _run(
             *((0, FLOAT * parameters[key]) if key in parameters else (kept[key].nbytes(), 0) for key in kept),
             (3 * output.nbytes, 0),                                             # of the loss: output, noise, difference
         ]
-        blocks = [block for block in model.modules() if isinstance(block, LaMambaBlock)]
         largest_block = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
         transient = _block_bytes(model, batch, cast, buffers | set(parameters)) if checkpoint else \
             2 * max(saved for saved, _ in events)

@@ -53,7 +53,8 @@ class RecordedNetwork:
                     self._run(model)
             torch.cuda.current_stream(x.device).wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # other threads may call CUDA meanwhile
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._output = self._run(model)
 
     def _run(self, model: LaMambaUNet) -> Any:

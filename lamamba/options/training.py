@@ -185,9 +185,11 @@ class FlowMapOptions:
 class ProcessOptions:
     """How the work is distributed. Nothing here changes what is learned, beyond rounding."""
 
-    sharding: Literal["none", "full"] = "none"
+    sharding: Literal["none", "full", "hybrid"] = "none"
     """"none": every process holds the whole network (DDP); "full": parameters, gradients, optimizer and averages are
-    split among the processes (FSDP2)."""
+    split among the processes (FSDP2); "hybrid": among those of a machine, and machines only sum gradients (HSDP)."""
+    shard_size: Annotated[int, Ge(2)] | None = None
+    """Processes that a hybrid run splits the network among; by default those of a machine."""
     accumulation_steps: Positive = 1
     """Micro-batches into which a process splits its part of the batch, one after the other, to save memory."""
     checkpoint_activations: bool = False
@@ -206,7 +208,11 @@ class ProcessOptions:
 
     def __post_init__(self) -> None:
         if self.compile and self.sharding != "none":
-            raise ValueError("compile does not go with sharding='full' yet; leave one of them out")
+            raise ValueError(f"compile does not go with sharding={self.sharding!r} yet; leave one of them out")
+        if self.shard_size is not None and self.sharding != "hybrid":
+            raise ValueError(
+                f"shard_size={self.shard_size} is for sharding='hybrid', and sharding is {self.sharding!r}: leave one "
+                "of them out")
 
 
 @options

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from lamamba.models.blocks import LaMambaBlock
 from lamamba.models.unet import LaMambaUNet
@@ -35,7 +36,9 @@ class Processes(ProcessGroup):
     def __init__(self, config: TrainConfig):
         check_processes(config)
         world_size = launched_processes()
-        self._autocast, self.is_sharded = config.precision.autocast, config.processes.sharding == "full"
+        self._autocast, self._sharding = config.precision.autocast, config.processes.sharding
+        self.is_sharded = self._sharding != "none"
+        self._shard_size = shard_size(config, world_size)
         if world_size == 1:
             super().__init__(0, 1, pick_device(config.device))
             return
@@ -58,12 +61,9 @@ class Processes(ProcessGroup):
         if self.is_sharded:
             # the network's output is a view, which nothing here changes in place
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-            mesh = init_device_mesh(self.device.type, (self.world_size,))
+            mesh = make_mesh(self.device.type, self.world_size, self._shard_size)
             for network in (model, *averages):
-                for block in network.modules():
-                    if isinstance(block, LaMambaBlock):
-                        fully_shard(block, mesh=mesh)
-                fully_shard(network, mesh=mesh, reshard_after_forward=True)
+                shard_network(network, mesh, bfloat16=self._autocast == "bfloat16")
             return model
         if self.world_size > 1:
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -86,6 +86,57 @@ class Processes(ProcessGroup):
         return contextlib.nullcontext()
 
 
+def make_mesh(device_type: str, world_size: int, shard_size: int) -> DeviceMesh:
+    """All processes, or (copies, shard_size) of them where several groups hold the network; a collective."""
+    if shard_size == world_size:
+        return init_device_mesh(device_type, (world_size,))
+    return init_device_mesh(device_type, (world_size // shard_size, shard_size), mesh_dim_names=("copies", "shards"))
+
+
+def shard_network(network: LaMambaUNet, mesh: DeviceMesh, *, bfloat16: bool) -> None:
+    """Split a network by FSDP2, in place: each block is gathered when it runs, the other layers for the whole pass.
+
+    Args:
+        network: of float32 weights.
+        mesh: of `make_mesh`.
+        bfloat16: blocks are gathered in bfloat16 (gradients are summed in float32). Under autocast alone they would be
+            gathered in float32, and each rank would keep the casts of all weights until the backward pass.
+    """
+    shards = mesh.size(-1)
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        """On a dimension that divides evenly: others are padded, W_x (4, ...) on 64 ranks to 16 times its size."""
+        even = (Shard(dim) for dim, size in enumerate(parameter.shape) if size % shards == 0)
+        return next(even, None)
+
+    policy = MixedPrecisionPolicy()
+    if bfloat16:                                                                # times and sums stay float32
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in network.modules():
+        if isinstance(block, LaMambaBlock):
+            fully_shard(block, mesh=mesh, shard_placement_fn=placement, mp_policy=policy)
+    fully_shard(network, mesh=mesh, reshard_after_forward=True, shard_placement_fn=placement)
+
+
+def shard_size(config: TrainConfig, world_size: int) -> int:
+    """How many processes hold a network together; 1 without sharding.
+
+    Raises:
+        ValueError: when they do not divide all processes, or are as many.
+    """
+    options = config.processes
+    if options.sharding != "hybrid":
+        return world_size if options.sharding == "full" else 1
+    size = options.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if size < 2 or world_size % size or size == world_size:
+        raise ValueError(
+            f"processes.sharding='hybrid' splits the network among {size} of {world_size} processes "
+            "(processes.shard_size, or those of a machine): give at least 2, and at least two such groups; on one "
+            "machine sharding='full' is the same"
+        )
+    return size
+
+
 def check_processes(config: TrainConfig) -> None:
     """Check that the launcher, its number of processes, and the configuration fit together.
 
@@ -101,11 +152,12 @@ def check_processes(config: TrainConfig) -> None:
     world_size = launched_processes()
     if world_size > 1 and ":" in config.device:
         raise ValueError(f"device={config.device!r} cannot serve {world_size} processes; use auto, cuda or cpu")
-    if config.processes.sharding == "full" and world_size == 1:
+    if config.processes.sharding != "none" and world_size == 1:
         raise ValueError(
-            "processes.sharding='full' splits a network among several processes and this is only one; start them "
-            "as in torchrun --nproc-per-node 2 -m lamamba train ..., or leave it out"
+            f"processes.sharding={config.processes.sharding!r} splits a network among several processes and this "
+            "is only one; start them as in torchrun --nproc-per-node 2 -m lamamba train ..., or leave it out"
         )
+    shard_size(config, world_size)
     if config.batch_size < world_size * config.processes.accumulation_steps:
         raise ValueError(
             f"batch_size={config.batch_size} cannot be cut into {world_size} processes x "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,28 @@ def test_replays_with_new_inputs_and_new_weights(dtype):
             recorded = recorded or cuda_graph.RecordedNetwork(model, x.to(dtype), rows)
             assert relative_error(recorded(x.to(dtype), rows), model(x.to(dtype), t, labels)) <= 1e-5
             model.head.linear.weight.mul_(1.5)
+
+
+@needs_gpu
+def test_calls_of_another_thread_do_not_spoil_a_recording():
+    model = random_network(small_config(width=32)).cuda()
+    x, t, labels = (part.cuda() for part in random_inputs(model.architecture, batch=3))
+    ends = threading.Event()
+
+    def call() -> None:
+        while not ends.is_set():
+            torch.empty(2**26, device="cuda")
+            torch.cuda.synchronize()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    try:
+        with torch.no_grad():
+            rows = model.condition(t, labels)
+            assert relative_error(cuda_graph.RecordedNetwork(model, x, rows)(x, rows), model(x, t, labels)) <= 1e-5
+    finally:
+        ends.set()
+        thread.join()
 
 
 @needs_gpu

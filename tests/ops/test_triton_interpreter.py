@@ -36,6 +36,12 @@ FEW = {
         "TestAgainstFloat64::test_local_mixing[1-1-9-7]", "TestAgainstFloat64::test_padding_that_no_mask_hides",
         "test_only_the_named_back_end_runs_on_cpus",
     ),
+    "test_fakes.py": (
+        *(f"test_triton_layers[{name}-2-dense-mixed]" for name in (
+            "modulated_norm", "gated_norm", "gated_sum", "local_mixing", "window_attention")),
+        "test_triton_scan[2-dense-float32]", "test_triton_scan[0-dense-float32]",
+        "test_an_empty_batch_is_one_segment_on_a_gpu",
+    ),
 }
 """Every kernel once, forward and backward, at small shapes; the rest is in `make slow`."""
 

@@ -55,8 +55,10 @@ _NUM_GRADIENTS = {"modulated_norm": 5, "gated_norm": 4, "gated_sum": 2, "local_m
 """Of each backward operator, in the order of the arguments."""
 
 
-def fake(name: str, x: Tensor) -> Tensor:
-    """A layer's output without values, from its first argument."""
+def fake(name: str, x: Tensor, *rest) -> Tensor:
+    """A layer's output without values, from its arguments."""
+    if name == "gated_sum":                                                     # it is PyTorch's: strides follow x
+        return reference.gated_sum(x, *rest)
     return x.new_empty((*x.shape[:3], x.shape[3] // 3) if name == "window_attention" else x.shape)
 
 
@@ -80,7 +82,7 @@ def _register(name: str, arguments: str, num_gradients: int) -> None:
     def fake_backward(grad_y, *inputs):
         return tuple(grad_y.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs[:num_gradients])
 
-    torch.library.register_fake(forward, lambda x, *rest: fake(name, x))
+    torch.library.register_fake(forward, partial(fake, name))
     torch.library.register_fake(backward, fake_backward)
 
     def save(ctx, inputs, output) -> None:

@@ -11,6 +11,8 @@ from lamamba.ops.dispatch import is_transformed, needs_formula
 
 
 def layer_norm(x, weight, bias, eps) -> Tensor:
+    if weight is not None:                                                      # 16-bit ones with float32 tokens
+        weight, bias = (part.to(torch.promote_types(part.dtype, x.dtype)) for part in (weight, bias))
     if not is_transformed():
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     # under vmap the second derivatives of F.layer_norm are wrong in torch 2.11 to 2.14

@@ -68,7 +68,7 @@ def _program_indices(h, w, c, strips, rows_each, COLUMNS: tl.constexpr, BLOCK: t
     return image.to(tl.int64), columns, channels, strip * rows_each, tl.minimum((strip + 1) * rows_each, h)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows_each",))
 def _convolve(
     x, weight, y,
     h, w, c, x_b, x_h, x_w, strips, rows_each,
@@ -95,7 +95,7 @@ def _convolve(
         b0, b1, b2 = c0, c1, c2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows_each",))
 def _convolve_backward(
     x, weight, grad_y, grad_s, sums,
     h, w, c, x_b, x_h, x_w, strips, rows_each,
@@ -146,7 +146,7 @@ def _shares(x: Tensor) -> tuple[int, int, int]:
     """Number of shares, strips per image, rows per strip: columns are cut into strips only to fill the device."""
     b, h, w, c = x.shape
     stripes, blocks = triton.cdiv(w, COLUMNS), triton.cdiv(c, BLOCK)
-    strips = triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors(x), b * stripes * blocks)
+    strips = triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors(x), max(b * stripes * blocks, 1))
     each = max(triton.cdiv(h, strips), FEWEST_ROWS)
     strips = triton.cdiv(h, each)
     return b * stripes * strips, strips, each
@@ -178,5 +178,5 @@ def local_mixing_backward(grad_y, x, weight):
         x, weight, grad_y, grad_s, sums, h, w, c, *x.stride()[:3], strips, each,
         COLUMNS=COLUMNS, BLOCK=BLOCK, num_warps=WARPS,
     )
-    grad_weight = sums.sum(0).T.to(weight.dtype).reshape(weight.shape)
+    grad_weight = sums.sum(0).T.reshape(weight.shape).to(weight.dtype).contiguous()
     return _run(grad_s, weight, backward=True), grad_weight

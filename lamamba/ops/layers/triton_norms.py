@@ -29,6 +29,8 @@ FORWARD_WARPS, BACKWARD_WARPS = 32, 24
 FEWEST_TOKENS, MOST_TOKENS = 4, 64
 """Tokens of a program: with fewer, its sums cost more than its tokens; with more, the last wave is uneven."""
 SUM_BLOCK = 128
+SIZES = ("l", "shares", "tokens_each")
+"""Arguments that no address's alignment depends on: one compilation serves all their values."""
 
 
 @triton.jit
@@ -48,7 +50,7 @@ def _normalize(x, inside, c, eps):
     return centred * inverse, inverse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _norm(
     x, z, weight, bias, shift, scale, y,
     l, c, z_row, shift_row, scale_row, shares, tokens_each, eps,
@@ -74,7 +76,7 @@ def _norm(
         tl.store(y + offset, round_to(result, y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _norm_backward(
     grad_y, x, z, weight, bias, scale, grad_x, grad_z, sums,
     l, c, z_row, scale_row, shares, tokens_each, eps,
@@ -117,7 +119,7 @@ def _norm_backward(
     tl.store(sums + c, sum_product, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("b", "shares"))
 def _vector_gradients(
     sums, weight, bias, scale, grad_shift, grad_scale, grad_parameters,
     b, c, scale_row, shares,
@@ -142,7 +144,7 @@ def _vector_gradients(
     tl.store(grad_parameters + b * c + offset, more * sum_product, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _gated_sum_backward(
     grad, y, gate, grad_y, sums,
     l, c, gate_row, shares, tokens_each,

@@ -30,6 +30,8 @@ CHUNK = 16
 FORWARD_WARPS, BACKWARD_WARPS = 4, 8
 PROGRAMS_PER_PROCESSOR = 8
 """More would balance the windows better, but each has its own sum for the bias."""
+SIZES = ("units", "units_each", "h", "w", "rows", "columns", "shift_h", "shift_w")
+"""Arguments that no address's alignment depends on: one compilation serves all their values."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -96,7 +98,7 @@ def _probabilities(
     return p / tl.where(total == 0, 1.0, total)[:, None]                        # fully masked queries: 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _attend(
     qkv, bias, mask, y,
     units, units_each, h, w, rows, columns, shift_h, shift_w, heads, scale,
@@ -121,7 +123,7 @@ def _attend(
             _store(y + begin * width, part, tokens, in_grid, first, width, D, CHUNK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _attend_backward(
     grad_y, qkv, bias, mask, grad_qkv, sums,
     units, units_each, h, w, rows, columns, shift_h, shift_w, heads, scale,
@@ -169,8 +171,8 @@ def _sizes(qkv, num_heads, window, shift):
     d = c3 // 3 // num_heads
     rows, columns = triton.cdiv(h, window[0]), triton.cdiv(w, window[1])
     units = b * rows * columns
-    shares = min(units, triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors(qkv), num_heads))
-    each = triton.cdiv(units, shares)
+    shares = max(min(units, triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors(qkv), num_heads)), 1)
+    each = max(triton.cdiv(units, shares), 1)
     sizes = (units, each, h, w, rows, columns, shift[0], shift[1], num_heads, d**-0.5)
     size = window[0] * window[1]
     constants = {

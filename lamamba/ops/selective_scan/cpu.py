@@ -75,7 +75,7 @@ def backward(grad_y, x, dt, B, C, W_dt, b_dt, A, D, paths):
     """As in the reference; the states are recomputed."""
     inputs = (x, dt, B, C, W_dt, b_dt, A, D)
     if x.numel() == 0:
-        return tuple(torch.zeros_like(tensor) for tensor in inputs)
+        return tuple(tensor.new_zeros(tensor.shape) for tensor in inputs)
     gy = native.unit_stride(grad_y.to(_dtype(x)))
     grads = [torch.empty(x.shape, dtype=gy.dtype), *(torch.empty(tensor.shape) for tensor in inputs[1:])]
     names = ("gx", "gdt", "gB", "gC", "gW_dt", "gb_dt", "gA", "gD")

@@ -46,6 +46,8 @@ MERGE_TOKENS, MERGE_BLOCK = 16, 128
 WARPS_PER_PROCESSOR = 8
 """Programs that fill a multiprocessor; paths are cut into segments when there are far fewer."""
 
+SIZES = ("b", "l", "segments", "tiles_per_segment")
+"""Arguments that no address's alignment depends on: one compilation serves all their values."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -187,7 +189,7 @@ def _program_indices(
     return channels, k, image.to(tl.int64), segment
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _scan(
     x, dt, B, C, W_dt, b_dt, A, paths,
     state, y, states, spans,
@@ -275,7 +277,7 @@ def _scan(
         tl.store(spans + offset + channels, span, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _scan_backward(
     x, grad_y, dt, B, C, W_dt, b_dt, A, paths,
     states, adjoint, grad_x, grad_s, grad_B, grad_C, grad_b_dt, grad_A,
@@ -391,7 +393,7 @@ def _scan_backward(
     tl.store(grad_b_dt + offset + channels, bias_sum, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("l", "segments"))
 def _scan_segments(
     A, ends, spans, starts,
     l, c, g, segments,
@@ -413,7 +415,7 @@ def _scan_segments(
             start = end + tl.exp2(span * rate) * start
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens",))
 def _merge(
     parts, skipped, skip, y,
     tokens, c, g,
@@ -433,7 +435,7 @@ def _merge(
     tl.store(y + offset, round_to(total, y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens", "tokens_per_program"))
 def _products(
     x, grad_y, sums,
     tokens, c, tokens_per_program,
@@ -479,9 +481,9 @@ def _options(inputs, block: int, tile: int) -> dict:
 
 def _choose_segments(x: Tensor, directions: int, tile: int) -> int:
     """1, or the number of segments that fills the device where whole paths would fill less than a third of it."""
-    if x.device.type != "cuda":
-        return 1
     b, l, c = x.shape
+    if x.device.type != "cuda" or b == 0:
+        return 1
     programs = b * directions * triton.cdiv(c, FORWARD_BLOCK)
     wanted = WARPS_PER_PROCESSOR * num_processors(x)
     return 1 if 3 * programs > wanted else min(triton.cdiv(wanted, programs), triton.cdiv(l, 4 * tile))
@@ -579,7 +581,7 @@ def backward(grad_y, x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None 
         x, grad_y, *inputs[1:], states, adjoint, parts, gs, gB, gC, gb_dt, gA, *sizes,
         **_options(inputs, BACKWARD_BLOCK, tile), EXACT=x.dtype == torch.float32, num_stages=1,
     )
-    gdt, gW_dt = _projection_gradients(gs.view(g, b * l, c), dt.view(b * l, g, -1).transpose(0, 1), W_dt)
+    gdt, gW_dt = _projection_gradients(gs.view(g, b * l, c), dt.view(b * l, g, dt.shape[3]).transpose(0, 1), W_dt)
     gx = _merge_directions(parts, grad_y, D.float().sum(0))
     grads = (
         gx, gdt.transpose(0, 1).reshape(dt.shape), gB.sum(0), gC.sum(0), gW_dt, gb_dt.sum((0, 2)),
