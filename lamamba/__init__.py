@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lamamba.api.plot import PlotResult, plot
     from lamamba.api.sample import SampleResult, sample
     from lamamba.api.sample_folder import SampleFolderResult, sample_folder
+    from lamamba.api.simulate import SimulateResult, simulate
     from lamamba.api.train import TrainPlan, TrainResult, plan, train
     from lamamba.config import UNetConfig
     from lamamba.models.deep_cache import LaMambaCacheConfig
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from lamamba.options.plot import PlotOptions
     from lamamba.options.sample_folder import SampleFolderOptions
     from lamamba.options.sampling import SampleOptions
+    from lamamba.options.scaling import ClusterOptions, SimulateOptions
     from lamamba.options.training import TrainOptions
     from lamamba.pipeline import LaMambaPipeline
     from lamamba.runs.model import Model, open_model
@@ -93,6 +95,7 @@ _NAMES = {
     "api.plot": "PlotResult plot",
     "api.sample": "SampleResult sample",
     "api.sample_folder": "SampleFolderResult sample_folder",
+    "api.simulate": "SimulateResult simulate",
     "api.train": "TrainPlan TrainResult plan train",
     "config": "UNetConfig",
     "models.deep_cache": "LaMambaCacheConfig",
@@ -115,6 +118,7 @@ _NAMES = {
     "options.plot": "PlotOptions",
     "options.sample_folder": "SampleFolderOptions",
     "options.sampling": "SampleOptions",
+    "options.scaling": "ClusterOptions SimulateOptions",
     "options.training": "TrainOptions",
     "pipeline": "LaMambaPipeline",
     "runs.model": "Model open_model",
@@ -124,17 +128,18 @@ _MODULES = {name: module for module, names in _NAMES.items() for name in names.s
 
 __all__ = [
     "AppOptions", "AppResult", "BenchmarkOptions", "BenchmarkResult", "CheckDataOptions", "CheckDataResult",
-    "CheckLatentsResult", "CompareCriteriaOptions", "CompareCriteriaResult", "CompareOptions", "CompareResult",
-    "CompressOptions", "CompressResult", "ConvertOptions", "ConvertResult", "DemoOptions", "DemoResult",
-    "DoctorOptions", "DoctorResult", "EncodeOptions", "EncodeResult", "EvaluateOptions", "EvaluateResult",
-    "ExportOptions", "ExportResult", "InfoOptions", "InfoResult", "LaMambaCacheConfig", "LaMambaLayer",
-    "LaMambaPipeline", "LaMambaUNet", "MetricOptions", "Model", "PlanRemovalOptions", "PlanRemovalResult",
-    "PlotOptions", "PlotResult", "RemoveUnitsOptions", "RemoveUnitsResult", "SS2DLayer", "SampleFolderOptions",
-    "SampleFolderResult", "SampleOptions", "SampleResult", "ScoreUnitsOptions", "ScoreUnitsResult",
-    "StatisticsOptions", "StatisticsResult", "TrainOptions", "TrainPlan", "TrainResult", "UNetConfig", "__version__",
-    "benchmark", "check_data", "compare", "compare_criteria", "compress", "compute_statistics", "convert", "demo",
-    "doctor", "encode", "evaluate", "export", "info", "load_official", "open_app", "open_model", "plan",
-    "plan_removal", "plot", "remove_units", "sample", "sample_folder", "score_units", "to_official", "train",
+    "CheckLatentsResult", "ClusterOptions", "CompareCriteriaOptions", "CompareCriteriaResult", "CompareOptions",
+    "CompareResult", "CompressOptions", "CompressResult", "ConvertOptions", "ConvertResult", "DemoOptions",
+    "DemoResult", "DoctorOptions", "DoctorResult", "EncodeOptions", "EncodeResult", "EvaluateOptions",
+    "EvaluateResult", "ExportOptions", "ExportResult", "InfoOptions", "InfoResult", "LaMambaCacheConfig",
+    "LaMambaLayer", "LaMambaPipeline", "LaMambaUNet", "MetricOptions", "Model", "PlanRemovalOptions",
+    "PlanRemovalResult", "PlotOptions", "PlotResult", "RemoveUnitsOptions", "RemoveUnitsResult", "SS2DLayer",
+    "SampleFolderOptions", "SampleFolderResult", "SampleOptions", "SampleResult", "ScoreUnitsOptions",
+    "ScoreUnitsResult", "SimulateOptions", "SimulateResult", "StatisticsOptions", "StatisticsResult",
+    "TrainOptions", "TrainPlan", "TrainResult", "UNetConfig", "__version__", "benchmark", "check_data", "compare",
+    "compare_criteria", "compress", "compute_statistics", "convert", "demo", "doctor", "encode", "evaluate",
+    "export", "info", "load_official", "open_app", "open_model", "plan", "plan_removal", "plot", "remove_units",
+    "sample", "sample_folder", "score_units", "simulate", "to_official", "train",
 ]
 
 

@@ -42,11 +42,11 @@ FUNCTIONS = {
     "convert": {"convert"}, "data": {"check_data"}, "demo": {"demo"},
     "doctor": {"doctor"}, "encode": {"encode"}, "evaluate": {"evaluate", "compute_statistics", "compare"},
     "export": {"export"}, "info": {"info"}, "plot": {"plot"}, "sample": {"sample", "sample_folder"},
-    "train": {"train", "plan"},
+    "train": {"train", "plan", "simulate"},
 }
 """The functions of lamamba.api that each verb of the command line calls."""
 MAX_FUNCTION_LINES, MAX_VERB_LINES = 60, 60
-PROGRAMS = {"__main__.py", "metrics/digits_network.py", "benchmarking/worker.py"}
+PROGRAMS = {"__main__.py", "metrics/digits_network.py", "benchmarking/worker.py", "benchmarking/simulation.py"}
 """Run by python -m: their standard output is their interface."""
 
 # what is left to do; nothing is added here

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from lamamba.cli.parse import parse
-from lamamba.options.base import options
-from lamamba.options.training import TrainOptions, recipe_names
+from lamamba.options.base import Ge, options
+from lamamba.options.scaling import SimulateOptions
+from lamamba.options.training import recipe_names
 
 DESCRIPTION = f"""Train a network: lamamba train RECIPE [options].
 
@@ -14,13 +17,16 @@ Options given here override the recipe's. Running the same command again resumes
   lamamba train digits --out runs/digits
   lamamba train folder --data.source photos/ --data.image-size 64 --out runs/photos
   lamamba train mine.toml --data.source latents/ --data.image-size 256 --out runs/latents    (see lamamba encode)
-  lamamba train digits --steps 200 --optimizer.learning-rate 5e-4 --dry-run"""
+  lamamba train digits --steps 200 --optimizer.learning-rate 5e-4 --dry-run
+  lamamba train xl_256 --dry-run --world-size 64 --device h200                (simulated, as none is here)"""
 
 
 @options
-class TrainArguments(TrainOptions):
+class TrainArguments(SimulateOptions):
     dry_run: bool = False
     """Check everything, print the plan, and stop."""
+    world_size: Annotated[int, Ge(0)] = 0
+    """With dry_run: simulate a step on so many devices, of the kind that --device names (a100, h100, h200 or b200)."""
 
 
 def main(arguments: list[str]) -> None:
@@ -33,11 +39,17 @@ def main(arguments: list[str]) -> None:
     default = TrainArguments.from_recipe(name) if name else TrainArguments()
     chosen = parse(TrainArguments, rest, f"train {name or 'RECIPE'}", DESCRIPTION, default)
 
+    if chosen.world_size and not chosen.dry_run:
+        raise ValueError("--world-size is for --dry-run; the number of processes that train comes from the launcher")
     from lamamba.api.train import plan, train
     from lamamba.utils.distributed import end_processes, is_rank_zero
 
     if chosen.dry_run:
-        if is_rank_zero():
+        if chosen.world_size:
+            from lamamba.api.simulate import simulate
+
+            print(simulate(chosen))
+        elif is_rank_zero():
             print(plan(chosen))
         return
     try:

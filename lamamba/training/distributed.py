@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -106,8 +106,8 @@ def shard_network(network: LaMambaUNet, mesh: DeviceMesh, *, bfloat16: bool) -> 
 
     def placement(parameter: nn.Parameter) -> Shard | None:
         """On a dimension that divides evenly: others are padded, W_x (4, ...) on 64 ranks to 16 times its size."""
-        even = (Shard(dim) for dim, size in enumerate(parameter.shape) if size % shards == 0)
-        return next(even, None)
+        dim = shard_dimension(parameter.shape, shards)
+        return None if dim is None else Shard(dim)
 
     policy = MixedPrecisionPolicy()
     if bfloat16:                                                                # times and sums stay float32
@@ -116,6 +116,11 @@ def shard_network(network: LaMambaUNet, mesh: DeviceMesh, *, bfloat16: bool) -> 
         if isinstance(block, LaMambaBlock):
             fully_shard(block, mesh=mesh, shard_placement_fn=placement, mp_policy=policy)
     fully_shard(network, mesh=mesh, reshard_after_forward=True, shard_placement_fn=placement)
+
+
+def shard_dimension(shape: Sequence[int], shards: int) -> int | None:
+    """The first dimension that divides into so many equal shards; None: the first one is padded."""
+    return next((dim for dim, size in enumerate(shape) if size % shards == 0), None)
 
 
 def shard_size(config: TrainConfig, world_size: int) -> int:

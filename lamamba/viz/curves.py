@@ -377,3 +377,32 @@ def _with_spread(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[list[f
     """A figure of each entry, and its standard deviations; None where nothing was repeated."""
     spreads = [entry["spread"].get(key, 0.0) for entry in entries]
     return [entry["figures"][key] for entry in entries], spreads if any(spreads) else None
+
+
+def scaling_curves(
+    rows: Mapping[str, Sequence[tuple[int, float, float, int]]], memory: float, path: Path
+) -> None:
+    """Draw images per second, the share of time that devices compute, and their memory over the number of devices.
+
+    Args:
+        rows: by the way of training, (devices, images per second, share, bytes).
+        memory: of a device, in bytes.
+        path: a PNG.
+    """
+    figure = Figure(figsize=(13, 4.2))
+    panels = figure.subplots(1, 3)
+    for name, points in rows.items():
+        devices, speeds, shares, sizes = zip(*points, strict=True)
+        for axes, values in zip(panels, (speeds, shares, [size / 2**30 for size in sizes]), strict=True):
+            axes.plot(devices, values, "o-", markersize=4, label=name)
+    panels[0].set(yscale="log", ylabel="images / s", title="speed, estimated")
+    panels[1].set(ylabel="share", ylim=(0, 1.05), title="time spent computing")
+    panels[2].set(ylabel="GiB", yscale="log", title="memory of a device")
+    panels[2].axhline(memory / 2**30, linestyle=":", color="grey")
+    for axes in panels:
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("devices")
+        axes.xaxis.set_major_formatter("{x:g}")
+    panels[0].legend(frameon=False)
+    tidy(panels)
+    save_figure(figure, path)

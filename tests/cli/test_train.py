@@ -26,6 +26,14 @@ from tests.cli.test_commands import TINY
 from tests.data.test_images import write_images
 from tests.training.together import command, command_on, free_port, needs_fork_server
 
+
+def test_a_number_of_devices_is_for_plans(tmp_path):
+    process = command(tmp_path, "train", "digits", "--world-size", 4)
+    process.join(60)
+    assert process.exitcode == 2
+    assert "--world-size is for --dry-run" in (tmp_path / "printed.txt").read_text(encoding="utf-8")
+
+
 EXPECTED = {
     "xl_256": ("652.48 M", "5,004.6 steps per epoch"), "b_256": ("105.31 M", "256 images = 1 process x 1 x 256"),
     "s_256": ("26.71 M", "79.9 epochs"), "digits": ("8 x 8",),
