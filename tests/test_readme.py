@@ -81,6 +81,7 @@ HERE = {
     "train xl_256 --dry-run": "",
     "plot": "",
     "sample --out digits.png": SHORTER,
+    "sample --fast": "-n 2",
     "sample --cache": "--steps 6 -n 2",
     "sample runs/digits --classes 3,7": SHORTER,
     "sample --like": "",
