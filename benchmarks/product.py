@@ -10,7 +10,8 @@ seconds       of processor time for a picture, drawn by the hundred on one threa
 distance      Frechet distance between the pixels of the samples and of all 1,797 real digits, as in few_steps.py, less
               that of real digits drawn as often; guidance 1.75; mean and deviation over ranges of seeds.
 
-Times of XL are of one pass each, in turns, with random weights, times the number of passes; DiT-XL/2 beside it.
+Times of XL are of one pass each, in turns, with random weights, times the number of passes; DiT-XL/2 beside it. They
+are of processor time, too: with more --threads than one, of all together.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from benchmarks.few_steps import frechet_distance, real_floor, rows
 from benchmarks.int8 import build
 from lamamba.benchmarking.environment import commit, device_name, versions
 from lamamba.benchmarking.flops import count, shallow_share
-from lamamba.benchmarking.peers import build_peer
+from lamamba.benchmarking.peers.registry import build_peer
 from lamamba.config import UNetConfig
 from lamamba.data.digits import Digits
 from lamamba.inference.packing import pack_weights
@@ -147,10 +148,10 @@ def measure_xl(image_size: int, repeats: int) -> list[dict[str, Any]]:
         taken: dict[str, list[float]] = {name: [] for name in passes}
         for repeat in range(repeats + 1):
             for name, run in passes.items():
-                began = time.perf_counter()
+                began = time.process_time()
                 run()
                 if repeat:                                                      # the first one warms up
-                    taken[name].append(time.perf_counter() - began)
+                    taken[name].append(time.process_time() - began)
     one = {name: statistics.median(seconds) for name, seconds in taken.items()}
     full = LaMambaCacheConfig(interval=3).full_passes(28)
     seconds = {                                                                 # a pass of two images is a guided step

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lamamba
 from lamamba.data.digits import Digits
 from lamamba.metrics.digits import DigitClassifier, nearest_distances
 from lamamba.options.training import load_recipe
@@ -37,8 +38,8 @@ def test_it_is_the_recipe(name):
     """Whoever trains the recipe gets a network of the same shape."""
     model, facts = open_network(name)
     recipe = load_recipe(RECIPES[name])
-    expected = recipe.model.build(channels=1, num_classes=10, input_size=facts.image_size)
-    assert model.architecture == expected
+    plan = lamamba.plan(lamamba.TrainOptions.from_recipe(RECIPES[name], device="cpu"))
+    assert model.architecture == plan.architecture
     assert facts.guidance == recipe.sampling.guidance
     assert "_name_or_path" not in json.loads((shipped_model(name) / "config.json").read_text())
 
