@@ -217,7 +217,7 @@ def test_a_picture_of_a_network_that_is_gone_names_its_lora(run, tmp_path):
     (foreign / LORA_FILE).write_bytes((RunFolder(folder).newest() / "ema" / LORA_FILE).read_bytes())
     draw(base, lora=foreign, out=tmp_path / "a.png")
     base.rename(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="a.png was made by .*base, which is not here: .* as MODEL, and .*foreign as lora"):
+    with pytest.raises(OSError, match="a.png was made by .*base, which is not here: .*MODEL, and .*foreign as lora"):
         draw(None, like=tmp_path / "a.png")
 
 
