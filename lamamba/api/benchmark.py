@@ -154,11 +154,17 @@ def _interrupted(path: Path | None, where: dict[str, Any], plan_text: list[dict[
     found = read_json(path)
     if found.get("plan") != plan_text:
         return []
-    before, now = found["environment"], json.loads(json.dumps(where))
-    if {**before, "date": None} != {**now, "date": None}:
-        return []
-    logger.info("going on: %d networks were timed on %s", len(merge(found["sets"])), before["date"])
-    return found["sets"]
+    try:
+        before, sets, now = found["environment"], found["sets"], json.loads(json.dumps(where))
+        if {**before, "date": None} != {**now, "date": None}:
+            return []
+        rows = merge(sets)
+        table(rows, ratios(sets))
+        date, _ = before["date"], [row["set"] + 1 for row in sets]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} is damaged, or was edited ({error!r}): move it away to time all anew") from error
+    logger.info("going on: %d networks were timed on %s", len(rows), date)
+    return sets
 
 
 @verb

@@ -12,7 +12,9 @@ from lamamba.config import PRESETS, UNetConfig, unknown_name
 from lamamba.models.weights import read_config
 from lamamba.options.base import verb
 from lamamba.options.info import InfoOptions
+from lamamba.pretrained import SHIPPED_MODELS, shipped_model
 from lamamba.runs.folder import RunFolder
+from lamamba.runs.model import is_shipped
 from lamamba.utils.text import counted
 
 
@@ -67,9 +69,9 @@ def _find_config(options: InfoOptions) -> UNetConfig:
     given = {name: value for name, value in given.items() if value is not None}
     if options.model in PRESETS:
         return UNetConfig.preset(options.model, **given)
-    path = Path(options.model)
+    path = shipped_model(options.model) if is_shipped(options.model) else Path(options.model)
     if not path.exists():
-        raise unknown_name("preset or folder", options.model, PRESETS)
+        raise unknown_name("preset or folder", options.model, [*PRESETS, *SHIPPED_MODELS])
     if given:
         raise ValueError(f"{options.model} is a saved model and has its own sizes; leave {', '.join(given)} out")
     places = (path, path / "ema", path / "unet")                                # model or run, checkpoint, pipeline

@@ -81,9 +81,14 @@ def compare_systems(name: str, config: UNetConfig, operations: Operations) -> Co
         operations: of the network.
 
     Raises:
-        ValueError: when its images are not square.
+        ValueError: when it works on pixels, or its images are not square.
     """
     height, width = config.input_size
+    if config.in_channels in (1, 3):
+        raise ValueError(
+            f"the network works on pixels of {counted(config.in_channels, 'channel')}, and the paper's table is of "
+            f"latents {LATENT_SCALE} times smaller than the image; give a preset and --image-size"
+        )
     if height != width:
         raise ValueError(
             f"the network works on {height} x {width} latents, and the paper's table has square images; "

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -30,6 +34,9 @@ BLOCK_PRODUCTS = (
 )
 """Layers that `lamamba train --lora.rank` adapts by default: the tokens' products of every block."""
 PARTS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PEFT_ERRORS = (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError, re.error)
+"""What peft and diffusers raise for settings and tensors that do not fit together."""
 
 
 def check_peft() -> None:
@@ -188,10 +195,25 @@ class Adapters:
             start = f"{prefix}."
             tensors = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
         check_fits(self._named_modules(), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, where)
-        self._load_lora_adapter(
-            tensors, prefix=None, adapter_name=adapter_name, metadata=metadata, hotswap=hotswap,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-        )
+        _check_values(tensors, where)
+        _check_settings(metadata or {}, tensors, where)
+        known = list(getattr(self, "peft_config", {}))
+        reports = logging.getLogger("diffusers.loaders.peft")
+        reports.addFilter(_is_no_error)                                         # what is raised is not logged, too
+        try:
+            self._load_lora_adapter(
+                tensors, prefix=None, adapter_name=adapter_name, metadata=metadata, hotswap=hotswap,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+            )
+        except Exception as error:                                              # peft's own checks are few
+            if not known:
+                self.unload_lora()
+            if not isinstance(error, PEFT_ERRORS):
+                raise
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"{where} cannot be loaded by peft: {reason:.200}") from error
+        finally:
+            reports.removeFilter(_is_no_error)
 
     def save_lora_adapter(
         self, save_directory: str | Path, adapter_name: str = "default", *, upcast_before_saving: bool = False,
@@ -308,6 +330,49 @@ def check_fits(modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int,
         if expected is not None and shape != expected:
             raise ValueError(
                 f"{where} is a LoRA of another network: {name} has shape {shape}, and {layer} needs {expected}")
+        other = f"{layer}.{part.translate(str.maketrans('AB', 'BA'))}"
+        if other not in shapes:
+            raise ValueError(f"{where} is damaged: it has {name} without {other}")
+        if "_A" in part and (shape[:1] != shapes[other][1:2] or shape[0] < 1):
+            raise ValueError(
+                f"{where} is damaged: {name} of shape {shape} and {other} of shape {shapes[other]} have no rank in "
+                "common")
+
+
+def _is_no_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR
+
+
+def _check_values(tensors: Mapping[str, Tensor], where: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOAT_TYPES:
+            raise ValueError(f"{where}: {name} has type {tensor.dtype}, not one of {', '.join(map(str, FLOAT_TYPES))}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{where}: {name} holds NaN or infinities: take an earlier checkpoint")
+
+
+def _check_settings(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Check that kind, rank and alpha of a LoraConfig are those of the tensors; the rest is for peft to check."""
+    kind, rank, alpha = settings.get("peft_type", "LORA"), settings.get("r", 1), settings.get("lora_alpha", 1)
+    if getattr(kind, "value", kind) != "LORA":
+        raise ValueError(f"{where}: peft_type={kind!r} must be LORA: other adapters are not read")
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"{where}: r={rank!r} must be a whole number of at least 1")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise ValueError(f"{where}: lora_alpha={alpha!r} must be a finite number")
+    if "r" in settings and not settings.get("rank_pattern"):
+        for name, tensor in tensors.items():
+            if ".lora_A." in name and tensor.shape[0] != rank:
+                raise ValueError(
+                    f"{where} is damaged: {name} has rank {tensor.shape[0]}, and its settings say r={rank}")
+    for whole in settings.get("modules_to_save") or ():
+        if not any(name.startswith(f"{whole}.") or f".{whole}." in name for name in tensors):
+            raise ValueError(f"{where} is damaged: modules_to_save has {whole!r}, and there are no tensors of it")
+    is_dora = any(".lora_magnitude_vector" in name for name in tensors)
+    if is_dora != bool(settings.get("use_dora", is_dora)):
+        raise ValueError(
+            f"{where} is damaged: use_dora={settings['use_dora']!r}, and there are {'' if is_dora else 'no '}tensors "
+            "called LAYER.lora_magnitude_vector")
 
 
 def _expected_shape(module: nn.Module, part: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -342,6 +407,12 @@ def find_targets(modules: Mapping[str, nn.Module], names: Iterable[str]) -> list
             raise unknown_name("layer for a LoRA", name, sorted({".".join(layer.split(".")[-2:]) for layer in layers}))
         found.update(of_name)
     return sorted(found)
+
+
+def largest_rank(module: nn.Module) -> int:
+    """The rank of a layer's weight matrix: a LoRA of more rows adds nothing."""
+    assert isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d)
+    return min(module.weight.shape[0], module.weight[0].numel())
 
 
 def count_parameters(modules: Mapping[str, nn.Module], targets: Iterable[str], rank: int) -> int:

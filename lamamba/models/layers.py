@@ -45,19 +45,25 @@ class SS2DLayer(SS2D):
         self, width: int, *, scan_width: int | None = None, state_size: int = 1, dt_rank: int | None = None,
         scan: Scan = "continuous",
     ):
+        _check_sizes(width=width)
         sizes = {
             "width": width, "scan_width": 2 * width if scan_width is None else scan_width, "state_size": state_size,
             "dt_rank": math.ceil(width / 16) if dt_rank is None else dt_rank,
         }
         _check_sizes(**sizes)
         if scan not in get_args(Scan):
-            raise unknown_name("scan", scan, get_args(Scan))
+            raise unknown_name("scan", str(scan), get_args(Scan))
         super().__init__(**sizes)
         self.scan: Scan = scan
         self.reset_parameters()
 
     def forward(self, x: Tensor, geometry: Geometry | None = None) -> Tensor:
-        """Mix the tokens x (b, h, w, width); geometry, as the network gives it, is not needed."""
+        """Mix the tokens x (b, h, w, width); geometry, as the network gives it, is not needed.
+
+        Raises:
+            ValueError: for tokens of another shape.
+        """
+        _check_tokens(x, self.in_proj.in_features)
         return super().forward(x, _geometry((x.shape[1], x.shape[2]), (1, 1), self.scan, x.device))
 
 
@@ -90,10 +96,14 @@ class LaMambaLayer(nn.Module):
         condition_width: int | None = None, state_size: int = 1, mlp_ratio: float = 4.0, scan: Scan = "continuous",
     ):
         super().__init__()
-        _check_sizes(num_heads=num_heads, window_size=window_size)
+        _check_sizes(width=width, num_heads=num_heads, window_size=window_size)
+        if condition_width is not None:
+            _check_sizes(condition_width=condition_width)
+        if not isinstance(mlp_ratio, int | float) or not 1 <= mlp_ratio * width < math.inf:
+            raise ValueError(f"mlp_ratio={mlp_ratio!r} must be a number that makes 1 hidden channel at least")
         if width % num_heads:
             raise ValueError(f"width={width} does not split into num_heads={num_heads}; choose a divisor of the width")
-        self.window, self.scan = (window_size, window_size), scan
+        self.width, self.window, self.scan = width, (window_size, window_size), scan
         branches: dict[str, nn.Module] = {
             "scan": SS2DLayer(width, state_size=state_size, scan=scan),
             "attention": WindowAttention(width, num_heads, self.window, shifted),
@@ -128,8 +138,9 @@ class LaMambaLayer(nn.Module):
             c: (b, condition_width), for a layer with a condition.
 
         Raises:
-            ValueError: when a condition is missing, or was not expected.
+            ValueError: for tokens or a condition of another shape; when a condition is missing, or was not expected.
         """
+        _check_tokens(x, self.width)
         if (c is None) != (self.modulation is None):
             raise ValueError(
                 "the layer was made with condition_width and needs c, (b, condition_width)" if c is None else
@@ -140,6 +151,9 @@ class LaMambaLayer(nn.Module):
             for name, branch in self.branches.items():
                 x = x + branch(self.norms[name](x), geometry)
             return x
+        if c.ndim != 2 or len(c) not in (1, len(x)) or c.shape[1] != self.condition.in_features:
+            raise ValueError(
+                f"c={tuple(c.shape)} must be a condition for each image, {(len(x), self.condition.in_features)}")
         vectors = iter(self.modulation(nn.functional.silu(self.condition(c))).chunk(9, dim=-1))
         for name, branch in self.branches.items():
             shift, scale, gate = next(vectors), next(vectors), next(vectors)
@@ -149,8 +163,13 @@ class LaMambaLayer(nn.Module):
 
 def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def _check_tokens(x: Tensor, width: int) -> None:
+    if x.ndim != 4 or x.shape[-1] != width:
+        raise ValueError(f"x={tuple(x.shape)} must be tokens (b, h, w, {width}), channels last")
 
 
 @torch.compiler.assume_constant_result

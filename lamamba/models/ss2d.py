@@ -72,12 +72,12 @@ class SS2D(nn.Module):
         self.D.fill_(1.0)
 
     def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
-        b, h, w, _ = x.shape
+        _, h, w, _ = x.shape
         x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (b, h, w, c) each
-        x = self.conv(x).reshape(b, h * w, -1)
+        x = self.conv(x).flatten(1, 2)
         # a token-wise projection commutes with the permutation: one product in grid order for all four directions
-        projected = F.linear(x, self.W_x.flatten(0, 1)).view(b, h * w, NUM_PATHS, -1)
+        projected = F.linear(x, self.W_x.flatten(0, 1)).unflatten(-1, (NUM_PATHS, -1))
         dt, B, C = projected.split([self.dt_rank, self.state_size, self.state_size], dim=-1)
         A = -torch.exp(self.A_log.float())
-        y = selective_scan(x, dt, B, C, self.W_dt, self.b_dt, A, self.D, geometry.paths).view(b, h, w, -1)
+        y = selective_scan(x, dt, B, C, self.W_dt, self.b_dt, A, self.D, geometry.paths).unflatten(1, (h, w))
         return self.out_proj(self.out_norm(y, z))

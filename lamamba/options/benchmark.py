@@ -51,6 +51,13 @@ class BenchmarkOptions:
     def __post_init__(self) -> None:
         if not self.models or not self.image_sizes:
             raise ValueError("name at least one model and one image size, such as s and 256")
+        for name in ("models", "peers", "image_sizes"):
+            given = getattr(self, name)
+            if repeated := [value for value in given if given.count(value) > 1]:
+                raise ValueError(f"{name} has {repeated[0]} {given.count(repeated[0])} times; name each once")
+        for name in ("plot", "plot_efficiency"):
+            if (path := getattr(self, name)) is not None and path.suffix.lower() != ".png":
+                raise ValueError(f"{name}={path}: the picture is a .png")
         if len(self.batch) not in (1, len(self.image_sizes)):
             raise ValueError(
                 f"batch has {len(self.batch)} numbers for {len(self.image_sizes)} image sizes; give one, or one for "

@@ -14,7 +14,7 @@ class InfoOptions:
     """Which network to count."""
 
     model: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "xl"
-    """A preset (s, b, l, xl), or the folder of a run, checkpoint, model or pipeline."""
+    """A preset (s, b, l, xl), "shipped", or the folder of a run, checkpoint, model or pipeline."""
     image_size: Annotated[int | None, Ge(1)] = None
     """Side of the image in pixels (256), 8 times the latent's; only for presets."""
     state_size: Annotated[int | None, Ge(1)] = None

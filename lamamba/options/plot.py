@@ -24,3 +24,5 @@ class PlotOptions:
     def __post_init__(self) -> None:
         if not self.runs:
             raise ValueError("name at least one run, such as runs/digits")
+        if self.out.suffix.lower() != ".png":
+            raise ValueError(f"out={self.out}: the picture is a .png")

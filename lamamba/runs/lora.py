@@ -16,7 +16,7 @@ from lamamba.models.adapters import LORA_FILE, check_fits
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.base import read_record, record
 from lamamba.utils.files import sha256, write_json
-from lamamba.utils.tensors import read_header
+from lamamba.utils.tensors import check_finite, read_header
 
 LORA_BASE = "lora.json"
 LORA_VERSION = 1
@@ -75,18 +75,20 @@ def add_lora(network: LaMambaUNet, network_sha256: str, folder: Path, name: str)
         name: of the LoRA, for messages and settings.
 
     Raises:
-        ValueError: when it is a LoRA of another network, or damaged; nothing is changed.
+        ValueError: when it is a LoRA of another network, or damaged; nothing is changed, unless its products
+            are too large for float32.
         RuntimeError: without peft.
     """
     base = LoraBase.load(folder)
     if base is not None and base.base_sha256 != network_sha256:
         raise ValueError(
             f"{name} is a LoRA of another network: of {base.base} with weights {base.base_sha256[:12]}, and this one's "
-            f"are {network_sha256[:12]}"
+            f"are {network_sha256[:12]}; give that network as the model, wherever it is now"
         )
     shapes = {key: header.shape for key, header in read_header(folder / LORA_FILE).items()}
     check_fits(dict(network.named_modules()), shapes, name)
     network.load_lora_adapter(folder)
     network.fuse_lora()
     network.unload_lora()
+    check_finite(network, f"{name} added to the weights")
     return Lora(name, sha256(folder / LORA_FILE))

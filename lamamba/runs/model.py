@@ -164,6 +164,8 @@ def lora_folder(path: str | Path) -> Path:
         RuntimeError: without peft.
     """
     check_peft()
+    if Path(path).suffix == ".safetensors" and Path(path).is_file():
+        raise ValueError(f"{path} is a file, and a LoRA is a folder: give {Path(path).parent}")
     folder = model_folder(path)
     folder = folder / "ema" if (folder / "ema").is_dir() else folder
     if not is_lora(folder):

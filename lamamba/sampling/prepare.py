@@ -162,7 +162,7 @@ def prepare(options: SamplerOptions, picture: ImageMetadata | None, device: torc
         ):
             raise ValueError(f"{name} is not what made {options.like}: it has changed. Restore it, or name another")
     if is_rank_zero():
-        _log_notes(model)
+        _log_notes(model, is_named=options.model is not None)
     return PreparedModel(model, guiding_model, settings)
 
 
@@ -213,8 +213,8 @@ def cache_config(interval: int | None, order: Literal[0, 1] | None) -> LaMambaCa
     return LaMambaCacheConfig(interval=interval, order=1 if order is None else order)
 
 
-def _log_notes(model: Model) -> None:
-    if model.name == SHIPPED and model.lora is None:
+def _log_notes(model: Model, *, is_named: bool) -> None:
+    if not is_named and model.name == SHIPPED and model.lora is None:
         logger.info("no model was named: the small digits model that ships with lamamba draws")
     if model.decoder and model.metadata.autoencoder_sha256 not in (None, model.decoder.autoencoder.sha256):
         logger.info(
@@ -235,4 +235,6 @@ def _find_folder(options: SamplerOptions, picture: ImageMetadata | None) -> Path
         return folder
     if fingerprint(open_network(None)[0]) == picture.settings.model_sha256:
         return None
-    raise FileNotFoundError(f"{options.like} was made by {folder}, which is not here: name the model's folder as MODEL")
+    lora = f", and {options.lora} as lora" if options.lora is not None else ""
+    raise FileNotFoundError(
+        f"{options.like} was made by {folder}, which is not here: name the model's folder as MODEL{lora}")

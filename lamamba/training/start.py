@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lamamba.config import UNetConfig
-from lamamba.models.adapters import BLOCK_PRODUCTS, check_peft, find_targets
+from lamamba.models.adapters import BLOCK_PRODUCTS, check_peft, find_targets, largest_rank
 from lamamba.models.official import load_official, official_optimizer, read_official
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.training import LoraOptions, ModelOptions, StartOptions, TrainConfig, TrainOptions
@@ -91,12 +91,16 @@ def lora_layers(network: LaMambaUNet, options: LoraOptions) -> list[str]:
     """Names of the layers that a LoRA adapts.
 
     Raises:
-        ValueError: for a name of none.
+        ValueError: for a name of none, or a rank above that of all of them.
     """
     modules = dict(network.named_modules())
     names = options.layers or [
         name for name in BLOCK_PRODUCTS if any(module.endswith(f".{name}") for module in modules)]
-    return find_targets(modules, names)
+    layers = find_targets(modules, names)
+    widest = max(largest_rank(modules[name]) for name in layers)
+    if options.rank is not None and options.rank > widest:
+        raise ValueError(f"lora.rank={options.rank} is more than any of its layers has; choose at most {widest}")
+    return layers
 
 
 def add_lora_layers(network: LaMambaUNet, options: LoraOptions) -> None:
@@ -116,6 +120,12 @@ def check_start(options: StartOptions, architecture: UNetConfig) -> LaMambaUNet:
         FileNotFoundError, ValueError: as `start_network` and `continue_official`.
     """
     saved = _open_source(options)
+    found = saved.architecture.objective
+    if architecture.objective == "flow-map" and found not in ("flow", "flow-map"):
+        raise ValueError(
+            f"start.source={options.source} is a {found} model, and a flow map starts from a flow or a flow map: give "
+            "one, or leave start.source out"
+        )
     changes = {"num_classes"} if options.replace_labels else set()
     if architecture.objective == "flow-map" and saved.architecture.objective == "flow" and options.mode == "weights":
         changes |= {"objective", "guidance_range"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -65,6 +66,9 @@ def test_cases_are_models_and_peers_for_each_size():
     ({"models": "xxl"}, "did you mean 'xl'"), ({"peers": ("dit-xl2",)}, "did you mean 'dit-xl-2'"),
     ({"image_sizes": (256, 100)}, "the nearest is 96"),
     ({"models": "s", "peers": "adm-512", "image_sizes": 96}, "image_size=96 is not a multiple of 64; use 64 or 128"),
+    ({"plot": "a.jpg"}, "plot=a.jpg: the picture is a .png"),
+    ({"models": "s,s"}, "models has s 2 times; name each once"),
+    ({"image_sizes": (256, 256)}, "image_sizes has 256 2 times"),
     ({"json": "nowhere/b.json"}, "does not exist"),
 ])
 def test_errors_come_before_anything_is_built(changes, message, monkeypatch, tmp_path):
@@ -111,6 +115,14 @@ def test_the_same_call_goes_on_where_it_was_interrupted(monkeypatch, tmp_path):
     assert len(result.ratios) == 4
     assert json.loads(options.json.read_text())["rows"] == result.rows
     del calls[:]
+    cases = [asdict(case) for group in plan(options) for case in group]
+    saved = json.loads(options.json.read_text()) | {"plan": cases}
+    for damage in ({"sets": None}, {"sets": [1]}, {"sets": [{"model": "s"}]}, {"environment": []}):
+        options.json.write_text(text := json.dumps(saved | damage))
+        with pytest.raises(ValueError, match="b.json is damaged, or was edited .*: move it away to time all anew"):
+            lamamba.benchmark(options, progress=None)
+        assert options.json.read_text() == text
+    options.json.write_text(json.dumps(result.to_dict()))
     lamamba.benchmark(options, progress=None)                                   # whole: it begins anew
     assert len(calls) == 4
 

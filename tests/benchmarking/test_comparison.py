@@ -55,6 +55,12 @@ def test_the_command_prints_a_table_and_json(capsys):
     assert next(row for row in table["rows"] if row["system"] == "ADM-G")["counted"] is None
 
 
+def test_models_of_pixels_have_no_table_and_those_of_the_package_are_counted():
+    assert lamamba.info(lamamba.InfoOptions(model="shipped")).config.num_classes == 10
+    with pytest.raises(ValueError, match="works on pixels of 1 channel, and the paper's table is of latents"):
+        lamamba.info(lamamba.InfoOptions(model="shipped", compare=True))
+
+
 def test_images_that_are_not_square_have_no_table():
     config = lamamba.UNetConfig.preset("s", image_size=256).replace(grid=(16, 32))
     with pytest.raises(ValueError, match="16 x 32 latents"):

@@ -63,6 +63,7 @@ def test_losses_that_cannot_be_compared_are_said_to_be(tmp_path, monkeypatch, ch
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
+    (["empty", "--out", "a.jpg"], "out=a.jpg: the picture is a .png"),
     ([], "name at least one run"),
     (["nowhere"], "nowhere has no metrics.jsonl"),
     (["empty"], "has no lines yet"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lamamba import LaMambaCacheConfig, LaMambaUNet
@@ -14,9 +16,10 @@ from lamamba.compression.lamamba_units import LaMambaUnits
 from lamamba.diffusion.guidance import Guidance
 from lamamba.inference.packing import PackedLinear, can_pack, pack_weights
 from lamamba.inference.quantizing import is_quantized
-from lamamba.models.adapters import BLOCK_PRODUCTS, LORA_FILE, find_targets
+from lamamba.models.adapters import BLOCK_PRODUCTS, LORA_FILE, LORA_SETTINGS, find_targets, read_settings
 from lamamba.sampling import generate
 from lamamba.sampling.generate import GuidedModel
+from lamamba.utils.tensors import read_tensors
 from tests.networks import random_inputs, random_network, relative_error, small_config, two_blocks
 
 pytest.importorskip("peft", reason="needs peft")
@@ -316,6 +319,52 @@ def test_what_does_not_fit_is_refused_and_nothing_is_changed(tmp_path):
     with pytest.raises(ValueError, match="layer for a LoRA 'attention.qvk' is unknown; did you mean"):
         find_targets(dict(model.named_modules()), ["attention.qvk"])
     assert list(model.state_dict()) == names
+
+
+def without(part):
+    return lambda tensors, settings: tensors.pop(next(name for name in tensors if part in name))
+
+
+def with_values(change):
+    def damage(tensors, settings):
+        name = next(name for name in tensors if "lora_A" in name)
+        tensors[name] = change(tensors[name]).contiguous()
+    return damage
+
+
+@pytest.mark.parametrize(("damage", "said"), [
+    (without("lora_A"), "is damaged: it has .*lora_B.weight without .*lora_A.weight"),
+    (without("lora_B"), "is damaged: it has .*lora_A.weight without .*lora_B.weight"),
+    (with_values(lambda a: a[:2]), "is damaged: .*lora_A.weight of shape .* have no rank in common"),
+    (with_values(lambda a: a * torch.nan), "lora_A.weight holds NaN or infinities"),
+    (with_values(lambda a: a.int()), "lora_A.weight has type torch.int32, not one of torch.float32"),
+    (lambda t, s: s.update(r=8), "is damaged: .*lora_A.weight has rank 4, and its settings say r=8"),
+    (lambda t, s: s.update(use_dora=True), "there are no tensors called LAYER.lora_magnitude_vector"),
+    *((lambda t, s, more=more: s.update(more), said) for more, said in (
+        (dict(r=0), "r=0 must be a whole number of at least 1"), (dict(r="4"), "r='4' must be a whole number"),
+        (dict(lora_alpha=None), "lora_alpha=None must be a finite number"),
+        (dict(lora_alpha=float("nan")), "lora_alpha=nan must be a finite number"),
+        (dict(peft_type="IA3"), "peft_type='IA3' must be LORA"),
+        (dict(zzz=1), "cannot be loaded by peft: .*unexpected keyword argument 'zzz'"),
+        (dict(rank_pattern=[1]), "cannot be loaded by peft"), (dict(bias=3), "cannot be loaded by peft"),
+        (dict(target_modules="(["), "cannot be loaded by peft"), (dict(lora_dropout=5.0), "cannot be loaded by peft"),
+        (dict(modules_to_save=["head"]), "modules_to_save has 'head', and there are no tensors of it"),
+    )),
+])
+def test_a_damaged_lora_is_refused_in_one_line_and_nothing_is_changed(tmp_path, capfd, damage, said):
+    adapted(CONFIGS["pruned"]).save_lora_adapter(tmp_path)
+    tensors, values = read_tensors(tmp_path / LORA_FILE), read_settings(tmp_path / LORA_FILE)
+    damage(tensors, values)
+    save_file(tensors, tmp_path / LORA_FILE, metadata={LORA_SETTINGS: json.dumps(values)})
+    model = random_network(CONFIGS["pruned"])
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match=said) as raised:
+        model.load_lora_adapter(tmp_path)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500
+    assert capfd.readouterr().err == ""
+    assert list(model.state_dict()) == names
+    model.add_adapter(settings())                                               # and it may have another one
 
 
 def test_without_peft_all_else_works_and_the_error_names_the_extra():

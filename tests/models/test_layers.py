@@ -109,13 +109,31 @@ def test_layers_are_traced_whole_once_for_each_grid():
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("make", [
+    lambda: lamamba.SS2DLayer(16), lambda: lamamba.LaMambaLayer(16, 2),
+    lambda: lamamba.LaMambaLayer(16, 2, shifted=True),
+])
+def test_a_batch_may_be_empty_and_need_not_be_contiguous(make):
+    layer, x = make(), torch.randn(2, 16, 5, 7).permute(0, 2, 3, 1)
+    assert torch.equal(layer(x), layer(x.contiguous()))
+    empty = torch.zeros(0, 5, 7, 16, requires_grad=True)
+    y = layer(empty)
+    y.sum().backward()
+    assert y.shape == empty.grad.shape == empty.shape
+
+
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="width=16 does not split into num_heads=3"):
         lamamba.LaMambaLayer(16, 3)
-    with pytest.raises(ValueError, match="window_size=0 must be at least 1"):
-        lamamba.LaMambaLayer(16, 2, window_size=0)
-    with pytest.raises(ValueError, match="state_size=0 must be at least 1"):
-        lamamba.SS2DLayer(16, state_size=0)
+    for name, value in (("window_size", 0), ("window_size", 2.5), ("condition_width", 0), ("state_size", -1)):
+        with pytest.raises(ValueError, match=f"{name}={value} must be a whole number of at least 1"):
+            lamamba.LaMambaLayer(16, 2, **{name: value})
+    for name, value in (("width", "16"), ("scan_width", 0), ("dt_rank", True)):
+        with pytest.raises(ValueError, match=f"{name}={value!r} must be a whole number of at least 1"):
+            lamamba.SS2DLayer(**{"width": 16, name: value})
+    for value in (0, 0.01, -1, float("nan"), float("inf"), "4"):
+        with pytest.raises(ValueError, match=f"mlp_ratio={value!r} must be a number that makes 1 hidden channel"):
+            lamamba.LaMambaLayer(16, 2, mlp_ratio=value)
     with pytest.raises(ValueError, match="scan 'snake' is unknown"):
         lamamba.SS2DLayer(16, scan="snake")
     x = torch.zeros(1, 4, 4, 16)
@@ -123,3 +141,10 @@ def test_sizes_that_do_not_fit_are_refused():
         lamamba.LaMambaLayer(16, 2)(x, torch.zeros(1, 4))
     with pytest.raises(ValueError, match="needs c"):
         lamamba.LaMambaLayer(16, 2, condition_width=4)(x)
+    for c in (torch.zeros(3, 4), torch.zeros(1, 5), torch.zeros(4), torch.zeros(1, 1, 4)):
+        with pytest.raises(ValueError, match=r"c=\(.*\) must be a condition for each image, \(1, 4\)"):
+            lamamba.LaMambaLayer(16, 2, condition_width=4)(x, c)
+    for layer in (lamamba.SS2DLayer(16), lamamba.LaMambaLayer(16, 2)):
+        for wrong in (x[0], x[None], x[..., :8], x.permute(0, 3, 1, 2)):
+            with pytest.raises(ValueError, match=r"must be tokens \(b, h, w, 16\), channels last"):
+                layer(wrong)

@@ -140,6 +140,9 @@ def test_what_does_not_fit_is_refused(data, teacher, tmp_path):
     other = save_teacher(tmp_path / "map", data, objective="flow-map")
     with pytest.raises(ValueError, match="objective: 'flow-map' there, and a velocity comes from flow, noise or v"):
         train(flow_map(teacher, distill=dict(teacher=str(other))), data, folder)
+    noise = save_teacher(tmp_path / "noise", data, objective="noise")
+    with pytest.raises(ValueError, match="noise is a noise model, and a flow map starts from a flow or a flow map"):
+        train(flow_map(teacher, start=dict(source=str(noise))), data, folder)
     with pytest.raises(ValueError, match="width: 8 there, 16 here"):
         train(flow_map(teacher, model=dict(width=16, **MAP)), data, folder)
     assert not list(folder.glob("checkpoints/*"))

@@ -44,7 +44,7 @@ def base(tmp_path_factory):
 
 
 def settings(base, lora=None, **changes):
-    changes = {"lora": LoraOptions(rank=2, **(lora or {})), "start": StartOptions(source=str(base)), **changes}
+    changes = {"lora": LoraOptions(**{"rank": 2, **(lora or {})}), "start": StartOptions(source=str(base)), **changes}
     return config(**changes)
 
 
@@ -209,6 +209,18 @@ def test_a_picture_knows_its_lora(base, run, tmp_path):
     assert '"lora"' not in json.dumps(draw(base).metadata.to_dict())
 
 
+def test_a_picture_of_a_network_that_is_gone_names_its_lora(run, tmp_path):
+    folder, _ = run
+    base = save_base(tmp_path / "base")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / LORA_FILE).write_bytes((RunFolder(folder).newest() / "ema" / LORA_FILE).read_bytes())
+    draw(base, lora=foreign, out=tmp_path / "a.png")
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="a.png was made by .*base, which is not here: .*MODEL, and .*foreign as lora"):
+        draw(None, like=tmp_path / "a.png")
+
+
 def test_the_page_and_evaluation_take_one(base, run, tmp_path):
     from lamamba.app.session import open_session
 
@@ -238,10 +250,12 @@ def test_a_lora_of_another_network_is_refused_in_one_line(run, tmp_path):
     foreign.mkdir()
     (foreign / LORA_FILE).write_bytes((RunFolder(folder).newest() / "ema" / LORA_FILE).read_bytes())
     for model, lora, fault in (
-        (twin, folder, "is a LoRA of another network: of .*network with weights .{12}, and this one's are"),
+        (twin, folder, "is a LoRA of another network: of .*network with weights .{12}, and this one's are .{12}; give "
+         "that network as the model"),
         ("shipped", folder, "is a LoRA of another network: of "),
         (wide, foreign, "is a LoRA of another network: .*lora_A.weight has shape"),
         (twin, tmp_path / "nothing", "nothing does not exist"),
+        (twin, RunFolder(folder).newest() / "ema" / LORA_FILE, "is a file, and a LoRA is a folder: give .*ema"),
         (twin, twin, "twin holds no LoRA; lamamba train --lora.rank 16 --start.source MODEL makes one"),
     ):
         with pytest.raises((ValueError, OSError), match=fault) as raised:
@@ -265,6 +279,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(base, run, tmp_path)
     out = tmp_path / "out"
     for changes, fault in (
         (dict(lora=dict(layers=("attention.qvk",))), "layer for a LoRA 'attention.qvk' is unknown; did you mean"),
+        (dict(lora=dict(layers=("attention.qkv",), rank=10**20)), "rank=10{20} is more than any of its layers has"),
         (dict(model=dataclasses.replace(TINY, width=16)), "is another network than this run's"),
         (dict(model=dataclasses.replace(TINY, objective="flow-map")), "is another network than this run's"),
     ):

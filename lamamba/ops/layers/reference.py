@@ -49,7 +49,7 @@ def window_attention(qkv, bias, mask, num_heads: int, window: Grid, shift: Grid)
     if tuple(shift) != (0, 0):
         qkv = qkv.roll((-shift[0], -shift[1]), (1, 2))
     qkv = qkv.view(b, rows, wh, columns, ww, 3, heads, c // heads)
-    q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, b, rows * columns, heads, tokens, -1)
+    q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, b, rows * columns, heads, tokens, c // heads)
 
     if mask is None:                                                            # all windows share the bias
         q, k, v = (part.flatten(0, 1) for part in (q, k, v))                    # (b windows, heads, tokens, d)
@@ -59,7 +59,7 @@ def window_attention(qkv, bias, mask, num_heads: int, window: Grid, shift: Grid)
     attention = attention_formula if needs_formula() else F.scaled_dot_product_attention
     y = attention(q, k, v, bias[None].to(q.dtype))
 
-    y = y.reshape(b, rows, columns, heads, wh, ww, -1).permute(0, 1, 4, 2, 5, 3, 6).reshape(b, H, W, c)
+    y = y.reshape(b, rows, columns, heads, wh, ww, c // heads).permute(0, 1, 4, 2, 5, 3, 6).reshape(b, H, W, c)
     if tuple(shift) != (0, 0):
         y = y.roll(shift, (1, 2))
     return y[:, :h, :w]
