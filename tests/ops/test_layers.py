@@ -79,7 +79,7 @@ def check(name: str, inputs: tuple, dtype: torch.dtype) -> None:
     assert result.shape == exact.shape
     assert result.dtype == dtype
     floor = 4 * torch.finfo(dtype).eps * float(exact.abs().max())               # where the reference is exact by chance
-    assert float((result - exact).abs().max()) <= max(2 * float((plain - exact).abs().max()), floor)
+    assert float((result - exact).abs().max()) <= max(3 * float((plain - exact).abs().max()), floor)
 
 
 both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
