@@ -118,7 +118,8 @@ def test_targets_are_tried_before_the_work(tmp_path):
     with pytest.raises(ValueError, match="is a folder; name a file in it"):
         lamamba.benchmark(lamamba.BenchmarkOptions(json=tmp_path), progress=calls.append)
     with pytest.raises(ValueError, match="is a folder; name a file in it"):
-        lamamba.plot(lamamba.PlotOptions(runs=("run",), out=tmp_path))
+        (tmp_path / "folder.png").mkdir()
+        lamamba.plot(lamamba.PlotOptions(runs=("run",), out=tmp_path / "folder.png"))
     assert not calls
 
 
