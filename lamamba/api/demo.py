@@ -131,7 +131,7 @@ def _draw(out: Path, samples: np.ndarray, labels: np.ndarray, digits: Digits) ->
 
 def _draw_in_one_step(out: Path, digits: Digits) -> float:
     """Write one-step.png, guided digits of one evaluation each by the package's flow map; returns its seconds."""
-    network, metadata = open_network(FEW_STEPS)                                 # half an hour to train
+    network, metadata = open_network(FEW_STEPS)                                 # to train one takes half an hour
     labels = np.repeat(np.arange(10), SHOWN_PER_DIGIT).tolist()
     began = time.perf_counter()
     samples = generate(

@@ -12,6 +12,15 @@ from lamamba.models.ss2d import SS2D
 from lamamba.ops.layers import few_rows_linear, gated_sum, modulated_norm
 
 
+def initialise_linears(network: nn.Module) -> None:
+    """Set the weights of all Linear layers of a network Xavier-uniform and their biases zero, as the official code."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 class ModulatedNorm(nn.LayerNorm):
     """Adaptive LayerNorm: LayerNorm(x) (1 + scale) + shift, for tokens (b, h, w, c), shift and scale (b, c)."""
 

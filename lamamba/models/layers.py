@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lamamba.config import Grid, unknown_name
 from lamamba.models.attention import WindowAttention
-from lamamba.models.blocks import MLP, ConditionLinear, ModulatedNorm
+from lamamba.models.blocks import MLP, ConditionLinear, ModulatedNorm, initialise_linears
 from lamamba.models.geometry import Geometry, make_geometry
 from lamamba.models.ss2d import SS2D
 from lamamba.ops.layers import gated_sum
@@ -120,11 +120,7 @@ class LaMambaLayer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Linear weights Xavier-uniform, biases and modulation zero, the rest as in the network."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        initialise_linears(self)
         for branch in ("scan", "attention"):
             self.branches[branch].reset_parameters()  # type: ignore[operator]
         if self.modulation is not None:

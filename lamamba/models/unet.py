@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lamamba.config import NUM_STAGES, STAGE_SCALES, STAGES, Grid, UNetConfig, as_grid, check_grid, unknown_name
 from lamamba.models.adapters import Adapters
-from lamamba.models.blocks import ConditionLinear, LaMambaBlock, ModulatedNorm
+from lamamba.models.blocks import ConditionLinear, LaMambaBlock, ModulatedNorm, initialise_linears
 from lamamba.models.deep_cache import DEEP, DeepFeatureCache, LaMambaCacheConfig
 from lamamba.models.embeddings import (
     PatchEmbedding,
@@ -186,11 +186,7 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise the weights as the official code does, but the last Linear with zeros, as DiT does."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        initialise_linears(self)
         nn.init.normal_(self.label_embedding.weight, std=0.02)
         self.position_embedding.copy_(position_table(self.architecture.token_grid, self.architecture.width))
         for module in self.modules():

@@ -2,8 +2,8 @@ r"""A guided picture as cheap as it gets: each saving alone and all together, on
 
     lamamba compress shipped --remove 0.5 --by multiply-adds --heal 300 --out runs/half
     lamamba train digits_few_steps --start.source runs/half/healed --out runs/half_few
-    python benchmarks/product.py --half runs/half/healed --half-few runs/half_few --json benchmarks/results/product.json
-    python benchmarks/product.py --xl 256 512 --json benchmarks/results/product.json          (only times; added)
+    python benchmarks/savings.py --half runs/half/healed --half-few runs/half_few --json benchmarks/results/savings.json
+    python benchmarks/savings.py --xl 256 512 --json benchmarks/results/savings.json          (only times; added)
 
 evaluations   full passes of the original network to which the products, scans and norms of one picture amount.
 seconds       of processor time for a picture, drawn by the hundred on one thread.
