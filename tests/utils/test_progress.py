@@ -42,6 +42,17 @@ def test_resumed_work_does_not_count_for_the_speed(clock, caplog):
     assert line.split("  ")[1:3] == ["5 images/s", "40 s left"]
 
 
+def test_a_task_that_begins_again_has_its_own_speed(clock, caplog):
+    """As the pictures that a training draws every thousand steps."""
+    with reporting("auto") as report:
+        report(Progress("sampling", 100, 100))
+        clock[0] += 1000
+        report(Progress("sampling", 0, 100))
+        clock[0] += 40
+        report(Progress("sampling", 80, 100))
+    assert caplog.messages == ["sampling 80/100  2 images/s  10 s left  "]
+
+
 def test_a_bar_on_a_terminal_has_them_too(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
