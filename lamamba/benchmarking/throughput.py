@@ -120,7 +120,7 @@ class Case:
         """Whether weights of convolutions are stored in oneDNN's order once, in any precision."""
         return (
             self.packed and self.device == "cpu" and self.dtype != "float16" and self.mode == "forward"
-            and not self.compile and can_pack_convolutions()
+            and not self.compile and can_pack_convolutions(getattr(torch, self.dtype))
         )
 
     def memory_estimate(self) -> int:

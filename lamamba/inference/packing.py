@@ -91,11 +91,11 @@ class PackedConv2d(nn.Module):
 
 
 @functools.cache
-def can_pack_convolutions() -> bool:
-    """Whether this build of torch has oneDNN's packed convolutions."""
+def can_pack_convolutions(dtype: torch.dtype) -> bool:
+    """Whether this build of torch and this processor have oneDNN's packed convolutions of this dtype."""
     try:
-        convolution = PackedConv2d(nn.Conv2d(8, 8, 3))
-        return bool(torch.isfinite(convolution(torch.ones(1, 8, 4, 4))).all())
+        convolution = PackedConv2d(nn.Conv2d(8, 8, 3, dtype=dtype))
+        return bool(torch.isfinite(convolution(torch.ones(1, 8, 4, 4, dtype=dtype))).all())
     except (AttributeError, RuntimeError):
         return False
 
@@ -104,12 +104,11 @@ def pack_convolutions(model: nn.Module) -> None:
     """Pack every plain 2-D convolution of a network on the CPU, in place, when it first runs.
 
     The network can then only be run, without gradients: neither trained nor saved nor moved. Subclasses of nn.Conv2d
-    stay as they are. Where `can_pack_convolutions` is false, nothing changes.
+    stay as they are, and so does a weight for whose dtype `can_pack_convolutions` is false.
     """
-    if not can_pack_convolutions():
-        return
     for name, child in list(model.named_children()):
-        if type(child) is nn.Conv2d and child.padding_mode == "zeros" and not isinstance(child.padding, str):
+        plain = type(child) is nn.Conv2d and child.padding_mode == "zeros" and not isinstance(child.padding, str)
+        if plain and can_pack_convolutions(child.weight.dtype):
             setattr(model, name, PackedConv2d(child))
             child.weight = None  # type: ignore[assignment]
         else:

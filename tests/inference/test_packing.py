@@ -44,7 +44,6 @@ def test_what_packed_weights_cannot_do_is_said(tmp_path):
         model.save_pretrained(tmp_path)
 
 
-@pytest.mark.skipif(not can_pack_convolutions(), reason="no packed convolutions in this build of torch")
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_packed_convolutions_give_the_same_answers_also_for_other_sizes(dtype, most, tmp_path):
     torch.manual_seed(0)
@@ -54,11 +53,12 @@ def test_packed_convolutions_give_the_same_answers_also_for_other_sizes(dtype, m
     with torch.no_grad():
         plain = [model(x).float() for x in inputs]
         pack_convolutions(model)
-        assert all(isinstance(module, PackedConv2d) for module in model)
+        assert all(isinstance(module, PackedConv2d) == can_pack_convolutions(dtype) for module in model)
         for x, expected in zip(inputs, plain, strict=True):
             assert relative_error(model(x).float(), expected) <= most
-    with pytest.raises(RuntimeError, match="save the network before"):
-        model.state_dict()
+    if can_pack_convolutions(dtype):
+        with pytest.raises(RuntimeError, match="save the network before"):
+            model.state_dict()
 
 
 def test_convolutions_that_do_more_than_convolve_stay_as_they_are():
