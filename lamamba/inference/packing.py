@@ -107,9 +107,13 @@ def pack_convolutions(model: nn.Module) -> None:
     stay as they are, and so does a weight for whose dtype `can_pack_convolutions` is false.
     """
     for name, child in list(model.named_children()):
-        plain = type(child) is nn.Conv2d and child.padding_mode == "zeros" and not isinstance(child.padding, str)
-        if plain and can_pack_convolutions(child.weight.dtype):
+        if type(child) is nn.Conv2d and _packs(child):
             setattr(model, name, PackedConv2d(child))
             child.weight = None  # type: ignore[assignment]
         else:
             pack_convolutions(child)
+
+
+def _packs(convolution: nn.Conv2d) -> bool:
+    plain = convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
+    return plain and can_pack_convolutions(convolution.weight.dtype)
