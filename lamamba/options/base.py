@@ -36,9 +36,17 @@ from lamamba.utils.files import read_json, read_text
 
 T = TypeVar("T")
 
-FilePath = Annotated[Path, Strict(False)]
+
+def _not_empty(value: Any) -> Any:
+    """An empty path would be the current folder."""
+    if value == "":
+        raise ValueError("an empty path; leave it out, or give . for the current folder")
+    return value
+
+
+FilePath = Annotated[Path, Strict(False), BeforeValidator(_not_empty)]
 """A Path; text is taken for one."""
-Name = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+Name = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else _not_empty(value))]
 """A name or a path as text, such as a folder or a hub id; a Path is taken for one."""
 OrInfinity = Annotated[
     float, AllowInfNan(True), BeforeValidator(lambda value: math.inf if value == "inf" else value)

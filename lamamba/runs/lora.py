@@ -31,6 +31,8 @@ class LoraBase:
     """As it was named."""
     base_sha256: str
     """Of architecture and weights, by `lamamba.runs.model.fingerprint`."""
+    lora_sha256: str | None = None
+    """Of the LoRA's own file."""
     version: int = LORA_VERSION
 
     @classmethod
@@ -62,6 +64,7 @@ def is_lora(folder: Path) -> bool:
 def save_lora(network: LaMambaUNet, base: LoraBase, folder: Path) -> None:
     """Save the adapter "default" of a network in a folder, which is made."""
     network.save_lora_adapter(folder)
+    base = dataclasses.replace(base, lora_sha256=sha256(folder / LORA_FILE))
     write_json(folder / LORA_BASE, dataclasses.asdict(base))
 
 
@@ -85,10 +88,13 @@ def add_lora(network: LaMambaUNet, network_sha256: str, folder: Path, name: str)
             f"{name} is a LoRA of another network: of {base.base} with weights {base.base_sha256[:12]}, and this one's "
             f"are {network_sha256[:12]}; give that network as the model, wherever it is now"
         )
+    own = sha256(folder / LORA_FILE)
+    if base is not None and base.lora_sha256 not in (None, own):
+        raise ValueError(f"{folder / LORA_FILE} is damaged: its hash is not the one in {LORA_BASE}; copy it again")
     shapes = {key: header.shape for key, header in read_header(folder / LORA_FILE).items()}
     check_fits(dict(network.named_modules()), shapes, name)
     network.load_lora_adapter(folder)
     network.fuse_lora()
     network.unload_lora()
     check_finite(network, f"{name} added to the weights")
-    return Lora(name, sha256(folder / LORA_FILE))
+    return Lora(name, own)

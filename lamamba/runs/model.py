@@ -219,7 +219,9 @@ def load_network(folder: Path) -> LaMambaUNet:
         named = "the network that it was trained for" if base is None else base.base
         raise ValueError(f"{folder} holds a LoRA and no network: give {named} as the model, and this as lora")
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no network: there is no config.json in it")
+        inside = sorted({path.parent for kind in ("config.json", "checkpoints") for path in folder.glob(f"*/{kind}")})
+        others = f"; give {' or '.join(map(str, inside))}" if inside else ""
+        raise FileNotFoundError(f"{folder} holds no network: there is no config.json in it{others}")
     config, files = read_config(folder), weight_files(folder)
     network = check_weights(LaMambaUNet, config, files, folder)
     weights = {name: w.to(torch.float32, copy=True) for file in files for name, w in read_tensors(file).items()}

@@ -63,9 +63,11 @@ def fill_from_picture(options: Options) -> tuple[Options, ImageMetadata | None]:
         "lora": None if settings.lora is None else Path(settings.lora),
     }
     given = {entry.name: getattr(options, entry.name) for entry in fields(options)}
-    if given["model"] is not None:                                              # another model: sizes of its own
+    if given["model"] not in (None, Path(settings.model)):                      # another model: sizes of its own
         saved = {key: saved[key] for key in saved if key not in (
             "height", "width", "autoencoder", "autoguidance", "lora")}
+        if settings.lora is not None and options.lora is None:
+            logger.info("%s was made with the LoRA %s: left out, it is for another model", options.like, settings.lora)
     if given["sampler"] is not None and given["sampler"] != settings.sampler:   # steps mean another thing
         del saved["steps"]
     filled = replace(

@@ -125,3 +125,9 @@ def test_progress_is_reported_in_steps(model):
 def test_options_that_do_not_fit_are_refused(model, changes, said):
     with pytest.raises(ValueError, match=said):
         sample(model, **changes)
+
+
+@pytest.mark.parametrize("name", ["model", "lora", "like", "autoencoder"])
+def test_an_empty_path_is_not_the_current_folder(name):
+    with pytest.raises(ValueError, match=f"{name}.*an empty path; leave it out"):
+        lamamba.SampleOptions(**{name: ""})

@@ -94,6 +94,7 @@ def test_what_a_checkpoint_keeps_is_listed(places):
     ("run", 0.5, ValueError, "has no average 0.5; it has 0.99, 0.9, none"),
     ("saved", 0.9, ValueError, "no average can be chosen"), ("pipeline", 0.9, ValueError, "no average can be chosen"),
     ("nowhere", None, FileNotFoundError, "does not exist"), ("empty", None, FileNotFoundError, "holds no network"),
+    ("", None, FileNotFoundError, "no config.json in it; give .*from_python or .*run or .*saved"),
     ("new_run", None, FileNotFoundError, "without a checkpoint yet"),
     ("model.pt", None, ValueError, "lamamba convert .*model.pt DIR"),
 ])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from lamamba.runs.model import fingerprint, open_model, open_network
 from lamamba.sampling import generate
 from lamamba.sampling.settings import Interpolated, read_image_metadata
 from lamamba.training.loop import train
-from lamamba.utils.files import read_json
+from lamamba.utils.files import read_json, sha256
 from lamamba.utils.tensors import read_tensors
 from tests.networks import random_network
 from tests.training.together import TINY, FewDigits, config, pytestmark, together  # noqa: F401
@@ -79,7 +81,8 @@ def test_the_lora_alone_is_trained_averaged_and_kept(base, run):
     for part in ("model", "ema", "ema_0.9"):
         assert {path.name for path in (checkpoint / part).iterdir()} == {LORA_FILE, "lora.json"}
         assert read_json(checkpoint / part / "lora.json") == {
-            "base": str(base), "base_sha256": fingerprint(open_network(base)[0]), "version": 1}
+            "base": str(base), "base_sha256": fingerprint(open_network(base)[0]), "version": 1,
+            "lora_sha256": sha256(checkpoint / part / LORA_FILE)}
     names = {name.split("/", 1)[1] for name in read_tensors(checkpoint / "optimizer.safetensors")}
     assert names == {*adapter_of(state.model), "torch"}
     assert read_json(folder / "config.json")["base"]["sha256"] == fingerprint(open_network(base)[0])
@@ -206,7 +209,26 @@ def test_a_picture_knows_its_lora(base, run, tmp_path):
     assert read.model_sha256 == fingerprint(open_network(base)[0])
     again = lamamba.sample(lamamba.SampleOptions(like=tmp_path / "a.png", device="cpu"), progress=None)
     np.testing.assert_array_equal(again.images, first.images)
+    np.testing.assert_array_equal(draw(base, like=tmp_path / "a.png").images, first.images)
     assert '"lora"' not in json.dumps(draw(base).metadata.to_dict())
+
+
+def test_a_picture_with_another_model_says_that_its_lora_is_left_out(base, run, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="lamamba")
+    draw(base, lora=run[0], out=tmp_path / "a.png")
+    twin = save_base(tmp_path / "twin", seed=5)
+    assert draw(twin, like=tmp_path / "a.png").metadata.settings.lora is None
+    assert f"a.png was made with the LoRA {run[0]}: left out" in caplog.text
+
+
+def test_a_lora_whose_numbers_were_changed_is_refused(base, run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(RunFolder(run[0]).newest() / "ema", copy)
+    data = bytearray((copy / LORA_FILE).read_bytes())
+    data[-3] ^= 1
+    (copy / LORA_FILE).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{LORA_FILE} is damaged: its hash is not the one in lora.json"):
+        open_model(base, lora=copy)
 
 
 def test_a_picture_of_a_network_that_is_gone_names_its_lora(run, tmp_path):
