@@ -29,7 +29,7 @@ from lamamba.models.embeddings import (
 )
 from lamamba.models.geometry import TABLES, Geometry, make_geometry
 from lamamba.models.resample import PatchExpanding, PatchMerging
-from lamamba.models.weights import check_weights, is_quantized, read_config
+from lamamba.models.weights import check_weights, is_quantized, read_config, saved_folder
 from lamamba.ops.dispatch import is_transformed
 from lamamba.utils.tensors import PICKLE_ADVICE, weight_files
 
@@ -601,20 +601,22 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
             ValueError: naming every missing, unexpected and reshaped tensor; when the weights are only a pickle.
             OSError: when there is no such model.
         """
-        place = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        name = pretrained_model_name_or_path
+        place = Path(name, kwargs.get("subfolder") or "")
         if any((place / name).exists() for name in ("checkpoints", "state.json", "model_index.json")):
             raise OSError(
                 f"{place} is a run, a checkpoint or a pipeline: lamamba.open_model({str(place)!r}).network opens it"
             )
         if kwargs.get("use_safetensors") is False:
             raise ValueError(f"use_safetensors=False: weights {PICKLE_ADVICE}")
-        is_whole = place.is_dir() and not kwargs.get("variant") and not kwargs.get("quantization_config")
-        if is_whole and not is_quantized(place):                                # their tensors are the quantiser's
-            check_weights(cls, read_config(place), weight_files(place), place)
+        if not kwargs.get("variant") and not kwargs.get("quantization_config"):
+            place = saved_folder(name, **kwargs) or place
+            if place.is_dir() and not is_quantized(place):                      # their tensors are the quantiser's
+                check_weights(cls, read_config(place), weight_files(place), place)
         kwargs["use_safetensors"] = True
         kwargs.setdefault("disable_mmap", True)
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        model, info = super().from_pretrained(name, output_loading_info=True, **kwargs)
         faults = [
             f"{kind}: {', '.join(map(str, sorted(info[key], key=str)))}"
             for kind, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"),
@@ -623,7 +625,7 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
         ]
         if faults or info["error_msgs"]:
             raise ValueError(
-                f"the weights in {pretrained_model_name_or_path} do not fit its config.json ({'; '.join(faults)}"
+                f"the weights in {name} do not fit its config.json ({'; '.join(faults)}"
                 f"{'; '.join(info['error_msgs'])}); save the model again with save_pretrained"
             )
         return (model, info) if wants_info else model

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import snapshot_download
 from torch import nn
 
 from lamamba.config import UNetConfig
@@ -14,6 +16,30 @@ from lamamba.utils.files import read_json
 from lamamba.utils.tensors import FLOATS, Header, read_header
 
 T = TypeVar("T", bound=nn.Module)
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+
+
+def saved_folder(name: str | Path, *, subfolder: str | None = None, **hub: Any) -> Path | None:
+    """The folder of a saved network; that of the hub's cache for a hub id, where configuration and weights are fetched.
+
+    Args:
+        name: a folder or a hub id.
+        subfolder: of it.
+        hub: revision, token, cache_dir and local_files_only are huggingface_hub's; others are not read.
+
+    Returns:
+        None where the hub has no such model, or cannot be reached and does not have it in its cache.
+    """
+    if Path(name).exists():
+        return Path(name, subfolder or "")
+    stem, ending = SAFETENSORS_WEIGHTS_NAME.rsplit(".", 1)
+    files = ("config.json", SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, f"{stem}-*.{ending}")
+    patterns = [f"{subfolder}/{file}" if subfolder else file for file in files]
+    options = {key: hub[key] for key in HUB_OPTIONS if hub.get(key) is not None}
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=patterns, **options), subfolder or "")
+    except (OSError, ValueError):                                               # diffusers, asked next, says why
+        return None
 
 
 def is_quantized(folder: Path) -> bool:

@@ -488,3 +488,22 @@ class TestSaving:
         (tmp_path / "config.json").write_text(json.dumps({**config, "windowsize": 4}))
         with pytest.raises(ValueError, match="did you mean 'window_size'"):
             LaMambaUNet.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("shards", [{}, dict(max_shard_size="200KB")])
+    def test_a_hub_id_is_checked_before_anything_is_allocated(self, tmp_path, shards):
+        """A cache as huggingface_hub lays it out, with what was fetched before."""
+        repository, revision = tmp_path / "models--somebody--small", "0123456789" * 4
+        folder = repository / "snapshots" / revision
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(revision)
+        model = random_network(small_config())
+        model.save_pretrained(folder, **shards)
+        where = dict(cache_dir=tmp_path, local_files_only=True)
+        inputs = random_inputs(model.architecture)
+        assert torch.equal(LaMambaUNet.from_pretrained("somebody/small", **where)(*inputs), model(*inputs))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "width": 32 * 10**5}))
+        with pytest.raises(ValueError, match=f"{revision}.*position_embedding has shape"):
+            LaMambaUNet.from_pretrained("somebody/small", **where)
+        with pytest.raises(OSError, match="somebody/other"):
+            LaMambaUNet.from_pretrained("somebody/other", **where)
