@@ -51,6 +51,15 @@ CASES = {
 }
 
 
+def gated_sum_norm_inputs(b=2, h=3, w=5, c=16, affine=True):
+    x, weight, bias, shift, scale, eps = modulated_norm_inputs(b, h, w, c, affine)
+    return x, torch.randn_like(x), torch.randn(b, 3 * c)[:, c : 2 * c], weight, bias, shift, scale, eps
+
+
+INFERENCE_CASES = {"gated_sum_norm": gated_sum_norm_inputs}
+"""Layers that have no gradients."""
+
+
 def with_type(inputs, dtype, weights=None, tokens=None):
     """The floating-point inputs as leaves of other dtypes; vectors may have one of their own."""
     def convert(x):
@@ -141,6 +150,79 @@ class TestAgainstFloat64:
         ):
             assert value.dtype == dtype
             assert relative_error(value, truth) < allowed
+
+
+def check_outputs(name, inputs, dtype=torch.float32):
+    """As `check`, for a layer without gradients."""
+    def outputs(function, tokens=None):
+        found = function(*(x.detach() if isinstance(x, torch.Tensor) else x
+                           for x in with_type(inputs, dtype, None, tokens)))
+        return found if isinstance(found, tuple) else (found,)
+
+    formula = getattr(reference, name)
+    with use_backend("triton"):
+        results = outputs(getattr(layers, name))
+    for ours, theirs, truth in zip(results, outputs(formula), outputs(formula, torch.float64), strict=True):
+        assert ours.shape == truth.shape
+        assert ours.dtype == dtype
+        allowed = 2 * max(relative_error(theirs, truth), 2 * torch.finfo(torch.float32).eps)
+        assert relative_error(ours, truth) <= allowed
+
+
+@interpreted
+class TestWithoutGradients:
+    @pytest.mark.parametrize("affine", [True, False])
+    @pytest.mark.parametrize(("b", "h", "w", "c"), [(2, 3, 5, 48), (1, 1, 1, 1), (3, 2, 3, 100)])
+    def test_gated_sum_norm(self, b, h, w, c, affine):
+        check_outputs("gated_sum_norm", gated_sum_norm_inputs(b, h, w, c, affine))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("name", INFERENCE_CASES)
+    def test_16_bits(self, name, dtype):
+        check_outputs(name, INFERENCE_CASES[name](), dtype)
+
+    @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+    def test_16_bit_branch_with_float32_parameters(self, dtype, allowed):
+        """As under autocast, where the sum has 16 bits, too, or 32."""
+        x, y, gate, *rest = gated_sum_norm_inputs()
+        x, y, gate = x.to(dtype), y.bfloat16(), gate.bfloat16()
+        with use_backend("triton"):
+            ours = layers.gated_sum_norm(x, y, gate, *rest)
+        exact = reference.gated_sum_norm(*(
+            part.double() if isinstance(part, torch.Tensor) else part for part in (x, y, gate, *rest)))
+        for value, truth in zip(ours, exact, strict=True):
+            assert value.dtype == dtype
+            assert relative_error(value, truth) < allowed
+
+    def test_the_sum_is_the_one_that_is_normalised(self):
+        x, y, gate, *rest = (part.bfloat16() if isinstance(part, torch.Tensor) else part
+                             for part in gated_sum_norm_inputs())
+        with use_backend("triton"):
+            total, normed = layers.gated_sum_norm(x, y, gate, *rest)
+            assert torch.equal(normed, layers.modulated_norm(total, *rest))
+        assert torch.equal(total, reference.gated_sum(x, y, gate))
+
+    @pytest.mark.parametrize("name", INFERENCE_CASES)
+    def test_is_a_well_formed_operator_and_gaps_do_not_matter(self, name):
+        inputs = INFERENCE_CASES[name]()
+        operator = getattr(torch.ops.lamamba, f"gpu_{name}").default
+        torch.library.opcheck(operator, tuple(inputs), test_utils=("test_schema", "test_faketensor"))
+        gapped = [x.repeat_interleave(2, -1)[..., ::2] if isinstance(x, torch.Tensor) else x for x in inputs]
+        for ours, again in zip(operator(*inputs), operator(*gapped), strict=True):
+            assert torch.equal(ours, again)
+
+    def test_with_gradients_the_other_kernels_run(self, monkeypatch):
+        calls = []
+        run = gpu._kernels
+        monkeypatch.setattr(gpu, "_kernels", lambda name: (calls.append(name), run(name))[1])
+        inputs = with_type(gated_sum_norm_inputs(), torch.float32)
+        with use_backend("triton"):
+            total, normed = layers.gated_sum_norm(*inputs)
+            assert calls == ["gated_sum", "modulated_norm"]
+            with torch.no_grad():
+                layers.gated_sum_norm(*inputs)
+        assert calls == ["gated_sum", "modulated_norm", "gated_sum_norm"]
+        torch.autograd.grad((total * normed).sum(), inputs[:3])
 
 
 @interpreted
