@@ -129,7 +129,9 @@ def count_block(model: LaMambaUNet, images: int, stage: int = 0, shifted: bool =
     x = weight.new_empty((images, *geometry.grid, weight.shape[1]))
     modulation = weight.new_empty((images, weight.shape[0]))
     with counted() as counter:
-        block(x, None, geometry, modulation)
+        constants = block.constants(x, geometry)
+        counter.launches.clear()
+        block(x, None, geometry, modulation, constants)
     return counter.launches
 
 
@@ -139,7 +141,10 @@ def count_network(model: LaMambaUNet, images: int) -> LaunchCounter:
     x = weight.new_empty((images, model.architecture.in_channels, *model.architecture.input_size))
     conditioning = weight.new_empty((images, model.condition_outputs))
     with counted() as counter:
-        model(x, None, conditioning=conditioning)
+        constants = model.make_constants(x)
+        counter.launches.clear()
+        counter.peak = counter.bytes = 0
+        model(x, None, conditioning=conditioning, constants=constants)
     return counter
 
 

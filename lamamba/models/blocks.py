@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,7 +53,10 @@ class MLP(nn.Module):
         self.linear_in = nn.Linear(width, hidden)
         self.linear_out = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
+    def constants(self, x: Tensor, geometry: Geometry) -> None:
+        """Nothing: `forward` reads its weights as they are."""
+
+    def forward(self, x: Tensor, geometry: Geometry, constants: None = None) -> Tensor:
         return self.linear_out(F.gelu(self.linear_in(x)))
 
 
@@ -91,7 +97,14 @@ class LaMambaBlock(nn.Module):
         """shift, scale and gate of every branch from the condition: (b, condition_width) -> (b, 3 branches width)."""
         return self.modulation(F.silu(self.condition(c)))
 
-    def forward(self, x: Tensor, c: Tensor | None, geometry: Geometry, modulation: Tensor | None = None) -> Tensor:
+    def constants(self, x: Tensor, geometry: Geometry) -> dict[str, Any]:
+        """What the branches compute from weights and grid alone, for tokens like x."""
+        return {name: branch.constants(x, geometry) for name, branch in self.branches.items()}  # type: ignore[operator]
+
+    def forward(
+        self, x: Tensor, c: Tensor | None, geometry: Geometry, modulation: Tensor | None = None,
+        constants: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """Compute the block's output, (b, h, w, width).
 
         Args:
@@ -99,15 +112,17 @@ class LaMambaBlock(nn.Module):
             c: (b, condition_width); not read where modulation is given.
             geometry: of the stage's grid.
             modulation: `modulate(c)` where it was computed ahead.
+            constants: those of `constants` where they were, for passes without gradients.
         """
         if modulation is None:
             assert c is not None
             modulation = self.modulate(c)
-        return run_branches(x, modulation, self.norms, self.branches, geometry)
+        return run_branches(x, modulation, self.norms, self.branches, geometry, constants or {})
 
 
 def run_branches(
-    x: Tensor, modulation: Tensor, norms: nn.ModuleDict, branches: nn.ModuleDict, geometry: Geometry
+    x: Tensor, modulation: Tensor, norms: nn.ModuleDict, branches: nn.ModuleDict, geometry: Geometry,
+    constants: Mapping[str, Any],
 ) -> Tensor:
     """Add the branches to the tokens x (b, h, w, c), each with its norm and its shift, scale and gate in modulation."""
     vectors = iter(modulation.chunk(3 * len(branches), dim=-1))
@@ -118,5 +133,5 @@ def run_branches(
             normed = norms[name](x, shift, scale)
         else:
             x, normed = norms[name](x, shift, scale, y, gate)                   # x + gate y, and its norm
-        y, gate = branch(normed, geometry), next(vectors)
+        y, gate = branch(normed, geometry, constants.get(name)), next(vectors)
     return x if y is None or gate is None else gated_sum(x, y, gate)

@@ -56,7 +56,7 @@ class SS2DLayer(SS2D):
         self.scan: Scan = scan
         self.reset_parameters()
 
-    def forward(self, x: Tensor, geometry: Geometry | None = None) -> Tensor:
+    def forward(self, x: Tensor, geometry: Geometry | None = None, constants: None = None) -> Tensor:  # type: ignore[override]
         """Mix the tokens x (b, h, w, width); geometry, as the network gives it, is not needed.
 
         Raises:
@@ -150,7 +150,7 @@ class LaMambaLayer(nn.Module):
             raise ValueError(
                 f"c={tuple(c.shape)} must be a condition for each image, {(len(x), self.condition.in_features)}")
         modulation = self.modulation(nn.functional.silu(self.condition(c))).expand(len(x), -1)
-        return run_branches(x, modulation, self.norms, self.branches, geometry)
+        return run_branches(x, modulation, self.norms, self.branches, geometry, {})
 
 
 def _check_sizes(**sizes: int) -> None:

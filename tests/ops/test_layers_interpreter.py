@@ -15,8 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from lamamba.inference.conditioning import ConditionedNetwork
 from lamamba.ops import layers, use_backend
 from lamamba.ops.layers import gpu, reference
+from tests.networks import random_inputs, random_network, two_blocks
 from tests.ops.test_layers import (
     gated_norm_inputs,
     local_mixing_inputs,
@@ -281,6 +283,59 @@ class TestEveryLayer:
             inputs = with_type(inputs, torch.float32)
             ours = getattr(layers, name)(*inputs)
         assert torch.equal(ours.isfinite(), getattr(reference, name)(*inputs).isfinite())
+
+
+@interpreted
+class TestConstants:
+    """What is computed from weights and grid alone changes nothing, whenever it was computed."""
+
+    @pytest.mark.parametrize(("dtype", "state_size"), [(torch.float32, 1), (torch.bfloat16, 2)])
+    def test_gives_the_same_bits(self, dtype, state_size):
+        model = random_network(two_blocks(grid=(4, 4), state_size=state_size)).to(dtype)
+        x, t, labels = random_inputs(model.architecture, batch=1)
+        with torch.no_grad(), use_backend("triton"):
+            rows = model.condition(t, labels)
+            constants = model.make_constants(x.to(dtype))
+            assert set(constants) == {f"{stage.name}.{i}" for stage in model._stages() for i in stage.blocks}
+            plain = model(x.to(dtype), None, conditioning=rows)
+            assert torch.equal(model(x.to(dtype), None, conditioning=rows, constants=constants), plain)
+
+    def test_is_not_read_where_other_back_ends_run_nor_with_another_dtype(self):
+        model = random_network(two_blocks(grid=(4, 4)))
+        x, t, labels = random_inputs(model.architecture, batch=1)
+        with torch.no_grad(), use_backend("triton"):
+            constants = model.make_constants(x)
+        for backend, bfloat16 in (("torch", False), ("triton", True)):
+            with torch.no_grad(), use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                assert torch.equal(model(x, t, labels, constants=constants), model(x, t, labels))
+        with torch.no_grad(), use_backend("torch"):
+            assert model.make_constants(x) == {}
+        with pytest.raises(ValueError, match="passes without gradients"):
+            model(x, t, labels, constants=constants)
+
+    def test_a_run_makes_them_once_and_anew_for_another_grid_or_adapter(self, monkeypatch):
+        model, made = random_network(two_blocks(grid=(4, 4))), []
+        make = model.make_constants
+        monkeypatch.setattr(model, "make_constants", lambda x: made.append(x.shape) or make(x))
+        x, _, labels = random_inputs(model.architecture, batch=1)
+        network = ConditionedNetwork(model, [900.0], labels.tolist())
+        t = torch.full((1,), 900.0)
+
+        def follows_the_network() -> None:
+            for _ in range(2):
+                torch.testing.assert_close(network(x, t, labels), model(x, t, labels))
+
+        with torch.no_grad(), use_backend("triton"):
+            follows_the_network()
+            assert len(made) == 1
+            model.adapter_changes += 1                                          # as switching an adapter does
+            model.encoder[0].blocks["1"].branches["scan"].A_log.data.add_(1.0)
+            follows_the_network()
+            assert len(made) == 2
+            model.set_grid((4, 8))
+            x = torch.cat([x, x], -1)
+            follows_the_network()
+            assert len(made) == 3
 
 
 @interpreted
