@@ -15,9 +15,10 @@ import torch
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor
 
-from lamamba.inference.cuda_graph import RecordedNetwork, is_small, record
+from lamamba.config import Grid
+from lamamba.inference.cuda_graph import RecordedNetwork, can_record, record
 from lamamba.models.deep_cache import DeepFeatureCache, LaMambaCacheConfig
-from lamamba.models.unet import LaMambaUNet
+from lamamba.models.unet import Constants, LaMambaUNet
 
 ROWS_BYTES = 256 << 20
 """Memory for conditioning that is computed ahead; a row of XL takes 0.7 MB in float32."""
@@ -59,7 +60,8 @@ class FlowMapInputs:
 class ConditionedNetwork:
     """A network whose conditioning is computed ahead, some steps at a time: called as the network is.
 
-    On a GPU, passes over small batches are recorded as a CUDA graph and replayed.
+    So is what Triton's kernels read of weights and grid alone. On a GPU, the second pass over batches of one shape is
+    recorded as a CUDA graph, which later ones replay; of each kind of pass, one graph is kept.
 
     Args:
         model: the network; its weights must not change meanwhile, but adapters may come, go and be switched.
@@ -81,7 +83,9 @@ class ConditionedNetwork:
         self._cache = None if cache is None else DeepFeatureCache(cache)
         self._recorded: dict[tuple[bool, Sequence[str]], RecordedNetwork] = {}
         """By whether deep features are given and which features are returned."""
+        self._ran: set[tuple[tuple[bool, Sequence[str]], torch.Size]] = set()
         self._records = True
+        self._constants: tuple[tuple[Grid, torch.dtype, torch.device], Constants] | None = None
         self._adapter_changes = model.adapter_changes
         self._present: frozenset[int] | None = None
         self._set_labels(None if labels is None else frozenset(labels), None)
@@ -150,6 +154,7 @@ class ConditionedNetwork:
         """Forget what was computed or recorded before the network's adapters were changed."""
         if self._adapter_changes != self._model.adapter_changes:
             self._adapter_changes, self._rows, self._recorded = self._model.adapter_changes, {}, {}
+            self._constants = None
             if self._cache is not None:
                 self._cache.restart()
 
@@ -157,18 +162,31 @@ class ConditionedNetwork:
         self, x: Tensor, conditioning: Tensor, *, deep_features: Tensor | None = None,
         return_features: Sequence[str] = (),
     ) -> Any:
-        if not torch.is_grad_enabled() and self._records and is_small(x, self._model):
-            kind = (deep_features is not None, return_features)
+        constants, kind = self._constants_for(x), (deep_features is not None, return_features)
+        if self._records and can_record(x) and (kind, x.shape) in self._ran:
             recorded = self._recorded.get(kind)
             if recorded is None or not recorded.takes(x, conditioning):
-                recorded = record(self._model, x, conditioning, deep_features, return_features)
+                recorded = None                                                 # its memory is free for the next one
+                self._recorded.pop(kind, None)
+                recorded = record(self._model, x, conditioning, deep_features, return_features, constants)
                 self._records = recorded is not None
             if recorded is not None:
                 self._recorded[kind] = recorded
                 return recorded(x, conditioning, deep_features)
+        self._ran.add((kind, x.shape))
         return self._model(
-            x, None, conditioning=conditioning, deep_features=deep_features, return_features=return_features
+            x, None, conditioning=conditioning, constants=constants, deep_features=deep_features,
+            return_features=return_features,
         )
+
+    def _constants_for(self, x: Tensor) -> Constants | None:
+        """What the network computes from weights and grid alone; None where gradients are computed."""
+        if torch.is_grad_enabled():
+            return None
+        made_for = self._model.run_grid, x.dtype, x.device
+        if self._constants is None or self._constants[0] != made_for:
+            self._constants = made_for, self._model.make_constants(x)
+        return self._constants[1]
 
     def _rows_at(self, time: float) -> Tensor:
         if time not in self._rows:

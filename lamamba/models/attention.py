@@ -37,10 +37,15 @@ class WindowAttention(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.bias_table, std=0.02)
 
-    def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
+    def constants(self, x: Tensor, geometry: Geometry) -> Tensor:
+        """The relative position bias that `forward` gathers, (heads, tokens, tokens)."""
+        return self._bias(geometry).contiguous()
+
+    def forward(self, x: Tensor, geometry: Geometry, constants: Tensor | None = None) -> Tensor:
+        bias = self._bias(geometry) if constants is None else constants
         shift, mask = (geometry.shift, geometry.shifted_mask) if self.shifted else ((0, 0), geometry.mask)
         qkv = self.qkv(x)                                                       # (b, h, w, 3 c)
-        y = window_attention(qkv, self._bias(geometry), mask, self.num_heads, geometry.window, shift)
+        y = window_attention(qkv, bias, mask, self.num_heads, geometry.window, shift)
         return self.out_proj(y)
 
     def _bias(self, geometry: Geometry) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,7 +12,7 @@ from lamamba.config import UNetConfig
 from lamamba.models.attention import WindowAttention
 from lamamba.models.geometry import Geometry
 from lamamba.models.ss2d import SS2D
-from lamamba.ops.layers import few_rows_linear, gated_sum, modulated_norm
+from lamamba.ops.layers import few_rows_linear, gated_sum, gated_sum_norm, modulated_norm
 
 
 def initialise_linears(network: nn.Module) -> None:
@@ -22,10 +25,17 @@ def initialise_linears(network: nn.Module) -> None:
 
 
 class ModulatedNorm(nn.LayerNorm):
-    """Adaptive LayerNorm: LayerNorm(x) (1 + scale) + shift, for tokens (b, h, w, c), shift and scale (b, c)."""
+    """Adaptive LayerNorm: LayerNorm(x) (1 + scale) + shift, for tokens (b, h, w, c), shift and scale (b, c).
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
-        return modulated_norm(x, self.weight, self.bias, shift, scale, self.eps)
+    With y and gate, a pair: the residual sum x + gate y, and the norm of that.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if y is None or gate is None:
+            return modulated_norm(x, self.weight, self.bias, shift, scale, self.eps)
+        return gated_sum_norm(x, y, gate, self.weight, self.bias, shift, scale, self.eps)
 
 
 class ConditionLinear(nn.Linear):
@@ -43,7 +53,10 @@ class MLP(nn.Module):
         self.linear_in = nn.Linear(width, hidden)
         self.linear_out = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
+    def constants(self, x: Tensor, geometry: Geometry) -> None:
+        """Nothing: `forward` reads its weights as they are."""
+
+    def forward(self, x: Tensor, geometry: Geometry, constants: None = None) -> Tensor:
         return self.linear_out(F.gelu(self.linear_in(x)))
 
 
@@ -84,7 +97,14 @@ class LaMambaBlock(nn.Module):
         """shift, scale and gate of every branch from the condition: (b, condition_width) -> (b, 3 branches width)."""
         return self.modulation(F.silu(self.condition(c)))
 
-    def forward(self, x: Tensor, c: Tensor | None, geometry: Geometry, modulation: Tensor | None = None) -> Tensor:
+    def constants(self, x: Tensor, geometry: Geometry) -> dict[str, Any]:
+        """What the branches compute from weights and grid alone, for tokens like x."""
+        return {name: branch.constants(x, geometry) for name, branch in self.branches.items()}  # type: ignore[operator]
+
+    def forward(
+        self, x: Tensor, c: Tensor | None, geometry: Geometry, modulation: Tensor | None = None,
+        constants: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """Compute the block's output, (b, h, w, width).
 
         Args:
@@ -92,13 +112,26 @@ class LaMambaBlock(nn.Module):
             c: (b, condition_width); not read where modulation is given.
             geometry: of the stage's grid.
             modulation: `modulate(c)` where it was computed ahead.
+            constants: those of `constants` where they were, for passes without gradients.
         """
         if modulation is None:
             assert c is not None
             modulation = self.modulate(c)
-        vectors = iter(modulation.chunk(3 * len(self.branches), dim=-1))
-        for name, branch in self.branches.items():
-            shift, scale, gate = next(vectors), next(vectors), next(vectors)
-            y = branch(self.norms[name](x, shift, scale), geometry)
-            x = gated_sum(x, y, gate)                                           # x + gate y
-        return x
+        return run_branches(x, modulation, self.norms, self.branches, geometry, constants or {})
+
+
+def run_branches(
+    x: Tensor, modulation: Tensor, norms: nn.ModuleDict, branches: nn.ModuleDict, geometry: Geometry,
+    constants: Mapping[str, Any],
+) -> Tensor:
+    """Add the branches to the tokens x (b, h, w, c), each with its norm and its shift, scale and gate in modulation."""
+    vectors = iter(modulation.chunk(3 * len(branches), dim=-1))
+    y = gate = None
+    for name, branch in branches.items():
+        shift, scale = next(vectors), next(vectors)
+        if y is None:
+            normed = norms[name](x, shift, scale)
+        else:
+            x, normed = norms[name](x, shift, scale, y, gate)                   # x + gate y, and its norm
+        y, gate = branch(normed, geometry, constants.get(name)), next(vectors)
+    return x if y is None or gate is None else gated_sum(x, y, gate)

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from lamamba.config import Grid, unknown_name
 from lamamba.models.attention import WindowAttention
-from lamamba.models.blocks import MLP, ConditionLinear, ModulatedNorm, initialise_linears
+from lamamba.models.blocks import MLP, ConditionLinear, ModulatedNorm, initialise_linears, run_branches
 from lamamba.models.geometry import Geometry, make_geometry
 from lamamba.models.ss2d import SS2D
-from lamamba.ops.layers import gated_sum
 
 Scan = Literal["continuous", "cross"]
 
@@ -57,7 +56,7 @@ class SS2DLayer(SS2D):
         self.scan: Scan = scan
         self.reset_parameters()
 
-    def forward(self, x: Tensor, geometry: Geometry | None = None) -> Tensor:
+    def forward(self, x: Tensor, geometry: Geometry | None = None, constants: None = None) -> Tensor:  # type: ignore[override]
         """Mix the tokens x (b, h, w, width); geometry, as the network gives it, is not needed.
 
         Raises:
@@ -150,11 +149,8 @@ class LaMambaLayer(nn.Module):
         if c.ndim != 2 or len(c) not in (1, len(x)) or c.shape[1] != self.condition.in_features:
             raise ValueError(
                 f"c={tuple(c.shape)} must be a condition for each image, {(len(x), self.condition.in_features)}")
-        vectors = iter(self.modulation(nn.functional.silu(self.condition(c))).chunk(9, dim=-1))
-        for name, branch in self.branches.items():
-            shift, scale, gate = next(vectors), next(vectors), next(vectors)
-            x = gated_sum(x, branch(self.norms[name](x, shift, scale), geometry), gate)
-        return x
+        modulation = self.modulation(nn.functional.silu(self.condition(c))).expand(len(x), -1)
+        return run_branches(x, modulation, self.norms, self.branches, geometry, {})
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -31,11 +31,16 @@ from lamamba.models.geometry import TABLES, Geometry, make_geometry
 from lamamba.models.resample import PatchExpanding, PatchMerging
 from lamamba.models.weights import check_weights, is_quantized, read_config, saved_folder
 from lamamba.ops.dispatch import is_transformed
+from lamamba.ops.layers import backend_for
 from lamamba.utils.tensors import PICKLE_ADVICE, weight_files
 
 MAX_TIMESTEP = 1000
 GEOMETRY_SCALES = (1, 2, 4)
 """Divisors of the token grid in stages 0, 1, and 2 to 3."""
+
+
+Constants = Mapping[str, Mapping[str, Any]]
+"""What the branches of each block compute from weights and grid alone, by the names of blocks and branches."""
 
 
 class Features:
@@ -71,14 +76,15 @@ class Stage(nn.Module):
         })
 
     def forward(
-        self, x: Tensor, c: Tensor | None, geometry: Geometry, modulations: Sequence[Tensor | None], features: Features
+        self, x: Tensor, c: Tensor | None, geometry: Geometry, modulations: Sequence[Tensor | None], features: Features,
+        constants: Constants,
     ) -> Tensor:
         """Apply the blocks in turn; modulations holds each one's, None where it computes it from c."""
         for (number, block), modulation in zip(self.blocks.items(), modulations, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x, c, geometry, modulation)
             else:
-                x = block(x, c, geometry, modulation)
+                x = block(x, c, geometry, modulation, constants.get(f"{self.name}.{number}"))
             features.keep(f"{self.name}.{number}", x)
         return x
 
@@ -352,6 +358,24 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
         c = self._embed(timestep.expand(rows), class_labels, end_timestep, guidance_scale)
         return torch.cat([module.modulate(c) for module in self._modulated()], dim=-1)
 
+    @torch.no_grad()
+    def make_constants(self, x: Tensor) -> Constants:
+        """Compute what Triton's kernels read of weights and grid alone, for `forward` while neither changes.
+
+        Args:
+            x: an input like those that come, in the network's dtype and on its device.
+        """
+        if backend_for(x) != "triton":
+            return {}
+        scales = (*STAGE_SCALES, STAGE_SCALES[-1], *reversed(STAGE_SCALES))
+        at = dict(zip(GEOMETRY_SCALES, self.geometries, strict=True))
+        constants = {}
+        for stage, scale in zip(self._stages(), scales, strict=True):
+            blocks: Mapping[str, Any] = dict(stage.blocks.items())
+            for number, block in blocks.items():
+                constants[f"{stage.name}.{number}"] = block.constants(x, at[scale].to(x.device))
+        return constants
+
     def _embed(
         self, timestep: Tensor, class_labels: Tensor | None, end_timestep: Tensor | float | None = None,
         guidance_scale: Tensor | float | None = None,
@@ -400,7 +424,7 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
     def forward(
         self, x: Tensor, timestep: Tensor | float | None, class_labels: Tensor | None = None, *,
         end_timestep: Tensor | float | None = None, guidance_scale: Tensor | float | None = None,
-        conditioning: Tensor | None = None, deep_features: Tensor | None = None,
+        conditioning: Tensor | None = None, constants: Constants | None = None, deep_features: Tensor | None = None,
         return_features: bool | Sequence[str] = False, return_dict: bool | None = None,
     ) -> Any:
         """Predict noise and variance, v, the flow's velocity, or its mean between two times from a noisy input.
@@ -414,6 +438,7 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
                 timestep itself, for the velocity at that time.
             guidance_scale: of a flow map with a guidance_range, (b,) or a single number in it; None: its lowest.
             conditioning: (b, condition_outputs) from `condition`, in place of timestep, class_labels and the above.
+            constants: from `make_constants`, for passes without gradients.
             deep_features: (b, h, w, width) of the token grid, what enters the last decoder stage from below: only the
                 first encoder stage, the last decoder stage and the head are computed (lamamba.models.deep_cache).
             return_features: True for the output of every stage, too, as distillation needs them; or the names of those
@@ -428,9 +453,12 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
 
         Raises:
             ValueError: when x, timestep, class_labels, conditioning, deep_features or the names do not fit the
-                configuration.
+                configuration; for constants where gradients are computed.
         """
         self._check_input(x)
+        if constants is not None and torch.is_grad_enabled():
+            raise ValueError("constants are for passes without gradients: call the network under torch.no_grad()")
+        constants = constants or {}
         features = Features(self._feature_names(return_features, deep_features))
         c, modulations, head_modulation = self._condition(
             x, timestep, class_labels, conditioning, end_timestep, guidance_scale)
@@ -439,16 +467,16 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
             deep_features = self._active_cache.extrapolate(_common_time(timestep), x.shape[0])
 
         x = self.patch_embedding(x) + self._positions()                                             # (b, h, w, width)
-        x = self.encoder[0](x, c, at[1], modulations[0], features)
+        x = self.encoder[0](x, c, at[1], modulations[0], features, constants)
         features.keep("encoder.0", x)
         if deep_features is None:
-            deep_features = self._deep_features(x, c, at, modulations, features)
+            deep_features = self._deep_features(x, c, at, modulations, features, constants)
             if self._active_cache is not None:
                 self._active_cache.keep(deep_features)
         elif deep_features.shape != x.shape:
             raise ValueError(f"deep_features has shape {tuple(deep_features.shape)}, x needs {tuple(x.shape)}")
         features.keep(DEEP, deep_features)
-        x = self.decoder[-1](deep_features + x, c, at[1], modulations[-1], features)
+        x = self.decoder[-1](deep_features + x, c, at[1], modulations[-1], features, constants)
         features.keep(STAGES[-1], x)
         output = self.head(x, c, head_modulation).permute(0, 3, 1, 2)                       # (b, out_channels, h, w)
         if return_features:
@@ -457,25 +485,26 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
 
     def _deep_features(
         self, x: Tensor, c: Tensor | None, at: Mapping[int, Geometry], modulations: Sequence[Sequence[Tensor | None]],
-        features: Features,
+        features: Features, constants: Constants,
     ) -> Tensor:
         """All depths below the first encoder stage and the last decoder stage: (b, h, w, width) -> the same shape."""
         skips = []
         x = self.merges[0](x)                                                   # (b, h / 2, w / 2, 2 c)
         for s in range(1, NUM_STAGES):
-            x = self.encoder[s](x, c, at[STAGE_SCALES[s]], modulations[s], features)
+            x = self.encoder[s](x, c, at[STAGE_SCALES[s]], modulations[s], features, constants)
             skips.append(x)
             features.keep(f"encoder.{s}", x)
             if s == 1:
                 x = self.merges[s](x)                                           # (b, h / 4, w / 4, 4 c)
         if "bottleneck" not in self.architecture.removed_blocks:
-            x = x + self.bottleneck(x, c, at[4], modulations[NUM_STAGES], features)
+            x = x + self.bottleneck(x, c, at[4], modulations[NUM_STAGES], features, constants)
         features.keep("bottleneck", x)
         for s in range(NUM_STAGES - 1):
             if s == 2:
                 x = self.expands[0](x)                                          # (b, h / 2, w / 2, 2 c)
             scale = STAGE_SCALES[NUM_STAGES - 1 - s]
-            x = self.decoder[s](x + skips.pop(), c, at[scale], modulations[NUM_STAGES + 1 + s], features)
+            modulation = modulations[NUM_STAGES + 1 + s]
+            x = self.decoder[s](x + skips.pop(), c, at[scale], modulation, features, constants)
             features.keep(f"decoder.{s}", x)
         return self.expands[1](x)                                               # (b, h, w, c)
 

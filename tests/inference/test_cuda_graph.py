@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lamamba.inference import conditioning, cuda_graph
 from lamamba.inference.conditioning import ConditionedNetwork
@@ -53,15 +55,15 @@ def test_calls_of_another_thread_do_not_spoil_a_recording():
 
 
 @needs_gpu
-def test_sampling_on_a_gpu_records_small_batches():
+def test_sampling_on_a_gpu_records_passes():
     model = random_network(small_config()).cuda()
     x, _, labels = (part.cuda() for part in random_inputs(model.architecture))
-    network = ConditionedNetwork(model, [900.0, 100.0], labels.tolist())
+    network = ConditionedNetwork(model, [900.0, 500.0, 100.0], labels.tolist())
     with torch.no_grad():
-        for time in (900.0, 100.0):
+        for time in (900.0, 500.0, 100.0):
             t = torch.full((2,), time)
             assert relative_error(network(x, t, labels), model(x, t, labels)) <= 1e-5
-    assert network._recorded is not None
+    assert network._recorded
 
 
 @needs_gpu
@@ -83,12 +85,51 @@ def test_a_pass_that_cannot_be_recorded_runs_as_it_is(monkeypatch, caplog):
         tried.append(arguments)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(conditioning, "is_small", lambda x, model: True)
+    monkeypatch.setattr(conditioning, "can_record", lambda x: True)
     monkeypatch.setattr(cuda_graph, "RecordedNetwork", refuse)
-    network = ConditionedNetwork(model, [900.0, 100.0], labels.tolist())
+    network = ConditionedNetwork(model, [900.0, 500.0, 100.0], labels.tolist())
     with torch.no_grad():
-        for time in (900.0, 100.0):
+        for time in (900.0, 500.0, 100.0):
             t = torch.full((2,), time)
             torch.testing.assert_close(network(x, t, labels), model(x, t, labels))
     assert len(tried) == 1                                                      # and not again at every step
     assert "cannot be recorded as a CUDA graph" in caplog.text
+
+
+def test_the_second_pass_of_every_shape_is_recorded_and_one_graph_is_kept(monkeypatch):
+    """With a recorder that replays nothing."""
+    model, recorded, kept = random_network(small_config(num_classes=0)), [], weakref.WeakSet()
+
+    class Recorder:
+        def __init__(self, model, x, *rest):
+            assert not kept                                                     # the last one's memory is free
+            kept.add(self)
+            recorded.append(len(x))
+
+        def takes(self, x, conditioning):
+            return len(x) == recorded[-1]
+
+        def __call__(self, x, conditioning, deep_features):
+            return model(x, None, conditioning=conditioning)
+
+    monkeypatch.setattr(conditioning, "can_record", lambda x: True)
+    monkeypatch.setattr(cuda_graph, "RecordedNetwork", Recorder)
+    network = ConditionedNetwork(model, [900.0])
+    with torch.no_grad():
+        for images in (70, 70, 70, 3, 3, 70, 1):
+            x = torch.randn(images, *random_inputs(model.architecture)[0].shape[1:])
+            t = torch.full((images,), 900.0)
+            torch.testing.assert_close(network(x, t, None), model(x, t))
+    assert recorded == [70, 3, 70]
+
+
+def test_only_passes_without_gradients_on_a_gpu_can_be_recorded():
+    with torch.no_grad():
+        assert not cuda_graph.can_record(torch.empty(1))
+        assert cuda_graph.can_record(_on_a_gpu())
+    assert not cuda_graph.can_record(_on_a_gpu())
+
+
+def _on_a_gpu():
+    with FakeTensorMode():
+        return torch.empty(1, device="cuda")

@@ -41,13 +41,18 @@ def gated_sum_inputs(b=2, h=3, w=5, c=16):
     return torch.randn(b, h, w, c), torch.randn(b, h, w, c), torch.randn(b, 3 * c)[:, c : 2 * c]
 
 
+def gated_sum_norm_inputs(b=2):
+    x, *rest = test_layers.modulated_norm_inputs(b=b)
+    return x, torch.randn_like(x), torch.randn(b, x.shape[-1]), *rest
+
+
 def layer_inputs(name, b, tokens, weights, change):
     """Arguments of a layer; tokens, and what is computed from them for each image, have the tokens' dtype."""
     torch.manual_seed(0)
     if name == "few_rows_linear":
         given = test_layers.few_rows_linear_inputs(rows=b)
         return [change(x.to(tokens)) for x in given]
-    make = gated_sum_inputs if name == "gated_sum" else getattr(test_layers, f"{name}_inputs")
+    make = globals().get(f"{name}_inputs") or getattr(test_layers, f"{name}_inputs")
     if name == "window_attention":
         given = make((8, 4), (4, 4), b=b)
     else:
@@ -84,6 +89,7 @@ def test_all_operators_are_tested_here():
     ours = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lamamba::")}
     tested = {f"lamamba::{name}" for name in LAYERS if name != "gated_sum"}
     tested |= {f"lamamba::gpu_{name}{end}" for name in gpu.SCHEMAS for end in ("", "_backward")}
+    tested |= {f"lamamba::gpu_{name}" for name in gpu.INFERENCE_SCHEMAS}
     assert ours == tested | {"lamamba::selective_scan", "lamamba::selective_scan_backward"}
 
 
@@ -133,6 +139,15 @@ def test_triton_layers(name, tokens, weights, b, change):
     grad_y = change(operator(*inputs).contiguous())
     needed = inputs[1:] if name == "gated_sum" else inputs
     check(getattr(torch.ops.lamamba, f"gpu_{name}_backward"), grad_y, *needed)
+
+
+@interpreted
+@floats
+@strides
+@images
+@pytest.mark.parametrize("name", gpu.INFERENCE_SCHEMAS)
+def test_triton_layers_without_gradients(name, tokens, weights, b, change):
+    check(getattr(torch.ops.lamamba, f"gpu_{name}"), *layer_inputs(name, b, tokens, weights, change))
 
 
 @interpreted

@@ -15,8 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from lamamba.inference.conditioning import ConditionedNetwork
 from lamamba.ops import layers, use_backend
 from lamamba.ops.layers import gpu, reference
+from tests.networks import random_inputs, random_network, two_blocks
 from tests.ops.test_layers import (
     gated_norm_inputs,
     local_mixing_inputs,
@@ -49,6 +51,15 @@ CASES = {
     "local_mixing": ("local_mixing", local_mixing_inputs),
     "window_attention": ("window_attention", lambda: window_attention_inputs((6, 4), (4, 4), d=20)),
 }
+
+
+def gated_sum_norm_inputs(b=2, h=3, w=5, c=16, affine=True):
+    x, weight, bias, shift, scale, eps = modulated_norm_inputs(b, h, w, c, affine)
+    return x, torch.randn_like(x), torch.randn(b, 3 * c)[:, c : 2 * c], weight, bias, shift, scale, eps
+
+
+INFERENCE_CASES = {"gated_sum_norm": gated_sum_norm_inputs}
+"""Layers that have no gradients."""
 
 
 def with_type(inputs, dtype, weights=None, tokens=None):
@@ -143,6 +154,79 @@ class TestAgainstFloat64:
             assert relative_error(value, truth) < allowed
 
 
+def check_outputs(name, inputs, dtype=torch.float32):
+    """As `check`, for a layer without gradients."""
+    def outputs(function, tokens=None):
+        found = function(*(x.detach() if isinstance(x, torch.Tensor) else x
+                           for x in with_type(inputs, dtype, None, tokens)))
+        return found if isinstance(found, tuple) else (found,)
+
+    formula = getattr(reference, name)
+    with use_backend("triton"):
+        results = outputs(getattr(layers, name))
+    for ours, theirs, truth in zip(results, outputs(formula), outputs(formula, torch.float64), strict=True):
+        assert ours.shape == truth.shape
+        assert ours.dtype == dtype
+        allowed = 2 * max(relative_error(theirs, truth), 2 * torch.finfo(torch.float32).eps)
+        assert relative_error(ours, truth) <= allowed
+
+
+@interpreted
+class TestWithoutGradients:
+    @pytest.mark.parametrize("affine", [True, False])
+    @pytest.mark.parametrize(("b", "h", "w", "c"), [(2, 3, 5, 48), (1, 1, 1, 1), (3, 2, 3, 100)])
+    def test_gated_sum_norm(self, b, h, w, c, affine):
+        check_outputs("gated_sum_norm", gated_sum_norm_inputs(b, h, w, c, affine))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("name", INFERENCE_CASES)
+    def test_16_bits(self, name, dtype):
+        check_outputs(name, INFERENCE_CASES[name](), dtype)
+
+    @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+    def test_16_bit_branch_with_float32_parameters(self, dtype, allowed):
+        """As under autocast, where the sum has 16 bits, too, or 32."""
+        x, y, gate, *rest = gated_sum_norm_inputs()
+        x, y, gate = x.to(dtype), y.bfloat16(), gate.bfloat16()
+        with use_backend("triton"):
+            ours = layers.gated_sum_norm(x, y, gate, *rest)
+        exact = reference.gated_sum_norm(*(
+            part.double() if isinstance(part, torch.Tensor) else part for part in (x, y, gate, *rest)))
+        for value, truth in zip(ours, exact, strict=True):
+            assert value.dtype == dtype
+            assert relative_error(value, truth) < allowed
+
+    def test_the_sum_is_the_one_that_is_normalised(self):
+        x, y, gate, *rest = (part.bfloat16() if isinstance(part, torch.Tensor) else part
+                             for part in gated_sum_norm_inputs())
+        with use_backend("triton"):
+            total, normed = layers.gated_sum_norm(x, y, gate, *rest)
+            assert torch.equal(normed, layers.modulated_norm(total, *rest))
+        assert torch.equal(total, reference.gated_sum(x, y, gate))
+
+    @pytest.mark.parametrize("name", INFERENCE_CASES)
+    def test_is_a_well_formed_operator_and_gaps_do_not_matter(self, name):
+        inputs = INFERENCE_CASES[name]()
+        operator = getattr(torch.ops.lamamba, f"gpu_{name}").default
+        torch.library.opcheck(operator, tuple(inputs), test_utils=("test_schema", "test_faketensor"))
+        gapped = [x.repeat_interleave(2, -1)[..., ::2] if isinstance(x, torch.Tensor) else x for x in inputs]
+        for ours, again in zip(operator(*inputs), operator(*gapped), strict=True):
+            assert torch.equal(ours, again)
+
+    def test_with_gradients_the_other_kernels_run(self, monkeypatch):
+        calls = []
+        run = gpu._kernels
+        monkeypatch.setattr(gpu, "_kernels", lambda name: (calls.append(name), run(name))[1])
+        inputs = with_type(gated_sum_norm_inputs(), torch.float32)
+        with use_backend("triton"):
+            total, normed = layers.gated_sum_norm(*inputs)
+            assert calls == ["gated_sum", "modulated_norm"]
+            with torch.no_grad():
+                layers.gated_sum_norm(*inputs)
+        assert calls == ["gated_sum", "modulated_norm", "gated_sum_norm"]
+        torch.autograd.grad((total * normed).sum(), inputs[:3])
+
+
 @interpreted
 @pytest.mark.parametrize("case", CASES)
 class TestEveryLayer:
@@ -199,6 +283,59 @@ class TestEveryLayer:
             inputs = with_type(inputs, torch.float32)
             ours = getattr(layers, name)(*inputs)
         assert torch.equal(ours.isfinite(), getattr(reference, name)(*inputs).isfinite())
+
+
+@interpreted
+class TestConstants:
+    """What is computed from weights and grid alone changes nothing, whenever it was computed."""
+
+    @pytest.mark.parametrize(("dtype", "state_size"), [(torch.float32, 1), (torch.bfloat16, 2)])
+    def test_gives_the_same_bits(self, dtype, state_size):
+        model = random_network(two_blocks(grid=(4, 4), state_size=state_size)).to(dtype)
+        x, t, labels = random_inputs(model.architecture, batch=1)
+        with torch.no_grad(), use_backend("triton"):
+            rows = model.condition(t, labels)
+            constants = model.make_constants(x.to(dtype))
+            assert set(constants) == {f"{stage.name}.{i}" for stage in model._stages() for i in stage.blocks}
+            plain = model(x.to(dtype), None, conditioning=rows)
+            assert torch.equal(model(x.to(dtype), None, conditioning=rows, constants=constants), plain)
+
+    def test_is_not_read_where_other_back_ends_run_nor_with_another_dtype(self):
+        model = random_network(two_blocks(grid=(4, 4)))
+        x, t, labels = random_inputs(model.architecture, batch=1)
+        with torch.no_grad(), use_backend("triton"):
+            constants = model.make_constants(x)
+        for backend, bfloat16 in (("torch", False), ("triton", True)):
+            with torch.no_grad(), use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                assert torch.equal(model(x, t, labels, constants=constants), model(x, t, labels))
+        with torch.no_grad(), use_backend("torch"):
+            assert model.make_constants(x) == {}
+        with pytest.raises(ValueError, match="passes without gradients"):
+            model(x, t, labels, constants=constants)
+
+    def test_a_run_makes_them_once_and_anew_for_another_grid_or_adapter(self, monkeypatch):
+        model, made = random_network(two_blocks(grid=(4, 4))), []
+        make = model.make_constants
+        monkeypatch.setattr(model, "make_constants", lambda x: made.append(x.shape) or make(x))
+        x, _, labels = random_inputs(model.architecture, batch=1)
+        network = ConditionedNetwork(model, [900.0], labels.tolist())
+        t = torch.full((1,), 900.0)
+
+        def follows_the_network() -> None:
+            for _ in range(2):
+                torch.testing.assert_close(network(x, t, labels), model(x, t, labels))
+
+        with torch.no_grad(), use_backend("triton"):
+            follows_the_network()
+            assert len(made) == 1
+            model.adapter_changes += 1                                          # as switching an adapter does
+            model.encoder[0].blocks["1"].branches["scan"].A_log.data.add_(1.0)
+            follows_the_network()
+            assert len(made) == 2
+            model.set_grid((4, 8))
+            x = torch.cat([x, x], -1)
+            follows_the_network()
+            assert len(made) == 3
 
 
 @interpreted

@@ -113,7 +113,7 @@ def test_both_kinds_of_passes_are_recorded_where_graphs_are(monkeypatch):
     model, kinds = network(), []
 
     class Recorder:
-        def __init__(self, model, x, conditioning, deep_features=None, return_features=()):
+        def __init__(self, model, x, conditioning, deep_features=None, return_features=(), constants=None):
             kinds.append((deep_features is not None, return_features))
             self._call = lambda x, c, deep: model(
                 x, None, conditioning=c, deep_features=deep, return_features=return_features)
@@ -126,7 +126,7 @@ def test_both_kinds_of_passes_are_recorded_where_graphs_are(monkeypatch):
 
     settings = dict(num_steps=6, guidance=2.0, cache=EVERY_THIRD)
     expected = generate(model, [0, 1], [5, 6], **settings)
-    monkeypatch.setattr(conditioning, "is_small", lambda x, model: True)
+    monkeypatch.setattr(conditioning, "can_record", lambda x: True)
     monkeypatch.setattr("lamamba.inference.cuda_graph.RecordedNetwork", Recorder)
     np.testing.assert_array_equal(generate(model, [0, 1], [5, 6], **settings), expected)
     assert kinds == [(False, ("deep",)), (True, ())]

@@ -24,7 +24,7 @@ from lamamba.ops.layers import cpu, gpu, reference
 FEW_ROWS = {torch.float32: 8, torch.bfloat16: 2}
 MANY_WEIGHTS = 2**18
 
-INDUCTOR_FUSES = frozenset(("modulated_norm", "gated_norm", "gated_sum"))
+INDUCTOR_FUSES = frozenset(("modulated_norm", "gated_norm", "gated_sum", "gated_sum_norm"))
 """Layers whose formula torch.compile runs on GPUs: Inductor fuses them with their neighbours.
 
 It does not fuse the copies that cut the grid into windows, nor the convolution, which it leaves to a library.
@@ -63,10 +63,36 @@ def gated_norm(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 
 
 def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """Gated residual sum x + gate y: x and y (b, h, w, c), gate (b, c). Only its backward pass has a kernel."""
-    fits = y.dtype == gate.dtype and x.dtype in (y.dtype, torch.float32)        # the sum has x's type
-    if fits and _needs_gradients(x, y, gate) and _runs_on_gpu("gated_sum", [x], [y, gate]):
+    needs = _needs_gradients(x, y, gate)
+    if needs and _sum_has_type_of(x, y, gate) and _runs_on_gpu("gated_sum", [x], [y, gate]):
         return torch.ops.lamamba.gpu_gated_sum(x, y, gate)
     return reference.gated_sum(x, y, gate)
+
+
+def gated_sum_norm(
+    x: Tensor, y: Tensor, gate: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor, scale: Tensor,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Gated residual sum and its modulated norm: what lies between two branches of a block.
+
+        total = x + gate y,    LayerNorm(total) (1 + scale) + shift
+
+    One kernel on a CUDA device without gradients; elsewhere `gated_sum`, then `modulated_norm`.
+
+    Args:
+        x, y, gate: as in `gated_sum`.
+        weight, bias, shift, scale, eps: as in `modulated_norm`.
+    """
+    parameters = [y, gate, weight, bias, shift, scale]
+    needs = _needs_gradients(x, *parameters)
+    if not needs and _sum_has_type_of(x, y, gate) and _runs_on_gpu("gated_sum_norm", [x], parameters):
+        return torch.ops.lamamba.gpu_gated_sum_norm(x, y, gate, weight, bias, shift, scale, eps)
+    total = gated_sum(x, y, gate)
+    return total, modulated_norm(total, weight, bias, shift, scale, eps)
+
+
+def _sum_has_type_of(x: Tensor, y: Tensor, gate: Tensor) -> bool:
+    return y.dtype == gate.dtype and x.dtype in (y.dtype, torch.float32)
 
 
 def local_mixing(x: Tensor, weight: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ MOST_WINDOW_TOKENS = 64
 
 _MODULES = {
     "modulated_norm": "triton_norms", "gated_norm": "triton_norms", "gated_sum": "triton_norms",
-    "local_mixing": "triton_mixing", "window_attention": "triton_windows",
+    "gated_sum_norm": "triton_norms", "local_mixing": "triton_mixing", "window_attention": "triton_windows",
 }
 
 
@@ -51,6 +51,12 @@ SCHEMAS = {
     "window_attention": "Tensor qkv, Tensor bias, Tensor? mask, int num_heads, int[] window, int[] shift",
 }
 """Arguments of each layer."""
+INFERENCE_SCHEMAS = {
+    "gated_sum_norm": (
+        "Tensor x, Tensor y, Tensor gate, Tensor? weight, Tensor? bias, Tensor shift, Tensor scale, float eps",
+        "(Tensor, Tensor)"),
+}
+"""Arguments and results of layers that run without gradients alone."""
 _NUM_GRADIENTS = {"modulated_norm": 5, "gated_norm": 4, "gated_sum": 2, "local_mixing": 2, "window_attention": 2}
 """Of each backward operator, in the order of the arguments."""
 
@@ -103,5 +109,20 @@ def _register(name: str, arguments: str, num_gradients: int) -> None:
     torch.library.register_autograd(forward, differentiate, setup_context=save)
 
 
+def fake_inference(name: str, x: Tensor, *rest):
+    """The outputs without values of a layer that has no gradients."""
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _register_inference(name: str, arguments: str, outputs: str) -> None:
+    operator = f"lamamba::gpu_{name}"
+    torch.library.define(operator, f"({arguments}) -> {outputs}", tags=torch.Tag.pt2_compliant_tag)
+    for device_type in ("cpu", "cuda"):
+        torch.library.impl(operator, device_type, lambda *inputs: getattr(_kernels(name), name)(*inputs))
+    torch.library.register_fake(operator, partial(fake_inference, name))
+
+
 for _name, _arguments in SCHEMAS.items():
     _register(_name, _arguments, _NUM_GRADIENTS[_name])
+for _name, (_arguments, _outputs) in INFERENCE_SCHEMAS.items():
+    _register_inference(_name, _arguments, _outputs)

@@ -34,6 +34,11 @@ def gated_sum(x, y, gate) -> Tensor:
     return torch.addcmul(x, gate[:, None, None], y)
 
 
+def gated_sum_norm(x, y, gate, weight, bias, shift, scale, eps) -> tuple[Tensor, Tensor]:
+    total = gated_sum(x, y, gate)
+    return total, modulated_norm(total, weight, bias, shift, scale, eps)
+
+
 def local_mixing(x, weight) -> Tensor:
     mixed = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=1, groups=weight.shape[0])
     return F.silu(mixed.permute(0, 2, 3, 1))

@@ -3,6 +3,7 @@
     normal = (x - mean) / deviation                       over the channels of a token
     modulated_norm    y = normal (w (1 + scale)) + (bias (1 + scale) + shift)
     gated_norm        y = (normal w + bias) SiLU(z)
+    gated_sum_norm    x + gate y, and the modulated norm of that
 
 One program processes several tokens of one image in turn, so that it loads weight and bias once. Only the inputs are
 saved for the backward pass: mean and deviation are recomputed from the row, which is read anyway. The gradients of
@@ -74,6 +75,32 @@ def _norm(
             gate = tl.load(z + (first + token) * z_row + channels, mask=inside, other=0.0).to(tl.float32)
             result *= gate * tl.sigmoid(gate)
         tl.store(y + offset, round_to(result, y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _sum_norm(
+    x, y, gate, weight, bias, shift, scale, total, normed,
+    l, c, gate_row, shift_row, scale_row, shares, tokens_each, eps,
+    BLOCK: tl.constexpr,
+):
+    """total = x + gate y and normed, its modulated norm, of a share of an image's tokens."""
+    image, share = tl.program_id(0) // shares, tl.program_id(0) % shares
+    channels = tl.arange(0, BLOCK)
+    inside = channels < c
+    factor = _vector(gate + image.to(tl.int64) * gate_row, channels, c, 0.0)
+    more = 1 + _vector(scale + image.to(tl.int64) * scale_row, channels, c, 0.0)
+    w = _vector(weight, channels, c, 1.0) * more
+    add = _vector(bias, channels, c, 0.0) * more
+    add += _vector(shift + image.to(tl.int64) * shift_row, channels, c, 0.0)
+    first = image.to(tl.int64) * l
+    for token in range(share * tokens_each, tl.minimum((share + 1) * tokens_each, l)):
+        offset = (first + token) * c + channels
+        row = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
+        row += factor * tl.load(y + offset, mask=inside, other=0.0).to(tl.float32)
+        rounded = round_to(row, total.dtype.element_ty)
+        tl.store(total + offset, rounded, mask=inside)
+        normal, _ = _normalize(rounded.to(tl.float32), inside, c, eps)
+        tl.store(normed + offset, round_to(normal * w + add, normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -232,6 +259,20 @@ def modulated_norm_backward(grad_y, x, weight, bias, shift, scale, eps):
         BLOCK=SUM_BLOCK, num_warps=1,
     )
     return grad_x, _like(parts[1].sum(0), weight), _like(parts[0].sum(0), bias), grad_shift, grad_scale
+
+
+@on_tensor_device
+def gated_sum_norm(x, y, gate, weight, bias, shift, scale, eps):
+    """Compute x + gate y and its modulated norm, both in x's dtype."""
+    x, y, weight, bias = contiguous(x, y, weight, bias)
+    gate, shift, scale = unit_stride(gate), unit_stride(shift), unit_stride(scale)
+    (b, h, w, c), (block, warps), total, normed = x.shape, _block(x.shape[3]), torch.empty_like(x), torch.empty_like(x)
+    shares, each = _shares(x, warps, FORWARD_WARPS)
+    _sum_norm[(b * shares,)](
+        x, y, gate, weight, bias, shift, scale, total, normed,
+        h * w, c, _row(gate), _row(shift), _row(scale), shares, each, eps, BLOCK=block, num_warps=warps,
+    )
+    return total, normed
 
 
 def gated_norm(x, z, weight, bias, eps):

@@ -464,6 +464,8 @@ def _kernel_arguments(x, dt, B, C, W_dt, b_dt, A, paths):
 
 def _in_parts(W_dt: Tensor, dtype: torch.dtype) -> Tensor:
     """W_dt as a sum of matrices in dt's dtype: three 16-bit numbers represent a float32 one exactly."""
+    if W_dt.dim() == 4:                                                         # prepared
+        return W_dt
     parts, rest = [], W_dt
     for _ in range(1 if dtype in (W_dt.dtype, torch.float32) else 3):
         parts.append(rest.to(dtype))
@@ -535,6 +537,11 @@ def _sum_of_products(x: Tensor, grad_y: Tensor) -> Tensor:
     return sums.sum(0)
 
 
+def prepare(W_dt, A, D, paths, dtype):
+    """W_dt, A, D and paths as the kernels read them, for dt of this dtype: `forward` takes them, too."""
+    return _in_parts(W_dt, dtype), A.float().contiguous(), D.float().sum(0), paths.to(torch.int32).contiguous()
+
+
 @on_tensor_device
 def forward(x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None = None):
     """As in the reference. segments: of each path; by default as many as fill the device."""
@@ -549,7 +556,7 @@ def forward(x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None = None):
     _scan[(triton.cdiv(c, FORWARD_BLOCK) * b * g * segments,)](
         *inputs, state, parts, state, state, *sizes, **options, WRITES="y", ADJOINT=False,
     )
-    return _merge_directions(parts, x, D.float().sum(0))
+    return _merge_directions(parts, x, D if D.dim() == 1 else D.float().sum(0))
 
 
 @on_tensor_device
