@@ -106,7 +106,7 @@ def counted() -> Iterator[LaunchCounter]:
     def launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
         counter.launches[f"triton.{kernel.fn.__name__}"] += 1
 
-    properties = SimpleNamespace(multi_processor_count=PROCESSORS)
+    properties = SimpleNamespace(multi_processor_count=PROCESSORS, major=9, minor=0)
     with (
         mock.patch.object(triton.JITFunction, "run", launch),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from lamamba.config import UNetConfig
 from lamamba.models.attention import WindowAttention
 from lamamba.models.geometry import Geometry
 from lamamba.models.ss2d import SS2D
-from lamamba.ops.layers import few_rows_linear, gated_sum, gated_sum_norm, modulated_norm
+from lamamba.ops.layers import few_rows_linear, gated_sum, gated_sum_norm, linear_gelu, modulated_norm
 
 
 def initialise_linears(network: nn.Module) -> None:
@@ -57,7 +58,16 @@ class MLP(nn.Module):
         """Nothing: `forward` reads its weights as they are."""
 
     def forward(self, x: Tensor, geometry: Geometry, constants: None = None) -> Tensor:
-        return self.linear_out(F.gelu(self.linear_in(x)))
+        linear = self.linear_in
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain(linear):
+            return self.linear_out(F.gelu(linear(x)))
+        return self.linear_out(linear_gelu(x, linear.weight, linear.bias))
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a layer computes x weight^T + bias and nothing else: no adapter, other number format or hook."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
+    return type(linear) is nn.Linear and linear.bias is not None and not hooks
 
 
 class LaMambaBlock(nn.Module):

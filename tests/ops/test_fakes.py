@@ -46,6 +46,10 @@ def gated_sum_norm_inputs(b=2):
     return x, torch.randn_like(x), torch.randn(b, x.shape[-1]), *rest
 
 
+def linear_gelu_inputs(b=2):
+    return torch.randn(b, 3, 5, 16), torch.randn(24, 16), torch.randn(24)
+
+
 def layer_inputs(name, b, tokens, weights, change):
     """Arguments of a layer; tokens, and what is computed from them for each image, have the tokens' dtype."""
     torch.manual_seed(0)

@@ -58,7 +58,11 @@ def gated_sum_norm_inputs(b=2, h=3, w=5, c=16, affine=True):
     return x, torch.randn_like(x), torch.randn(b, 3 * c)[:, c : 2 * c], weight, bias, shift, scale, eps
 
 
-INFERENCE_CASES = {"gated_sum_norm": gated_sum_norm_inputs}
+def linear_gelu_inputs(b=2, h=3, w=5, c=16, width=64):
+    return torch.randn(b, h, w, c), torch.randn(width, c) * c**-0.5, torch.randn(width)
+
+
+INFERENCE_CASES = {"gated_sum_norm": gated_sum_norm_inputs, "linear_gelu": linear_gelu_inputs}
 """Layers that have no gradients."""
 
 
@@ -212,6 +216,25 @@ class TestWithoutGradients:
         gapped = [x.repeat_interleave(2, -1)[..., ::2] if isinstance(x, torch.Tensor) else x for x in inputs]
         for ours, again in zip(operator(*inputs), operator(*gapped), strict=True):
             assert torch.equal(ours, again)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("sizes", [(2, 9, 9, 96, 200), (1, 1, 1, 1, 1), (3, 1, 130, 64, 128), (1, 33, 33, 8, 7)])
+    def test_linear_gelu(self, sizes, dtype):
+        check_outputs("linear_gelu", linear_gelu_inputs(*sizes), dtype)
+
+    def test_gelu_is_in_the_product_where_it_is_worth_it(self, monkeypatch):
+        calls = []
+        run = gpu._kernels
+        monkeypatch.setattr(gpu, "_kernels", lambda name: (calls.append(name), run(name))[1])
+        x, weight, bias = (part.bfloat16() for part in linear_gelu_inputs())
+        wide = [part.bfloat16() for part in linear_gelu_inputs(1, 1, 1, gpu.MOST_GELU_DEPTH + 1)]
+        with use_backend("triton"):
+            for inputs in ((x.float(), weight.float(), bias.float()), (x, weight.requires_grad_(), bias), wide):
+                assert torch.equal(layers.linear_gelu(*inputs), reference.linear_gelu(*inputs))
+            assert not calls
+            with torch.no_grad():
+                layers.linear_gelu(x, weight, bias)
+        assert calls == ["linear_gelu"]
 
     def test_with_gradients_the_other_kernels_run(self, monkeypatch):
         calls = []

@@ -10,6 +10,7 @@ runs. The requested back end (lamamba.ops.dispatch) may be "cpu" or "triton"; an
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,7 +25,7 @@ from lamamba.ops.layers import cpu, gpu, reference
 FEW_ROWS = {torch.float32: 8, torch.bfloat16: 2}
 MANY_WEIGHTS = 2**18
 
-INDUCTOR_FUSES = frozenset(("modulated_norm", "gated_norm", "gated_sum", "gated_sum_norm"))
+INDUCTOR_FUSES = frozenset(("modulated_norm", "gated_norm", "gated_sum", "gated_sum_norm", "linear_gelu"))
 """Layers whose formula torch.compile runs on GPUs: Inductor fuses them with their neighbours.
 
 It does not fuse the copies that cut the grid into windows, nor the convolution, which it leaves to a library.
@@ -93,6 +94,18 @@ def gated_sum_norm(
 
 def _sum_has_type_of(x: Tensor, y: Tensor, gate: Tensor) -> bool:
     return y.dtype == gate.dtype and x.dtype in (y.dtype, torch.float32)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU (exact) of a Linear layer, GELU(x weight^T + bias): x (b, h, w, i), weight (o, i), bias (o,).
+
+    One kernel for 16-bit numbers on a CUDA device without gradients, where i is so small that it is worth it.
+    """
+    fits = x.dtype == weight.dtype == bias.dtype != torch.float32 and x.shape[-1] <= gpu.MOST_GELU_DEPTH
+    fits = fits and not _needs_gradients(x, weight, bias)
+    if fits and _runs_on_gpu("linear_gelu", [x], [weight, bias]) and gpu.has_tiles(x.device):
+        return torch.ops.lamamba.gpu_linear_gelu(x, weight, bias)
+    return reference.linear_gelu(x, weight, bias)
 
 
 def local_mixing(x: Tensor, weight: Tensor) -> Tensor:
@@ -194,6 +207,11 @@ for _name in ("modulated_norm", "gated_norm", "local_mixing", "window_attention"
     torch.library.define(f"lamamba::{_name}", f"({_arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"lamamba::{_name}", "cpu", getattr(cpu, _name))
     torch.library.register_fake(f"lamamba::{_name}", functools.partial(_fake, _name))
+
+
+@register_flop_formula(torch.ops.lamamba.gpu_linear_gelu)
+def _linear_gelu_flops(x_shape, weight_shape, *rest, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 @register_flop_formula(torch.ops.lamamba.few_rows_linear)

@@ -19,10 +19,13 @@ from lamamba.ops.layers import reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_WINDOW_TOKENS = 64
 """Tokens of the largest window whose scores fit into registers."""
+MOST_GELU_DEPTH = 512
+"""Channels up to which GELU inside its product is worth a slower product (docs/gpu-layers.md)."""
 
 _MODULES = {
     "modulated_norm": "triton_norms", "gated_norm": "triton_norms", "gated_sum": "triton_norms",
     "gated_sum_norm": "triton_norms", "local_mixing": "triton_mixing", "window_attention": "triton_windows",
+    "linear_gelu": "triton_products",
 }
 
 
@@ -36,6 +39,11 @@ def unsupported_reason(device_type: str) -> str | None:
     if device_type != "cuda" and not triton.knobs.runtime.interpret:
         return f"they need a CUDA device (x is on {device_type}), or TRITON_INTERPRET=1"
     return None
+
+
+def has_tiles(device: torch.device) -> bool:
+    """Whether the shared memory holds the tiles of the matrix products: since Ampere, and under the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).major >= 8
 
 
 @cache
@@ -55,6 +63,7 @@ INFERENCE_SCHEMAS = {
     "gated_sum_norm": (
         "Tensor x, Tensor y, Tensor gate, Tensor? weight, Tensor? bias, Tensor shift, Tensor scale, float eps",
         "(Tensor, Tensor)"),
+    "linear_gelu": ("Tensor x, Tensor weight, Tensor bias", "Tensor"),
 }
 """Arguments and results of layers that run without gradients alone."""
 _NUM_GRADIENTS = {"modulated_norm": 5, "gated_norm": 4, "gated_sum": 2, "local_mixing": 2, "window_attention": 2}
@@ -111,6 +120,8 @@ def _register(name: str, arguments: str, num_gradients: int) -> None:
 
 def fake_inference(name: str, x: Tensor, *rest):
     """The outputs without values of a layer that has no gradients."""
+    if name == "linear_gelu":
+        return x.new_empty((*x.shape[:-1], rest[0].shape[0]))
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 

@@ -39,6 +39,10 @@ def gated_sum_norm(x, y, gate, weight, bias, shift, scale, eps) -> tuple[Tensor,
     return total, modulated_norm(total, weight, bias, shift, scale, eps)
 
 
+def linear_gelu(x, weight, bias) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias))
+
+
 def local_mixing(x, weight) -> Tensor:
     mixed = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=1, groups=weight.shape[0])
     return F.silu(mixed.permute(0, 2, 3, 1))
