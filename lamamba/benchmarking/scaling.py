@@ -47,13 +47,18 @@ class Device:
     float32: float
     memory: float
     link: float
+    bandwidth: float
+    """Of its memory, bytes a second."""
+    multiprocessors: int
+    clock: float
+    """Cycles a second that a long computation can expect."""
 
 
 DEVICES = {
-    "a100": Device(312e12, 156e12, 19.5e12, 80e9, 300e9),
-    "h100": Device(989e12, 494e12, 67e12, 80e9, 450e9),
-    "h200": Device(989e12, 494e12, 67e12, 141e9, 450e9),
-    "b200": Device(2250e12, 1100e12, 75e12, 180e9, 900e9),
+    "a100": Device(312e12, 156e12, 19.5e12, 80e9, 300e9, 2.04e12, 108, 1.41e9),
+    "h100": Device(989e12, 494e12, 67e12, 80e9, 450e9, 3.35e12, 132, 1.755e9),
+    "h200": Device(989e12, 494e12, 67e12, 141e9, 450e9, 4.8e12, 132, 1.755e9),
+    "b200": Device(2250e12, 1100e12, 75e12, 180e9, 900e9, 8e12, 148, 1.85e9),
 }
 """NVIDIA's SXM modules."""
 

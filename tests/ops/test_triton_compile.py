@@ -1,4 +1,4 @@
-"""The machine code of the Triton kernels: they compile for sm_80 and sm_90 without a GPU, and nothing spills."""
+"""The machine code of the Triton kernels, compiled as they are launched: within the budgets of benchmarks/gpu_compile.py."""
 
 from __future__ import annotations
 
@@ -12,49 +12,60 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-pytestmark = pytest.mark.slow                                                   # minutes of compilation
+from tests.benchmarking.test_gpu_script import load
 
 ROOT = Path(__file__).parents[2]
 
+LOOPS = """
+.text.kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   MUFU.LG2 R2, R3 ;
+        /*0020*/                   MUFU.LG2 R2, R3 ;
+.L_x_0:
+        /*0030*/                   MUFU.EX2 R2, R3 ;
+        /*0040*/                   MUFU.EX2 R2, R3 ;
+        /*0050*/                   MUFU.EX2 R2, R3 ;
+        /*0060*/                   MUFU.EX2 R2, R3 ;
+        /*0070*/              @!P0 BRA `(.L_x_0) ;
+        /*0080*/               @P1 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0090*/                   BRA `(.L_x_2);
+"""
+"""Two elements an iteration; two of their states in an iteration of the inner loop."""
 
-def compile_all(script: str) -> list[dict]:
+
+@pytest.mark.parametrize(("n", "instructions", "special"), [
+    (2, (2 + 5 + 1) / 2, (2 + 4) / 2), (16, (2 + 8 * 5 + 1) / 2, (2 + 8 * 4) / 2),
+])
+def test_the_loop_over_the_states_counts_as_often_as_it_runs(n, instructions, special):
+    found = load("gpu_compile").count_instructions(LOOPS, n)
+    assert found == {"instructions": instructions, "special": special}
+
+
+def test_the_last_budget_that_fits_counts(monkeypatch):
+    compile_ = load("gpu_compile")
+    row = {"launch": "scan, cut", "kernel": "k", "case": "c", "dtype": "float32", "n": 4, "arch": 90, "spills": 3}
+    budget = compile_.Budget
+    for budgets, faults in (
+        ([budget("*", "*", None, "spills", 0)], 1),
+        ([budget("*", "*", None, "spills", 0), budget("scan", "float32", 4, "spills", 3)], 0),
+        ([budget("*", "*", None, "spills", 0), budget("scan", "float32", 1, "spills", 3)], 1),
+    ):
+        monkeypatch.setattr(compile_, "BUDGETS", budgets)
+        assert len(compile_.broken([row])) == faults
+
+
+@pytest.mark.slow                                                               # minutes of compilation
+def test_every_launch_fits_its_budgets(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / script, "--quick", "--json"], env=environment, capture_output=True,
-        text=True, cwd=ROOT,
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "gpu_compile.py", "--quick", "--json", tmp_path / "found.json"],
+        env=environment, capture_output=True, text=True, cwd=ROOT,
     )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
-
-
-def assert_nothing_spills(resources: list[dict]) -> None:
-    spilling = [row for row in resources if row["spill_loads"] or row["spill_stores"] or row["stack"]]
-    assert {row["arch"] for row in resources} == {"sm_80", "sm_90"}
-    assert not spilling, spilling
-
-
-@pytest.fixture(scope="module")
-def resources():
-    return compile_all("scan_triton_resources.py")
-
-
-def test_nothing_of_the_scan_spills(resources):
-    assert_nothing_spills(resources)
-
-
-def test_nothing_of_the_layers_spills_and_several_programs_share_a_multiprocessor():
-    layers = compile_all("layers_triton_resources.py")
-    assert_nothing_spills(layers)
-    assert max(row["shared"] for row in layers) <= 48 * 1024
-
-
-def test_little_shared_memory_is_needed(resources):
-    assert max(row["shared"] for row in resources) <= 48 * 1024
-
-
-def test_takes_no_more_special_functions_than_planned(resources):
-    """Two for softplus and one for each state, for each element; docs/gpu-scan.md."""
-    for row in resources:
-        if row["kernel"].startswith("scan y, bf16"):
-            assert row["loop_special"] <= 3 * row["loop_elements"], row
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].endswith("no over budget")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {row["arch"] for row in found["rows"]} == {80, 90}
+    assert {"scan", "scan_backward", "scan, cut", "window_attention_backward", "gated_norm"} <= {
+        row["launch"] for row in found["rows"]}

@@ -201,10 +201,10 @@ def _shares(x: Tensor, warps: int, warps_per_processor: int) -> tuple[int, int]:
     return triton.cdiv(l, each), each
 
 
-def _block(c: int) -> tuple[int, int]:
+def _block(c: int, channels_per_warp: int = CHANNELS_PER_WARP) -> tuple[int, int]:
     """BLOCK, the channels padded to a power of two, and the warps of a program."""
     block = max(triton.next_power_of_2(c), 32)
-    return block, min(max(block // CHANNELS_PER_WARP, 1), 8)
+    return block, min(max(block // channels_per_warp, 1), 8)
 
 
 def _row(x: Tensor | None) -> int:
@@ -295,7 +295,7 @@ def gated_sum_backward(grad, y, gate):
     """Compute the gradients of y and gate in x + gate y; that of x is grad itself."""
     grad, y = contiguous(grad, y)
     gate, grad_y = unit_stride(gate), torch.empty_like(y)
-    (b, h, w, c), (block, warps) = y.shape, _block(y.shape[3])
+    (b, h, w, c), (block, warps) = y.shape, _block(y.shape[3], CHANNELS_PER_WARP // 2)         # with all, it spills
     shares, each = _shares(y, warps, BACKWARD_WARPS)
     sums = y.new_empty((b, shares, c), dtype=torch.float32)
     _gated_sum_backward[(b * shares,)](
