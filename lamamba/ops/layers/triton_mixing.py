@@ -27,6 +27,8 @@ COLUMNS, BLOCK, WARPS = 8, 64, 4
 PROGRAMS_PER_PROCESSOR = 8
 FEWEST_ROWS = 8
 """Rows of the smallest program: each reads a further row above and below."""
+SIZES = ("h", "w", "strips", "rows_each")
+"""Arguments that no address's alignment depends on: one compilation serves all their values."""
 
 
 @triton.jit
@@ -68,7 +70,7 @@ def _program_indices(h, w, c, strips, rows_each, COLUMNS: tl.constexpr, BLOCK: t
     return image.to(tl.int64), columns, channels, strip * rows_each, tl.minimum((strip + 1) * rows_each, h)
 
 
-@triton.jit(do_not_specialize=("rows_each",))
+@triton.jit(do_not_specialize=SIZES)
 def _convolve(
     x, weight, y,
     h, w, c, x_b, x_h, x_w, strips, rows_each,
@@ -95,7 +97,7 @@ def _convolve(
         b0, b1, b2 = c0, c1, c2
 
 
-@triton.jit(do_not_specialize=("rows_each",))
+@triton.jit(do_not_specialize=SIZES)
 def _convolve_backward(
     x, weight, grad_y, grad_s, sums,
     h, w, c, x_b, x_h, x_w, strips, rows_each,
