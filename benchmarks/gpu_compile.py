@@ -75,10 +75,14 @@ BUDGETS = (                                                                     
     Budget("*", "*", None, "shared", 48 * 1024),
     Budget("*", "*", None, "registers", 255),
     Budget("*", "*", None, "recompiled", 0),
-    Budget("local_mixing_backward", "float32", None, "spills", 2),              # with channels that 16 does not divide
+    Budget("scan", "bfloat16", 3, "spills", 4),                                 # with 100 channels, as these:
+    Budget("scan", "bfloat16", 3, "stack", 8),
+    Budget("local_mixing_backward", "float32", None, "spills", 2),
     Budget("local_mixing_backward", "float32", None, "stack", 8),
-    Budget("window_attention_backward", "float32", None, "spills", 13),         # with heads of 25 channels
-    Budget("window_attention_backward", "float32", None, "stack", 32),
+    Budget("window_attention", "float32", None, "spills", 2),
+    Budget("window_attention", "float32", None, "stack", 8),
+    Budget("window_attention_backward", "float32", None, "spills", 19),
+    Budget("window_attention_backward", "float32", None, "stack", 40),
     Budget("scan", "bfloat16", 1, "instructions", 68),
     Budget("scan", "bfloat16", 16, "instructions", 260),
     Budget("scan_backward", "bfloat16", 1, "instructions", 140),
