@@ -1,4 +1,4 @@
-"""The machine code of the Triton kernels, compiled as they are launched: within the budgets of benchmarks/gpu_compile.py."""
+"""The machine code of the Triton kernels, compiled as launched: within the budgets of benchmarks/gpu_compile.py."""
 
 from __future__ import annotations
 
