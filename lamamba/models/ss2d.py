@@ -89,7 +89,7 @@ class SS2D(nn.Module):
         projected = F.linear(x, self.W_x.flatten(0, 1)).unflatten(-1, (NUM_PATHS, -1))
         dt, B, C = projected.split([self.dt_rank, self.state_size, self.state_size], dim=-1)
         # autocast may have changed the dtype
-        if constants is not None and constants.W_dt.dtype == x.dtype and takes_constants(x, self.state_size):
+        if constants is not None and constants.dtype == x.dtype and takes_constants(x, self.state_size):
             y = prepared_scan(x, dt, B, C, self.b_dt, constants)
         else:
             y = selective_scan(x, dt, B, C, self.W_dt, self.b_dt, self._rates(), self.D, geometry.paths)

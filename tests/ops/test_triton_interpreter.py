@@ -20,8 +20,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_everything_under_the_interpreter")
 
 if INTERPRETED:
+    from lamamba.ops import use_backend
     from lamamba.ops.scan_paths import scan_paths
-    from lamamba.ops.selective_scan import reference, selective_scan, triton_kernels
+    from lamamba.ops.selective_scan import (
+        prepared_scan,
+        reference,
+        scan_constants,
+        selective_scan,
+        takes_constants,
+        triton_kernels,
+    )
 
 GRADIENTS = ("x", "dt", "B", "C", "W_dt", "b_dt", "A", "D")
 
@@ -29,14 +37,13 @@ GRADIENTS = ("x", "dt", "B", "C", "W_dt", "b_dt", "A", "D")
 FEW = {
     "test_triton_interpreter.py": (
         "test_float32_matches_float64[1-1-1-1-1-1-continuous]", "test_is_the_named_back_end_of_the_op",
-        "test_unsupported_inputs_have_a_reason",
+        "test_unsupported_inputs_have_a_reason", "test_prepared_inputs_give_the_same_bits[dtype1-weights1]",
     ),
     "test_layers_interpreter.py": (
         "TestAgainstFloat64::test_modulated_norm[1-1-1-1-True]", "TestAgainstFloat64::test_gated_norm_and_sum[1-1-1-1]",
         "TestAgainstFloat64::test_local_mixing[1-1-9-7]", "TestAgainstFloat64::test_padding_that_no_mask_hides",
         "TestWithoutGradients::test_gated_sum_norm[1-1-1-1-True]",
-        "TestWithoutGradients::test_linear_gelu[sizes1-dtype0]", "TestConstants::test_gives_the_same_bits[dtype1-2]",
-        "test_only_the_named_back_end_runs_on_cpus",
+        "TestWithoutGradients::test_linear_gelu[sizes1-dtype0]", "test_only_the_named_back_end_runs_on_cpus",
     ),
     "test_fakes.py": (
         *(f"test_triton_layers[{name}-2-dense-mixed]" for name in (
@@ -136,6 +143,20 @@ def check_against_float64(inputs, grad_y, **kwargs):
 )
 def test_float32_matches_float64(b, height, width, c, n, r, scan):
     check_against_float64(*make_inputs(b, height, width, c, n, r, scan=scan))
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("dtype", "weights"), [
+    (torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_prepared_inputs_give_the_same_bits(dtype, weights):
+    (x, dt, B, C, W_dt, b_dt, A, D, paths), _ = make_inputs(1, 2, 3, 5, 2, 3, dtype, weights)
+    with use_backend("triton"):
+        assert not takes_constants(x, 2)
+        with torch.no_grad():
+            assert takes_constants(x, 2)
+            prepared = prepared_scan(x, dt, B, C, b_dt, scan_constants(W_dt, A, D, paths, dtype))
+            assert torch.equal(prepared, selective_scan(x, dt, B, C, W_dt, b_dt, A, D, paths))
 
 
 @interpreted

@@ -84,6 +84,8 @@ class ScanConstants(NamedTuple):
     """(c,) float32, the sum over the directions."""
     paths: Tensor
     """(g, l) int32."""
+    dtype: torch.dtype
+    """Of the tokens."""
 
 
 def takes_constants(x: Tensor, state_size: int) -> bool:
@@ -94,12 +96,13 @@ def takes_constants(x: Tensor, state_size: int) -> bool:
 
 def scan_constants(W_dt: Tensor, A: Tensor, D: Tensor, paths: Tensor, dtype: torch.dtype) -> ScanConstants:
     """Prepare what `prepared_scan` reads, for tokens of this dtype; other arguments as in `selective_scan`."""
-    return ScanConstants(*OP.get("triton").load().prepare(W_dt, A, D, paths, dtype))
+    W_dt, A, D, paths = OP.get("triton").load().prepare(W_dt, A, D, paths, dtype)
+    return ScanConstants(W_dt, A, D, paths, dtype)
 
 
 def prepared_scan(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, b_dt: Tensor, constants: ScanConstants) -> Tensor:
     """As `selective_scan`, where `takes_constants`."""
-    W_dt, A, D, paths = constants
+    W_dt, A, D, paths, _ = constants
     return _selective_scan(x, dt, B, C, W_dt, b_dt, A, D, paths, "triton")
 
 
