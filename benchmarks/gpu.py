@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 MODULES = (
     "torch", "triton", "numpy", "scipy", "matplotlib", "PIL", "tqdm", "safetensors", "huggingface_hub", "pytest",
     "typing_extensions", "typing_inspection", "annotated_types", "pydantic_core", "pydantic", "docstring_parser",
-    "typeguard", "tyro", "diffusers",
+    "tyro", "diffusers",
 )
 """What the steps import, besides what these import."""
 GPU_TESTS = (

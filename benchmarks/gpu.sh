@@ -10,7 +10,7 @@
 # numpy, scipy, matplotlib, pillow, tqdm, safetensors, huggingface_hub and pytest, and these, of which wheels can be
 # carried (pip download --no-deps --only-binary=:all: NAMES; pip install --no-index --no-deps *.whl):
 #
-#     diffusers tyro docstring-parser typeguard pydantic pydantic-core annotated-types typing-inspection typing-extensions
+#     diffusers tyro docstring-parser pydantic pydantic-core annotated-types typing-inspection typing-extensions
 #
 # With pytest-xdist the tests run in parallel. What is missing is said in one line, with status 2. Without a GPU it prints
 # that and exits with status 0. A step that fails or runs out of time does not stop the others, and what it has measured

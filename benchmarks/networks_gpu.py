@@ -267,8 +267,8 @@ def main() -> int:
         raise SystemExit("no CUDA device here: nothing to time")
     waves, rows = (FORWARD, TRAIN), []
     if options.dry_run:
-        waves = (tuple(Job(name, TINY_SIZE, 1, tiny=True) for name in (OURS, PEER)),
-                 (Job(OURS, TINY_SIZE, 1, "train", False, tiny=True),))
+        waves = ((*(Job(name, TINY_SIZE, 1, tiny=True) for name in (OURS, PEER)),
+                  Job(OURS, TINY_SIZE, 1, "train", False, tiny=True)),)
     print(f"{device_name()}, torch {torch.__version__}")
     for jobs in waves:
         for row in run_jobs(jobs, options.seconds, options.wait):

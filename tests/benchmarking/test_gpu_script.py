@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -132,7 +131,6 @@ def test_the_rooflines_products_are_those_of_the_operation_counts():
 
 
 @pytest.mark.slow                                                               # every script once, most interpreted
-@pytest.mark.skipif("LAMAMBA_DRY_RUN" not in os.environ, reason="takes minutes: set LAMAMBA_DRY_RUN=1")
 @pytest.mark.skipif(sys.platform == "win32" or torch.cuda.is_available(), reason="for machines without a GPU")
 def test_a_dry_run_takes_every_step(tmp_path):
     pytest.importorskip("triton", reason="triton is not installed")
