@@ -39,7 +39,7 @@ LOOPS = """
     (2, (2 + 5 + 1) / 2, (2 + 4) / 2), (16, (2 + 8 * 5 + 1) / 2, (2 + 8 * 4) / 2),
 ])
 def test_the_loop_over_the_states_counts_as_often_as_it_runs(n, instructions, special):
-    found = load("gpu_compile").count_instructions(LOOPS, n)
+    found = load("gpu_compile").count_instructions(LOOPS, n, elements=2)
     assert found == {"instructions": instructions, "special": special}
 
 

@@ -139,6 +139,8 @@ def check_against_float64(inputs, grad_y, **kwargs):
         (1, 5, 4, 33, 4, 17, "continuous"),
         (1, 3, 3, 6, 8, 2, "continuous"),
         (1, 2, 5, 5, 16, 4, "cross"),
+        (1, 2, 4, 64, 1, 15, "continuous"),                                     # whole tiles, without masks
+        (2, 4, 2, 32, 2, 16, "continuous"),
     ],
 )
 def test_float32_matches_float64(b, height, width, c, n, r, scan):
@@ -164,6 +166,24 @@ def test_prepared_inputs_give_the_same_bits(dtype, weights):
 @pytest.mark.parametrize(("dtype", "n"), [(torch.bfloat16, 1), (torch.bfloat16, 3), (torch.float16, 1)])
 def test_16_bits_match_float64(dtype, n):
     check_against_float64(*make_inputs(1, 3, 5, 20, n, 20, dtype=dtype))
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("weights", "r"), [(torch.bfloat16, 40), (torch.float32, 5), (torch.float32, 20)])
+def test_whole_tiles_of_16_bits_match_float64(weights, r):
+    """Of weights in one and in three parts, that stay in registers or are too many."""
+    check_against_float64(*make_inputs(1, 2, 8, 64, 1, r, dtype=torch.bfloat16, weights=weights))
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("l", [11, 16])
+def test_paths_are_any_permutations_of_views_of_one_projection(l):
+    (x, dt, B, C, *parameters, _), grad_y = make_inputs(2, 1, l, 20, 2, 3)
+    dt, B, C = torch.cat([dt, B, C], -1).split([3, 2, 2], -1)
+    paths = torch.stack([torch.randperm(l, generator=torch.Generator().manual_seed(k)) for k in range(4)])
+    check_against_float64([x, dt, B, C, *parameters, paths], grad_y)
 
 
 @interpreted

@@ -77,13 +77,13 @@ class ScanConstants(NamedTuple):
     """Inputs that depend on weights and paths alone, as Triton's kernels read them."""
 
     W_dt: Tensor
-    """(parts, g, c, r) in dt's dtype, summands of W_dt."""
+    """(g, c, r)."""
     A: Tensor
-    """(g, c, n) float32."""
+    """(g, c, n) float32, channels innermost in memory."""
     D: Tensor
-    """(c,) float32, the sum over the directions."""
+    """(g, c)."""
     paths: Tensor
-    """(g, l) int32."""
+    """(g, l)."""
     dtype: torch.dtype
     """Of the tokens."""
 
