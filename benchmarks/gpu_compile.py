@@ -289,7 +289,7 @@ def resources(compiled: Any, n: int | None, elements: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def compiling(arch: int, found: Callable[[Any, Any, float, int], None]) -> Iterator[None]:
-    """Where launches compile for an architecture and do not run but call found(function, compiled, seconds, elements)."""
+    """Where launches compile for an architecture and do not run but call found(kernel, compiled, seconds, elements)."""
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:

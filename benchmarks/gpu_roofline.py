@@ -84,9 +84,11 @@ def scan_counts(rows: list[dict[str, Any]] | None) -> dict[int, tuple[float, flo
     if rows is None:
         rows = []
         for case in stages:
-            def add(function: Any, compiled: Any, seconds: float, case: gpu_compile.Case = case) -> None:
+            def add(
+                kernel: Any, compiled: Any, seconds: float, elements: int, case: gpu_compile.Case = case
+            ) -> None:
                 rows.append({"launch": "scan", "arch": 90, "case": str(case),
-                             **gpu_compile.resources(compiled, case.n)})
+                             **gpu_compile.resources(compiled, case.n, elements)})
 
             with gpu_compile.compiling(90, add):
                 next(gpu_compile.launches(case, 64, 1))[1]()

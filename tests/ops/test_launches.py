@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter launches nothing")
 
-MOST = 20
+MOST = 18
 """Of a block while sampling, without GELU where it is not in the product before it."""
 
 
