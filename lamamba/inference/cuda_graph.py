@@ -19,7 +19,6 @@ from lamamba.models.unet import Constants, LaMambaUNet
 logger = logging.getLogger("lamamba.inference")
 
 
-
 def can_record(x: Tensor) -> bool:
     """Whether a forward pass of x can be recorded: without gradients, on a CUDA device."""
     return x.device.type == "cuda" and not torch.is_grad_enabled()

@@ -12,7 +12,6 @@ from lamamba.models.geometry import Geometry
 from lamamba.ops import selective_scan
 from lamamba.ops.layers import gated_norm, local_mixing
 from lamamba.ops.scan_paths import NUM_PATHS
-from lamamba.ops.selective_scan import ScanConstants, prepared_scan, scan_constants, takes_constants
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
@@ -72,25 +71,20 @@ class SS2D(nn.Module):
         self.A_log.copy_(rates.log().expand_as(self.A_log))
         self.D.fill_(1.0)
 
-    def constants(self, x: Tensor, geometry: Geometry) -> ScanConstants | None:
-        """What `forward` computes from weights and grid alone, for tokens like x; None where it is not read."""
-        if not takes_constants(x, self.state_size):
-            return None
-        return scan_constants(self.W_dt, self._rates(), self.D, geometry.paths, x.dtype)
+    def constants(self, x: Tensor, geometry: Geometry) -> Tensor:
+        """The rates A that `forward` computes from weights alone, (g, c, n), channels innermost as Triton reads them."""
+        return self._rates().mT.contiguous().mT
 
     def _rates(self) -> Tensor:
         return -torch.exp(self.A_log.float())
 
-    def forward(self, x: Tensor, geometry: Geometry, constants: ScanConstants | None = None) -> Tensor:
+    def forward(self, x: Tensor, geometry: Geometry, constants: Tensor | None = None) -> Tensor:
         _, h, w, _ = x.shape
         x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (b, h, w, c) each
         x = self.conv(x).flatten(1, 2)
         # a token-wise projection commutes with the permutation: one product in grid order for all four directions
         projected = F.linear(x, self.W_x.flatten(0, 1)).unflatten(-1, (NUM_PATHS, -1))
         dt, B, C = projected.split([self.dt_rank, self.state_size, self.state_size], dim=-1)
-        # autocast may have changed the dtype
-        if constants is not None and constants.dtype == x.dtype and takes_constants(x, self.state_size):
-            y = prepared_scan(x, dt, B, C, self.b_dt, constants)
-        else:
-            y = selective_scan(x, dt, B, C, self.W_dt, self.b_dt, self._rates(), self.D, geometry.paths)
-        return self.out_proj(self.out_norm(y.unflatten(1, (h, w)), z))
+        A = self._rates() if constants is None else constants
+        y = selective_scan(x, dt, B, C, self.W_dt, self.b_dt, A, self.D, geometry.paths).unflatten(1, (h, w))
+        return self.out_proj(self.out_norm(y, z))

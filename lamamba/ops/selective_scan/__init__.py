@@ -15,8 +15,6 @@ Notation of this package:
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -71,39 +69,6 @@ def selective_scan(
                 "request 'torch' or none")
         return parallel_scan.forward(x, dt, B, C, W_dt, b_dt, A, D, paths)
     return _selective_scan(x, dt, B, C, W_dt, b_dt, A, D, paths, chosen)
-
-
-class ScanConstants(NamedTuple):
-    """Inputs that depend on weights and paths alone, as Triton's kernels read them."""
-
-    W_dt: Tensor
-    """(g, c, r)."""
-    A: Tensor
-    """(g, c, n) float32, channels innermost in memory."""
-    D: Tensor
-    """(g, c)."""
-    paths: Tensor
-    """(g, l)."""
-    dtype: torch.dtype
-    """Of the tokens."""
-
-
-def takes_constants(x: Tensor, state_size: int) -> bool:
-    """Whether `prepared_scan` runs for tokens like x: by Triton, without gradients."""
-    follows = torch.is_grad_enabled() or torch.compiler.is_compiling() or needs_formula()
-    return not follows and OP.choose(x, state_size) == "triton"
-
-
-def scan_constants(W_dt: Tensor, A: Tensor, D: Tensor, paths: Tensor, dtype: torch.dtype) -> ScanConstants:
-    """Prepare what `prepared_scan` reads, for tokens of this dtype; other arguments as in `selective_scan`."""
-    W_dt, A, D, paths = OP.get("triton").load().prepare(W_dt, A, D, paths, dtype)
-    return ScanConstants(W_dt, A, D, paths, dtype)
-
-
-def prepared_scan(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, b_dt: Tensor, constants: ScanConstants) -> Tensor:
-    """As `selective_scan`, where `takes_constants`."""
-    W_dt, A, D, paths, _ = constants
-    return _selective_scan(x, dt, B, C, W_dt, b_dt, A, D, paths, "triton")
 
 
 def _check_shapes(x, dt, B, C, W_dt, b_dt, A, D, paths) -> None:
@@ -179,7 +144,7 @@ def scan_operations(x_shape, A_shape) -> int:
 
 @register_flop_formula(torch.ops.lamamba.selective_scan)
 def _flops(x_shape, dt, B, C, W_dt_shape, b_dt, A_shape, *rest, out_shape=None, **kwargs) -> int:
-    return 2 * projection_multiply_adds(x_shape, W_dt_shape[-3:]) + scan_operations(x_shape, A_shape)
+    return 2 * projection_multiply_adds(x_shape, W_dt_shape) + scan_operations(x_shape, A_shape)
 
 
 @register_flop_formula(torch.ops.lamamba.selective_scan_backward)

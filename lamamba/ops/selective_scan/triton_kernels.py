@@ -787,11 +787,6 @@ def _sum_of_products(x: Tensor, grad_y: Tensor) -> Tensor:
     return sums.sum(0)
 
 
-def prepare(W_dt, A, D, paths, dtype):
-    """W_dt, A, D and paths as `forward` need not copy them, for dt of this dtype."""
-    return W_dt.contiguous(), A.float().mT.contiguous().mT, D, paths.contiguous()
-
-
 @on_tensor_device
 def forward(x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None = None):
     """As in the reference. segments: of each path; by default as many as fill the device."""
