@@ -72,7 +72,7 @@ class SS2D(nn.Module):
         self.D.fill_(1.0)
 
     def constants(self, x: Tensor, geometry: Geometry) -> Tensor:
-        """The rates A that `forward` computes from weights alone, (g, c, n), channels innermost as Triton reads them."""
+        """The rates A that `forward` computes from weights alone, (g, c, n), channels innermost as Triton has them."""
         return self._rates().mT.contiguous().mT
 
     def _rates(self) -> Tensor:
