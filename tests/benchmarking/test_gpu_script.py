@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ENVIRONMENT = os.environ | {"PYTHON": sys.executable}                              # the Python that the script runs
 
 
 def load(name):
@@ -27,7 +29,7 @@ def load(name):
 
 @pytest.mark.skipif(sys.platform == "win32" or torch.cuda.is_available(), reason="for machines without a GPU")
 def test_no_gpu_is_said_in_one_line(tmp_path):
-    done = subprocess.run([BENCHMARKS / "gpu.sh", tmp_path / "r.json"], capture_output=True, text=True)
+    done = subprocess.run([BENCHMARKS / "gpu.sh", tmp_path / "r.json"], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "no GPU that torch can use here: nothing was measured\n"
     assert not list(tmp_path.iterdir())
@@ -134,7 +136,8 @@ def test_the_rooflines_products_are_those_of_the_operation_counts():
 @pytest.mark.skipif(sys.platform == "win32" or torch.cuda.is_available(), reason="for machines without a GPU")
 def test_a_dry_run_takes_every_step(tmp_path):
     pytest.importorskip("triton", reason="triton is not installed")
-    done = subprocess.run([BENCHMARKS / "gpu.sh", "--dry-run", tmp_path / "r.json"], capture_output=True, text=True)
+    done = subprocess.run([BENCHMARKS / "gpu.sh", "--dry-run", tmp_path / "r.json"], capture_output=True, text=True,
+                          env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     found = json.loads((tmp_path / "r.json").read_text())
     assert list(found["steps"]) == ["compile", "tests", "scan", "networks", "layers"]
