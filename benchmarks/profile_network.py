@@ -71,10 +71,9 @@ def profiled(case: Case, passes: int) -> tuple[float, dict[str, float]]:
 
 def products_per_second(dtype: torch.dtype, side: int = 2048) -> float:
     """Multiply-adds per second of one large packed product."""
-    x, linear = torch.randn(side, side).to(dtype), torch.nn.Linear(side, side, bias=False).to(dtype)
-    network = torch.nn.Sequential(linear)
-    if dtype == torch.bfloat16:
-        pack_weights(network, side)
+    x = torch.randn(side, side, dtype=dtype)
+    network = torch.nn.Sequential(torch.nn.Linear(side, side, bias=False, dtype=dtype))
+    pack_weights(network, side)
     with torch.no_grad():
         network(x)
         times = []
@@ -101,9 +100,9 @@ def main() -> None:
     for name in options.models:
         case = Case(name, options.image_size, options.batch, options.dtype, "cpu", "forward")
         ms, kinds = profiled(case, options.passes)
-        total, floor = sum(kinds.values()), 1000 * case.multiply_adds * options.batch / speed
+        total, floor = sum(kinds.values()), 1000 * case.multiply_adds / speed
         print(f"\n{name}, {options.image_size} px, batch {options.batch}: {ms:.0f} ms a pass; its "
-              f"{case.multiply_adds * options.batch / 1e9:.0f} G multiply-adds alone would take {floor:.0f} ms")
+              f"{case.multiply_adds / 1e9:.0f} G multiply-adds alone would take {floor:.0f} ms")
         for kind, share in sorted(kinds.items(), key=lambda item: -item[1]):
             print(f"  {kind:<28} {share:8.1f} ms {share / total:6.1%}")
         found["networks"][name] = {"ms": ms, "floor_ms": floor, "kinds_ms": kinds}

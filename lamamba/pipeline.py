@@ -42,8 +42,9 @@ from lamamba.diffusion.denoise import (
 )
 from lamamba.diffusion.guidance import Guidance, GuidedChannels, check_guidance
 from lamamba.models.unet import LaMambaUNet
+from lamamba.pretrained import is_shipped
 from lamamba.runs.metadata import default_guidance
-from lamamba.runs.model import EMA, PIPELINE_INDEX, Model, is_shipped, open_model
+from lamamba.runs.model import EMA, PIPELINE_INDEX, Model, open_model
 from lamamba.sampling.generate import GuidedModel, resized
 
 logger = logging.getLogger("lamamba.pipeline")

@@ -12,9 +12,8 @@ from lamamba.config import PRESETS, UNetConfig, unknown_name
 from lamamba.models.weights import read_config
 from lamamba.options.base import verb
 from lamamba.options.info import InfoOptions
-from lamamba.pretrained import SHIPPED_MODELS, shipped_model
+from lamamba.pretrained import SHIPPED_MODELS, is_shipped, shipped_model
 from lamamba.runs.folder import RunFolder
-from lamamba.runs.model import is_shipped
 from lamamba.utils.text import counted
 
 

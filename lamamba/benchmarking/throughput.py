@@ -109,18 +109,19 @@ class Case:
 
     @property
     def packs_weights(self) -> bool:
-        """Whether bfloat16 weights are stored in oneDNN's order once, instead of at every product."""
-        return (
-            self.packed and self.device == "cpu" and self.dtype == "bfloat16" and self.mode == "forward"
-            and not self.compile and can_pack()
-        )
+        """Whether weights of Linear layers are stored in oneDNN's order once, GELU within their products."""
+        return self._packs and can_pack(getattr(torch, self.dtype))
 
     @property
     def packs_convolutions(self) -> bool:
-        """Whether weights of convolutions are stored in oneDNN's order once, in any precision."""
+        """Whether weights of convolutions are stored in oneDNN's order once."""
+        return self._packs and can_pack_convolutions(getattr(torch, self.dtype))
+
+    @property
+    def _packs(self) -> bool:
         return (
             self.packed and self.device == "cpu" and self.dtype != "float16" and self.mode == "forward"
-            and not self.compile and can_pack_convolutions(getattr(torch, self.dtype))
+            and not self.compile
         )
 
     def memory_estimate(self) -> int:

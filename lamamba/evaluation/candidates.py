@@ -17,9 +17,9 @@ from lamamba.evaluation.images import ArrayImages, DigitImages, FolderImages, Ge
 from lamamba.evaluation.reference import is_statistics, load_statistics
 from lamamba.inference.quantizing import check_quantization
 from lamamba.options.evaluation import EvaluateOptions
-from lamamba.pretrained import shipped_model
+from lamamba.pretrained import is_shipped, shipped_model
 from lamamba.runs.folder import CheckpointState, RunFolder
-from lamamba.runs.model import EMA, PIPELINE_INDEX, Model, is_shipped, list_averages, open_model
+from lamamba.runs.model import EMA, PIPELINE_INDEX, Model, list_averages, open_model
 from lamamba.sampling.generate import ImageGenerator
 from lamamba.sampling.labels import label_of
 from lamamba.sampling.plan import NPZ, SHARDS, UNFINISHED, find_plan

@@ -52,6 +52,7 @@ class MLP(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.linear_in = nn.Linear(width, hidden)
+        self.gelu = nn.GELU()
         self.linear_out = nn.Linear(hidden, width)
 
     def constants(self, x: Tensor, geometry: Geometry) -> None:
@@ -60,7 +61,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, geometry: Geometry, constants: None = None) -> Tensor:
         linear = self.linear_in
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain(linear):
-            return self.linear_out(F.gelu(linear(x)))
+            return self.linear_out(self.gelu(linear(x)))
         return self.linear_out(linear_gelu(x, linear.weight, linear.bias))
 
 

@@ -32,6 +32,7 @@ from lamamba.models.resample import PatchExpanding, PatchMerging
 from lamamba.models.weights import check_weights, is_quantized, read_config, saved_folder
 from lamamba.ops.dispatch import is_transformed
 from lamamba.ops.layers import backend_for
+from lamamba.pretrained import is_shipped, shipped_model
 from lamamba.utils.tensors import PICKLE_ADVICE, weight_files
 
 MAX_TIMESTEP = 1000
@@ -626,11 +627,15 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any):
         """Load a saved network from a folder or a hub id, as diffusers does, but strictly.
 
+        "shipped" and "shipped-few-steps" are the networks that come with the package.
+
         Raises:
             ValueError: naming every missing, unexpected and reshaped tensor; when the weights are only a pickle.
             OSError: when there is no such model.
         """
         name = pretrained_model_name_or_path
+        if is_shipped(name):
+            name = shipped_model(str(name))
         place = Path(name, kwargs.get("subfolder") or "")
         if any((place / name).exists() for name in ("checkpoints", "state.json", "model_index.json")):
             raise OSError(

@@ -9,6 +9,11 @@ SHIPPED_MODELS = {"shipped": "digits", "shipped-few-steps": "digits_few_steps"}
 """Folder of each model in the package: a flow, and its flow map for one to four steps."""
 
 
+def is_shipped(path: str | Path) -> bool:
+    """Whether a path is the name of a model in the package, and no folder is called so."""
+    return str(path) in SHIPPED_MODELS and not Path(path).exists()
+
+
 def shipped_model(name: str = "shipped") -> Path:
     """The folder of a model that comes with the package: bfloat16 safetensors, config.json, sampling.json.
 

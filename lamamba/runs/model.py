@@ -17,13 +17,13 @@ from lamamba.data.autoencoder import Autoencoder, pixels_per_latent
 from lamamba.data.codec import CodecConfig, LatentDecoder
 from lamamba.data.labels import as_names, short_names
 from lamamba.inference.compiling import compile_network
-from lamamba.inference.packing import pack_weights
+from lamamba.inference.packing import PACKED_DTYPES, pack_weights
 from lamamba.inference.quantizing import Quantization, quantize
 from lamamba.models.adapters import check_peft
 from lamamba.models.unet import LaMambaUNet
 from lamamba.models.weights import check_weights, read_config
 from lamamba.options.base import from_dict
-from lamamba.pretrained import SHIPPED_MODELS, shipped_model
+from lamamba.pretrained import is_shipped, shipped_model
 from lamamba.runs.folder import MANIFEST, CheckpointState, RunFolder, check_manifest
 from lamamba.runs.lora import Lora, LoraBase, add_lora, is_lora
 from lamamba.runs.metadata import ModelMetadata, assumed_metadata
@@ -121,11 +121,6 @@ def _log_assumption(path: str | Path | None, saved: ModelMetadata | None, metada
         of_latents = f"latents of {metadata.autoencoder or 'Stable Diffusion'}, scale {metadata.scale:g}"
         what = of_latents if metadata.codec == "latents" else "pixels"
         logger.info("%s has no %s: taken for a model of %s, without names of classes", path, METADATA, what)
-
-
-def is_shipped(path: str | Path) -> bool:
-    """Whether a path is the name of a model in the package, and no folder is called so."""
-    return str(path) in SHIPPED_MODELS and not Path(path).exists()
 
 
 def model_folder(path: str | Path | None) -> Path:
@@ -326,7 +321,7 @@ class Model:
         move(self.network, device, dtype)
         if quantized:
             quantize(self.network, quantized, compiled=compiled)
-        if dtype == torch.bfloat16 and device.type == "cpu" and not compiled:
+        if dtype in PACKED_DTYPES and device.type == "cpu" and not compiled:
             grid = self.network.architecture.token_grid
             pack_weights(self.network, grid[0] * grid[1] * images)
         if compiled:

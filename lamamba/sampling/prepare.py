@@ -17,6 +17,7 @@ from lamamba.inference.quantizing import check_quantization, quantize
 from lamamba.models.deep_cache import LaMambaCacheConfig
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.sampling import SamplerOptions
+from lamamba.pretrained import is_shipped
 from lamamba.runs.metadata import default_guidance
 from lamamba.runs.model import (
     FEW_STEPS,
@@ -24,7 +25,6 @@ from lamamba.runs.model import (
     Model,
     base_of_lora,
     fingerprint,
-    is_shipped,
     move,
     open_model,
     open_network,

@@ -257,7 +257,7 @@ def test_compiled_networks_honour_it_also_when_it_is_switched():
         torch.testing.assert_close(compiled(x, t, y), random_network(config)(x, t, y), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(not can_pack(), reason="needs a processor with packed bfloat16 products")
+@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="needs a processor with packed bfloat16 products")
 def test_packed_networks_honour_it():
     config = CONFIGS["whole"]
     x, t, y = random_inputs(config)

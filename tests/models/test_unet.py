@@ -18,6 +18,8 @@ from lamamba.models.attention import WindowAttention
 from lamamba.models.embeddings import TimestepEmbedding, position_table
 from lamamba.models.geometry import make_geometry
 from lamamba.ops import native, use_backend
+from lamamba.pretrained import SHIPPED_MODELS
+from lamamba.runs.model import open_network
 from tests.networks import random_inputs, random_network, relative_error, small_config, two_blocks
 
 MILLIONS = {"s": "26.71", "b": "105.31", "l": "418.21", "xl": "652.48"}
@@ -481,6 +483,14 @@ class TestSaving:
         save_file(state, file, {"format": "pt"})
         with pytest.raises((ValueError, RuntimeError), match=said):
             LaMambaUNet.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("name", SHIPPED_MODELS)
+    def test_the_packages_networks_are_known_by_name(self, name):
+        network, expected = LaMambaUNet.from_pretrained(name), open_network(name)[0]
+        for (key, weight), (other, its) in zip(
+            network.state_dict().items(), expected.state_dict().items(), strict=True
+        ):
+            assert key == other and torch.equal(weight, its)
 
     def test_loading_is_strict_about_the_config(self, tmp_path):
         random_network(small_config()).save_pretrained(tmp_path)

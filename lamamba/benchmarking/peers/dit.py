@@ -58,11 +58,12 @@ class DiT(nn.Module):
             in_channels=in_channels, out_channels=out_channels, num_layers=size.depth, sample_size=grid,
             patch_size=patch_size, num_embeds_ada_norm=num_classes,
         )
-        norms = [block.norm1 for block in self.transformer.transformer_blocks]
-        self.embedding = norms[0].emb
+        self.embedding = self.transformer.transformer_blocks[0].norm1.emb
         self.embedding.class_embedder.dropout_prob = 0.0
-        for norm in norms:
-            norm.emb = _Identity()
+        for block in self.transformer.transformer_blocks:
+            block.norm1.emb = _Identity()
+            gelu = block.ff.net[0]
+            block.ff.net[0] = nn.Sequential(gelu.proj, nn.GELU(gelu.approximate))       # one product where packed
         positions = self.transformer.pos_embed
         table = positions.pos_embed                                             # (1, l, width), fixed
         del positions.pos_embed
