@@ -490,7 +490,8 @@ class TestSaving:
         for (key, weight), (other, its) in zip(
             network.state_dict().items(), expected.state_dict().items(), strict=True
         ):
-            assert key == other and torch.equal(weight, its)
+            assert key == other
+            assert torch.equal(weight, its)
 
     def test_loading_is_strict_about_the_config(self, tmp_path):
         random_network(small_config()).save_pretrained(tmp_path)
