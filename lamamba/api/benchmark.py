@@ -100,10 +100,11 @@ def benchmark(options: BenchmarkOptions, *, progress: ProgressOption = "auto") -
     plan_text = [asdict(case) for cases in groups for case in cases]
     result = BenchmarkResult(_interrupted(options.json, where, plan_text), where, paths=paths)
     with reporting(progress) as report:
-        for number, cases in enumerate(groups):
-            def note(text: str, number: int = number) -> None:
-                report(Progress("timing", number, len(groups), unit="image sizes", note=text))
+        def note(text: str) -> None:
+            done = len({(row["image_size"], row["model"]) for row in result.sets}) + len(result.left_out)
+            report(Progress("timing", done, len(plan_text), unit="networks", note=text))
 
+        for cases in groups:
             for _ in _measure_size(cases, options, result, note):
                 if options.json:
                     unfinished = {**result.to_dict(), "plan": plan_text}

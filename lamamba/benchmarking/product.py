@@ -19,7 +19,7 @@ def product_side(device: str) -> int:
 
 
 class MatrixProduct(nn.Module):
-    """x W^T of square matrices, called as a network is; bfloat16 weights are packed as a network's."""
+    """x W^T of square matrices, called as a network is; its weight is packed as a network's are."""
 
     def __init__(self, side: int):
         super().__init__()

@@ -53,7 +53,7 @@ def explain(rows: list[dict[str, Any]], left_out: list[dict[str, Any]]) -> list[
         done.setdefault(PEERS[name].care if name in PEERS else OURS, []).append(name)
     lines += [f"{', '.join(names)}: {care}" for care, names in done.items()]
     if all(row["packed_weights"] for row in rows):
-        lines.append("bfloat16 weights of all Linear layers are packed for oneDNN")
+        lines.append("weights of all Linear layers are packed for oneDNN")
     return lines + [f"left out: {one['model']} at {one['image_size']} px {one['reason']}" for one in left_out]
 
 
@@ -62,7 +62,7 @@ def describe(environment: dict[str, Any]) -> list[tuple[str, str]]:
     settings, versions = environment["settings"], environment["versions"]
     backend = f"{settings['backend']}, {settings['threads']} threads{', compiled' if settings['compile'] else ''}"
     if settings["packed_weights"]:
-        backend += ", bfloat16 weights packed for oneDNN"
+        backend += ", weights packed for oneDNN"
     shown = [name for name in ("lamamba", "torch", "diffusers", "triton") if versions[name]]
     found = ", ".join(f"{name} {versions[name]}" for name in shown)
     lines = [

@@ -8,14 +8,13 @@
 
 ADM, LDM and DiT are diffusers' networks, U-ViT, DiS and DiM small ones after their papers, each with its exact count
 (lamamba info --compare). All use scaled_dot_product_attention; DiS and DiM our selective scan; convolutions have their
-channels last; on CPUs bfloat16 weights of Linear layers, and those of convolutions, are packed for oneDNN. Every
-network has a process of its own; on Linux CPUs these start with the same MALLOC_ settings. Where not all fit into
-memory together, LaMamba takes turns with one peer after the other; what does not fit alone is left out and named.
-Times are medians with quartiles. Peak memory is that of the GPU's allocator, or what the process occupies more than
-before the network was built; "MiB an image" is the peak less weights (in training, gradients and moments, too),
-divided by the batch. "of a product" is the network's multiply-adds a second as a share of one large matrix product's,
-timed in the same turns; a training step counts as three forward passes. A training step in bfloat16 has float32
-weights and runs under autocast."""
+channels last; on CPUs weights of Linear layers and convolutions are packed for oneDNN. Every network has a process of
+its own; on Linux CPUs these start with the same MALLOC_ settings. Where not all fit into memory together, LaMamba takes
+turns with one peer after the other; what does not fit alone is left out and named. Times are medians with quartiles.
+Peak memory is that of the GPU's allocator, or what the process occupies more than before the network was built; "MiB an
+image" is the peak less weights (in training, gradients and moments, too), divided by the batch. "of a product" is the
+network's multiply-adds a second as a share of one large matrix product's, timed in the same turns; a training step
+counts as three forward passes. A training step in bfloat16 has float32 weights and runs under autocast."""
 
 from __future__ import annotations
 

@@ -7,8 +7,6 @@ those of the public file, pt_inception-2015-12-05-6726825d.pth.
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from torch.nn import functional as F
 
 from lamamba.metrics.features import FeatureNetworkInfo, Outputs, hash_weights, to_arrays, to_tensor
 from lamamba.utils.repeatable import own_random_state
+from lamamba.utils.tensors import read_pickle
 
 SIDE = 299
 NUM_FEATURES, NUM_CLASSES = 2048, 1008
@@ -234,16 +233,13 @@ def load_inception(path: str | Path | None = None) -> tuple[Inception, str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; the Inception weights are public: {URLS[0]}")
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path} is damaged or holds more than tensors ({str(error).splitlines()[0]}); download it again: {URLS[0]}"
-        ) from error
+        weights = read_pickle(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; download it again: {URLS[0]}") from error
     with own_random_state():
         model = Inception()
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors = weights if isinstance(weights, dict) else {}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items() if isinstance(tensor, Tensor)}
     for name in [name for name in expected if name.endswith(".num_batches_tracked")]:
         if name not in found:                                                   # older files have none
             del expected[name]
@@ -254,7 +250,12 @@ def load_inception(path: str | Path | None = None) -> tuple[Inception, str]:
             f"{path} is not the Inception network of 2015-12-05: {len(odd)} of its tensors do not fit ({what}); "
             f"{FILE_NAME} is the right file, torchvision's Inception is another network"
         )
+    for name in expected:
+        if not weights[name].is_floating_point() and not name.endswith(".num_batches_tracked"):
+            raise ValueError(f"{path}: {name} is {weights[name].dtype}, not floating point; download it again: {URLS[0]}")
     model.load_state_dict(weights, strict=False)
+    if bad := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{path}: {bad[0]} holds NaN or infinities; download it again: {URLS[0]}")
     return model.eval().requires_grad_(False), hash_weights(model)
 
 

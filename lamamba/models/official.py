@@ -10,11 +10,8 @@ from __future__ import annotations
 import argparse
 import collections
 import math
-import pickle
 import re
-import struct
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +22,7 @@ from torch import Tensor
 from lamamba.config import NUM_STAGES, STAGE_SCALES, UNetConfig
 from lamamba.models.geometry import attention_mask, relative_positions
 from lamamba.models.unet import LaMambaUNet
-from lamamba.utils.tensors import check_finite
+from lamamba.utils.tensors import check_finite, read_pickle
 
 _RENAMES = [
     (r"^position_embedding$", "pos_embed"),
@@ -166,13 +163,6 @@ def derive_config(state: Mapping[str, Tensor], scan: Literal["continuous", "cros
     )
 
 
-UNREADABLE = (
-    RuntimeError, OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError,
-    AssertionError, MemoryError, ImportError, struct.error, zipfile.BadZipFile,
-)
-"""What torch.load raises for damaged files; its own messages are of the allocator and the reader."""
-
-
 def read_official(path: str | Path) -> dict[str, Any]:
     """Read an official checkpoint or bare state dict (.pt) without executing anything from it.
 
@@ -183,21 +173,7 @@ def read_official(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give an official checkpoint (.pt)")
-    allowed: list[Any] = [argparse.Namespace, (collections.OrderedDict, "yacs.config.CfgNode")]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"(?:GLOBAL|global|class) ([\w.]+)", str(error))
-        what = f"it asks for {named[1]}" if named else "it holds more than tensors and plain values"
-        raise ValueError(f"{path} was not opened: {what}, and nothing from a checkpoint is executed") from error
-    except PermissionError:
-        raise
-    except UNREADABLE as error:
-        raise ValueError(f"{path} is truncated, damaged or not a PyTorch file ({type(error).__name__})") from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint or a state dict")
-    return content
+    return read_pickle(path, (argparse.Namespace, (collections.OrderedDict, "yacs.config.CfgNode")))
 
 
 def _weights(content: Mapping[str, Any], weights: str) -> Mapping[str, Tensor]:

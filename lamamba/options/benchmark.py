@@ -38,7 +38,7 @@ class BenchmarkOptions:
     threads: Annotated[int | None, Ge(1)] = None
     """CPU threads of each network; by default torch's choice."""
     pack: bool = True
-    """Pack bfloat16 weights of Linear layers, and weights of convolutions, for oneDNN on CPUs, of all networks."""
+    """Pack weights of Linear layers and convolutions for oneDNN on CPUs, of all networks."""
     json: FilePath | None = None
     """Write rows, ratios and environment to this file, and go on from it after an interruption."""
     markdown: FilePath | None = None

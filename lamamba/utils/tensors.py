@@ -1,13 +1,19 @@
-"""Safetensors files, read into memory, and their headers.
+"""Safetensors files, read into memory, and their headers; pickles of tensors, of which nothing is executed.
 
 A file that is mapped instead ends the process when somebody truncates it, and changes pictures when it is overwritten.
 """
 
 from __future__ import annotations
 
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
@@ -20,6 +26,11 @@ PICKLE_ADVICE = (
     "as a pickle can run code when they are opened, only safetensors are read; official checkpoints are read by "
     "lamamba convert"
 )
+UNREADABLE = (
+    RuntimeError, OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError,
+    AssertionError, MemoryError, ImportError, struct.error, zipfile.BadZipFile,
+)
+"""What torch.load raises for damaged files; its own messages are of the allocator and the reader."""
 FLOATS = ("F32", "BF16", "F16", "F64")
 """Types that weights may have, by safetensors' names."""
 
@@ -56,6 +67,32 @@ def read_header(path: Path) -> dict[str, Header]:
             return {name: Header(tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+
+
+def read_pickle(path: Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
+    """The content of a dict that torch.save has written, with string keys; nothing from it is executed.
+
+    Args:
+        path: of the file.
+        allowed: classes besides tensors and plain values, as for torch.serialization.safe_globals.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: when it is truncated, no such dict, or holds objects other than those.
+    """
+    path.open("rb").close()                                                     # errors of the system name the file
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"(?:GLOBAL|global|class) ([\w.]+)", str(error))
+        what = f"it asks for {named[1]}" if named else "it holds more than tensors and plain values"
+        raise ValueError(f"{path} was not opened: {what}, and nothing from a checkpoint is executed") from error
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is truncated, damaged or not a PyTorch file ({type(error).__name__})") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint or a state dict")
+    return content
 
 
 def weight_files(folder: Path) -> list[Path]:
