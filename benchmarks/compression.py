@@ -1,12 +1,13 @@
 r"""What compression costs and saves: healing by several losses, and time.
 
     lamamba compress compare shipped --reference digits --features digits --out compare
-    python benchmarks/compression.py heal time xl --work work --json benchmarks/results/compression-digits.json
+    python benchmarks/compression.py heal times time xl --work work --json benchmarks/results/compression-digits.json
     python benchmarks/compression.py report --compare compare --json benchmarks/results/compression-digits.json
 
 heal    the digits model of the package without 50 and 80 % of its parameters, trained for 300 steps by each loss and
         seed: relative output loss on samples that no unit was scored on; Fréchet distance and share recognised of
         1,000 images without guidance, the mean over three ranges of image seeds.
+times   the same before healing, planned on scores from ranges of timesteps: does a weighting by time help?
 time    pruned digits networks in turns with the whole one, batches of 64 images.
 xl      XL at 256 px with random weights, planned by the measured time of its units (their magnitude stands in for
         scores: random weights have none that mean anything), then built and timed in turns with the whole one.
@@ -56,6 +57,7 @@ LOSSES = {
     "plain, weight 1": dataclasses.replace(DISTILLED, features="plain"),
     "plain, weight 0.001": dataclasses.replace(DISTILLED, features="plain", feature=0.001),
 }
+RANGES, RANGED_SHARES = ((0, 1000), (0, 700), (300, 1000), (700, 1000)), (0.5, 0.6, 0.7)
 TIMED_SHARES, BATCH = (0.3, 0.5, 0.8), 64
 XL_SHARE = 0.3
 
@@ -82,23 +84,31 @@ def compressed(work: Path, share: float, **changes: Any) -> lamamba.CompressResu
     return lamamba.compress(options, progress=None)
 
 
+class Judge:
+    """Relative output loss on samples that no unit was scored on, Fréchet distance and share recognised."""
+
+    def __init__(self, work: Path):
+        teacher = open_teacher(MODEL, torch.device("cpu"))
+        options = CompressOptions(model=MODEL, remove=SHARES[0], out=work, device="cpu")
+        self.work, self.held_out = work, calibrate(teacher, options, held_out=True)
+        self.whole = self.held_out.predictions(teacher.network)
+
+    def __call__(self, path: Path, share: float) -> dict[str, Any]:
+        network = open_network(path)[0]
+        figures = [lamamba.evaluate(lamamba.EvaluateOptions(
+            samples=str(path), reference="digits", features="digits", num_images=NUM_IMAGES, seed=seed,
+            out=self.work / "figures.json", device="cpu"), progress=None).figures for seed in IMAGE_SEEDS]
+        return {"share": share, "loss": relative_distance(self.held_out.predictions(network), self.whole),
+                **{name: statistics.mean(each[name] for each in figures) for name in ("frechet", "accuracy")}}
+
+
 def heal(work: Path, results: Results) -> None:
-    teacher = open_teacher(MODEL, torch.device("cpu"))
+    judge = Judge(work)
     for share in SHARES:
         first = compressed(work, share, heal=STEPS, heal_learning_rate=1e-3)
-        held_out = calibrate(teacher, CompressOptions(model=MODEL, remove=share, out=work, device="cpu"), held_out=True)
-        whole = held_out.predictions(teacher.network)
         config = TrainConfig.from_dict(json.loads((first.path / "config.json").read_text(encoding="utf-8"))["train"])
 
-        def judge(path: Path, share: float = share, held_out: Any = held_out, whole: Any = whole) -> dict[str, Any]:
-            network = open_network(path)[0]
-            figures = [lamamba.evaluate(lamamba.EvaluateOptions(
-                samples=str(path), reference="digits", features="digits", num_images=NUM_IMAGES, seed=seed,
-                out=work / "figures.json", device="cpu"), progress=None).figures for seed in IMAGE_SEEDS]
-            return {"share": share, "loss": relative_distance(held_out.predictions(network), whole),
-                    **{name: statistics.mean(each[name] for each in figures) for name in ("frechet", "accuracy")}}
-
-        results.measure("heal", f"{share:g} before", lambda: judge(first.pruned.path))      # noqa: B023 (called now)
+        results.measure("heal", f"{share:g} before", lambda: judge(first.pruned.path, share))   # noqa: B023 (called now)
         for seed in SEEDS:
             for name, options in LOSSES.items():
                 run = work / f"{share:g}" / f"{name} {seed}".replace(",", "").replace(" ", "_")
@@ -107,9 +117,20 @@ def heal(work: Path, results: Results) -> None:
                     changed = dataclasses.replace(config, seed=seed, distill=options)       # noqa: B023 (called now)
                     values = {entry.name: getattr(changed, entry.name) for entry in dataclasses.fields(changed)}
                     lamamba.train(TrainOptions(**values, out=run), progress=None)
-                    return judge(run)
+                    return judge(run, share)                                    # noqa: B023 (called now)
 
                 results.measure("heal", f"{share:g} {name} {seed}", train_and_judge)
+
+
+def weight_times(work: Path, results: Results) -> None:
+    judge = Judge(work)
+    for low, high in RANGES:
+        for share in RANGED_SHARES:
+            def measure(low: float = low, high: float = high, share: float = share) -> dict[str, Any]:
+                found = compressed(work / f"times-{low:g}-{high:g}", share, times=(float(low), float(high)))
+                return judge(found.pruned.path, share)
+
+            results.measure("times", f"{share:g} by {low:g} to {high:g}", measure)
 
 
 def forward_of(network: nn.Module, batch: int) -> Callable[[], object]:
@@ -178,6 +199,13 @@ def report(results: Results, compare: Path | None) -> str:
                 columns = [mean_and_spread([entry[field] for entry in entries]) for field in ("loss", "frechet")]
                 recognised = mean_and_spread([100 * entry["accuracy"] for entry in entries])
                 lines.append(f"| {share:.0%} | {name} | {' | '.join(columns)} | {recognised} % |")
+    if "times" in results.values:
+        lines += ["", "| timesteps scored | " + " | ".join(f"{share:.0%}" for share in RANGED_SHARES) + " |",
+                  "|---" * (len(RANGED_SHARES) + 1) + "|"]
+        for low, high in RANGES:
+            found = [results.values["times"][f"{share:g} by {low:g} to {high:g}"] for share in RANGED_SHARES]
+            cells = [f"{each['loss']:.2g} / {each['frechet']:.3g} / {100 * each['accuracy']:.1f}" for each in found]
+            lines.append(f"| {low:g} to {high:g} | " + " | ".join(cells) + " |")
     if "time" in results.values:
         lines += ["", "| network | parameters | multiply-adds | time | milliseconds |", "|---" * 5 + "|"]
         for key, entry in results.values["time"].items():
@@ -217,7 +245,7 @@ def report_criteria(entries: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["heal", "time", "xl", "report"])
+    parser.add_argument("parts", nargs="+", choices=["heal", "times", "time", "xl", "report"])
     parser.add_argument("--work", type=Path, default=Path("compression"), help="folder for networks and runs")
     parser.add_argument("--json", type=Path, default=Path("compression.json"))
     parser.add_argument("--compare", type=Path, help="folder of lamamba compress compare, for the report")
@@ -225,6 +253,8 @@ def main() -> None:
     results = Results(options.json)
     if "heal" in options.parts:
         heal(options.work, results)
+    if "times" in options.parts:
+        weight_times(options.work, results)
     if "time" in options.parts:
         time_digits(options.work, results)
     if "xl" in options.parts:
