@@ -133,10 +133,14 @@ def _measure_size(
     fitting, others = leave_out([*ours, *(case for case in missing if case.is_peer)])
     result.left_out.extend(others)
     for present in sets_in_turns(fitting, options.processes):
+        processes = options.processes
         while any(case.model not in done for case in present):
             try:
-                rows = measure(present, seconds=options.seconds, processes=options.processes, on_progress=note)
+                rows = measure(present, seconds=options.seconds, processes=processes, on_progress=note)
             except OutOfMemory as error:
+                if processes == "auto":                                         # which of them is too large, if any?
+                    processes = "apart"
+                    continue
                 if not error.case.is_peer:
                     raise
                 result.left_out.append(left_out(error.case, str(error)))

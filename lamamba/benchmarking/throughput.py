@@ -51,6 +51,8 @@ SHORTEST_TURN = 0.1
 """Shortest duration in seconds of a network's turn; fast networks make several passes in a turn."""
 MEMORY_SHARE = 0.85
 """Share of the free memory up to which networks are kept in memory together."""
+PROCESS_BYTES = 512 * 2**20
+"""Of a process on the CPU without its network: Python, torch and diffusers."""
 FORWARD_SHARE = 0.25
 """Upper bound of the activations alive at once in a forward pass, as a share of those that training saves."""
 TRAINING_PASSES = 3
@@ -128,9 +130,11 @@ class Case:
         """Upper estimate of the bytes that the network needs."""
         cost = self.cost
         kept = cost.activation_bytes * self.batch
+        process = PROCESS_BYTES if self.device == "cpu" else 0
         if self.mode == "train":
-            return 16 * cost.parameters + kept
-        return NATIVE_BYTES[self.dtype] * (cost.parameters + int(FORWARD_SHARE * kept) // 4)
+            return process + 16 * cost.parameters + kept
+        weights = cost.parameters * (2 if self.packs_weights else 1)            # while they are being packed
+        return process + NATIVE_BYTES[self.dtype] * (weights + int(FORWARD_SHARE * kept) // 4)
 
 
 def parse_model(name: str, image_size: int, state_size: int | None = None) -> UNetConfig:
