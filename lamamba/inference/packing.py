@@ -64,7 +64,7 @@ def pack_weights(model: nn.Module, rows: int) -> None:
     for name, child in list(model.named_children()):
         if isinstance(child, nn.Linear):
             _pack(model, name, rows)
-        else:
+        elif not getattr(child, "lora_variant", None):                          # DoRA reads the weight that it adapts
             pack_weights(child, rows)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from lamamba import LaMambaCacheConfig, LaMambaUNet
 from lamamba.compression.lamamba_units import LaMambaUnits
 from lamamba.diffusion.guidance import Guidance
+from lamamba.inference import packing
 from lamamba.inference.packing import PackedLinear, can_pack, pack_weights
 from lamamba.inference.quantizing import is_quantized
 from lamamba.models.adapters import BLOCK_PRODUCTS, LORA_FILE, LORA_SETTINGS, find_targets, read_settings
@@ -267,6 +268,20 @@ def test_packed_networks_honour_it():
         pack_weights(half, 64)
         assert any(isinstance(module, PackedLinear) for module in half.modules())
         assert relative_error(half(x.bfloat16(), t, y), expected) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_reads_weights_that_stay_as_they_are(dtype, monkeypatch):
+    if not can_pack(dtype):
+        pytest.skip(f"no packed products in {dtype} on this processor")
+    monkeypatch.setattr(packing, "FEWEST_WEIGHTS", 0)
+    model = torch.nn.Module.to(adapted(use_dora=True), dtype)
+    x, t, y = random_inputs(CONFIGS["whole"])
+    with torch.no_grad():
+        expected = model(x.to(dtype), t, y)
+        pack_weights(model, 64)
+        assert any(isinstance(module, PackedLinear) for module in model.modules())
+        assert relative_error(model(x.to(dtype), t, y).float(), expected.float()) < 0.02
 
 
 def test_the_adapters_weights_are_not_quantised():
