@@ -16,6 +16,7 @@ import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogFormatter
 
 from lamamba.config import LATENT_SCALE
@@ -226,7 +227,7 @@ def efficiency_points(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     several = len({row["image_size"] for row in rows}) > 1
     rows = sorted(rows, key=lambda row: row["multiply_adds"])
     gaps = [math.inf, *np.diff(np.log([row["multiply_adds"] for row in rows])), math.inf]
-    is_right = True
+    is_right, halo = True, [withStroke(linewidth=3, foreground="white")]       # lines do not cross the names
     for row, before, after in zip(rows, gaps, gaps[1:], strict=False):
         color, marker = (PEER_COLOR, "s") if row["is_peer"] else (OUR_COLOR, "o")
         point = row["multiply_adds"] / 1e9, row["images_per_second"]
@@ -235,7 +236,9 @@ def efficiency_points(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         name += f", {row['image_size']} px" if several else ""
         is_right = not is_right if before < 0.25 else before <= after           # names of neighbours on either side
         offset, side = ((6, 4), "left") if is_right else ((-6, -12), "right")
-        axes.annotate(name, point, offset, textcoords="offset points", fontsize="small", color=color, ha=side)
+        axes.annotate(
+            name, point, offset, textcoords="offset points", fontsize="small", color=color, ha=side, path_effects=halo
+        )
     axes.set(xscale="log", yscale="log", xlabel="G multiply-adds of an image", ylabel="images / s")
     axes.margins(0.12)
     limits = axes.get_xlim(), axes.get_ylim()
@@ -247,15 +250,16 @@ def efficiency_points(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         left = max(ends[0], share * rate / limits[1][1])                        # where the line enters the picture
         axes.annotate(
             f"{100 * share:g} %", (left, share * rate / left), (4, -12),
-            textcoords="offset points", color="grey", fontsize="small",
+            textcoords="offset points", color="grey", fontsize="small", path_effects=halo,
         )
     axes.set(xlim=limits[0], ylim=limits[1])
     axes.xaxis.set_major_formatter(_PlainLogFormatter())
     axes.yaxis.set_major_formatter(_PlainLogFormatter())
     first = rows[0]
+    size = "" if several else f"{first['image_size']} px, "
     axes.set_title(
-        f"{first['mode']}, {first['dtype']}, {first['device']}, batch {first['batch']}; lines: share of one large "
-        "matrix product's multiply-adds/s"
+        f"{first['mode']}, {size}{first['dtype']}, {first['device']}, batch {first['batch']}; lines: share of one large "
+        "product's multiply-adds/s"
     )
     tidy([axes])
     save_figure(figure, path)
