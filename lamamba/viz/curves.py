@@ -258,8 +258,8 @@ def efficiency_points(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     first = rows[0]
     size = "" if several else f"{first['image_size']} px, "
     axes.set_title(
-        f"{first['mode']}, {size}{first['dtype']}, {first['device']}, batch {first['batch']}; lines: share of one large "
-        "product's multiply-adds/s"
+        f"{first['mode']}, {size}{first['dtype']}, {first['device']}, batch {first['batch']}; "
+        "lines: share of one large product's multiply-adds/s"
     )
     tidy([axes])
     save_figure(figure, path)
