@@ -250,13 +250,12 @@ def load_inception(path: str | Path | None = None) -> tuple[Inception, str]:
             f"{path} is not the Inception network of 2015-12-05: {len(odd)} of its tensors do not fit ({what}); "
             f"{FILE_NAME} is the right file, torchvision's Inception is another network"
         )
-    again = f"download it again: {URLS[0]}"
     for name in expected:
         if not weights[name].is_floating_point() and not name.endswith(".num_batches_tracked"):
-            raise ValueError(f"{path}: {name} is {weights[name].dtype}, not floating point; {again}")
+            raise ValueError(f"{path}: {name} is {weights[name].dtype}, not floating point; download the file again")
     model.load_state_dict(weights, strict=False)
     if bad := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{path}: {bad[0]} holds NaN or infinities; {again}")
+        raise ValueError(f"{path}: {bad[0]} holds NaN or infinities; download the file again")
     return model.eval().requires_grad_(False), hash_weights(model)
 
 
