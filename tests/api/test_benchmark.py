@@ -142,6 +142,19 @@ def test_a_peer_that_runs_out_of_memory_is_left_out_and_the_others_are_timed(mon
     assert "left out: dit-s-2 at 64 px its process ended" in str(result)
 
 
+def test_a_network_that_only_together_runs_out_of_memory_is_timed_alone(monkeypatch):
+    def measure(cases, *, processes, **options):
+        if processes == "auto":
+            raise OutOfMemory(cases[1], "its process ended with status -9; probably out of memory")
+        return rows_of(cases)
+
+    monkeypatch.setattr(api, "measure", measure)
+    result = lamamba.benchmark(lamamba.BenchmarkOptions(
+        models="s", peers="dit-s-2,dit-s-4", image_sizes=64, batch=1, device="cpu"), progress=None)
+    assert [row["model"] for row in result.rows] == ["s", "dit-s-2", "dit-s-4"]
+    assert not result.left_out
+
+
 def test_doctor(monkeypatch):
     monkeypatch.delenv("LAMAMBA_BACKEND", raising=False)
     found = lamamba.doctor()
