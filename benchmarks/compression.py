@@ -23,7 +23,7 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ LOSSES = {
     "task": DistillOptions(),
     "output": dataclasses.replace(DISTILLED, features="none"),
     "normalised": DISTILLED,
+    "normalised, weight 0.1": dataclasses.replace(DISTILLED, feature=0.1),
     "plain, weight 1": dataclasses.replace(DISTILLED, features="plain"),
     "plain, weight 0.001": dataclasses.replace(DISTILLED, features="plain", feature=0.001),
 }
@@ -102,9 +103,9 @@ class Judge:
                 **{name: statistics.mean(each[name] for each in figures) for name in ("frechet", "accuracy")}}
 
 
-def heal(work: Path, results: Results) -> None:
+def heal(work: Path, results: Results, shares: Sequence[float]) -> None:
     judge = Judge(work)
-    for share in SHARES:
+    for share in shares:
         first = compressed(work, share, heal=STEPS, heal_learning_rate=1e-3)
         config = TrainConfig.from_dict(json.loads((first.path / "config.json").read_text(encoding="utf-8"))["train"])
 
@@ -193,7 +194,8 @@ def report(results: Results, compare: Path | None) -> str:
         heals = results.values["heal"]
         for share in SHARES:
             for name in ("before", *LOSSES):
-                entries = [entry for key, entry in heals.items() if key.startswith(f"{share:g} {name}")]
+                keys = [f"{share:g} {name}", *(f"{share:g} {name} {seed}" for seed in SEEDS)]
+                entries = [heals[key] for key in keys if key in heals]
                 if not entries:
                     continue
                 columns = [mean_and_spread([entry[field] for entry in entries]) for field in ("loss", "frechet")]
@@ -248,11 +250,12 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=["heal", "times", "time", "xl", "report"])
     parser.add_argument("--work", type=Path, default=Path("compression"), help="folder for networks and runs")
     parser.add_argument("--json", type=Path, default=Path("compression.json"))
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="removed before healing")
     parser.add_argument("--compare", type=Path, help="folder of lamamba compress compare, for the report")
     options = parser.parse_args()
     results = Results(options.json)
     if "heal" in options.parts:
-        heal(options.work, results)
+        heal(options.work, results, options.shares)
     if "times" in options.parts:
         weight_times(options.work, results)
     if "time" in options.parts:

@@ -159,6 +159,7 @@ def launches(case: Case, images: int, scale: int) -> Iterator[tuple[str, Callabl
 
 
 def _scans(case: Case, b: int, scale: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    from lamamba.ops.layers import triton_norms
     from lamamba.ops.selective_scan import triton_kernels as scan
 
     make = functools.partial(torch.empty, device="meta")
@@ -169,7 +170,10 @@ def _scans(case: Case, b: int, scale: int) -> Iterator[tuple[str, Callable[[], o
         make(g, c, r, dtype=weights), make(g, c, dtype=weights), make(g, c, n), make(g, c, dtype=weights),
         make(g, l, dtype=torch.int64),
     ]
+    x, z = make(2, b, scale * case.side, scale * case.side, c, dtype=dtype).unbind(0)
+    norm = make(c, dtype=weights), make(c, dtype=weights), 1e-5
     yield "scan", lambda: scan.forward(*inputs)
+    yield "scan_gated_norm", lambda: triton_norms.scan_gated_norm(x, z, *inputs[1:], *norm)
     yield "scan_backward", lambda: scan.backward(inputs[0], *inputs)
     if scale > 1:                                                               # few images: paths are cut
         yield "scan, cut", lambda: scan.forward(*inputs, segments=SEGMENTS)
@@ -181,6 +185,8 @@ def _layers(case: Case, b: int, h: int) -> Iterator[tuple[str, Callable[[], obje
     from lamamba.ops.layers import gpu
 
     for layer, module in sorted(gpu._MODULES.items()):
+        if layer == "scan_gated_norm":                                          # see _scans
+            continue
         if layer == "linear_gelu" and (
                 case.channels > gpu.MOST_GELU_DEPTH or case.dtype == "float32" or case.dtype != case.weights):
             continue                                                            # the formula runs

@@ -37,7 +37,7 @@ from lamamba.benchmarking.peers.dit import SIZES
 from lamamba.benchmarking.scaling import DEVICES, Device
 from lamamba.config import UNetConfig
 from lamamba.models.unet import LaMambaUNet
-from lamamba.ops import layers
+from lamamba.ops import layers, use_backend
 
 IMAGES = {256: 64, 512: 16, 1024: 4, 2048: 1}
 """Images of a batch by their size: the same number of tokens."""
@@ -120,7 +120,7 @@ class Kernels(TorchDispatchMode):
         if func.is_view or "empty" in name or name in ("detach", "_unsafe_view"):
             return output
         moved = sum(x.nbytes for x in tree_leaves((args, kwargs, output)) if isinstance(x, Tensor))
-        if name == "selective_scan":
+        if name == "gpu_scan_gated_norm":
             self._scan(*args)
         elif packet in flop_registry and name != "gpu_local_mixing":
             operations = flop_registry[packet](*args, **(kwargs or {}), out_val=output)
@@ -129,13 +129,13 @@ class Kernels(TorchDispatchMode):
             self.work.append(Work("memory", moved))
         return output
 
-    def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *rest: Any) -> None:
+    def _scan(self, x: Tensor, z: Tensor, dt: Tensor, B: Tensor, C: Tensor, *rest: Any) -> None:
         elements = x.numel() * dt.shape[2]
-        instructions, special = self._counts[x.shape[2]]
+        instructions, special = self._counts[x.shape[3]]
         parts = PARTIAL_OUTPUTS * x.nbytes
         read = sum(tensor.nbytes for tensor in (x, dt, B, C))
         self.work.append(Work("scan", read + parts, 0, elements * instructions, elements * special))
-        self.work.append(Work("memory", parts + 2 * x.nbytes))                  # the sum, with the skip
+        self.work.append(Work("memory", parts + 3 * x.nbytes))                  # the sum, its norm and gate
 
 
 def lamamba(image_size: int, images: int, counts: dict[int, tuple[float, float]]) -> list[Work]:
@@ -146,7 +146,8 @@ def lamamba(image_size: int, images: int, counts: dict[int, tuple[float, float]]
         nn.Module.to(model, torch.bfloat16)                                     # diffusers' own says more
         x = torch.empty(images, config.in_channels, *config.input_size, dtype=torch.bfloat16)
         conditioning = torch.empty(images, model.condition_outputs, dtype=torch.bfloat16)
-    with mock.patch.object(layers, "_runs_on_gpu", return_value=True), torch.no_grad(), Kernels(counts) as kernels:
+    on_gpu = mock.patch.object(layers, "_runs_on_gpu", return_value=True)
+    with on_gpu, use_backend("triton"), torch.no_grad(), Kernels(counts) as kernels:
         model(x, None, conditioning=conditioning)
     return kernels.work
 

@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from lamamba.compression.pipeline_calibration import encode_images, encode_prompts, target, training_scheduler
 from lamamba.data.digits import Digits
 
-NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+CAPTIONS = ["a zero", "a one", "a two", "a three", "a four", "a five", "a six", "a seven", "an eight", "a nine"]
 SIDE, TOKENS = 16, 8
 
 
@@ -30,7 +30,7 @@ def write_images(folder: Path) -> None:
     for number, (image, label) in enumerate(zip(digits.images, digits.labels, strict=True)):
         picture = Image.fromarray(image[0]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         picture.convert("RGB").save(folder / f"{number:04d}.png")
-        lines.append(json.dumps({"file_name": f"{number:04d}.png", "text": f"a {NAMES[label]}"}))
+        lines.append(json.dumps({"file_name": f"{number:04d}.png", "text": CAPTIONS[label]}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -113,10 +113,10 @@ def main() -> None:
         pixels = pipe.image_processor.preprocess(pictures)
         train_autoencoder(pipe.vae, pixels, 5 if quick else 400)
         x0 = torch.cat([encode_images(pipe, pictures[row : row + 256]) for row in range(0, len(pictures), 256)])
-        train_unet(pipe, x0, [f"a {NAMES[label]}" for label in digits.labels], 5 if quick else 1000)
+        train_unet(pipe, x0, [CAPTIONS[label] for label in digits.labels], 5 if quick else 1000)
         pipe.save_pretrained(folder / "teacher")
     prompts = folder / "prompts.txt"
-    prompts.write_text("\n".join(f"a {name}" for name in NAMES) + "\n", encoding="utf-8")
+    prompts.write_text("\n".join(CAPTIONS) + "\n", encoding="utf-8")
     sizes = ("16", "4", "2") if quick else ("192", "300", "30")
     compress_unet.main([
         str(folder / "teacher"), "--images", str(folder / "images"), "--prompts", str(prompts), "--batch", "32",

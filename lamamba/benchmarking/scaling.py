@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from lamamba.benchmarking.flops import count
+from lamamba.benchmarking.flops import lamamba_operations
 from lamamba.benchmarking.private_torch import ddp_buckets
 from lamamba.benchmarking.simulation import Kind, Setup, Step, begin, finish
 from lamamba.config import UNetConfig, unknown_name
@@ -129,9 +130,6 @@ class ScalingModel:
         share = cluster.bandwidth_share
         self._link = share * (cluster.link * 1e9 if cluster.link else device.link)
         self._node_network = share * cluster.network * 1e9 * cluster.node_size
-        cost = count(architecture)
-        self._forward = 2 * cost.matrix + cost.scan                             # operations of an image
-        self._backward = (3 if config.processes.checkpoint_activations else 2) * self._forward
         self._groups = parameter_groups(architecture)
         with torch.device("meta"):
             self._buckets = ddp_buckets(list(LaMambaUNet(architecture).parameters()))
@@ -144,6 +142,16 @@ class ScalingModel:
     def operations(self) -> int:
         """Of an image, forward and backward."""
         return self._forward + self._backward
+
+    @cached_property
+    def _forward(self) -> int:
+        """Operations of an image."""
+        cost = lamamba_operations(self._architecture)
+        return 2 * cost.matrix + cost.scan
+
+    @property
+    def _backward(self) -> int:
+        return (3 if self._config.processes.checkpoint_activations else 2) * self._forward
 
     def kinds(self, devices: int) -> list[Kind]:
         """What this number of devices can do."""
@@ -179,6 +187,7 @@ class ScalingModel:
             ))
             for kind in self.kinds(devices)
         }
+        assert self.operations                                                  # counted while the simulations run
         simulated = {kind: finish(process) for kind, process in begun.items()}
         for kind, steps in simulated.items():
             held = STATE_COPIES * FLOAT * self._held(self.shard_size(kind, devices))

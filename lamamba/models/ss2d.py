@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamamba.models.geometry import Geometry
-from lamamba.ops import selective_scan
-from lamamba.ops.layers import gated_norm, local_mixing
+from lamamba.ops.layers import local_mixing, scan_gated_norm
 from lamamba.ops.scan_paths import NUM_PATHS
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -23,11 +23,11 @@ class LocalMixing(nn.Conv2d):
         return local_mixing(x, self.weight)
 
 
-class GatedNorm(nn.LayerNorm):
-    """LayerNorm(y) SiLU(z) for tokens (b, h, w, c)."""
+class ScanGatedNorm(nn.LayerNorm):
+    """LayerNorm(y) SiLU(z) with y = selective_scan(x, *scan), for tokens x and z (b, h, w, c)."""
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:  # type: ignore[override]
-        return gated_norm(y, z, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, z: Tensor, scan: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
+        return scan_gated_norm(x, z, scan, self.weight, self.bias, self.eps)
 
 
 class SS2D(nn.Module):
@@ -57,7 +57,7 @@ class SS2D(nn.Module):
         self.b_dt = nn.Parameter(torch.empty(g, c))
         self.A_log = nn.Parameter(torch.empty(g, c, n))
         self.D = nn.Parameter(torch.empty(g, c))
-        self.out_norm = GatedNorm(c)
+        self.out_norm = ScanGatedNorm(c)
         self.out_proj = nn.Linear(c, width, bias=False)
 
     @torch.no_grad()
@@ -79,12 +79,11 @@ class SS2D(nn.Module):
         return -torch.exp(self.A_log.float())
 
     def forward(self, x: Tensor, geometry: Geometry, constants: Tensor | None = None) -> Tensor:
-        _, h, w, _ = x.shape
         x, z = self.in_proj(x).chunk(2, dim=-1)                                 # (b, h, w, c) each
-        x = self.conv(x).flatten(1, 2)
+        x = self.conv(x)
         # a token-wise projection commutes with the permutation: one product in grid order for all four directions
-        projected = F.linear(x, self.W_x.flatten(0, 1)).unflatten(-1, (NUM_PATHS, -1))
+        projected = F.linear(x.flatten(1, 2), self.W_x.flatten(0, 1)).unflatten(-1, (NUM_PATHS, -1))
         dt, B, C = projected.split([self.dt_rank, self.state_size, self.state_size], dim=-1)
         A = self._rates() if constants is None else constants
-        y = selective_scan(x, dt, B, C, self.W_dt, self.b_dt, A, self.D, geometry.paths).unflatten(1, (h, w))
-        return self.out_proj(self.out_norm(y, z))
+        scan = dt, B, C, self.W_dt, self.b_dt, A, self.D, geometry.paths
+        return self.out_proj(self.out_norm(x, z, scan))

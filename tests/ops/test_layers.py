@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lamamba.models.geometry import make_geometry
 from lamamba.ops import layers, native, use_backend
 from lamamba.ops.layers import cpu, reference
+from tests.ops.test_selective_scan import make_inputs
 
 WIDTHS = [16, 48, 100, 7, 1]
 GRIDS = [((8, 16), (8, 8)), ((16, 8), (8, 4)), ((6, 7), (4, 4)), ((9, 4), (4, 2)), ((3, 3), (3, 3)), ((7, 14), (7, 7))]
@@ -51,6 +52,12 @@ def modulated_norm_inputs(b=2, h=3, w=5, c=16, affine=True):
 def gated_norm_inputs(b=2, h=3, w=5, c=16):
     z = torch.randn(b, h, w, 2 * c).chunk(2, dim=-1)[1]
     return torch.randn(b, h, w, c), z, torch.randn(c), torch.randn(c), 1e-5
+
+
+def scan_gated_norm_inputs(b=2, h=3, w=5, c=16, n=2):
+    x, z, weight, bias, eps = gated_norm_inputs(b, h, w, c)
+    scan = list(make_inputs(b, h, w, c, n).values())[1:]
+    return x, z, *scan, weight, bias, eps
 
 
 def local_mixing_inputs(b=2, h=3, w=5, c=16):

@@ -18,11 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from lamamba.inference.conditioning import ConditionedNetwork
 from lamamba.ops import layers, use_backend
 from lamamba.ops.layers import gpu, reference
+from lamamba.ops.selective_scan import reference as scan_reference
 from tests.networks import random_inputs, random_network, two_blocks
 from tests.ops.test_layers import (
     gated_norm_inputs,
     local_mixing_inputs,
     modulated_norm_inputs,
+    scan_gated_norm_inputs,
     window_attention_inputs,
 )
 
@@ -62,8 +64,27 @@ def linear_gelu_inputs(b=2, h=3, w=5, c=16, width=64):
     return torch.randn(b, h, w, c), torch.randn(width, c) * c**-0.5, torch.randn(width)
 
 
-INFERENCE_CASES = {"gated_sum_norm": gated_sum_norm_inputs, "linear_gelu": linear_gelu_inputs}
+INFERENCE_CASES = {
+    "gated_sum_norm": gated_sum_norm_inputs, "linear_gelu": linear_gelu_inputs,
+    "scan_gated_norm": scan_gated_norm_inputs,
+}
 """Layers that have no gradients."""
+
+
+def scan_gated_norm(x, z, *rest):
+    *scan, weight, bias, eps = rest
+    y = scan_reference.forward(x.flatten(1, 2), *scan).view(x.shape)
+    return reference.gated_norm(y, z, weight, bias, eps)
+
+
+def call(name):
+    """A layer as a function of its operator's arguments."""
+    if name != "scan_gated_norm":
+        return getattr(layers, name)
+    return lambda x, z, *rest: layers.scan_gated_norm(x, z, rest[:8], *rest[8:])
+
+
+FORMULAS = {name: getattr(reference, name, scan_gated_norm) for name in INFERENCE_CASES}
 
 
 def with_type(inputs, dtype, weights=None, tokens=None):
@@ -165,9 +186,9 @@ def check_outputs(name, inputs, dtype=torch.float32):
                            for x in with_type(inputs, dtype, None, tokens)))
         return found if isinstance(found, tuple) else (found,)
 
-    formula = getattr(reference, name)
+    formula = FORMULAS[name]
     with use_backend("triton"):
-        results = outputs(getattr(layers, name))
+        results = outputs(call(name))
     for ours, theirs, truth in zip(results, outputs(formula), outputs(formula, torch.float64), strict=True):
         assert ours.shape == truth.shape
         assert ours.dtype == dtype
@@ -181,6 +202,10 @@ class TestWithoutGradients:
     @pytest.mark.parametrize(("b", "h", "w", "c"), [(2, 3, 5, 48), (1, 1, 1, 1), (3, 2, 3, 100)])
     def test_gated_sum_norm(self, b, h, w, c, affine):
         check_outputs("gated_sum_norm", gated_sum_norm_inputs(b, h, w, c, affine))
+
+    @pytest.mark.parametrize(("b", "h", "w", "c"), [(2, 3, 5, 48), (1, 1, 1, 1), (3, 2, 3, 100)])
+    def test_scan_gated_norm(self, b, h, w, c):
+        check_outputs("scan_gated_norm", scan_gated_norm_inputs(b, h, w, c))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("name", INFERENCE_CASES)
@@ -248,6 +273,24 @@ class TestWithoutGradients:
                 layers.gated_sum_norm(*inputs)
         assert calls == ["gated_sum", "modulated_norm", "gated_sum_norm"]
         torch.autograd.grad((total * normed).sum(), inputs[:3])
+
+    def test_a_scan_is_summed_inside_the_norm_without_gradients_alone(self, monkeypatch):
+        calls = []
+        run = gpu._kernels
+        monkeypatch.setattr(gpu, "_kernels", lambda name: (calls.append(name), run(name))[1])
+        x, z, *rest = with_type(scan_gated_norm_inputs(), torch.float32)
+        scan, norm = rest[:8], rest[8:]
+        with use_backend("triton"):
+            y = layers.scan_gated_norm(x, z, scan, *norm)
+            assert calls == ["gated_norm"]
+            torch.autograd.grad(y.sum(), [x, z])
+            with torch.no_grad():
+                torch.testing.assert_close(layers.scan_gated_norm(x, z, scan, *norm), y)
+        assert calls[-1] == "scan_gated_norm"
+        with torch.no_grad(), use_backend("torch"):
+            torch.testing.assert_close(layers.scan_gated_norm(x, z, scan, *norm), y)
+        with torch.no_grad(), use_backend("triton"), pytest.raises(ValueError, match="D has shape"):
+            layers.scan_gated_norm(x, z, [*scan[:6], scan[6][1:], scan[7]], *norm)
 
 
 @interpreted

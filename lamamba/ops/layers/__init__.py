@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,11 +21,13 @@ from lamamba.config import Grid
 from lamamba.ops import native
 from lamamba.ops.dispatch import needs_formula, requested_backend
 from lamamba.ops.layers import cpu, gpu, reference
+from lamamba.ops.selective_scan import OP, check_shapes, scan_flops, selective_scan
 
 FEW_ROWS = {torch.float32: 8, torch.bfloat16: 2}
 MANY_WEIGHTS = 2**18
 
-INDUCTOR_FUSES = frozenset(("modulated_norm", "gated_norm", "gated_sum", "gated_sum_norm", "linear_gelu"))
+INDUCTOR_FUSES = frozenset(
+    ("modulated_norm", "gated_norm", "scan_gated_norm", "gated_sum", "gated_sum_norm", "linear_gelu"))
 """Layers whose formula torch.compile runs on GPUs: Inductor fuses them with their neighbours.
 
 It does not fuse the copies that cut the grid into windows, nor the convolution, which it leaves to a library.
@@ -60,6 +62,28 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def gated_norm(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """Gated LayerNorm, LayerNorm(x) SiLU(z) (Mamba's output gate): x and z (b, h, w, c), weight and bias (c,)."""
     return _choose("gated_norm", [x, z], [weight, bias])(x, z, weight, bias, eps)
+
+
+def scan_gated_norm(
+    x: Tensor, z: Tensor, scan: Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float = 1e-5,
+) -> Tensor:
+    """Gated LayerNorm of a selective scan, LayerNorm(y) SiLU(z) with y = selective_scan(x, *scan): (b, h, w, c).
+
+    On a CUDA device without gradients the directions' outputs are summed inside the norm; elsewhere `selective_scan`,
+    then `gated_norm`.
+
+    Args:
+        x, z: (b, h, w, c).
+        scan: dt, B, C, W_dt, b_dt, A, D and paths of lamamba.ops.selective_scan, l = h w.
+        weight, bias, eps: as in `gated_norm`.
+    """
+    tokens, A = x.flatten(1, 2), scan[5]
+    parameters: list[Tensor | None] = [*scan[:-1], weight, bias]
+    if not _needs_gradients(x, z, *parameters) and _runs_on_gpu("scan_gated_norm", [x, z], parameters) \
+            and OP.choose(tokens, A.shape[2]) == "triton":
+        check_shapes(tokens, *scan)
+        return torch.ops.lamamba.gpu_scan_gated_norm(x, z, *scan, weight, bias, eps)
+    return gated_norm(selective_scan(tokens, *scan).unflatten(1, x.shape[1:3]), z, weight, bias, eps)
 
 
 def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -212,6 +236,12 @@ for _name in ("modulated_norm", "gated_norm", "local_mixing", "window_attention"
 @register_flop_formula(torch.ops.lamamba.gpu_linear_gelu)
 def _linear_gelu_flops(x_shape, weight_shape, *rest, out_shape=None, **kwargs) -> int:
     return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+@register_flop_formula(torch.ops.lamamba.gpu_scan_gated_norm)
+def _scan_gated_norm_flops(x_shape, z, dt, B, C, W_dt_shape, b_dt, A_shape, *rest, out_shape=None, **kwargs) -> int:
+    b, h, w, c = x_shape
+    return scan_flops((b, h * w, c), dt, B, C, W_dt_shape, b_dt, A_shape)
 
 
 @register_flop_formula(torch.ops.lamamba.few_rows_linear)

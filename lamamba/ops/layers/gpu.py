@@ -24,8 +24,8 @@ MOST_GELU_DEPTH = 512
 
 _MODULES = {
     "modulated_norm": "triton_norms", "gated_norm": "triton_norms", "gated_sum": "triton_norms",
-    "gated_sum_norm": "triton_norms", "local_mixing": "triton_mixing", "window_attention": "triton_windows",
-    "linear_gelu": "triton_products",
+    "gated_sum_norm": "triton_norms", "scan_gated_norm": "triton_norms", "local_mixing": "triton_mixing",
+    "window_attention": "triton_windows", "linear_gelu": "triton_products",
 }
 
 
@@ -63,6 +63,9 @@ INFERENCE_SCHEMAS = {
     "gated_sum_norm": (
         "Tensor x, Tensor y, Tensor gate, Tensor? weight, Tensor? bias, Tensor shift, Tensor scale, float eps",
         "(Tensor, Tensor)"),
+    "scan_gated_norm": (
+        "Tensor x, Tensor z, Tensor dt, Tensor B, Tensor C, Tensor W_dt, Tensor b_dt, Tensor A, Tensor D, "
+        "Tensor paths, Tensor weight, Tensor bias, float eps", "Tensor"),
     "linear_gelu": ("Tensor x, Tensor weight, Tensor bias", "Tensor"),
 }
 """Arguments and results of layers that run without gradients alone."""
@@ -122,6 +125,8 @@ def fake_inference(name: str, x: Tensor, *rest):
     """The outputs without values of a layer that has no gradients."""
     if name == "linear_gelu":
         return x.new_empty((*x.shape[:-1], rest[0].shape[0]))
+    if name == "scan_gated_norm":
+        return x.new_empty(x.shape)
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 

@@ -3,6 +3,7 @@
     normal = (x - mean) / deviation                       over the channels of a token
     modulated_norm    y = normal (w (1 + scale)) + (bias (1 + scale) + shift)
     gated_norm        y = (normal w + bias) SiLU(z)
+    scan_gated_norm   that of a selective scan, from the outputs of its directions
     gated_sum_norm    x + gate y, and the modulated norm of that
 
 One program processes several tokens of one image in turn, so that it loads weight and bias once. Only the inputs are
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lamamba.ops.native import unit_stride
+from lamamba.ops.selective_scan import triton_kernels
 from lamamba.ops.triton_utils import contiguous, num_processors, on_tensor_device, round_to
 
 CHANNELS_PER_WARP = 512
@@ -51,13 +53,16 @@ def _normalize(x, inside, c, eps):
     return centred * inverse, inverse
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=("b", *SIZES))
 def _norm(
-    x, z, weight, bias, shift, scale, y,
-    l, c, z_row, shift_row, scale_row, shares, tokens_each, eps,
-    BLOCK: tl.constexpr,
+    x, parts, D, z, weight, bias, shift, scale, y,
+    b, l, c, z_row, shift_row, scale_row, shares, tokens_each, eps,
+    BLOCK: tl.constexpr, G: tl.constexpr,
 ):
-    """y of a share of an image's tokens. z is None for modulated_norm; shift and scale are None for gated_norm."""
+    """y of a share of an image's tokens. z is None for modulated_norm; shift and scale are None for gated_norm.
+
+    With G parts (G, b, l, c) of the G directions of a scan and D (G, c), the norm is that of sum_k parts[k] + D[k] x.
+    """
     image, share = tl.program_id(0) // shares, tl.program_id(0) % shares
     channels = tl.arange(0, BLOCK)
     inside = channels < c
@@ -65,10 +70,17 @@ def _norm(
     if scale is not None:
         more = 1 + _vector(scale + image.to(tl.int64) * scale_row, channels, c, 0.0)
         w, add = w * more, add * more + _vector(shift + image.to(tl.int64) * shift_row, channels, c, 0.0)
-    first = image.to(tl.int64) * l
+    skip = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(G):
+        skip += _vector(D + k * c, channels, c, 0.0)
+    first, size = image.to(tl.int64) * l, tl.cast(b, tl.int64) * l * c
     for token in range(share * tokens_each, tl.minimum((share + 1) * tokens_each, l)):
         offset = (first + token) * c + channels
         row = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
+        if G > 0:
+            row *= skip
+            for k in tl.static_range(G):
+                row += tl.load(parts + k * size + offset, mask=inside, other=0.0).to(tl.float32)
         normal, _ = _normalize(row, inside, c, eps)
         result = normal * w + add
         if z is not None:
@@ -212,14 +224,15 @@ def _row(x: Tensor | None) -> int:
 
 
 @on_tensor_device
-def _run(x, z, weight, bias, shift, scale, eps) -> Tensor:
-    """Either norm; see `_norm`."""
+def _run(x, z, weight, bias, shift, scale, eps, parts=None, D=None) -> Tensor:
+    """Any of the norms; see `_norm`."""
     x, weight, bias = contiguous(x, weight, bias)
     (b, h, w, c), (block, warps), y = x.shape, _block(x.shape[3]), torch.empty_like(x)
     shares, each = _shares(x, warps, FORWARD_WARPS)
     _norm[(b * shares,)](
-        x, z, weight, bias, shift, scale, y, h * w, c, _row(z), _row(shift), _row(scale), shares, each, eps,
-        BLOCK=block, num_warps=warps,
+        x, parts, D, z, weight, bias, shift, scale, y,
+        b, h * w, c, _row(z), _row(shift), _row(scale), shares, each, eps,
+        BLOCK=block, G=0 if parts is None else parts.shape[0], num_warps=warps,
     )
     return y
 
@@ -276,16 +289,27 @@ def gated_sum_norm(x, y, gate, weight, bias, shift, scale, eps):
 
 
 def gated_norm(x, z, weight, bias, eps):
-    z = unit_stride(z.reshape(-1, z.shape[-1]))                                 # a view where rows are evenly spaced
-    return _run(x, z, weight, bias, None, None, eps)
+    return _run(x, _rows(z), weight, bias, None, None, eps)
+
+
+@on_tensor_device
+def scan_gated_norm(x, z, dt, B, C, W_dt, b_dt, A, D, paths, weight, bias, eps):
+    """gated_norm of a selective scan, whose directions are summed as they are read."""
+    x, D = contiguous(x, D)
+    parts = triton_kernels.direction_outputs(x.flatten(1, 2), dt, B, C, W_dt, b_dt, A, paths)
+    return _run(x, _rows(z), weight, bias, None, None, eps, parts, D)
+
+
+def _rows(z: Tensor) -> Tensor:
+    """(b, h, w, c) as (b h w, c): a view where rows are evenly spaced."""
+    return unit_stride(z.reshape(-1, z.shape[-1]))
 
 
 @on_tensor_device
 def gated_norm_backward(grad_y, x, z, weight, bias, eps):
     """Compute the gradients of x, z, weight and bias."""
     grad_y, x, weight, bias = contiguous(grad_y, x, weight, bias)
-    z = unit_stride(z.reshape(-1, z.shape[-1]))
-    grad_x, grad_z, sums = _run_backward(grad_y, x, z, weight, bias, None, eps)
+    grad_x, grad_z, sums = _run_backward(grad_y, x, _rows(z), weight, bias, None, eps)
     sums = sums.flatten(0, 1)
     return grad_x, grad_z, _like(sums[:, 1].sum(0), weight), _like(sums[:, 0].sum(0), bias)
 

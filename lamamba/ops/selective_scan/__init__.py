@@ -60,7 +60,7 @@ def selective_scan(
         ValueError: when shapes do not fit or the back end's name is unknown.
         RuntimeError: when the requested back end does not support these inputs.
     """
-    _check_shapes(x, dt, B, C, W_dt, b_dt, A, D, paths)
+    check_shapes(x, dt, B, C, W_dt, b_dt, A, D, paths)
     chosen = OP.choose(x, A.shape[2], backend)
     if needs_formula():
         if chosen not in ("torch", "reference") and (backend or requested_backend()) == chosen:
@@ -71,7 +71,8 @@ def selective_scan(
     return _selective_scan(x, dt, B, C, W_dt, b_dt, A, D, paths, chosen)
 
 
-def _check_shapes(x, dt, B, C, W_dt, b_dt, A, D, paths) -> None:
+def check_shapes(x, dt, B, C, W_dt, b_dt, A, D, paths) -> None:
+    """Raise ValueError for shapes that `selective_scan` does not take."""
     if x.dim() != 3 or A.dim() != 3:
         raise ValueError(f"x has shape {tuple(x.shape)} and A {tuple(A.shape)}; they are (b, l, c) and (g, c, n)")
     (b, l, c), (g, _, n) = x.shape, A.shape
@@ -143,10 +144,10 @@ def scan_operations(x_shape, A_shape) -> int:
 
 
 @register_flop_formula(torch.ops.lamamba.selective_scan)
-def _flops(x_shape, dt, B, C, W_dt_shape, b_dt, A_shape, *rest, out_shape=None, **kwargs) -> int:
+def scan_flops(x_shape, dt, B, C, W_dt_shape, b_dt, A_shape, *rest, out_shape=None, **kwargs) -> int:
     return 2 * projection_multiply_adds(x_shape, W_dt_shape) + scan_operations(x_shape, A_shape)
 
 
 @register_flop_formula(torch.ops.lamamba.selective_scan_backward)
 def _backward_flops(grad_shape, *shapes, out_shape=None, **kwargs) -> int:
-    return 3 * _flops(*shapes)
+    return 3 * scan_flops(*shapes)

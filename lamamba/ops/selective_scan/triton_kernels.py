@@ -787,9 +787,8 @@ def _sum_of_products(x: Tensor, grad_y: Tensor) -> Tensor:
     return sums.sum(0)
 
 
-@on_tensor_device
-def forward(x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None = None):
-    """As in the reference. segments: of each path; by default as many as fill the device."""
+def direction_outputs(x, dt, B, C, W_dt, b_dt, A, paths, segments: int | None = None) -> Tensor:
+    """y of each direction without D's part, (g, b, l, c) in x's dtype: what `forward` sums. x is contiguous."""
     (b, l, c), g = x.shape, A.shape[0]
     inputs = _arrange_inputs(x, dt, B, C, W_dt, b_dt, A, paths)
     segments, each = _cut(l, TILE, segments or _choose_segments(x, g, TILE))
@@ -799,7 +798,14 @@ def forward(x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None = None):
     _scan[(triton.cdiv(c, FORWARD_BLOCK) * b * g * segments,)](
         *inputs, state, parts, parts, parts, *sizes, **options, WRITES="y", ADJOINT=False,
     )
-    return _merge_directions(parts, inputs.x, D)
+    return parts
+
+
+@on_tensor_device
+def forward(x, dt, B, C, W_dt, b_dt, A, D, paths, segments: int | None = None):
+    """As in the reference. segments: of each path; by default as many as fill the device."""
+    x = x.contiguous()
+    return _merge_directions(direction_outputs(x, dt, B, C, W_dt, b_dt, A, paths, segments), x, D)
 
 
 @on_tensor_device
