@@ -67,11 +67,20 @@ class _Counter(FlopCounterMode):
         }
         super().__init__(display=False, custom_mapping=mapping)
 
+    def operations(self, model: nn.Module) -> Operations:
+        """What was counted in a forward pass of one image."""
+        return Operations(
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            matrix=self.get_total_flops() // 2, scan=self.scan, layer_norm=self.layer_norm,
+        )
+
 
 def count(config: UNetConfig) -> Cost:
     """Cost of one image for a network of this configuration, at its input size."""
     model, inputs = _on_meta(config)
-    return Cost(**asdict(operations(model, *inputs)), activation_bytes=saved_bytes(model, *inputs))
+    with _Counter() as counter:
+        activation_bytes = saved_bytes(model, *inputs)
+    return Cost(**asdict(counter.operations(model)), activation_bytes=activation_bytes)
 
 
 def lamamba_operations(config: UNetConfig) -> Operations:
@@ -86,7 +95,7 @@ def _on_meta(config: UNetConfig) -> tuple[LaMambaUNet, tuple[torch.Tensor | None
         x = torch.empty(1, config.in_channels, *config.input_size)
         timestep = torch.empty(1)
         labels = torch.empty(1, dtype=torch.int64) if config.num_classes else None
-    return model.to("meta"), (x, timestep, labels)
+    return nn.Module.to(model, "meta"), (x, timestep, labels)                   # diffusers' own imports for seconds
 
 
 def operations(model: nn.Module, *inputs: Any) -> Operations:
@@ -98,10 +107,7 @@ def operations(model: nn.Module, *inputs: Any) -> Operations:
     """
     with torch.no_grad(), _Counter() as counter:
         model(*inputs)
-    return Operations(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        matrix=counter.get_total_flops() // 2, scan=counter.scan, layer_norm=counter.layer_norm,
-    )
+    return counter.operations(model)
 
 
 def shallow_share(config: UNetConfig) -> float:
@@ -114,7 +120,7 @@ def shallow_share(config: UNetConfig) -> float:
     totals = []
     for given in (None, deep):
         with torch.no_grad(), _Counter() as counter:
-            model.to("meta")(x, None, conditioning=conditioning, deep_features=given)
+            nn.Module.to(model, "meta")(x, None, conditioning=conditioning, deep_features=given)
         totals.append(counter.get_total_flops() // 2 + counter.scan + counter.layer_norm)
     return totals[1] / totals[0]
 

@@ -164,7 +164,7 @@ def build_peer(name: str, image_size: int, device: torch.device, dtype: torch.dt
 def _on_meta(name: str, image_size: int) -> nn.Module:
     peer = find_peer(name)
     with torch.device("meta"):
-        return peer.build(peer.side(image_size)).to("meta")
+        return nn.Module.to(peer.build(peer.side(image_size)), "meta")          # diffusers' own imports for seconds
 
 
 def _inputs(name: str, image_size: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
