@@ -136,7 +136,8 @@ class ScalingModel:
         self._peaks: dict[tuple[Kind, int], int] = {}
         """Simulated bytes, without averages."""
         self._extra: dict[Kind, list[tuple[int, int]]] = {}
-        """(images, bytes besides the state)."""
+        """(images, bytes besides the state): of a network in one piece they grow linearly, and of a sharded one as
+        fast where they exceed what is gathered."""
 
     @property
     def operations(self) -> int:
@@ -177,8 +178,8 @@ class ScalingModel:
             RuntimeError: when a simulation fails.
         """
         own = self.images(devices)
-        several = tuple(sorted({1, own, max(LARGE_MICRO_BATCH, own)}))
-        sizes: dict[Kind, tuple[int, ...]] = {"ddp": several, "fsdp": several, "hsdp": (own,)}
+        whole = (own, LARGE_MICRO_BATCH) if own < LARGE_MICRO_BATCH else (1, own)
+        sizes: dict[Kind, tuple[int, ...]] = {"ddp": whole, "fsdp": tuple(sorted({1, own})), "hsdp": (own,)}
         begun = {
             kind: begin(Setup(
                 self._architecture.to_dict(), kind, devices, self.shard_size(kind, devices), sizes[kind],
@@ -249,11 +250,11 @@ class ScalingModel:
         """Bytes at the peak: simulated, or the state and, interpolated over the images, what simulated steps add."""
         if (kind, devices) in self._peaks:
             return self._peaks[kind, devices] + self.averages(kind, devices)
+        (few, least), (many, most) = self._extra["ddp"]
         sizes, extras = zip(*self._extra["fsdp" if kind != "ddp" and "fsdp" in self._extra else "ddp"], strict=True)
         images = self.images(devices)
-        extra = float(np.interp(images, sizes, extras))
-        if images > sizes[-1]:
-            extra += (extras[-1] - extras[-2]) / (sizes[-1] - sizes[-2]) * (images - sizes[-1])
+        nearest = min(max(images, sizes[0]), sizes[-1])
+        extra = np.interp(nearest, sizes, extras) + (images - nearest) * (most - least) / (many - few)
         state = STATE_COPIES * FLOAT * self._held(self.shard_size(kind, devices))
         return round(state + extra) + self.averages(kind, devices)
 
