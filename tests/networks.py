@@ -47,6 +47,16 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
     return float((result.detach() - expected).abs().max() / expected.abs().max())
 
 
+TINY = dict(
+    width=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1,
+    removed_blocks=(
+        "bottleneck", *(f"encoder.{stage}.0" for stage in (1, 2, 3)), "decoder.3.1",
+        *(f"decoder.{stage}.{block}" for stage in (0, 1, 2) for block in (0, 1)),
+    ),
+)
+"""Fields of a network with one block in the first and last stages and none in the others, for the time of a step."""
+
+
 def small_config(**changes) -> UNetConfig:
     sizes = dict(width=16, num_heads=2, depths=(2, 1, 1, 1), bottleneck_depth=1, window_size=4)
     fields = dict(**sizes, grid=(8, 8), num_classes=3)

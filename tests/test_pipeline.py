@@ -25,7 +25,7 @@ from lamamba.ops import scan_paths
 from lamamba.runs.model import open_network
 from lamamba.sampling import generate
 from tests.autoencoders import MAKERS, make_kl
-from tests.networks import random_network, small_config
+from tests.networks import random_network, two_blocks
 
 BETAS = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
 NAMES = {0: "cat, kitten", 1: "dog", 2: "bird"}
@@ -38,7 +38,7 @@ def seeds(*numbers):
 
 def make_pipeline(sampler=None, vae=None, codec=None, network_seed=0, **changes):
     settings = dict(in_channels=1, objective="flow", width=8) if vae is None else dict(objective="noise", width=8)
-    config = small_config(**{**settings, **changes})
+    config = two_blocks(**{**settings, **changes})
     network = random_network(config, network_seed)
     scheduler = make_scheduler(sampler or samplers_for(config.objective)[0], config.objective)
     pipe = LaMambaPipeline(network, vae, scheduler, NAMES if config.num_classes else None, codec)
@@ -241,7 +241,7 @@ def test_masks_and_images_of_bytes_and_truth_values():
 
 
 def test_names_that_diffusers_and_its_callbacks_use():
-    network = random_network(small_config(width=8, in_channels=1, grid=(8, 12)))
+    network = random_network(two_blocks(width=8, in_channels=1, grid=(8, 12)))
     pipe = LaMambaPipeline(network, scheduler=DDIMScheduler(**BETAS, clip_sample=False))
     pipe.set_progress_bar_config(disable=True)
     assert len(pipe(1, num_images_per_prompt=2, num_inference_steps=1).images) == 2
@@ -296,7 +296,7 @@ def test_ways_to_load(tmp_path):
     """Variants, shards, types and device maps of diffusers."""
     pipe = make_pipeline("ddim", objective="noise")
     plain = run(pipe)
-    pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size="50KB")
+    pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
     assert len(list((tmp_path / "unet").glob("*.fp16*.safetensors"))) > 2
     for given, dtype in ((dict(), torch.float32), (dict(torch_dtype=torch.float16), torch.float16),
                          (dict(device_map="cpu"), torch.float32), (dict(low_cpu_mem_usage=False), torch.float32)):
@@ -305,7 +305,7 @@ def test_ways_to_load(tmp_path):
         assert again.unet.dtype == dtype
         assert float((run(again) - plain).abs().max()) < (0.02 if dtype == torch.float16 else 1e-6)
     split = LaMambaUNet.from_pretrained(
-        tmp_path / "unet", variant="fp16", device_map="auto", max_memory={"cpu": "400KB"},
+        tmp_path / "unet", variant="fp16", device_map="auto", max_memory={"cpu": "200KB"},
         offload_folder=tmp_path / "o")
     assert set(split.hf_device_map.values()) == {"cpu", "disk"}
     pipe.unet = split
@@ -409,7 +409,7 @@ def test_any_fitting_scheduler_of_diffusers_and_no_other():
 def test_a_saved_pipeline_makes_the_same_images(vae, tmp_path):
     codec = dict(scale=0.3, shift=0.1) if vae else None
     pipe = make_pipeline("ddim", vae, codec, objective="noise")
-    pipe.save_pretrained(tmp_path, max_shard_size="50KB")
+    pipe.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 2
     again = LaMambaPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
@@ -498,7 +498,7 @@ def test_loading_is_strict(damage, said, tmp_path):
 
 
 def test_what_does_not_fit_together_is_refused(tmp_path):
-    network = random_network(small_config(width=8, in_channels=1, objective="flow"))
+    network = random_network(two_blocks(width=8, in_channels=1, objective="flow"))
     scheduler = make_scheduler("flow-euler", "flow")
     for given, said in (
         (dict(vae=make_kl()), "the vae makes latents of 4 channels, the network reads 1"),

@@ -15,13 +15,13 @@ from lamamba.data.digits import Digits
 from lamamba.metrics.digits import DigitClassifier
 from lamamba.metrics.digits_network import DigitFeatures
 from lamamba.models.official import load_official
+from tests.networks import TINY
 
 OFFICIAL = Path(__file__).parent.parent / "parity" / "official_checkpoint.pt"
 
 
 def tiny(out, **changes):
-    model = {"width": 8, "num_heads": 2, "depths": (1, 1, 1, 1), "bottleneck_depth": 1}
-    fields = {"steps": 1, "batch_size": 4, "model": model, "sampling": {"every": 0}}
+    fields = {"steps": 1, "batch_size": 4, "model": TINY, "sampling": {"every": 0}}
     return lamamba.TrainOptions.from_recipe("digits", out=out, **{**fields, **changes})
 
 

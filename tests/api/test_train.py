@@ -22,10 +22,11 @@ from lamamba.runs.model import open_network
 from lamamba.training.interrupt import Interrupted
 from lamamba.training.loop import StepState, describe
 from lamamba.training.sources import PlannedData
+from tests import networks
 
 TINY = dict(
-    model=dict(width=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1), batch_size=4, ema_decays=(0.5,), steps=4,
-    log_every=1, checkpoint_every=2, device="cpu", sampling=dict(every=4, steps=2, per_class=1),
+    model=networks.TINY, batch_size=4, ema_decays=(0.5,), steps=4, log_every=1, checkpoint_every=2, device="cpu",
+    sampling=dict(every=4, steps=2, per_class=1),
 )
 
 

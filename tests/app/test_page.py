@@ -24,7 +24,7 @@ from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import Model, fingerprint
 from lamamba.sampling.settings import read_image_metadata
 from lamamba.viz.grids import grid_picture
-from tests.networks import random_network, small_config
+from tests.networks import random_network, two_blocks
 
 REQUESTS = 50
 
@@ -227,7 +227,7 @@ def test_models_of_other_kinds_have_a_page_too(tmp_path):
 
     sizes = dict(in_channels=3, objective="v", grid=(8, 16))
     for num_classes, first in ((0, []), (1000, [["17", "999"]])):
-        network = random_network(small_config(**sizes, num_classes=num_classes))
+        network = random_network(two_blocks(**sizes, num_classes=num_classes))
         model = Model("toy", network, ModelMetadata(objective="v", image_size=8), fingerprint(network), None)
         page = serve(Session(model, "toy"), host="127.0.0.1", port=None)
         client = Client(page.local_url, verbose=False, download_files=str(tmp_path))
@@ -242,7 +242,7 @@ def test_the_page_shows_names_and_takes_what_finds_them():
     pytest.importorskip("gradio", reason="the page needs gradio")
     from lamamba.app.page import build_page
 
-    network = random_network(small_config(num_classes=3))
+    network = random_network(two_blocks(num_classes=3))
     metadata = ModelMetadata(objective=network.architecture.objective, image_size=8, label_names=("1", "10", "tea"))
     model = Model("toy", network, metadata, fingerprint(network), None)
     page = build_page(Session(model, "toy"))

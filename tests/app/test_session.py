@@ -18,7 +18,7 @@ from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import Model, fingerprint, open_model, open_network
 from lamamba.sampling import generate
 from lamamba.sampling.settings import ImageMetadata
-from tests.networks import random_network, small_config
+from tests.networks import TINY, random_network, two_blocks
 
 REQUEST = Request(classes=("3", "7"), num_images=2, seed=11, sampler="flow-euler", steps=6, guidance=1.75)
 
@@ -27,7 +27,7 @@ REQUEST = Request(classes=("3", "7"), num_images=2, seed=11, sampler="flow-euler
 def session(tmp_path_factory):
     """Of a small network with the digits' classes."""
     folder = tmp_path_factory.mktemp("model")
-    random_network(small_config(in_channels=1, num_classes=10, objective="flow", width=8)).save_pretrained(folder)
+    random_network(two_blocks(in_channels=1, num_classes=10, objective="flow", width=8)).save_pretrained(folder)
     ModelMetadata(objective="flow", image_size=8, label_names=tuple("0123456789"), guidance=1.75).save(
         folder / "sampling.json")
     return Session(open_model(folder), "digits")
@@ -159,8 +159,7 @@ def test_what_does_not_fit_is_refused_in_words(session, change, said):
 
 def test_a_model_without_classes():
     config = UNetConfig.preset(
-        "s", width=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1, window_size=4, objective="v", in_channels=3,
-        num_classes=0, grid=8,
+        "s", **TINY, window_size=4, objective="v", in_channels=3, num_classes=0, grid=8,
     )
     network, metadata = LaMambaUNet(config).eval(), ModelMetadata(objective="v", image_size=8)
     session = Session(Model("runs/photos", network, metadata, fingerprint(network), None), "photos")

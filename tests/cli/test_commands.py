@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 
 from lamamba.cli.main import VERBS, main
+from tests import networks
 from tests.data.test_images import write_images
 from tests.networks import PARITY
 
 TINY = [
     "--model.width", "8", "--model.num-heads", "2", "--model.depths", "1", "1", "1", "1",
-    "--model.bottleneck-depth", "1",
+    "--model.bottleneck-depth", "1", "--model.removed-blocks", ",".join(networks.TINY["removed_blocks"]),
     "--steps", "3", "--batch-size", "4", "--ema-decays", "0.1", "--sampling.every", "0", "--device", "cpu",
 ]
 

@@ -30,7 +30,7 @@ from lamamba.runs.model import load_network
 from lamamba.sampling import generate
 from lamamba.utils.files import sha256, write_json
 from lamamba.viz.curves import evaluation_curves
-from tests.networks import random_network, small_config
+from tests.networks import random_network, two_blocks
 from tests.training.together import command, command_on, needs_fork_server
 
 SAMPLE = ["--reference", "digits", "--features", "digits", "--num-images", 40, "--steps", 2, "--device", "cpu"]
@@ -44,7 +44,7 @@ def run(tmp_path_factory) -> Path:
         place = folder / "checkpoints" / f"step_{step:08d}"
         place.mkdir(parents=True)
         for seed, name in enumerate(("model", "ema", "ema_0.9")):
-            config = small_config(in_channels=1, num_classes=10, objective="flow")
+            config = two_blocks(in_channels=1, num_classes=10, objective="flow")
             random_network(config, seed=seed + step).save_pretrained(place / name)
         ModelMetadata(objective="flow", image_size=8, label_names=Digits.label_names).save(place / "sampling.json")
         write_json(place / "state.json", {"version": 1, "step": step, "ema_decays": [0.99, 0.9]})

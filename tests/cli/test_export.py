@@ -19,13 +19,13 @@ from lamamba.runs.folder import MANIFEST
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import open_network
 from tests.autoencoders import make_kl
-from tests.networks import random_network, small_config
+from tests.networks import random_network, two_blocks
 
 RUN = Path(__file__).parent.parent / "training" / "version1" / "run"
 
 
 def saved_model(folder, facts=None, seed=0, **changes):
-    network = random_network(small_config(**{"in_channels": 1, "objective": "flow", "width": 8, **changes}), seed)
+    network = random_network(two_blocks(**{"in_channels": 1, "objective": "flow", "width": 8, **changes}), seed)
     network.save_pretrained(folder)
     (facts or ModelMetadata(objective=network.architecture.objective, image_size=8)).save(folder / "sampling.json")
     return network
@@ -143,7 +143,7 @@ def test_one_of_several_averages(tmp_path, capsys):
         target = tmp_path / f"out{decay}"
         extra = [] if decay is None else ["--ema", decay]
         assert main(["export", str(place), str(target), "--images", "0", *extra]) == 0
-        expected = random_network(small_config(in_channels=1, objective="flow", width=8), seed)
+        expected = random_network(two_blocks(in_channels=1, objective="flow", width=8), seed)
         pipe = LaMambaPipeline.from_pretrained(target)
         assert torch.equal(pipe.unet.position_embedding, expected.position_embedding)
     assert main(["export", str(place), str(tmp_path / "none"), "--ema", "0.5"]) == 2

@@ -14,12 +14,12 @@ from lamamba.cli.main import main
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.sampling.settings import Interpolated, read_image_metadata
 from lamamba.viz.films import chosen_frames, save_film
-from tests.networks import random_network, small_config
+from tests.networks import random_network, two_blocks
 from tests.training.together import command, needs_fork_server
 
 
 def save_model(folder: Path, seed: int = 0, names=("ant", "bee", "cat"), **changes) -> None:
-    model = random_network(small_config(**{"in_channels": 1, "objective": "flow", "width": 8, **changes}), seed)
+    model = random_network(two_blocks(**{"in_channels": 1, "objective": "flow", "width": 8, **changes}), seed)
     model.save_pretrained(folder)
     objective = model.architecture.objective
     ModelMetadata(objective=objective, image_size=8, label_names=names).save(folder / "sampling.json")

@@ -11,6 +11,7 @@ from lamamba.data.images import Images
 from lamamba.data.sources import FolderSource
 from lamamba.evaluation.images import FolderImages
 from lamamba.metrics.networks import open_network
+from tests.networks import TINY
 
 SIZES = ((16, 16), (40, 24), (19, 33), (8, 9))
 
@@ -53,9 +54,8 @@ def own_features(tmp_path, monkeypatch):
 
 def test_a_run_is_evaluated_against_photos_of_any_size(photos, own_features, tmp_path):
     """And against their statistics, which are the same."""
-    shape = dict(width=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1)
     lamamba.train(lamamba.TrainOptions.from_recipe(
-        "folder", out=tmp_path / "run", model=shape, data=dict(source=str(photos), image_size=16), steps=1,
+        "folder", out=tmp_path / "run", model=TINY, data=dict(source=str(photos), image_size=16), steps=1,
         batch_size=2, sampling=dict(every=0), device="cpu",
     ), progress=None)
     common = dict(features=f"{own_features}:mean", device="cpu")

@@ -14,6 +14,8 @@ import pytest
 
 from tests.golden.cases import fingerprint, make_all, one_thread, onnx_output, small_models
 
+pytestmark = pytest.mark.slow                                                   # all that they are of is made anew
+
 FOLDER = Path(__file__).parent
 GOLDEN = json.loads((FOLDER / "golden.json").read_text(encoding="utf-8"))
 EXACT = GOLDEN.pop("fingerprint") == fingerprint()
@@ -68,7 +70,6 @@ def test_files_and_options(name, made):
         assert made[1][name] == GOLDEN[name]
 
 
-@pytest.mark.slow
 def test_an_exported_graph_in_onnxruntime(tmp_path):
     for library in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(library, reason=f"exporting a graph needs {library}")

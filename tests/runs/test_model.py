@@ -18,13 +18,13 @@ from lamamba.runs.model import fingerprint, list_averages, open_network
 from lamamba.sampling import generate
 from lamamba.utils.files import sha256, write_json
 from tests.autoencoders import make_kl
-from tests.networks import random_network, small_config
+from tests.networks import random_network, two_blocks
 
 NAMES = ("ant", "bee", "cat")
 
 
 def network(seed=0, **changes):
-    return random_network(small_config(**{"in_channels": 1, "objective": "flow", "width": 8, **changes}), seed)
+    return random_network(two_blocks(**{"in_channels": 1, "objective": "flow", "width": 8, **changes}), seed)
 
 
 @pytest.fixture(scope="module")

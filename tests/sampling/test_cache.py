@@ -12,13 +12,13 @@ from lamamba.diffusion.guidance import Guidance
 from lamamba.inference import conditioning
 from lamamba.sampling import generate
 from lamamba.sampling.generate import ImageGenerator
-from tests.networks import random_network, small_config, two_blocks
+from tests.networks import random_network, two_blocks
 
 EVERY_THIRD = LaMambaCacheConfig(interval=3)
 
 
 def network(seed=0, **changes):
-    return random_network(small_config(**{"in_channels": 1, "objective": "flow", "width": 8, **changes}), seed)
+    return random_network(two_blocks(**{"in_channels": 1, "objective": "flow", "width": 8, **changes}), seed)
 
 
 def largest(a, b):

@@ -12,7 +12,7 @@ from lamamba import LaMambaUNet
 from lamamba.diffusion.guidance import Guidance
 from lamamba.runs.model import fingerprint
 from lamamba.sampling.settings import ImageMetadata, Interpolated, Settings, png_text, read_image_metadata
-from tests.networks import random_network, small_config
+from tests.networks import random_network, two_blocks
 
 SETTINGS = Settings(
     model="runs/digits", model_sha256="abc", sampler="ddim", steps=12, height=16, width=24,
@@ -60,7 +60,7 @@ def test_what_is_no_picture_is_refused(tmp_path):
 
 
 def test_a_networks_fingerprint_is_of_what_it_computes(tmp_path):
-    model = random_network(small_config(width=8))
+    model = random_network(two_blocks(width=8))
     before = fingerprint(model)
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "split", max_shard_size="20KB")
@@ -71,4 +71,4 @@ def test_a_networks_fingerprint_is_of_what_it_computes(tmp_path):
     with torch.no_grad():
         model.head.linear.bias[0] += 1e-3
     assert fingerprint(model) != before
-    assert fingerprint(random_network(small_config(width=8, objective="v"))) != before
+    assert fingerprint(random_network(two_blocks(width=8, objective="v"))) != before

@@ -15,18 +15,12 @@ import pytest
 
 from lamamba.data.digits import Digits
 from lamamba.options.training import ModelOptions, OptimizerOptions, TrainConfig
+from tests import networks
 
 pytestmark = needs_fork_server = pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
 
 
-TINY = ModelOptions(
-    width=8, num_heads=2, depths=(1, 1, 1, 1), bottleneck_depth=1, window_size=4, objective="flow",
-    removed_blocks=(
-        "bottleneck", *(f"encoder.{stage}.0" for stage in (1, 2, 3)), "decoder.3.1",
-        *(f"decoder.{stage}.{block}" for stage in (0, 1, 2) for block in (0, 1)),
-    ),
-)
-"""One block in the first and last stages and none in the others, for the time of a step."""
+TINY = ModelOptions(**networks.TINY, window_size=4, objective="flow")
 
 
 def config(**changes) -> TrainConfig:
