@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from lamamba.models.unet import LaMambaUNet
+from lamamba.options.training import ProcessOptions
 from lamamba.runs.folder import RunFolder
 from lamamba.training.loop import describe, train
 from tests.networks import random_network
-from tests.training.together import FewDigits, config
+from tests.training.test_processes import run
+from tests.training.together import FewDigits, config, together
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,19 @@ def test_a_distillation_resumes_to_the_bit(data, teacher, tmp_path):
         assert torch.equal(a, b)
     losses = [[line["loss"] for line in lines_of(tmp_path / name)] for name in ("whole", "parts")]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_two_processes_make_the_same_run(teacher, tmp_path, sharding):
+    """The teacher is whole on each."""
+    settings = config(distill=dict(teacher=str(teacher)), optimizer=dict(learning_rate=1e-3))
+    alone = run(settings, tmp_path / "alone")
+    split = dataclasses.replace(settings, processes=ProcessOptions(sharding=sharding))
+    results = together(2, run, split, tmp_path / "run")
+    for result in results:
+        np.testing.assert_allclose(result["losses"], alone["losses"], rtol=2e-4)
+    for p, q in zip(results[0]["ema"], alone["ema"], strict=True):
+        np.testing.assert_allclose(p, q, atol=1e-3)
 
 
 def test_another_teacher_is_refused_on_resume(data, teacher, tmp_path):
