@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -81,7 +82,8 @@ def reporting(progress: ProgressOption = "auto") -> Iterator[Report]:
         with _Bars() as bars:
             yield bars
     else:
-        yield _LogLines()
+        with _LogLines() as lines:
+            yield lines
 
 
 class _Bars:
@@ -118,16 +120,33 @@ class _Bars:
 
 
 class _LogLines:
-    """A log line every half minute."""
+    """A log line every half minute, also where a piece of work takes longer than that."""
 
     def __init__(self) -> None:
-        self._task, self._done, self._began, self._logged = "", 0, 0.0, 0.0
+        self._state: Progress | None = None
+        self._began = self._logged = 0.0
+        self._is_over = threading.Event()
+
+    def __enter__(self) -> _LogLines:
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._is_over.set()
 
     def __call__(self, state: Progress) -> None:
+        last, self._state = self._state, state
+        if last is None or state.task != last.task or state.done < last.done:   # another task, or it begins again
+            self._began = self._logged = time.perf_counter()
+        self._log_when_due(state)
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(LOG_SECONDS):
+            if self._state is not None:
+                self._log_when_due(self._state)
+
+    def _log_when_due(self, state: Progress) -> None:
         now = time.perf_counter()
-        if state.task != self._task or state.done < self._done:                 # another task, or it begins again
-            self._task, self._began, self._logged = state.task, now, now
-        self._done = state.done
         if now - self._logged < LOG_SECONDS:
             return
         self._logged = now

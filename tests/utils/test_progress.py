@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import time
 
 import pytest
 
@@ -51,6 +52,17 @@ def test_a_task_that_begins_again_has_its_own_speed(clock, caplog):
         clock[0] += 40
         report(Progress("sampling", 80, 100))
     assert caplog.messages == ["sampling 80/100  2 images/s  10 s left  "]
+
+
+def test_work_that_reports_nothing_for_long_is_not_silent(clock, caplog, monkeypatch):
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.01)
+    with reporting("auto") as report:
+        report(Progress("timing", 3, 16, unit="networks", note="adm-256"))
+        clock[0] += 60
+        deadline = time.monotonic() + 10
+        while not caplog.messages and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert caplog.messages == ["timing 3/16  0.05 networks/s  4 min left  adm-256"]
 
 
 def test_a_bar_on_a_terminal_has_them_too(monkeypatch):
