@@ -54,11 +54,11 @@ LOSSES = {
     "task": DistillOptions(),
     "output": dataclasses.replace(DISTILLED, features="none"),
     "normalised": DISTILLED,
-    "normalised, weight 0.1": dataclasses.replace(DISTILLED, feature=0.1),
-    "plain, weight 1": dataclasses.replace(DISTILLED, features="plain"),
+    "normalised, weight 1": dataclasses.replace(DISTILLED, feature=1.0),
+    "plain, weight 1": dataclasses.replace(DISTILLED, features="plain", feature=1.0),
     "plain, weight 0.001": dataclasses.replace(DISTILLED, features="plain", feature=0.001),
 }
-RANGES, RANGED_SHARES = ((0, 1000), (0, 700), (300, 1000), (700, 1000)), (0.5, 0.6, 0.7)
+RANGES, RANGED_SHARES = ((0, 1000), (700, 1000)), (0.5, 0.6, 0.7)
 TIMED_SHARES, BATCH = (0.3, 0.5, 0.8), 64
 XL_SHARE = 0.3
 

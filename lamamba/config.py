@@ -210,7 +210,7 @@ class UNetConfig:
         low, high = self.guidance_range or (1.0, 1.0)
         if not low <= scale <= high:
             fits = f"{low:g} to {high:g}" if low < high else "1 alone (guidance was not trained into it)"
-            raise ValueError(f"guidance {scale:g} is out of range: this flow map takes {fits}")
+            raise ValueError(f"guidance {scale} is out of range: this flow map takes {fits}")
 
     def _validate_removed(self) -> None:
         known = self.removable_names() if self.removed_blocks else []

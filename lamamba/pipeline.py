@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,24 @@ __all__ = ["LaMambaPipeline"]
 """Content of pipeline.py in a saved pipeline, by which diffusers finds the class."""
 
 Generators = torch.Generator | list[torch.Generator] | None
+KINDS: Mapping[str, tuple[Any, str]] = {
+    **dict.fromkeys(("generator", "variation_generator"), (
+        torch.Generator, "a torch.Generator, or a list with one for each image")),
+    "latents": (Tensor, "a tensor (b, c, h, w)"),
+    "guidance_model": (torch.nn.Module, "a network, such as lamamba.open_model(PLACE).network"),
+    "callback_on_step_end": (Callable, "a function"),
+    **dict.fromkeys(("strength", "variation_strength"), (Real, "a number, 0 to 1")),
+    **dict.fromkeys(("height", "width", "num_images_per_label", "num_images_per_prompt"), (Integral, "a whole number")),
+}
+"""Of arguments of a call: type, and what fits in words."""
+
+
+def _check_kinds(**given: Any) -> None:
+    for name, value in given.items():
+        kind, fits = KINDS[name]
+        values = value if kind is torch.Generator and isinstance(value, list) else [value]
+        if not all(isinstance(each, kind) for each in values) and not (value is None and kind is not Real):
+            raise ValueError(f"{name}={value!r:.60} must be {fits}")
 
 
 class LaMambaPipeline(DiffusionPipeline):
@@ -324,6 +343,12 @@ class LaMambaPipeline(DiffusionPipeline):
             ValueError: when labels, sizes, scheduler or the other arguments do not fit the model or each other.
             FloatingPointError: when the network or the vae makes NaN or infinities.
         """
+        _check_kinds(
+            generator=generator, variation_generator=variation_generator, latents=latents,
+            guidance_model=guidance_model, callback_on_step_end=callback_on_step_end, strength=strength,
+            variation_strength=variation_strength, height=height, width=width,
+            num_images_per_label=num_images_per_label, num_images_per_prompt=num_images_per_prompt,
+        )
         self._check_call(output_type, image, strength, mask_image)
         names = self._tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         per_label = num_images_per_label if num_images_per_prompt is None else num_images_per_prompt
@@ -413,6 +438,8 @@ class LaMambaPipeline(DiffusionPipeline):
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, {count} images of this size need {shape}")
+        if not latents.isfinite().all():
+            raise ValueError("latents hold NaN or infinities")
         return latents.to(device, torch.float32)
 
     def _vary(

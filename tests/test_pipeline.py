@@ -619,3 +619,18 @@ def test_a_cache_of_deep_features_is_the_sampler_s_and_afresh_in_every_call():
     pipe.unet.enable_cache(cache)
     with pytest.raises(ValueError, match="interval 3 is longer than the run: the run has 1 evaluation"):
         run(pipe, image=picture(), strength=0.1)
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    (dict(generator=5), "generator=5 must be a torch.Generator"), (dict(generator=[None]), "torch.Generator"),
+    (dict(latents=np.zeros((1, 1, 8, 8))), "must be a tensor"), (dict(guidance_model="shipped"), "must be a network"),
+    (dict(callback_on_step_end=5), "must be a function"), (dict(strength=None), "must be a number"),
+    (dict(variation_strength="0.5"), "must be a number"), (dict(height="8"), "must be a whole number"),
+    (dict(width=8.5), "must be a whole number"), (dict(num_images_per_prompt=1.5), "must be a whole number"),
+    (dict(guidance_interval=0.3), "must be two numbers"), (dict(guidance_interval=("a", "b")), "must be two numbers"),
+    (dict(latents=torch.full((1, 1, 8, 8), float("nan"))), "NaN"), (dict(class_labels=True), "neither a class number"),
+])
+def test_arguments_of_other_kinds_are_refused_by_name(given, said):
+    pipe = make_pipeline("ddim", objective="noise")
+    with pytest.raises(ValueError, match=said):
+        pipe(**{"class_labels": 1, "num_inference_steps": 2, **given})

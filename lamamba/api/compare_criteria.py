@@ -19,7 +19,7 @@ from lamamba.compression.find import find_units
 from lamamba.compression.folder import write_pruned
 from lamamba.compression.job import score_in_folder
 from lamamba.compression.pictures import draw_additivity, draw_criteria
-from lamamba.compression.plan import Plan, in_order, make_plan
+from lamamba.compression.plan import Plan, check_share, in_order, make_plan
 from lamamba.compression.scores import RULES, Scores, by_rule
 from lamamba.compression.units import Removable
 from lamamba.models.unet import LaMambaUNet
@@ -88,7 +88,9 @@ def compare_criteria(options: CompareCriteriaOptions, *, progress: ProgressOptio
     if launched_processes() > 1:
         raise ValueError("compare runs in one process; score with several (lamamba.score_units), then compare")
     teacher = open_teacher(options.model, local_device(options.device))
-    network, held_out = find_units(teacher.network), calibrate(teacher, options, held_out=True)
+    network = find_units(teacher.network)
+    check_share(network, min(options.shares, default=0))                        # or refuse now
+    held_out = calibrate(teacher, options, held_out=True)
     with reporting(progress) as report:
         table = _Table(out / "compare.json", {**teacher.about(), **held_out.about})
         work = _Comparison(options, teacher, network, held_out, table)
@@ -150,11 +152,11 @@ class _Comparison:
 
     def cases(self, report: Report) -> Iterator[tuple[str, str, Plan]]:
         """Every pruned network: a key, its criterion, and its plan."""
-        for criterion in self.options.criteria:
+        for criterion in dict.fromkeys(self.options.criteria):
             draws = self.options.random_draws if criterion == "random" else 1
             for draw in range(draws):
                 scores = self.scores(criterion, report, self.options.seed + draw)
-                for share in self.options.shares:
+                for share in dict.fromkeys(self.options.shares):
                     make = in_order if criterion in ("hand", "random") else make_plan
                     try:
                         plan = make(scores, remove=share)

@@ -29,7 +29,7 @@ from lamamba.compression.scores import RULES, Scores, by_rule
 from lamamba.compression.timing import measure_pair, measure_times
 from lamamba.compression.units import Removable
 from lamamba.models.unet import LaMambaUNet
-from lamamba.options.base import verb
+from lamamba.options.base import from_dict, verb
 from lamamba.options.compress import (
     BudgetOptions,
     CalibrationOptions,
@@ -53,7 +53,7 @@ from lamamba.runs.metadata import ModelMetadata, check_same_data
 from lamamba.runs.model import SHIPPED, fingerprint, model_folder, open_network
 from lamamba.training.sources import open_data
 from lamamba.utils.distributed import is_rank_zero, launched_group, local_device
-from lamamba.utils.files import read_json
+from lamamba.utils.files import check_target, read_json
 from lamamba.utils.progress import ProgressOption, Report, reporting
 
 logger = logging.getLogger("lamamba.api")
@@ -88,11 +88,11 @@ def open_teacher(name: str, device: torch.device) -> Teacher:
     network, metadata = open_network(name)
     if network.architecture.objective == "flow-map":
         raise ValueError(f"{name} is a flow map: compress its flow model, and train a flow map of the result")
-    data = None
-    for folder in (Path(name), Path(name).parent.parent):                       # a run; a checkpoint of one
-        if (config := RunFolder(folder).config).is_file() and "train" in (values := read_json(config)):
-            data = TrainConfig.from_dict(values["train"])
-            break
+    data, folder = None, Path(name)
+    if folder.parent.name == "checkpoints":
+        folder = folder.parent.parent
+    if (config := RunFolder(folder).config).is_file() and "train" in (values := read_json(config)):
+        data = TrainConfig.from_dict(values["train"], config)
     if name == SHIPPED:
         data = load_recipe(SHIPPED_RECIPE)
     return Teacher(name, network.to(device).eval(), metadata, data, fingerprint(network))
@@ -247,6 +247,9 @@ def plan_removal(options: PlanRemovalOptions, *, progress: ProgressOption = "aut
         raise FileNotFoundError(f"{path} does not exist; lamamba compress score MODEL makes it")
     scores, out = Scores.load(path), options.out or path.parent / PLAN
     _check_budget(options)
+    if out.suffix != ".json" or out.resolve() == path.resolve():
+        raise ValueError(f"out={str(out)!r} must be a .json file of its own, as in plan.json; a picture goes beside it")
+    check_target(out)
     needs_network = options.measure or options.by == "time"
     teacher = _open_scored(scores.about, local_device(options.device), options.model) if needs_network else None
     samples = _calibration_of(scores)
@@ -262,6 +265,8 @@ def plan_removal(options: PlanRemovalOptions, *, progress: ProgressOption = "aut
 
 def _open_scored(about: Mapping[str, Any], device: torch.device, name: str | None = None) -> Teacher:
     """The network that was scored: the same by its hash."""
+    if name is None and "teacher" not in about:
+        raise ValueError("the scores do not say which network they are of: name it as model")
     teacher, sha256 = open_teacher(name or str(about.get("teacher")), device), str(about.get("teacher_sha256"))
     if teacher.sha256 != sha256:
         raise ValueError(
@@ -313,10 +318,9 @@ def _calibration_of(scores: Scores) -> CalibrationOptions:
     about = scores.about
     if "samples" not in about:
         return CalibrationOptions()
-    source = "sampling" if str(about["data"]).startswith("states of") else None
-    return CalibrationOptions(
-        data=source or about.get("source"), samples=about["samples"], seed=about["seed"], times=tuple(about["times"])
-    )
+    source = "sampling" if str(about.get("data")).startswith("states of") else about.get("source")
+    found = {key: about[key] for key in ("samples", "seed", "times") if key in about}
+    return from_dict(CalibrationOptions, {"data": source, **found}, "about of the scores")
 
 
 def _times(teacher: Teacher, report: Report) -> dict[str, float]:
@@ -398,12 +402,12 @@ class CompressResult:
 
     def __str__(self) -> str:
         plan, pruned = self.plan, self.pruned
+        losses = ("predicted", plan.predicted), ("measured", plan.measured), ("healed", self.healed_loss)
         lines = [
             f"{pruned.whole_parameters / 1e6:.2f} M -> {pruned.parameters / 1e6:.2f} M parameters "
             f"({plan.parameters:.1%} fewer, {plan.multiply_adds:.1%} fewer multiply-adds), "
             f"{len(plan.removed)} units removed: {self.picture}",
-            f"relative output loss: predicted {plan.predicted:.3g}, measured {plan.measured:.3g}"
-            + ("" if self.healed_loss is None else f", healed {self.healed_loss:.3g}"),
+            "relative output loss: " + ", ".join(f"{name} {loss:.3g}" for name, loss in losses if loss is not None),
         ]
         return "\n".join([*lines, f"sample it: lamamba sample {self.path} --out grid.png"])
 

@@ -20,6 +20,7 @@ from lamamba.compression.scores import (
     SCORES_VERSION,
     Differences,
     Scores,
+    check_units,
     gather,
     measure_unit,
     measure_whole,
@@ -125,6 +126,7 @@ def score_in_folder(
         FloatingPointError: when an output is not finite.
         OSError: when the disk is full; units that are done stay.
     """
+    check_units(network)
     about = {**calibration.about, **(about or {}), "criterion": criterion}
     if (scores := find_scores(folder, about)) is not None:
         return scores

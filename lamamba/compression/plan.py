@@ -97,7 +97,7 @@ def make_plan(
         remove: share of the network's cost to remove at least, 0 .. 1: the plan has the least predicted loss.
         max_loss: the bound of the predicted relative loss: the plan removes the most. Instead of `remove`.
         by: what cost means.
-        keep: units that stay, and with them those around them.
+        keep: units that stay, and with them those around them; a stage's name for all of its units.
         times: seconds saved without each unit, and "" of the whole network; for by="time".
         allowed: the only units that may go; by default all.
 
@@ -162,8 +162,10 @@ def _costs(
 def _free(units: Sequence[Unit], keep: Iterable[str], allowed: Iterable[str] | None) -> np.ndarray:
     """(u,) whether each unit may be removed."""
     known = {unit.name: unit for unit in units}
-    kept, may = set(keep), set(known if allowed is None else allowed)
-    for name in kept | may:
+    groups = {unit.group: [each.name for each in units if each.group == unit.group] for unit in units}
+    kept = {unit for name in keep for unit in ([name] if name in known else groups.get(name, [name]))}
+    may = set(known if allowed is None else allowed)
+    for name in sorted(kept | may):
         if name not in known:
             raise unknown_name("unit", name, known)
     around = {other for name in kept for other in ancestors(known, name)}

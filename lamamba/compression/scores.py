@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lamamba.compression.calibration import Calibration
 from lamamba.compression.units import Removable, Unit, ancestors, canonical
-from lamamba.options.base import Ge, Gt, read_record, record
+from lamamba.options.base import Ge, read_record, record
+from lamamba.options.compress import Criterion
 from lamamba.utils.files import write_atomically
 from lamamba.utils.progress import Progress, Report
 
@@ -106,6 +107,9 @@ class Scores:
             if row.name in seen or row.parent not in seen:                      # a parent stands before its children
                 raise ValueError(f"{path} is damaged: its units are not a tree of different names")
             seen.add(row.name)
+        if any(not 0 <= row.parameters <= file.parameters or not 0 <= row.multiply_adds <= file.multiply_adds
+               for row in rows):
+            raise ValueError(f"{path} is damaged: a unit costs less than nothing, or more than the whole network")
         if any(len(row.by_time) != TIME_BINS for row in rows):
             raise ValueError(f"{path} is damaged: by_time must have {TIME_BINS} values")
         if file.products is not None and [len(row) for row in file.products] != [len(rows)] * len(rows):
@@ -134,11 +138,11 @@ class _File:
     """scores.json."""
 
     version: int
-    criterion: str
+    criterion: Criterion
     about: dict[str, Any]
     parameters: Annotated[int, Ge(1)]
     multiply_adds: Annotated[int, Ge(1)]
-    energy: Annotated[float, Gt(0)]
+    energy: Annotated[float, Ge(1e-30)]
     units: tuple[_Row, ...]
     products: tuple[tuple[float, ...], ...] | None
 
@@ -181,9 +185,10 @@ def measure_whole(network: Removable, calibration: Calibration, criterion: str) 
     """What units are compared with, and its size: mean square of the output, or mean training loss.
 
     Raises:
-        ValueError: when "task" meets a calibration set without data.
+        ValueError: when "task" meets a calibration set without data, or the network has no units.
         FloatingPointError: when an output is not finite.
     """
+    check_units(network)
     if criterion == "task":
         losses = calibration.losses(network.model)
         return losses, float(torch.cat(losses).double().mean())
@@ -191,6 +196,12 @@ def measure_whole(network: Removable, calibration: Calibration, criterion: str) 
     if (energy := energy_of(outputs)) == 0:
         raise ValueError("the network's output is zero everywhere: train it before its units are scored")
     return outputs, energy
+
+
+def check_units(network: Removable) -> None:
+    """Raise ValueError for a network without any unit."""
+    if not network.units:
+        raise ValueError("this network has no layers left that could be removed")
 
 
 def gather(
@@ -274,6 +285,7 @@ RULES: dict[str, Callable[[Removable, Unit, np.random.Generator], float]] = {
 
 def by_rule(network: Removable, criterion: str, seed: int, about: Mapping[str, Any]) -> Scores:
     """Scores by a criterion that looks at no sample: "magnitude", "random" or "hand"."""
+    check_units(network)
     generator = np.random.default_rng(seed)
     values = np.array([RULES[criterion](network, unit, generator) for unit in network.units])
     nothing = np.full((len(values), TIME_BINS), np.nan)

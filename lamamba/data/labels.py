@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import operator
 import re
 import unicodedata
 from collections import Counter
@@ -61,11 +62,10 @@ def find_label(wanted: int | str, names: Sequence[str], num_classes: int) -> int
     Raises:
         ValueError: for a number out of range, an unknown name (near ones are named), or a synonym of several classes.
     """
-    if isinstance(wanted, bool) or not isinstance(wanted, int | str):
-        try:
-            wanted = wanted.__index__()                                         # NumPy's whole numbers, too
-        except AttributeError:
-            raise ValueError(f"label {wanted!r} is neither a class number nor a name") from None
+    if isinstance(wanted, bool) or not (isinstance(wanted, str) or hasattr(wanted, "__index__")):
+        raise ValueError(f"label {wanted!r} is neither a class number nor a name")
+    if not isinstance(wanted, str):
+        wanted = operator.index(wanted)                                         # NumPy's whole numbers, too
     if isinstance(wanted, str) and not _is_number(wanted):
         return _by_word(composed(wanted), [composed(name) for name in names], num_classes)
     if not 0 <= int(wanted) < num_classes:

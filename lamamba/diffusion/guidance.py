@@ -66,8 +66,10 @@ class Guidance:
         object.__setattr__(self, "scale", float(self.scale))                    # NumPy's, too
         if self.channels not in get_args(GuidedChannels):
             raise unknown_name("guided channels", str(self.channels), get_args(GuidedChannels))
-        object.__setattr__(self, "interval", tuple(self.interval))
-        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
+        if isinstance(self.interval, list):
+            object.__setattr__(self, "interval", tuple(self.interval))
+        is_pair = isinstance(self.interval, tuple) and [isinstance(x, Real) for x in self.interval] == [True, True]
+        if not is_pair or not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise ValueError(f"guidance interval {self.interval} must be two numbers, 0 <= low <= high <= 1 (noise)")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance rescale {self.rescale} must lie in 0 (off) .. 1")

@@ -167,6 +167,8 @@ def find_sample_sets(
             model = open_model(
                 candidate.folder, ema=candidate.ema, autoencoder=options.autoencoder, device=device, lora=options.lora)
             model.prepare(device, dtype, compiled=False, images=options.batch_size, quantized=options.quantize)
+            for each in options.guidance:                                       # before the first is sampled
+                _check_guidance(model, candidate, each)
             models[candidate] = model
         name = f"guidance {scale:g}" if len(options.guidance) > 1 else candidate.name
         runs = _sampled(models[candidate], candidate, options, scale, on_step)
@@ -176,14 +178,18 @@ def find_sample_sets(
     return [functools.partial(open_samples, candidate, scale) for candidate in candidates for scale in options.guidance]
 
 
+def _check_guidance(model: Model, candidate: Candidate, guidance: float) -> None:
+    if guidance != 1 and not model.num_classes:
+        raise ValueError(f"{candidate.path} is unconditional: guidance needs classes, leave it out")
+    model.network.architecture.check_guidance(guidance)
+
+
 def _sampled(
     model: Model, candidate: Candidate, options: EvaluateOptions, guidance: float,
     on_step: Callable[[int, int], None] | None,
 ) -> list[Images]:
     """Images of each range of seeds, sampled when they are read."""
     config, decoder, classes = model.network.architecture, model.decoder, range(model.num_classes)
-    if guidance != 1 and not classes:
-        raise ValueError(f"{candidate.path} is unconditional: guidance needs classes, leave it out")
     sampler = options.sampler or samplers_for(config.objective)[0]
     evaluations = len(make_scheduler(sampler, config.objective, options.steps).timesteps)
     cache = cache_config(options.cache, options.cache_order)

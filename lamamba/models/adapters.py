@@ -80,7 +80,6 @@ class Adapters:
     """Calls that may have changed what the adapters add: what was computed ahead before one of them is stale."""
 
     set_adapter = _of_mixin("set_adapter")
-    set_adapters = _of_mixin("set_adapters")
     enable_adapters = _of_mixin("enable_adapters")
     disable_adapters = _of_mixin("disable_adapters")
     enable_lora = _of_mixin("enable_lora")
@@ -92,6 +91,7 @@ class Adapters:
     enable_lora_hotswap = _of_mixin("enable_lora_hotswap")
     _add_adapter = _of_mixin("add_adapter")
     _load_lora_adapter = _of_mixin("load_lora_adapter")
+    _set_adapters = _of_mixin("set_adapters")
     _delete_adapters = _of_mixin("delete_adapters")
     _fuse_lora_apply = _of_mixin("_fuse_lora_apply")
     _unfuse_lora_apply = _of_mixin("_unfuse_lora_apply")
@@ -253,13 +253,34 @@ class Adapters:
         Raises:
             ValueError: for an unknown name.
         """
+        self._check_names(adapter_names)
+        self._delete_adapters(adapter_names)
+        if not getattr(self, "peft_config", None):
+            self.unload_lora()
+
+    def set_adapters(self, adapter_names: list[str] | str, weights: Any = None) -> None:
+        """Make these adapters the active ones.
+
+        Args:
+            adapter_names: of adapters that are loaded.
+            weights: a number for all, or one for each, or a dictionary of parts as in diffusers; by default 1.
+
+        Raises:
+            ValueError: for an unknown name, or a weight that is no finite number.
+        """
+        self._check_names(adapter_names)
+        for weight in weights if isinstance(weights, list | tuple) else [weights]:
+            if not isinstance(weight, Mapping | None) and (
+                    isinstance(weight, str | bool) or not math.isfinite(float(weight))):
+                raise ValueError(f"weights={weights!r} must be finite numbers: one for all, or one for each adapter")
+        self._set_adapters(adapter_names, weights)
+
+    def _check_names(self, adapter_names: list[str] | str) -> None:
+        check_peft()
         known = list(getattr(self, "peft_config", {}))
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name not in known:
                 raise unknown_name("adapter", name, known)
-        self._delete_adapters(adapter_names)
-        if not getattr(self, "peft_config", None):
-            self.unload_lora()
 
     def _named_modules(self) -> dict[str, nn.Module]:
         """The layers by the names that they have without adapters."""
@@ -277,6 +298,8 @@ def _find_file(
         if not path.is_file():
             raise FileNotFoundError(f"{path.parent} holds no LoRA: there is no {weight_name} in it")
     elif not path.exists():
+        if path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) != 2:
+            raise FileNotFoundError(f"{source} does not exist: name a folder, a file, or a hub id as in owner/name")
         path = Path(hf_hub_download(
             str(source), weight_name, subfolder=subfolder, revision=revision, token=token, cache_dir=cache_dir,
             local_files_only=local_files_only,

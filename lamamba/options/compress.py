@@ -22,7 +22,7 @@ class CalibrationOptions:
     data: Name | None = None
     """"digits", a folder of images, latents: as in training. By default what a run was trained on; "sampling": states
     of the network's own sampling, where there is no data."""
-    samples: Annotated[int, Ge(2)] = 512
+    samples: Annotated[int, Ge(2), Le(10**7)] = 512
     """How many."""
     times: Annotated[Numbers, tyro.conf.arg(metavar="LOW,HIGH")] = (0.0, 1000.0)
     """Range of the timesteps, 0 clean .. 1000 noise, drawn evenly. 700,1000 weighs what decides the class."""
@@ -62,7 +62,7 @@ class BudgetOptions:
     by: By = "parameters"
     """What a share is of: parameters, multiply-adds, or time measured here unit by unit."""
     keep: Words = ()
-    """Units that stay: decoder.3,bottleneck"""
+    """Units that stay, or all of a stage: decoder.3,bottleneck"""
 
 
 @options

@@ -302,8 +302,8 @@ class DistillOptions:
     """Weight of the objective's own loss."""
     output: Annotated[float, Ge(0)] = 1.0
     """Weight of the output's squared distance to the teacher's."""
-    feature: Annotated[float, Ge(0)] = 1.0
-    """Weight of the features' distance."""
+    feature: Annotated[float, Ge(0)] = 0.1
+    """Weight of the features' distance, the sum over the stages."""
     features: Literal["normalised", "plain", "none"] = "normalised"
     """"normalised": each stage's distance over the norm of the teacher's features, so that no stage dominates;
     "plain": mean squared distances; "none": only the output."""

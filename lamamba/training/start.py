@@ -40,8 +40,8 @@ def with_network_of_source(options: TrainOptions) -> TrainOptions:
         model = TrainConfig.from_dict(run.read_config().train).model
     else:
         model = ModelOptions.of(_open_source(options.start).architecture)
-        if own != default and options.lora.rank is None:
-            model = dataclasses.replace(model, objective=own.objective, guidance_range=own.guidance_range)
+    if own != default and options.lora.rank is None:
+        model = dataclasses.replace(model, objective=own.objective, guidance_range=own.guidance_range)
     return dataclasses.replace(options, model=model)
 
 

@@ -232,3 +232,71 @@ def test_a_plan_for_another_network_is_refused(model, tmp_path, capsys):
     assert main(command) == 2
     assert "another network" in capsys.readouterr().err
     assert main(["compress", "apply", str(tmp_path / "nothing"), "--out", str(tmp_path / "p")]) == 2
+
+
+@pytest.fixture(scope="module")
+def scored(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scored")
+    return lamamba.score_units(lamamba.ScoreUnitsOptions(
+        model=model, data="digits", samples=4, out=folder), progress=None).path
+
+
+@pytest.mark.parametrize("name", ["plan.png", "scores.json", "."])
+def test_a_plan_writes_over_neither_scores_nor_itself(scored, name):
+    before = scored.read_bytes()
+    with pytest.raises(ValueError, match="file of its own"):
+        lamamba.plan_removal(
+            lamamba.PlanRemovalOptions(scores=scored, remove=0.3, out=scored.parent / name), progress=None)
+    assert scored.read_bytes() == before
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"criterion": "nonsense"}, "criterion"), ({"parameters": 1}, "more than the whole network"),
+    ({"energy": 1e-320}, "energy"), ({"about": {"times": 5}}, "a lower and a higher timestep"),
+    ({"about": {"samples": 10**12}}, "samples"), ({"about": {"seed": "x"}}, "seed"),
+    ({"about": {"teacher": None}}, "which network"),
+])
+def test_damaged_scores_are_refused_by_name(scored, tmp_path, change, said):
+    values = json.loads(scored.read_text())
+    about = {**values["about"], **change.pop("about", {})}
+    values |= {**change, "about": {key: value for key, value in about.items() if value is not None}}
+    (tmp_path / "scores.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=said):
+        lamamba.plan_removal(lamamba.PlanRemovalOptions(scores=tmp_path, remove=0.3), progress=None)
+
+
+def test_a_whole_stage_stays(scored):
+    plan = lamamba.plan_removal(lamamba.PlanRemovalOptions(
+        scores=scored, remove=0.1, keep=("decoder.3", "encoder.0"), measure=False), progress=None).plan
+    assert not any(name.startswith(("decoder.3", "encoder.0")) for name in plan.removed)
+
+
+def test_a_plan_that_was_not_measured_and_a_network_without_units(model, scored, tmp_path):
+    out = tmp_path / "c"
+    shutil.copytree(scored.parent, out)
+    lamamba.plan_removal(lamamba.PlanRemovalOptions(scores=out, remove=0.3, measure=False), progress=None)
+    lamamba.remove_units(lamamba.RemoveUnitsOptions(plan=out, out=out / "pruned"))
+    options = lamamba.CompressOptions(model=model, data="digits", samples=4, remove=0.3, out=out)
+    assert "measured" not in str(lamamba.compress(options, progress=None))
+    lamamba.plan_removal(lamamba.PlanRemovalOptions(scores=out, max_loss=1e308, measure=False), progress=None)
+    lamamba.remove_units(lamamba.RemoveUnitsOptions(plan=out, out=tmp_path / "bare"))
+    for criterion in ("output", "random"):
+        with pytest.raises(ValueError, match="no layers left"):
+            lamamba.score_units(lamamba.ScoreUnitsOptions(
+                model=tmp_path / "bare", data="digits", samples=4, criterion=criterion, out=tmp_path / criterion),
+                progress=None)
+
+
+def test_a_strangers_config_two_folders_up_is_not_read(model, tmp_path):
+    shutil.copytree(model, tmp_path / "project" / "models" / "mine")
+    (tmp_path / "project" / "config.json").write_text('{"train": {"epochs": 3}}')
+    lamamba.score_units(lamamba.ScoreUnitsOptions(
+        model=tmp_path / "project" / "models" / "mine", data="digits", samples=4, criterion="magnitude",
+        out=tmp_path / "s"), progress=None)
+
+
+def test_shares_that_nothing_reaches_are_not_compared(model, tmp_path):
+    with pytest.raises(ValueError, match="cannot be removed"):
+        lamamba.compare_criteria(lamamba.CompareCriteriaOptions(
+            model=model, data="digits", samples=4, shares=(0.999,), sets=0, out=tmp_path / "c"), progress=None)
+    assert not (tmp_path / "c").exists()

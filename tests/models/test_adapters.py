@@ -407,3 +407,21 @@ def test_peft_is_imported_only_where_it_is_needed():
         "sys.exit(any(name in sys.modules for name in ('peft', 'diffusers.loaders.lora_base')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("names", "weights", "said"), [
+    (["defalut"], None, "did you mean 'default'"), ("default", "x", "must be finite numbers"),
+    (["default"], [float("nan")], "must be finite numbers"),
+])
+def test_adapters_that_are_not_there_and_weights_that_are_none(names, weights, said):
+    model = adapted(CONFIGS["pruned"])
+    with pytest.raises(ValueError, match=said):
+        model.set_adapters(names, weights)
+    model.set_adapters("default", 0.5)
+    assert model.active_adapters() == ["default"]
+
+
+@pytest.mark.parametrize("place", ["./nowhere/x", "/nowhere/x", "a/b/c"])
+def test_a_lora_that_does_not_exist_is_not_sought_at_the_hub(place):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        adapted(CONFIGS["pruned"]).load_lora_adapter(place)
