@@ -19,7 +19,7 @@ from starlette.middleware import Middleware
 
 from lamamba.app.requests import RequestFilter
 from lamamba.app.session import MAX_CACHE, MAX_SEED, Frame, Request, Session
-from lamamba.config import unknown_name
+from lamamba.config import check_known
 from lamamba.data.labels import texts_for
 from lamamba.diffusion.denoise import SAMPLERS
 from lamamba.sampling.settings import png_text
@@ -242,8 +242,7 @@ class _Handlers:
                 steps=_whole(steps), guidance=1.0 if guidance is None else guidance, height=_whole(height),
                 width=_whole(width), cache=1 if cache is None else _whole(cache),
             )
-            if look not in (SQUARES, SMOOTH):
-                raise unknown_name("way to show pixels", str(look), (SQUARES, SMOOTH))
+            check_known("way to show pixels", look, (SQUARES, SMOOTH))
             for frame in self._session.sample(request):
                 sample = _Sample(request, frame.images)
                 if frame.is_last:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamamba.config import unknown_name
+from lamamba.config import check_known
 from lamamba.data.codec import PixelCodec
 from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
 from lamamba.diffusion.guidance import Guidance, check_guidance
@@ -135,8 +135,7 @@ class Session:
                 f"to {MAX_IMAGES} at once: choose fewer of either (lamamba sample makes any number)"
             )
         sampler = self.samplers[0] if request.sampler is None else request.sampler
-        if sampler not in self.samplers:
-            raise unknown_name("sampler for this model", str(sampler), self.samplers)
+        check_known("sampler for this model", sampler, self.samplers)
         if request.steps is not None:
             kind = SAMPLERS[sampler]
             _check_whole("the number of steps", request.steps, kind.min_steps, kind.max_steps)

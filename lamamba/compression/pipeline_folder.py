@@ -17,7 +17,7 @@ from lamamba.compression.folder import CARD, PLAN, model_card
 from lamamba.compression.plan import Plan
 from lamamba.compression.pruned_unets import PrunedUNet2DConditionModel, PrunedUNet2DModel, UNet
 from lamamba.compression.stock_unets import stock_model, zero_filled
-from lamamba.config import unknown_name
+from lamamba.config import check_known
 from lamamba.utils.files import read_json, sha256, write_atomically, write_json
 
 INDEX, UNET = "model_index.json", "unet"
@@ -80,8 +80,7 @@ def compress_pipeline(
         FileNotFoundError, ValueError: when the folder holds no such pipeline, a unit is unknown, or no stock
             configuration says what is left.
     """
-    if form not in FORMS:
-        raise unknown_name("form", form, FORMS)
+    check_known("form", form, FORMS)
     network = DiffusersUnits(open_unet(folder, variant))
     plan = removed if isinstance(removed, Plan) else _by_name(network, removed)
     make = {"pruned": network.without, "stock": lambda names: stock_model(network.model, names),

@@ -20,7 +20,7 @@ from scipy.sparse import lil_matrix
 
 from lamamba.compression.scores import Scores
 from lamamba.compression.units import Removable, Unit, ancestors, canonical
-from lamamba.config import unknown_name
+from lamamba.config import check_known, unknown_name
 from lamamba.options.base import read_record, record
 from lamamba.utils.files import write_json
 
@@ -164,8 +164,7 @@ def _free(units: Sequence[Unit], keep: Iterable[str], allowed: Iterable[str] | N
     known = {unit.name: unit for unit in units}
     kept, may = set(keep), set(known if allowed is None else allowed)
     for name in kept | may:
-        if name not in known:
-            raise unknown_name("unit", name, known)
+        check_known("unit", name, known)
     around = {other for name in kept for other in ancestors(known, name)}
     inside = {name for name in known if kept & set(ancestors(known, name))}
     return np.array([unit.name in may and unit.name not in kept | around | inside for unit in units])

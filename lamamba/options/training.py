@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from typing_extensions import Self
 
-from lamamba.config import STAGES, Objective, UNetConfig, unknown_name
+from lamamba.config import STAGES, Objective, UNetConfig, check_known
 from lamamba.options.base import FilePath, Ge, Gt, Lt, Name, OrInfinity, Words, from_dict, options, read_toml
 from lamamba.options.sampling import DenoisingOptions
 
@@ -312,8 +312,7 @@ class DistillOptions:
 
     def __post_init__(self) -> None:
         for stage in self.stages:
-            if stage not in STAGES:
-                raise unknown_name("stage", stage, STAGES)
+            check_known("stage", stage, STAGES)
         if self.task == self.output == 0 and (self.features == "none" or self.feature == 0):
             raise ValueError("task, output and feature are all 0: nothing would be learned")
 
@@ -546,8 +545,7 @@ def load_recipe(name_or_path: str) -> TrainConfig:
     """
     path = Path(name_or_path)
     if path.suffix != ".toml" and path.parent == Path("."):
-        if name_or_path not in recipe_names():
-            raise unknown_name("recipe", name_or_path, recipe_names())
+        check_known("recipe", name_or_path, recipe_names())
         path = RECIPES / f"{name_or_path}.toml"
     if not path.is_file():
         known = ", ".join(recipe_names())

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from lamamba._version import __version__
-from lamamba.config import unknown_name
+from lamamba.config import check_known
 from lamamba.diffusion.guidance import Guidance
 from lamamba.models.deep_cache import LaMambaCacheConfig
 from lamamba.options.base import Ge, from_dict, record
@@ -66,8 +66,7 @@ class Settings:
     """How deep features were kept between steps."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise unknown_name("dtype", self.dtype, DTYPES)
+        check_known("dtype", self.dtype, DTYPES)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
