@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -52,7 +51,7 @@ from lamamba.runs.folder import RunFolder
 from lamamba.runs.metadata import ModelMetadata, check_same_data
 from lamamba.runs.model import SHIPPED, fingerprint, model_folder, open_network
 from lamamba.training.sources import open_data
-from lamamba.utils.distributed import is_rank_zero, launched_group, local_device
+from lamamba.utils.distributed import is_rank_zero, launched_group, launched_rank, local_device
 from lamamba.utils.files import read_json
 from lamamba.utils.progress import ProgressOption, Report, reporting
 
@@ -212,7 +211,7 @@ def _scores(
         return scores
     return score_in_folder(
         network, calibrate(teacher, options), folder, criterion=criterion, about=teacher.about(),
-        rank=int(os.environ.get("RANK", "0")), report=report,
+        rank=launched_rank(), report=report,
     )
 
 

@@ -60,9 +60,14 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_rank() -> int:
+    """The rank of this process, by the launcher's environment; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_rank_zero() -> bool:
     """Whether this process is rank 0, by the launcher's environment."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return launched_rank() == 0
 
 
 def end_processes() -> None:
@@ -123,11 +128,7 @@ class ProcessGroup:
 
     def sum(self, *values: float) -> tuple[float, ...]:
         """Sums over all ranks, in float64."""
-        if self.world_size == 1:
-            return values
-        box = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(box)
-        return tuple(box.tolist())
+        return tuple(self.all_reduce(np.array(values, dtype=np.float64)).tolist())
 
     def all_reduce(self, array: np.ndarray) -> np.ndarray:
         """Elementwise sum of an array over all processes, in float64."""
@@ -157,7 +158,7 @@ def launched_group(timeout: timedelta) -> Iterator[ProcessGroup]:
     if is_new:
         dist.init_process_group("gloo", timeout=timeout)
     try:
-        yield ProcessGroup(int(os.environ.get("RANK", "0")), world_size, torch.device("cpu"))
+        yield ProcessGroup(launched_rank(), world_size, torch.device("cpu"))
     finally:
         if is_new:
             dist.destroy_process_group()
