@@ -41,7 +41,7 @@ from lamamba.options.training import RUN_VERSION, TrainConfig
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.utils.distributed import ProcessGroup
 from lamamba.utils.errors import RankZeroError
-from lamamba.utils.files import differences, flush, sha256, write_all, write_atomically, write_json
+from lamamba.utils.files import differences, flush, sha256, write_all, write_json
 
 logger = logging.getLogger("lamamba.training")
 
@@ -259,7 +259,7 @@ class RunFolder:
             )
         self.samples.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        write_atomically(self.config, json.dumps(values, indent=2) + "\n")
+        write_json(self.config, values)
 
     def read_config(self) -> RunConfig:
         """Read config.json.
@@ -437,7 +437,7 @@ class RunFolder:
         for step in self.steps()[:-keep]:
             if step != saved and (not keep_every or step % keep_every):
                 dropped = self.checkpoints / f".old_{_name(step)}"              # never half a checkpoint of that name
-                os.replace(self.checkpoints / _name(step), dropped)
+                os.replace(self.checkpoint(step), dropped)
                 shutil.rmtree(dropped)
 
     def newest(self) -> Path | None:
