@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 import numpy as np
@@ -115,8 +115,7 @@ class _Controls:
     scaling: Any
 
 
-@dataclass(frozen=True)
-class _Outputs:
+class _Outputs(NamedTuple):
     """Components of the right column."""
 
     picture: Any
@@ -125,10 +124,6 @@ class _Outputs:
     command: Any
     last_sample: Any
     """A state: the images on the page, where they can be shown with another scaling."""
-
-    @property
-    def all(self) -> list[Any]:
-        return [self.picture, self.status, self.save, self.command, self.last_sample]
 
 
 def _build_controls(session: Session) -> _Controls:
@@ -208,12 +203,12 @@ def _connect(handlers: _Handlers, controls: _Controls, outputs: _Outputs) -> Non
     status, at_once = outputs.status, {**QUIET, "queue": False}
     controls.new_seed.click(lambda: random.randrange(2**31), outputs=controls.seed, **at_once)
     sampling = controls.go.click(lambda: "Waiting for its turn ...", outputs=status, **at_once).then(
-        handlers.draw, controls.settings, outputs.all, show_progress="hidden", api_name="draw", preprocess=False,
+        handlers.draw, controls.settings, list(outputs), show_progress="hidden", api_name="draw", preprocess=False,
     )
     sampling.failure(lambda: "Stopped.", outputs=status, **at_once)             # gradio takes a stop for a failure
     controls.stop.click(lambda: "Stopped.", outputs=status, cancels=[sampling], **at_once)
     controls.scaling.change(
-        handlers.rescale, [outputs.last_sample, controls.scaling], outputs.all, preprocess=False, **QUIET
+        handlers.rescale, [outputs.last_sample, controls.scaling], list(outputs), preprocess=False, **QUIET
     )
 
 
@@ -226,7 +221,7 @@ class _Sample:
 
 
 class _Handlers:
-    """What events of the page do; each yields values of `_Outputs.all`."""
+    """What events of the page do; each yields values of `_Outputs`."""
 
     def __init__(self, session: Session):
         self._session = session
