@@ -274,7 +274,9 @@ def _plan(
     scores: Scores, options: BudgetOptions, teacher: Teacher | None, samples: CalibrationOptions | None, report: Report
 ) -> Plan:
     """The plan of a budget, with what it measures on the samples held out of a calibration set; None: nothing."""
-    times = _times(teacher, report) if options.by == "time" and teacher else None
+    times = None
+    if options.by == "time" and teacher is not None:
+        times = measure_times(find_units(teacher.network), _forward(teacher, teacher.network), report=report)
     if scores.criterion in ("hand", "random") and options.remove is not None:
         plan = in_order(scores, options.remove, options.by, options.keep, times)
     else:
@@ -316,11 +318,6 @@ def _calibration_of(scores: Scores) -> CalibrationOptions:
     return CalibrationOptions(
         data=source or about.get("source"), samples=about["samples"], seed=about["seed"], times=tuple(about["times"])
     )
-
-
-def _times(teacher: Teacher, report: Report) -> dict[str, float]:
-    """Seconds of a forward pass of one image that go with each unit, on the network's device."""
-    return measure_times(find_units(teacher.network), _forward(teacher, teacher.network), report=report)
 
 
 def _forward(teacher: Teacher, network: nn.Module) -> Callable[[], object]:

@@ -77,7 +77,7 @@ class _Counter(FlopCounterMode):
 
 def count(config: UNetConfig) -> Cost:
     """Cost of one image for a network of this configuration, at its input size."""
-    model, inputs = _on_meta(config)
+    model, inputs = on_meta(config)
     with _Counter() as counter:
         activation_bytes = saved_bytes(model, *inputs)
     return Cost(**asdict(counter.operations(model)), activation_bytes=activation_bytes)
@@ -85,11 +85,12 @@ def count(config: UNetConfig) -> Cost:
 
 def lamamba_operations(config: UNetConfig) -> Operations:
     """Operations of one image for a network of this configuration, at its input size."""
-    model, inputs = _on_meta(config)
+    model, inputs = on_meta(config)
     return operations(model, *inputs)
 
 
-def _on_meta(config: UNetConfig) -> tuple[LaMambaUNet, tuple[torch.Tensor | None, ...]]:
+def on_meta(config: UNetConfig) -> tuple[LaMambaUNet, tuple[torch.Tensor | None, ...]]:
+    """A network on the meta device, and the inputs of its forward pass for one image."""
     with torch.device("meta"):
         model = LaMambaUNet(config)
         x = torch.empty(1, config.in_channels, *config.input_size)

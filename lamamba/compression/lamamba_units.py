@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamamba.benchmarking.flops import multiply_adds_by_module
+from lamamba.benchmarking.flops import multiply_adds_by_module, on_meta
 from lamamba.compression.units import Removable, Unit
 from lamamba.models.blocks import LaMambaBlock
 from lamamba.models.unet import LaMambaUNet
@@ -21,19 +21,15 @@ class LaMambaUnits(Removable):
 
     def __init__(self, model: LaMambaUNet):
         model.check_plain("removing layers")
-        self.model, config = model, model.architecture
+        self.model = model
         self._stages: dict[str, Any] = {
             **{f"encoder.{number}": stage for number, stage in enumerate(model.encoder)},
             "bottleneck": model.bottleneck,
             **{f"decoder.{number}": stage for number, stage in enumerate(model.decoder)},
         }
-        with torch.device("meta"):
-            same = LaMambaUNet(config)
-            x = torch.empty(1, config.in_channels, *config.input_size)
-            labels = torch.empty(1, dtype=torch.int64) if config.num_classes else None
-        self._multiply_adds = multiply_adds_by_module(same.to("meta"), x, torch.empty(1, device="meta"), labels)
-        self.multiply_adds = self._multiply_adds[""]
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        same, inputs = on_meta(model.architecture)
+        self._multiply_adds = multiply_adds_by_module(same, *inputs)
+        self.multiply_adds, self.parameters = self._multiply_adds[""], model.num_parameters()
         self.units = tuple(self._list())
 
     def _list(self) -> Iterator[Unit]:
