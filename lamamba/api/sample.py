@@ -92,8 +92,8 @@ def sample(options: SampleOptions, *, progress: ProgressOption = "auto") -> Samp
     is_film = out is not None and out.suffix.lower() in FILM_SUFFIXES
     if out is not None:
         check_target(out)
-    if is_film and out is not None:
-        check_film(out)
+        if is_film:
+            check_film(out)
     options, picture = fill_from_picture(options)
     device = pick_device(options.device)
     prepared = prepare(options, picture, device)

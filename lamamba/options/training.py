@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -353,20 +352,20 @@ class ScoreOptions:
 class TrainConfig:
     """A training run. Sections and names are those of a TOML recipe."""
 
-    model: ModelOptions = field(default_factory=ModelOptions)
-    data: DataOptions = field(default_factory=DataOptions)
-    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
-    loss: LossOptions = field(default_factory=LossOptions)
-    flow_map: FlowMapOptions = field(default_factory=FlowMapOptions)
-    start: StartOptions = field(default_factory=StartOptions)
-    lora: LoraOptions = field(default_factory=LoraOptions)
-    distill: DistillOptions = field(default_factory=DistillOptions)
-    processes: ProcessOptions = field(default_factory=ProcessOptions)
-    precision: PrecisionOptions = field(default_factory=PrecisionOptions)
-    faults: FaultOptions = field(default_factory=FaultOptions)
-    watch: WatchOptions = field(default_factory=WatchOptions)
-    sampling: SampleGridOptions = field(default_factory=SampleGridOptions)
-    score: ScoreOptions = field(default_factory=ScoreOptions)
+    model: ModelOptions = ModelOptions()
+    data: DataOptions = DataOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    loss: LossOptions = LossOptions()
+    flow_map: FlowMapOptions = FlowMapOptions()
+    start: StartOptions = StartOptions()
+    lora: LoraOptions = LoraOptions()
+    distill: DistillOptions = DistillOptions()
+    processes: ProcessOptions = ProcessOptions()
+    precision: PrecisionOptions = PrecisionOptions()
+    faults: FaultOptions = FaultOptions()
+    watch: WatchOptions = WatchOptions()
+    sampling: SampleGridOptions = SampleGridOptions()
+    score: ScoreOptions = ScoreOptions()
     batch_size: Positive = 64
     """Images per optimizer step, over all processes together."""
     steps: Positive = 1000
