@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lamamba.config import check_known
-from lamamba.data.codec import PixelCodec
+from lamamba.data.codec import PixelDecoder
 from lamamba.diffusion.denoise import SAMPLERS, samplers_for
 from lamamba.options.sampling import SamplerOptions
 from lamamba.pretrained import DESCRIPTION
@@ -220,7 +220,7 @@ class Session:
     def _sample(self, request: Request, frames: queue.Queue[Frame | BaseException], stopped: threading.Event) -> None:
         """Put frames into the queue, or the exception that ended sampling; the target of a thread."""
         began, last_frame, settings = time.perf_counter(), 0.0, self.settings_of(request)
-        decoder = self.model.decoder or PixelCodec()
+        decoder = self.model.decoder or PixelDecoder()
         images = np.full((self._count(request), settings.height, settings.width, self.channels), BLANK, np.uint8)
         progress = (0, 1)
 

@@ -220,7 +220,7 @@ class Runner:
     """A worker process that holds one network."""
 
     def __init__(self, case: Case):
-        self.case, self.times, self.found = case, [], {}  # type: Case, list[float], dict[str, Any]
+        self.case, self.times, self.found = case, list[float](), dict[str, Any]()
         package = str(Path(__file__).resolve().parents[2])
         paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": paths}

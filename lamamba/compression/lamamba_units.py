@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lamamba.benchmarking.flops import multiply_adds_by_module, on_meta
 from lamamba.compression.units import Removable, Unit
+from lamamba.config import STAGES
 from lamamba.models.blocks import LaMambaBlock
 from lamamba.models.unet import LaMambaUNet
 
@@ -22,11 +23,8 @@ class LaMambaUnits(Removable):
     def __init__(self, model: LaMambaUNet):
         model.check_plain("removing layers")
         self.model = model
-        self._stages: dict[str, Any] = {
-            **{f"encoder.{number}": stage for number, stage in enumerate(model.encoder)},
-            "bottleneck": model.bottleneck,
-            **{f"decoder.{number}": stage for number, stage in enumerate(model.decoder)},
-        }
+        stages: list[Any] = [*model.encoder, model.bottleneck, *model.decoder]
+        self._stages = dict(zip(STAGES, stages, strict=True))
         same, inputs = on_meta(model.architecture)
         self._multiply_adds = multiply_adds_by_module(same, *inputs)
         self.multiply_adds, self.parameters = self._multiply_adds[""], model.num_parameters()
@@ -45,7 +43,7 @@ class LaMambaUnits(Removable):
             yield from units
 
     def _of_block(self, name: str, block: LaMambaBlock, group: str) -> Iterator[Unit]:
-        path = name.replace(".", ".blocks.") if group == "bottleneck" else ".blocks.".join(name.rsplit(".", 1))
+        path = ".blocks.".join(name.rsplit(".", 1))
         share = block.modulation.out_features // len(block.branches)            # rows of shift, scale and gate
         branches = [
             Unit(
@@ -92,13 +90,14 @@ class LaMambaUnits(Removable):
         config = self.model.architecture
         removed = {*config.removed_blocks, *self.canonical(names)}
         names = [name for name in removed if not any(name.startswith(f"{other}.") for other in removed)]
+        config = config.replace(removed_blocks=tuple(names))
         with torch.device("meta"):
-            pruned = LaMambaUNet(config.replace(removed_blocks=tuple(names)))
+            pruned = LaMambaUNet(config)
         weights = self.model.state_dict()
         kept = {name: weights[name] for name in pruned.state_dict()}
         for name, stage in self._stages.items():
             for number, block in stage.blocks.items():
-                left = config.replace(removed_blocks=tuple(names)).branches(f"{name}.{number}")
+                left = config.branches(f"{name}.{number}")
                 if left and len(left) < len(block.branches):
                     for part in ("weight", "bias"):
                         key = f"{name}.blocks.{number}.modulation.{part}"

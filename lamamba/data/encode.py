@@ -41,15 +41,8 @@ def make_plan(
     """The plan of encoding a source.
 
     Raises:
-        ValueError: when sizes or the storage type do not fit.
+        ValueError: when all images are excluded, or their size does not fit the autoencoder.
     """
-    if storage not in STORAGE:
-        raise ValueError(f"storage={storage!r} is unknown; use {' or '.join(STORAGE)}")
-    for name, number in {
-        "batch_size": batch_size, "threads": threads, "shard_size": shard_size, "image_size": image_size,
-    }.items():
-        if number < 1:
-            raise ValueError(f"{name}={number} must be at least 1")
     known = set(excluded)
     images = sum(source.file(k) not in known for k in range(len(source))) if known else len(source)
     if not images:

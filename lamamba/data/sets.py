@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lamamba.data.autoencoder import Autoencoder
-from lamamba.data.codec import CodecConfig, PixelCodec, to_pixels
+from lamamba.data.codec import CodecConfig, to_pixels
 from lamamba.data.images import ImageSet
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ class PixelSet:
         mirror: flip the images left to right where draws.mirror is true.
     """
 
-    codec, draws_latents = PixelCodec.config, False
+    codec, draws_latents = CodecConfig(), False
 
     def __init__(self, images: ImageSet, mirror: bool = False):
         self._images, self._mirror = images, mirror

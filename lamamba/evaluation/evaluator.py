@@ -131,7 +131,11 @@ class Evaluator:
             task = sample_set.name + (f", repeat {number + 1}" if len(sample_set.runs) > 1 else "")
             features = self.extract(images, task)
             statistics = self.statistics(features)
-            figures = functools.partial(self._compute_figures, features, statistics, reference, options)
+            figures = functools.partial(
+                compute_figures, features, statistics, reference, options,
+                has_class_logits=self.network.has_class_logits,
+                on_progress=lambda task, share: self.report(Progress(task, round(100 * share), 100, "%")),
+            )
             runs.append(self.group.on_rank_0(figures))
             folders.append(features.folder)
 
@@ -151,14 +155,6 @@ class Evaluator:
         entry = self.group.broadcast(self.group.on_rank_0(finish))
         assert entry is not None
         return entry
-
-    def _compute_figures(
-        self, features: Features, statistics: dict[str, Statistics], reference: Reference, options: MetricOptions
-    ) -> Figures:
-        return compute_figures(
-            features, statistics, reference, options, has_class_logits=self.network.has_class_logits,
-            on_progress=lambda task, share: self.report(Progress(task, round(100 * share), 100, "%")),
-        )
 
     def clear(self) -> None:
         """Remove cached features and finished entries, and nothing else."""
