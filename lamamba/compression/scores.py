@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lamamba.compression.calibration import Calibration
 from lamamba.compression.units import Removable, Unit, ancestors, canonical
-from lamamba.options.base import Ge, Gt, read_record, record
+from lamamba.options.base import Above0, Positive, read_record, record
 from lamamba.utils.files import write_atomically
 from lamamba.utils.progress import Progress, Report
 
@@ -136,9 +136,9 @@ class _File:
     version: int
     criterion: str
     about: dict[str, Any]
-    parameters: Annotated[int, Ge(1)]
-    multiply_adds: Annotated[int, Ge(1)]
-    energy: Annotated[float, Gt(0)]
+    parameters: Positive
+    multiply_adds: Positive
+    energy: Above0
     units: tuple[_Row, ...]
     products: tuple[tuple[float, ...], ...] | None
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from annotated_types import Ge, Gt, Lt
 from typing_extensions import Self
 
 from lamamba.config import STAGES, Objective, UNetConfig, check_known
-from lamamba.options.base import FilePath, Ge, Gt, Lt, Name, OrInfinity, Words, from_dict, options, read_toml
+from lamamba.options.base import Above0, FilePath, Name, OrInfinity, Positive, Words, from_dict, options, read_toml
 from lamamba.options.sampling import DenoisingOptions
 
 RUN_VERSION = 3
@@ -25,8 +26,6 @@ RUN_VERSION = 3
 """
 
 Count = Annotated[int, Ge(0)]
-Positive = Annotated[int, Ge(1)]
-Above0 = Annotated[float, Gt(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 MAX_TARGET_DECAY = 0.998
 """Of the averaged weights that a flow map's targets come from."""

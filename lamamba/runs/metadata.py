@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from lamamba.config import LATENT_SCALE, Objective, UNetConfig
 from lamamba.data.codec import CodecConfig
-from lamamba.options.base import Ge, read_record, record
+from lamamba.options.base import Positive, read_record, record
 from lamamba.utils.files import write_json
 
 SD_VAE_CHANNELS, SD_VAE_SCALE = 4, 0.18215
@@ -25,7 +24,7 @@ class ModelMetadata(CodecConfig):
 
     objective: Objective
     """What the network predicts, and so which samplers fit."""
-    image_size: Annotated[int, Ge(1)]
+    image_size: Positive
     """Side of the images in pixels."""
     label_names: tuple[str, ...] = ()
     """One name per class."""
