@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +58,6 @@ logger = logging.getLogger("lamamba.api")
 
 SHIPPED_RECIPE = "digits_small"
 """Of the model in the package."""
-TIMEOUT = timedelta(hours=12)
-"""Of processes that wait while others score, or rank 0 plans."""
 
 
 @dataclass(frozen=True)
@@ -432,7 +429,7 @@ def compress(options: CompressOptions, *, progress: ProgressOption = "auto") -> 
         draw_units(scores, picture, plan.removed)
         _remove(teacher, plan, target)
 
-    with launched_group(TIMEOUT) as group, reporting(progress if group.is_rank_zero else None) as report:
+    with launched_group() as group, reporting(progress if group.is_rank_zero else None) as report:
         scores = _scores(teacher, network, options, out, "output", report)
         group.on_rank_0(prune)
     plan, (pruned, _) = Plan.load(target / PLAN), open_network(target)

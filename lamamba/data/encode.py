@@ -183,7 +183,8 @@ class _EncodingJob(ShardedJob[Plan]):
             raise ValueError(explain_bad(self.plan.source, bad, self._max_bad))
 
     def finish(self, notes: list[Note]) -> str:
-        index = Index(self.plan, tuple(map(_to_shard, notes)))
+        shards = [Shard.from_dict({key: note[key] for key in note if key != "version"}) for note in notes]
+        index = Index(self.plan, tuple(shards))
         if not any(shard.labels for shard in index.shards):
             raise ValueError(f"no image of {self.plan.source} could be decoded")
         return json.dumps(index.to_dict()) + "\n"
@@ -192,7 +193,3 @@ class _EncodingJob(ShardedJob[Plan]):
         index = Index.load(self.folder)
         notes = ({"version": self.version, **shard.to_dict()} for shard in index.shards)
         return index.plan, dict(enumerate(notes)), {}
-
-
-def _to_shard(note: Note) -> Shard:
-    return Shard.from_dict({key: value for key, value in note.items() if key != "version"})

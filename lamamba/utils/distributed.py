@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor
 from lamamba.utils.errors import RankZeroError
 
 T = TypeVar("T")
+LONGEST_WAIT = timedelta(hours=12)
+"""Of processes that wait while others score units, or rank 0 plans or computes figures."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -145,18 +147,15 @@ class ProcessGroup:
 
 
 @contextmanager
-def launched_group(timeout: timedelta) -> Iterator[ProcessGroup]:
+def launched_group() -> Iterator[ProcessGroup]:
     """The processes that a launcher has started, connected by gloo for the time of the context.
 
     A default group that exists already is used as it is, and left.
-
-    Args:
-        timeout: for a process that waits for the others.
     """
     world_size = launched_processes()
     is_new = world_size > 1 and not dist.is_initialized()
     if is_new:
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", timeout=LONGEST_WAIT)
     try:
         yield ProcessGroup(launched_rank(), world_size, torch.device("cpu"))
     finally:
