@@ -51,10 +51,7 @@ def compute_statistics(options: StatisticsOptions, *, progress: ProgressOption =
     network = open_network(options.features, options.weights, local_device(options.device))
     name = options.images if isinstance(options.images, str) else "array"
     with launched_group() as group, reporting(progress if group.is_rank_zero else None) as report:
-        evaluator = Evaluator(
-            network, options.out.with_suffix(".work"), group, report, repeat_grey=options.grey == "repeat",
-            batch_size=options.batch_size, shard_size=options.shard_size,
-        )
+        evaluator = Evaluator(network, options, group, report)
         reference = evaluator.make_reference(images, name, options.rows)
         group.wait()                                                            # all have read their features
         if group.is_rank_zero:

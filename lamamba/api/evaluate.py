@@ -92,10 +92,7 @@ def evaluate(options: EvaluateOptions, *, progress: ProgressOption = "auto") -> 
         step_report = _StepReport(report)
         sample_sets = find_sample_sets(options, device, step_report.on_step)
         network = open_network(options.features, options.weights, device)
-        evaluator = Evaluator(
-            network, options.out.with_suffix(".work"), group, step_report, repeat_grey=options.grey == "repeat",
-            batch_size=options.batch_size, shard_size=options.shard_size,
-        )
+        evaluator = Evaluator(network, options, group, step_report)
         for open_sample_set in sample_sets:
             sample_set = open_sample_set()
             image_shape = evaluator.fit(sample_set.runs[0]).shape               # refused before any work
