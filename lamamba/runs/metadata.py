@@ -9,7 +9,7 @@ from pathlib import Path
 from lamamba.config import LATENT_SCALE, Objective, UNetConfig
 from lamamba.data.codec import CodecConfig
 from lamamba.options.base import Positive, read_record, record
-from lamamba.utils.files import write_json
+from lamamba.utils.files import attribute_differences, write_json
 
 SD_VAE_CHANNELS, SD_VAE_SCALE = 4, 0.18215
 """Of the latents of Stable Diffusion's autoencoder, on which the official models are trained: x0 = latents * scale."""
@@ -75,9 +75,7 @@ def check_same_data(
         there, here = next((pair for pair in pairs if pair[0] != pair[1]), (f"{len(metadata.label_names)} classes",
                                                                             f"{len(label_names)} classes"))
         found.append(f"classes: {there!r} there, {here!r} here")
-    for entry in ("codec", "scale", "shift"):
-        if (there := getattr(metadata, entry)) != (here := getattr(codec, entry)):
-            found.append(f"{entry}: {there!r} there, {here!r} here")
+    found += attribute_differences(metadata, codec, ("codec", "scale", "shift"))
     if found:
         raise ValueError(f"{name} was trained on other data than {other} ({'; '.join(found)})")
 

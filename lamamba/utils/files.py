@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -190,3 +190,9 @@ def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]
 def differences_in_words(old: Any, new: Any) -> list[str]:
     """Where two plain descriptions differ, one phrase for each entry."""
     return [f"{name}: {there!r} there, {here!r} here" for name, there, here in differences(old, new)]
+
+
+def attribute_differences(there: object, here: object, names: Sequence[str]) -> list[str]:
+    """In which attributes two objects differ, one phrase for each."""
+    old, new = ({name: getattr(each, name) for name in names} for each in (there, here))
+    return differences_in_words(old, new)
