@@ -76,6 +76,12 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(values, indent=2) + "\n")
 
 
+def append_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Append a JSON object as a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
 def temporary_name(path: Path) -> Path:
     """A name beside a file that no other process uses."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
