@@ -40,7 +40,7 @@ from torch import nn
 
 from lamamba._version import __version__
 from lamamba.config import BRANCHES, UNetConfig
-from lamamba.data.codec import PixelCodec
+from lamamba.data.codec import PixelDecoder, to_pixels
 from lamamba.data.digits import Digits
 from lamamba.diffusion.guidance import drop_labels
 from lamamba.diffusion.loss import training_loss
@@ -138,7 +138,7 @@ def learn(network: nn.Module, images: np.ndarray, labels: np.ndarray, config: Tr
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
     )
-    clean, losses = PixelCodec().encode(images), []
+    clean, losses = to_pixels(images), []
     for step in range(config.steps):
         places = range(step * config.batch_size, (step + 1) * config.batch_size)
         indices, draws = image_indices(config.seed, places, len(images)), draw(config.seed, places, (1, SIDE, SIDE))
@@ -171,7 +171,7 @@ def draw_digits(network: nn.Module, labels: np.ndarray, seed: int, batch_size: i
         noise = draw(seed, range(start, start + len(chosen)), (1, SIDE, SIDE), held_out=True).eps
         predict = guided(network, chosen, 1.0, NUM_CLASSES)
         x0 = denoise(predict, make_scheduler(SAMPLER, OBJECTIVE, NUM_STEPS), noise)
-        pictures.append(PixelCodec().decode(x0))
+        pictures.append(PixelDecoder().decode(x0))
     return np.concatenate(pictures)
 
 

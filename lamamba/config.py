@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -45,6 +45,16 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return ValueError(f"{kind} {name!r} is unknown{hint} (known: {', '.join(known) or 'none'})")
+
+
+def check_known(kind: str, name: Any, known: Collection[str]) -> None:
+    """Check that a name is one of those that are known.
+
+    Raises:
+        ValueError: see `unknown_name`.
+    """
+    if name not in known:
+        raise unknown_name(kind, str(name), known)
 
 
 def as_grid(value: Any, name: str = "grid") -> Grid:
@@ -156,10 +166,8 @@ class UNetConfig:
             raise ValueError(f"depths={self.depths!r} must be {NUM_STAGES} whole numbers, 1 to {MAX_DEPTH}")
         if type(self.bottleneck_depth) is not int or not 1 <= self.bottleneck_depth <= MAX_DEPTH:
             raise ValueError(f"bottleneck_depth={self.bottleneck_depth!r} must be a whole number from 1 to {MAX_DEPTH}")
-        for name, value in (("scan", self.scan), ("objective", self.objective)):
-            known = {"scan": ("continuous", "cross"), "objective": OBJECTIVES}[name]
-            if value not in known:
-                raise unknown_name(name, str(value), known)
+        check_known("scan", self.scan, ("continuous", "cross"))
+        check_known("objective", self.objective, OBJECTIVES)
         if self.width % 4:
             raise ValueError(f"width={self.width} must be a multiple of 4, for sines and cosines of rows and columns")
         if self.width % self.num_heads:
@@ -215,8 +223,7 @@ class UNetConfig:
     def _validate_removed(self) -> None:
         known = self.removable_names() if self.removed_blocks else []
         for name in self.removed_blocks:
-            if name not in known:
-                raise unknown_name("removed_blocks entry", name, known)
+            check_known("removed_blocks entry", name, known)
         if len(set(self.removed_blocks)) != len(self.removed_blocks):
             raise ValueError(f"removed_blocks={self.removed_blocks} names an entry twice")
 
@@ -321,12 +328,10 @@ class UNetConfig:
         Raises:
             ValueError: for an unknown preset or field (the nearest is named), or an image size that does not fit.
         """
-        if name not in PRESETS:
-            raise unknown_name("preset", name, PRESETS)
+        check_known("preset", name, PRESETS)
         fields = [field.name for field in dataclasses.fields(cls)]
         for key in overrides:
-            if key not in fields:
-                raise unknown_name("configuration field", key, fields)
+            check_known("configuration field", key, fields)
         if "grid" not in overrides:
             patch = overrides.get("patch_size", 1)
             multiple = LATENT_SCALE * patch * 4
@@ -369,8 +374,7 @@ class UNetConfig:
             )
         fields = [field.name for field in dataclasses.fields(cls)]
         for key in values:
-            if key not in fields:
-                raise unknown_name("configuration field", key, fields)
+            check_known("configuration field", key, fields)
         return cls(**values)
 
 

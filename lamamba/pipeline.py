@@ -23,7 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from lamamba.config import unknown_name
+from lamamba.config import check_known
 from lamamba.data.autoencoder import pixels_per_latent
 from lamamba.data.codec import CodecConfig, check_pixels, to_uint8
 from lamamba.data.images import opaque, upright
@@ -144,8 +144,7 @@ class LaMambaPipeline(DiffusionPipeline):
             raise ValueError(f"the vae makes latents of {latent_channels} channels, the network reads {channels}")
         known = ("scale", "shift", "latents_mean", "latents_std")
         for key in codec or {}:
-            if key not in known:
-                raise unknown_name("codec entry", key, known)
+            check_known("codec entry", key, known)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as diffusers does, as safetensors in shards where large, with pipeline.py beside (see PIPELINE_CODE).
@@ -388,13 +387,11 @@ class LaMambaPipeline(DiffusionPipeline):
         if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
             names = callback.tensor_inputs
         for name in names:
-            if name not in self._callback_tensor_inputs:
-                raise unknown_name("callback tensor", name, self._callback_tensor_inputs)
+            check_known("callback tensor", name, self._callback_tensor_inputs)
         return names
 
     def _check_call(self, output_type: str, image: Any, strength: float, mask_image: Any) -> None:
-        if output_type not in OUTPUT_TYPES:
-            raise unknown_name("output_type", str(output_type), OUTPUT_TYPES)
+        check_known("output_type", output_type, OUTPUT_TYPES)
         check_scheduler(self.scheduler, self.unet.config["objective"])
         if image is None and (mask_image is not None or strength != 1):
             raise ValueError("strength and mask_image change an image: give image, too")

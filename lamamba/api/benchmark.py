@@ -17,7 +17,7 @@ from lamamba.benchmarking.turns import leave_out, left_out, merge, sets_in_turns
 from lamamba.options.base import verb
 from lamamba.options.benchmark import BenchmarkOptions
 from lamamba.utils.distributed import pick_device
-from lamamba.utils.files import check_target, read_json, write_atomically
+from lamamba.utils.files import check_target, read_json, write_atomically, write_json
 from lamamba.utils.progress import Progress, ProgressOption, reporting
 from lamamba.viz.curves import cost_curves, efficiency_points
 
@@ -107,10 +107,9 @@ def benchmark(options: BenchmarkOptions, *, progress: ProgressOption = "auto") -
         for cases in groups:
             for _ in _measure_size(cases, options, result, note):
                 if options.json:
-                    unfinished = {**result.to_dict(), "plan": plan_text}
-                    write_atomically(options.json, json.dumps(unfinished, indent=2) + "\n")
+                    write_json(options.json, {**result.to_dict(), "plan": plan_text})
     if options.json:
-        write_atomically(options.json, json.dumps(result.to_dict(), indent=2) + "\n")
+        write_json(options.json, result.to_dict())
     if options.markdown:
         write_atomically(options.markdown, result.to_markdown())
     if options.plot:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lamamba.data.latents import Index, check_latents
+from lamamba.data.latents import Index, check_latents, is_latents
 from lamamba.data.manifest import CheckedFile, Manifest, check_files, make_manifest, manifest_path
 from lamamba.data.sources import open_source
 from lamamba.options.base import verb
@@ -95,8 +95,8 @@ def check_data(
     """
     folder = Path(options.source)
     with reporting(progress) as report:
-        if (folder / "index.json").is_file() or (folder / ".encoding").is_dir():
-            return _check_latents(folder, report)
+        if is_latents(folder):
+            return CheckLatentsResult(folder, check_latents(folder, report))
         return _check_images(options, report)
 
 
@@ -117,10 +117,6 @@ def _check_images(options: CheckDataOptions, report: Report) -> CheckDataResult:
     manifest = make_manifest(source, found, options.min_side, strict=options.strict)
     manifest.save(path)
     return CheckDataResult(manifest, path, dict(source.left_out.counts))
-
-
-def _check_latents(folder: Path, report: Report) -> CheckLatentsResult:
-    return CheckLatentsResult(folder, check_latents(folder, report))
 
 
 def _summary(manifest: Manifest) -> list[str]:

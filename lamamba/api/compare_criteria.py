@@ -127,7 +127,6 @@ class _Table:
 
     def put(self, key: str, value: Any) -> Any:
         self.entries[key] = json.loads(json.dumps(value))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, {"version": COMPARE_VERSION, "about": self._about, "entries": self.entries})
         return self.entries[key]
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +50,7 @@ from lamamba.runs.folder import RunFolder
 from lamamba.runs.metadata import ModelMetadata, check_same_data
 from lamamba.runs.model import SHIPPED, fingerprint, model_folder, open_network
 from lamamba.training.sources import open_data
-from lamamba.utils.distributed import is_rank_zero, launched_group, local_device
+from lamamba.utils.distributed import is_rank_zero, launched_group, launched_rank, local_device
 from lamamba.utils.files import check_target, read_json
 from lamamba.utils.progress import ProgressOption, Report, reporting
 
@@ -60,8 +58,6 @@ logger = logging.getLogger("lamamba.api")
 
 SHIPPED_RECIPE = "digits_small"
 """Of the model in the package."""
-TIMEOUT = timedelta(hours=12)
-"""Of processes that wait while others score, or rank 0 plans."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +208,7 @@ def _scores(
         return scores
     return score_in_folder(
         network, calibrate(teacher, options), folder, criterion=criterion, about=teacher.about(),
-        rank=int(os.environ.get("RANK", "0")), report=report,
+        rank=launched_rank(), report=report,
     )
 
 
@@ -280,7 +276,9 @@ def _plan(
     scores: Scores, options: BudgetOptions, teacher: Teacher | None, samples: CalibrationOptions | None, report: Report
 ) -> Plan:
     """The plan of a budget, with what it measures on the samples held out of a calibration set; None: nothing."""
-    times = _times(teacher, report) if options.by == "time" and teacher else None
+    times = None
+    if options.by == "time" and teacher is not None:
+        times = measure_times(find_units(teacher.network), _forward(teacher, teacher.network), report=report)
     if scores.criterion in ("hand", "random") and options.remove is not None:
         plan = in_order(scores, options.remove, options.by, options.keep, times)
     else:
@@ -321,11 +319,6 @@ def _calibration_of(scores: Scores) -> CalibrationOptions:
     source = "sampling" if str(about.get("data")).startswith("states of") else about.get("source")
     found = {key: about[key] for key in ("samples", "seed", "times") if key in about}
     return from_dict(CalibrationOptions, {"data": source, **found}, "about of the scores")
-
-
-def _times(teacher: Teacher, report: Report) -> dict[str, float]:
-    """Seconds of a forward pass of one image that go with each unit, on the network's device."""
-    return measure_times(find_units(teacher.network), _forward(teacher, teacher.network), report=report)
 
 
 def _forward(teacher: Teacher, network: nn.Module) -> Callable[[], object]:
@@ -440,7 +433,7 @@ def compress(options: CompressOptions, *, progress: ProgressOption = "auto") -> 
         draw_units(scores, picture, plan.removed)
         _remove(teacher, plan, target)
 
-    with launched_group(TIMEOUT) as group, reporting(progress if group.is_rank_zero else None) as report:
+    with launched_group() as group, reporting(progress if group.is_rank_zero else None) as report:
         scores = _scores(teacher, network, options, out, "output", report)
         group.on_rank_0(prune)
     plan, (pruned, _) = Plan.load(target / PLAN), open_network(target)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lamamba.api.evaluate import TIMEOUT
 from lamamba.evaluation.candidates import open_images
 from lamamba.evaluation.evaluator import Evaluator
 from lamamba.evaluation.reference import Reference
@@ -51,11 +50,8 @@ def compute_statistics(options: StatisticsOptions, *, progress: ProgressOption =
     images = open_images(options.images, options.image_size)
     network = open_network(options.features, options.weights, local_device(options.device))
     name = options.images if isinstance(options.images, str) else "array"
-    with launched_group(TIMEOUT) as group, reporting(progress if group.is_rank_zero else None) as report:
-        evaluator = Evaluator(
-            network, options.out.with_suffix(".work"), group, report, repeat_grey=options.grey == "repeat",
-            batch_size=options.batch_size, shard_size=options.shard_size,
-        )
+    with launched_group() as group, reporting(progress if group.is_rank_zero else None) as report:
+        evaluator = Evaluator(network, options, group, report)
         reference = evaluator.make_reference(images, name, options.rows)
         group.wait()                                                            # all have read their features
         if group.is_rank_zero:

@@ -74,7 +74,6 @@ def _from_official(options: ConvertOptions) -> ConvertResult:
         model = load_official(options.source, weights=options.weights)
     for warning in caught:
         logger.warning("%s", warning.message)
-    target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
         model.save_pretrained(temporary)
         assumed_metadata(model.architecture).save(temporary / "sampling.json")

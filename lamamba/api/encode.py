@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from lamamba.data.manifest import excluded_files
 from lamamba.data.sources import open_source
 from lamamba.options.base import verb
 from lamamba.options.encode import EncodeOptions
-from lamamba.utils.distributed import is_rank_zero, local_device
+from lamamba.utils.distributed import is_rank_zero, launched_rank, local_device
 from lamamba.utils.progress import ProgressOption, reporting
 from lamamba.utils.text import counted
 
@@ -67,7 +66,6 @@ def encode(options: EncodeOptions, *, progress: ProgressOption = "auto") -> Enco
             names; when sizes do not fit.
         OSError: when the disk is full or broken; finished shards stay.
     """
-    rank = int(os.environ.get("RANK", "0"))
     source = open_source(options.source)
     excluded, note = excluded_files(source, options.manifest)
     if note and is_rank_zero():
@@ -85,7 +83,7 @@ def encode(options: EncodeOptions, *, progress: ProgressOption = "auto") -> Enco
     with reporting(progress if is_rank_zero() else None) as report:
         index = encode_shards(
             source, autoencoder, options.out, plan, excluded=excluded, newly_excluded=newly_excluded,
-            max_bad_images=options.max_bad_images, rank=rank, report=report,
+            max_bad_images=options.max_bad_images, rank=launched_rank(), report=report,
         )
     return EncodeResult(options.out, index)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 from lamamba.evaluation.candidates import find_sample_sets
@@ -23,9 +22,6 @@ from lamamba.utils.text import counted
 from lamamba.viz.curves import evaluation_curves
 
 logger = logging.getLogger("lamamba.api")
-
-TIMEOUT = timedelta(hours=12)
-"""Of processes that wait while rank 0 computes figures."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +88,11 @@ def evaluate(options: EvaluateOptions, *, progress: ProgressOption = "auto") -> 
     device = local_device(options.device)
     entries: list[Entry] = []
     reference: Reference | None = None
-    with launched_group(TIMEOUT) as group, reporting(progress if group.is_rank_zero else None) as report:
+    with launched_group() as group, reporting(progress if group.is_rank_zero else None) as report:
         step_report = _StepReport(report)
         sample_sets = find_sample_sets(options, device, step_report.on_step)
         network = open_network(options.features, options.weights, device)
-        evaluator = Evaluator(
-            network, options.out.with_suffix(".work"), group, step_report, repeat_grey=options.grey == "repeat",
-            batch_size=options.batch_size, shard_size=options.shard_size,
-        )
+        evaluator = Evaluator(network, options, group, step_report)
         for open_sample_set in sample_sets:
             sample_set = open_sample_set()
             image_shape = evaluator.fit(sample_set.runs[0]).shape               # refused before any work

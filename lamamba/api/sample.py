@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from lamamba.data.codec import PixelCodec
+from lamamba.data.codec import PixelDecoder
 from lamamba.diffusion.denoise import make_scheduler
 from lamamba.options.base import verb
 from lamamba.options.sampling import SampleOptions
@@ -92,8 +92,8 @@ def sample(options: SampleOptions, *, progress: ProgressOption = "auto") -> Samp
     is_film = out is not None and out.suffix.lower() in FILM_SUFFIXES
     if out is not None:
         check_target(out)
-    if is_film and out is not None:
-        check_film(out)
+        if is_film:
+            check_film(out)
     options, picture = fill_from_picture(options)
     device = pick_device(options.device)
     prepared = prepare(options, picture, device)
@@ -136,7 +136,7 @@ class _DenoisingFilm:
     def __init__(self, prepared: PreparedModel):
         settings, objective = prepared.settings, prepared.model.network.architecture.objective
         evaluations = len(make_scheduler(settings.sampler, objective, settings.steps).timesteps)
-        self._decoder = prepared.model.decoder or PixelCodec()
+        self._decoder = prepared.model.decoder or PixelDecoder()
         self._images: dict[int, list[np.ndarray]] = {step: [] for step in chosen_frames(evaluations)}
 
     def __call__(self, batch: range, step: int, x0: Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from lamamba.sampling.plan import NPZ, FileKind, Plan, find_plan
 from lamamba.sampling.prepare import fill_from_picture, prepare
 from lamamba.sampling.settings import ImageMetadata
 from lamamba.sampling.table import find_labels
-from lamamba.utils.distributed import is_rank_zero, local_device
+from lamamba.utils.distributed import is_rank_zero, launched_rank, local_device
 from lamamba.utils.progress import ProgressOption, reporting
 from lamamba.utils.repeatable import repeatable
 from lamamba.utils.text import counted
@@ -81,7 +80,7 @@ def sample_folder(options: SampleFolderOptions, *, progress: ProgressOption = "a
             _announce(plan, folder)
         with reporting(progress if is_rank_zero() else None) as report:
             manifest = sample_many(
-                plan, folder, make_images, rank=int(os.environ.get("RANK", "0")), machine=_machine(device),
+                plan, folder, make_images, rank=launched_rank(), machine=_machine(device),
                 report=report,
             )
     return SampleFolderResult(folder, plan.num, plan.files, manifest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from lamamba.benchmarking.scaling import BYTES, MOST_DEVICES, Estimate, ScalingModel, device_named
@@ -35,7 +35,7 @@ class SimulateResult:
     """Simulated on options.world_size devices, with averages in the memory."""
     estimates: tuple[Estimate, ...]
     """For 1 to 1,024 devices and options.world_size, in every way."""
-    picture: Path | None = field(default=None)
+    picture: Path | None = None
 
     def estimate(self, kind: Kind, devices: int | None = None) -> Estimate:
         """Of a way and a number of devices, by default options.world_size."""

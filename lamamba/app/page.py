@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 import numpy as np
@@ -19,7 +19,7 @@ from starlette.middleware import Middleware
 
 from lamamba.app.requests import RequestFilter
 from lamamba.app.session import MAX_CACHE, MAX_SEED, Frame, Request, Session
-from lamamba.config import unknown_name
+from lamamba.config import check_known
 from lamamba.data.labels import texts_for
 from lamamba.diffusion.denoise import SAMPLERS
 from lamamba.sampling.settings import png_text
@@ -115,8 +115,7 @@ class _Controls:
     scaling: Any
 
 
-@dataclass(frozen=True)
-class _Outputs:
+class _Outputs(NamedTuple):
     """Components of the right column."""
 
     picture: Any
@@ -125,10 +124,6 @@ class _Outputs:
     command: Any
     last_sample: Any
     """A state: the images on the page, where they can be shown with another scaling."""
-
-    @property
-    def all(self) -> list[Any]:
-        return [self.picture, self.status, self.save, self.command, self.last_sample]
 
 
 def _build_controls(session: Session) -> _Controls:
@@ -208,12 +203,12 @@ def _connect(handlers: _Handlers, controls: _Controls, outputs: _Outputs) -> Non
     status, at_once = outputs.status, {**QUIET, "queue": False}
     controls.new_seed.click(lambda: random.randrange(2**31), outputs=controls.seed, **at_once)
     sampling = controls.go.click(lambda: "Waiting for its turn ...", outputs=status, **at_once).then(
-        handlers.draw, controls.settings, outputs.all, show_progress="hidden", api_name="draw", preprocess=False,
+        handlers.draw, controls.settings, list(outputs), show_progress="hidden", api_name="draw", preprocess=False,
     )
     sampling.failure(lambda: "Stopped.", outputs=status, **at_once)             # gradio takes a stop for a failure
     controls.stop.click(lambda: "Stopped.", outputs=status, cancels=[sampling], **at_once)
     controls.scaling.change(
-        handlers.rescale, [outputs.last_sample, controls.scaling], outputs.all, preprocess=False, **QUIET
+        handlers.rescale, [outputs.last_sample, controls.scaling], list(outputs), preprocess=False, **QUIET
     )
 
 
@@ -226,7 +221,7 @@ class _Sample:
 
 
 class _Handlers:
-    """What events of the page do; each yields values of `_Outputs.all`."""
+    """What events of the page do; each yields values of `_Outputs`."""
 
     def __init__(self, session: Session):
         self._session = session
@@ -242,8 +237,7 @@ class _Handlers:
                 steps=_whole(steps), guidance=1.0 if guidance is None else guidance, height=_whole(height),
                 width=_whole(width), cache=1 if cache is None else _whole(cache),
             )
-            if look not in (SQUARES, SMOOTH):
-                raise unknown_name("way to show pixels", str(look), (SQUARES, SMOOTH))
+            check_known("way to show pixels", look, (SQUARES, SMOOTH))
             for frame in self._session.sample(request):
                 sample = _Sample(request, frame.images)
                 if frame.is_last:

@@ -7,22 +7,22 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lamamba.config import unknown_name
-from lamamba.data.codec import PixelCodec
-from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
-from lamamba.diffusion.guidance import Guidance, check_guidance
-from lamamba.models.deep_cache import LaMambaCacheConfig
+from lamamba.config import check_known
+from lamamba.data.codec import PixelDecoder
+from lamamba.diffusion.denoise import SAMPLERS, samplers_for
+from lamamba.options.sampling import SamplerOptions
 from lamamba.pretrained import DESCRIPTION
 from lamamba.runs.metadata import default_guidance
 from lamamba.runs.model import Model, base_of_lora, move, open_model
 from lamamba.sampling import generate
+from lamamba.sampling.prepare import resolve_settings
 from lamamba.sampling.settings import ImageMetadata, Settings
 from lamamba.sampling.table import find_labels
 from lamamba.utils.distributed import pick_device
@@ -61,11 +61,6 @@ class Request:
     """In pixels; by default the size of the training."""
     cache: int = 1
     """Compute all depths of the network in every so many evaluations only; 1: in all of them."""
-
-    @property
-    def cache_config(self) -> LaMambaCacheConfig | None:
-        """None for no cache."""
-        return None if self.cache == 1 else LaMambaCacheConfig(interval=self.cache)
 
 
 @dataclass(frozen=True)
@@ -115,7 +110,7 @@ class Session:
 
     @property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.network.parameters())
+        return self.model.network.num_parameters()
 
     def check(self, request: Request) -> None:
         """Check a request before anything is sampled.
@@ -135,24 +130,19 @@ class Session:
                 f"to {MAX_IMAGES} at once: choose fewer of either (lamamba sample makes any number)"
             )
         sampler = self.samplers[0] if request.sampler is None else request.sampler
-        if sampler not in self.samplers:
-            raise unknown_name("sampler for this model", str(sampler), self.samplers)
+        check_known("sampler for this model", sampler, self.samplers)
         if request.steps is not None:
             kind = SAMPLERS[sampler]
             _check_whole("the number of steps", request.steps, kind.min_steps, kind.max_steps)
         _check_whole("the interval of full passes", request.cache, 1, MAX_CACHE)
-        if request.cache_config is not None:
-            scheduler = make_scheduler(sampler, config.objective, request.steps)
-            request.cache_config.check_run(len(scheduler.timesteps))
         if type(request.guidance) not in (int, float) or not 0 <= request.guidance <= MAX_GUIDANCE:
             raise ValueError(f"guidance {request.guidance!r} must be a number from 0 to {MAX_GUIDANCE}; 1 is none")
-        check_guidance(config, Guidance(float(request.guidance)))
         if not config.num_classes and request.guidance != 1:
             raise ValueError(f"guidance {request.guidance:g} needs classes; this model has none: use 1")
         for side, pixels in (("height", request.height), ("width", request.width)):
             if pixels is not None:
                 _check_whole(f"the {side}", pixels, self.side_multiple, self.max_side)
-        self.model.fit(request.height, request.width)
+        self.settings_of(request)
 
     def sample(self, request: Request) -> Iterator[Frame]:
         """Sample images: frames on the way, at last the images. Closing the iterator stops after the current step.
@@ -179,29 +169,27 @@ class Session:
             stopped.set()
             thread.join()
 
+    def settings_of(self, request: Request) -> Settings:
+        """The settings of the images.
+
+        Raises:
+            ValueError: when cache, guidance or size do not fit the model.
+        """
+        options = SamplerOptions(
+            sampler=request.sampler, steps=request.steps, guidance=float(request.guidance), height=request.height,
+            width=request.width, cache=None if request.cache == 1 else request.cache,
+        )
+        dtype = str(self.model.network.dtype).removeprefix("torch.")
+        return replace(resolve_settings(options, self.model, None), dtype=dtype)
+
     def metadata_of(self, request: Request) -> ImageMetadata:
         """All that reproduces the images, for the PNG's metadata."""
-        height, width = self.size_of(request)
-        sampler = request.sampler or self.samplers[0]
-        autoencoder, lora = self.model.decoder.autoencoder if self.model.decoder else None, self.model.lora
-        settings = Settings(
-            model=self.model.name, model_sha256=self.model.sha256, sampler=sampler,
-            steps=request.steps or SAMPLERS[sampler].default_steps, height=height, width=width,
-            guidance=Guidance(float(request.guidance)), autoencoder=autoencoder.name if autoencoder else None,
-            autoencoder_sha256=autoencoder.sha256 if autoencoder else None,
-            dtype=str(self.model.network.dtype).removeprefix("torch."), cache=request.cache_config,
-            lora=lora.name if lora else None, lora_sha256=lora.sha256 if lora else None,
-        )
         labels = self._labels(request)
         return ImageMetadata(
-            settings=settings, seeds=tuple(range(request.seed, request.seed + self._count(request))),
+            settings=self.settings_of(request), seeds=tuple(range(request.seed, request.seed + self._count(request))),
             labels=None if labels is None else tuple(labels), columns=self.columns_of(request),
             row_names=self.row_names_of(request), batch_size=self._batch_size(request),
         )
-
-    def size_of(self, request: Request) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
-        return request.height or self.size[0], request.width or self.size[1]
 
     def columns_of(self, request: Request) -> int:
         """Columns of the grid: a row for each class; images of a single class in about a square."""
@@ -225,16 +213,15 @@ class Session:
         return request.num_images * max(1, len(request.classes))
 
     def _batch_size(self, request: Request) -> int:
-        height, width = self.size_of(request)
+        height, width = request.height or self.size[0], request.width or self.size[1]
         tokens = height * width // (self.model.factor * self.model.network.architecture.patch_size) ** 2
         return max(1, min(MAX_IMAGES, BATCH_TOKENS // tokens))
 
     def _sample(self, request: Request, frames: queue.Queue[Frame | BaseException], stopped: threading.Event) -> None:
         """Put frames into the queue, or the exception that ended sampling; the target of a thread."""
-        began, last_frame = time.perf_counter(), 0.0
-        height, width = self.size_of(request)
-        decoder = self.model.decoder or PixelCodec()
-        images = np.full((self._count(request), height, width, self.channels), BLANK, np.uint8)
+        began, last_frame, settings = time.perf_counter(), 0.0, self.settings_of(request)
+        decoder = self.model.decoder or PixelDecoder()
+        images = np.full((self._count(request), settings.height, settings.width, self.channels), BLANK, np.uint8)
         progress = (0, 1)
 
         def on_step(done: int, total: int) -> None:
@@ -257,9 +244,10 @@ class Session:
             with self._lock:
                 samples = generate(
                     self.model.network, self._labels(request), range(request.seed, request.seed + len(images)),
-                    sampler=request.sampler, num_steps=request.steps, guidance=float(request.guidance),
-                    input_size=self.model.fit(height, width)[0], batch_size=self._batch_size(request),
-                    decoder=self.model.decoder, cache=request.cache_config, on_step=on_step, preview=preview,
+                    sampler=settings.sampler, num_steps=settings.steps, guidance=settings.guidance,
+                    input_size=self.model.fit(settings.height, settings.width)[0],
+                    batch_size=self._batch_size(request), decoder=self.model.decoder, cache=settings.cache,
+                    on_step=on_step, preview=preview,
                 )
             frames.put(Frame(samples, progress[1], progress[1], True, time.perf_counter() - began))
         except BaseException as error:                                          # raised again by `sample`

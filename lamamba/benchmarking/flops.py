@@ -77,7 +77,7 @@ class _Counter(FlopCounterMode):
 
 def count(config: UNetConfig) -> Cost:
     """Cost of one image for a network of this configuration, at its input size."""
-    model, inputs = _on_meta(config)
+    model, inputs = on_meta(config)
     with _Counter() as counter:
         activation_bytes = saved_bytes(model, *inputs)
     return Cost(**asdict(counter.operations(model)), activation_bytes=activation_bytes)
@@ -85,11 +85,12 @@ def count(config: UNetConfig) -> Cost:
 
 def lamamba_operations(config: UNetConfig) -> Operations:
     """Operations of one image for a network of this configuration, at its input size."""
-    model, inputs = _on_meta(config)
+    model, inputs = on_meta(config)
     return operations(model, *inputs)
 
 
-def _on_meta(config: UNetConfig) -> tuple[LaMambaUNet, tuple[torch.Tensor | None, ...]]:
+def on_meta(config: UNetConfig) -> tuple[LaMambaUNet, tuple[torch.Tensor | None, ...]]:
+    """A network on the meta device, and the inputs of its forward pass for one image."""
     with torch.device("meta"):
         model = LaMambaUNet(config)
         x = torch.empty(1, config.in_channels, *config.input_size)
@@ -98,31 +99,28 @@ def _on_meta(config: UNetConfig) -> tuple[LaMambaUNet, tuple[torch.Tensor | None
     return nn.Module.to(model, "meta"), (x, timestep, labels)                   # diffusers' own imports for seconds
 
 
-def operations(model: nn.Module, *inputs: Any) -> Operations:
+def operations(model: nn.Module, *inputs: Any, **more: Any) -> Operations:
     """Parameters and operations of a network.
 
     Args:
         model: on the meta device.
-        inputs: of its forward pass, for one image.
+        inputs, more: of its forward pass, for one image.
     """
     with torch.no_grad(), _Counter() as counter:
-        model(*inputs)
+        model(*inputs, **more)
     return counter.operations(model)
 
 
 def shallow_share(config: UNetConfig) -> float:
     """Cost of a shallow pass (lamamba.models.deep_cache) as a share of a full pass's, all operations counted."""
+    model, (x, *_) = on_meta(config)
     with torch.device("meta"):
-        model = LaMambaUNet(config)
-        x = torch.empty(1, config.in_channels, *config.input_size)
         conditioning = torch.empty(1, model.condition_outputs)                  # computed ahead in both
         deep = torch.empty(1, *config.token_grid, config.width)
-    totals = []
-    for given in (None, deep):
-        with torch.no_grad(), _Counter() as counter:
-            nn.Module.to(model, "meta")(x, None, conditioning=conditioning, deep_features=given)
-        totals.append(counter.get_total_flops() // 2 + counter.scan + counter.layer_norm)
-    return totals[1] / totals[0]
+    full, shallow = (
+        operations(model, x, None, conditioning=conditioning, deep_features=given).paper_total for given in (None, deep)
+    )
+    return shallow / full
 
 
 def multiply_adds_by_module(model: nn.Module, *inputs: Any, **more: Any) -> dict[str, int]:

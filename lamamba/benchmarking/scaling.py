@@ -22,7 +22,7 @@ import torch
 from lamamba.benchmarking.flops import lamamba_operations
 from lamamba.benchmarking.private_torch import ddp_buckets
 from lamamba.benchmarking.simulation import Kind, Setup, Step, begin, finish
-from lamamba.config import UNetConfig, unknown_name
+from lamamba.config import UNetConfig, check_known
 from lamamba.models.blocks import LaMambaBlock
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.scaling import ClusterOptions
@@ -107,8 +107,7 @@ def device_named(name: str) -> tuple[str, Device]:
         ValueError: for another name.
     """
     name = "h100" if name in ("auto", "cuda") else name.lower()
-    if name not in DEVICES:
-        raise unknown_name("device", name, list(DEVICES))
+    check_known("device", name, DEVICES)
     return name, DEVICES[name]
 
 

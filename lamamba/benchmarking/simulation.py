@@ -71,21 +71,13 @@ class Step:
         return sum(self.memory.values())
 
 
-def simulate(setup: Setup, environment: Mapping[str, str] | None = None) -> list[Step]:
-    """Simulate a step for each micro-batch size, in another process.
+def begin(setup: Setup, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Begin to simulate a step for each micro-batch size, in another process; `finish` waits for it.
 
     Args:
         setup: of the step.
         environment: variables of that process; by default those that reach the GPU operators.
-
-    Raises:
-        RuntimeError: when it fails.
     """
-    return finish(begin(setup, environment))
-
-
-def begin(setup: Setup, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    """Begin a simulation in another process; `finish` waits for it."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
     process = subprocess.Popen(
         [sys.executable, "-m", "lamamba.benchmarking.simulation"], text=True, stdin=subprocess.PIPE,

@@ -59,7 +59,6 @@ TRAINING_PASSES = 3
 """Multiply-adds of a training step in units of the forward pass's: gradients of inputs and of weights come to it."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """In the messages of errors of the allocators, and of `Runner` for a process that was killed."""
-NATIVE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class Case:
         if self.mode == "train":
             return process + 16 * cost.parameters + kept
         weights = cost.parameters * (2 if self.packs_weights else 1)            # while they are being packed
-        return process + NATIVE_BYTES[self.dtype] * (weights + int(FORWARD_SHARE * kept) // 4)
+        return process + getattr(torch, self.dtype).itemsize * (weights + int(FORWARD_SHARE * kept) // 4)
 
 
 def parse_model(name: str, image_size: int, state_size: int | None = None) -> UNetConfig:
@@ -221,7 +220,7 @@ class Runner:
     """A worker process that holds one network."""
 
     def __init__(self, case: Case):
-        self.case, self.times, self.found = case, [], {}  # type: Case, list[float], dict[str, Any]
+        self.case, self.times, self.found = case, list[float](), dict[str, Any]()
         package = str(Path(__file__).resolve().parents[2])
         paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": paths}

@@ -24,13 +24,10 @@ def leave_out(cases: Sequence[Case]) -> tuple[list[Case], list[dict[str, Any]]]:
     if not any(not case.is_peer for case in fitting):
         names = ", ".join(case.model for case in cases if not case.is_peer)
         raise RuntimeError(f"{names}: too large for the free memory of {cases[0].device}; take a smaller one, or batch")
-    others = [left_out(case, needs(case)) for case in cases if case not in fitting]
-    return fitting, others
-
-
-def needs(case: Case) -> str:
-    """The estimated memory of a network in words."""
-    return f"needs about {case.memory_estimate() / 2**30:.1f} GiB, more than is free"
+    return fitting, [
+        left_out(case, f"needs about {case.memory_estimate() / 2**30:.1f} GiB, more than is free")
+        for case in cases if case not in fitting
+    ]
 
 
 def left_out(case: Case, reason: str) -> dict[str, Any]:

@@ -36,21 +36,19 @@ SCORE = "Score every unit of a network, by what changes without it: lamamba comp
 PLAN = "Find the best set of units to remove, from their scores: lamamba compress plan scores --remove 0.5"
 APPLY = "Make the pruned network of a plan: lamamba compress apply scores/plan.json --out half"
 COMPARE = "Loss and distance over the removed share by criterion: lamamba compress compare runs/xl --out compare"
+STEPS: dict[str, tuple[type[Any], str]] = {
+    "score": (ScoreUnitsOptions, SCORE), "plan": (PlanRemovalOptions, PLAN), "apply": (RemoveUnitsOptions, APPLY),
+    "compare": (CompareCriteriaOptions, COMPARE),
+}
 
 
 def main(arguments: list[str]) -> None:
     step, *rest = arguments or ["--help"]
-    options: object
-    if step == "score":
-        options = parse(ScoreUnitsOptions, rest, "compress score", SCORE)
-    elif step == "plan":
-        options = parse(PlanRemovalOptions, rest, "compress plan", PLAN)
-    elif step == "apply":
-        options = parse(RemoveUnitsOptions, rest, "compress apply", APPLY)
-    elif step == "compare":
-        options = parse(CompareCriteriaOptions, rest, "compress compare", COMPARE)
+    if step in STEPS:
+        cls, description = STEPS[step]
+        options = parse(cls, rest, f"compress {step}", description)
     else:
-        options = parse(CompressOptions, arguments or ["--help"], "compress", DESCRIPTION)
+        options = parse(CompressOptions, [step, *rest], "compress", DESCRIPTION)
 
     from lamamba.api.compare_criteria import compare_criteria
     from lamamba.api.compress import compress, plan_removal, remove_units, score_units

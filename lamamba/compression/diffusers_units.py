@@ -35,8 +35,7 @@ class DiffusersUnits(Removable):
         with torch.device("meta"):
             self._twin = pruned_class(model)(removed_units=removed_units(model), **whole_config(model))
         self._multiply_adds = multiply_adds_by_module(self._twin, **example_inputs(model.config))
-        self.multiply_adds = self._multiply_adds[""]
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.multiply_adds, self.parameters = self._multiply_adds[""], model.num_parameters()
         self.units = tuple(self._list(unit_kinds(model)))
 
     def _list(self, kinds: Mapping[str, str]) -> Iterator[Unit]:

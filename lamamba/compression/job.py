@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +27,15 @@ from lamamba.compression.scores import (
 from lamamba.compression.units import Removable
 from lamamba.utils.files import differences_in_words
 from lamamba.utils.progress import Report
-from lamamba.utils.shards import Note, ShardedJob, ShardPlan
+from lamamba.utils.shards import Note, PlainPlan, ShardedJob
 
 SCORES = "scores.json"
 
 
-@dataclass(frozen=True)
-class _Plan(ShardPlan):
-    values: dict[str, Any]
-
+class _Plan(PlainPlan):
     @property
     def sizes(self) -> tuple[int, int]:
         return len(self.values["units"]), 1
-
-    def to_dict(self) -> dict[str, Any]:
-        return json.loads(json.dumps(self.values))
-
-    @classmethod
-    def from_dict(cls, values: Any, where: str | Path = "") -> _Plan:
-        return cls(values)
 
 
 class _Job(ShardedJob[_Plan]):

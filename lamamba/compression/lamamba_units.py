@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamamba.benchmarking.flops import multiply_adds_by_module
+from lamamba.benchmarking.flops import multiply_adds_by_module, on_meta
 from lamamba.compression.units import Removable, Unit
+from lamamba.config import STAGES
 from lamamba.models.blocks import LaMambaBlock
 from lamamba.models.unet import LaMambaUNet
 
@@ -21,19 +22,12 @@ class LaMambaUnits(Removable):
 
     def __init__(self, model: LaMambaUNet):
         model.check_plain("removing layers")
-        self.model, config = model, model.architecture
-        self._stages: dict[str, Any] = {
-            **{f"encoder.{number}": stage for number, stage in enumerate(model.encoder)},
-            "bottleneck": model.bottleneck,
-            **{f"decoder.{number}": stage for number, stage in enumerate(model.decoder)},
-        }
-        with torch.device("meta"):
-            same = LaMambaUNet(config)
-            x = torch.empty(1, config.in_channels, *config.input_size)
-            labels = torch.empty(1, dtype=torch.int64) if config.num_classes else None
-        self._multiply_adds = multiply_adds_by_module(same.to("meta"), x, torch.empty(1, device="meta"), labels)
-        self.multiply_adds = self._multiply_adds[""]
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.model = model
+        stages: list[Any] = [*model.encoder, model.bottleneck, *model.decoder]
+        self._stages = dict(zip(STAGES, stages, strict=True))
+        same, inputs = on_meta(model.architecture)
+        self._multiply_adds = multiply_adds_by_module(same, *inputs)
+        self.multiply_adds, self.parameters = self._multiply_adds[""], model.num_parameters()
         self.units = tuple(self._list())
 
     def _list(self) -> Iterator[Unit]:
@@ -49,7 +43,7 @@ class LaMambaUnits(Removable):
             yield from units
 
     def _of_block(self, name: str, block: LaMambaBlock, group: str) -> Iterator[Unit]:
-        path = name.replace(".", ".blocks.") if group == "bottleneck" else ".blocks.".join(name.rsplit(".", 1))
+        path = ".blocks.".join(name.rsplit(".", 1))
         share = block.modulation.out_features // len(block.branches)            # rows of shift, scale and gate
         branches = [
             Unit(
@@ -96,13 +90,14 @@ class LaMambaUnits(Removable):
         config = self.model.architecture
         removed = {*config.removed_blocks, *self.canonical(names)}
         names = [name for name in removed if not any(name.startswith(f"{other}.") for other in removed)]
+        config = config.replace(removed_blocks=tuple(names))
         with torch.device("meta"):
-            pruned = LaMambaUNet(config.replace(removed_blocks=tuple(names)))
+            pruned = LaMambaUNet(config)
         weights = self.model.state_dict()
         kept = {name: weights[name] for name in pruned.state_dict()}
         for name, stage in self._stages.items():
             for number, block in stage.blocks.items():
-                left = config.replace(removed_blocks=tuple(names)).branches(f"{name}.{number}")
+                left = config.branches(f"{name}.{number}")
                 if left and len(left) < len(block.branches):
                     for part in ("weight", "bias"):
                         key = f"{name}.blocks.{number}.modulation.{part}"

@@ -15,18 +15,13 @@ from matplotlib.ticker import PercentFormatter
 
 from lamamba.compression.additivity import SetLoss, rank_correlation
 from lamamba.compression.scores import Scores
-from lamamba.compression.units import Unit, ancestors
+from lamamba.compression.units import ancestors
 from lamamba.viz.curves import save_figure, set_log, tidy
 
 COLORS = {
     "output": "#1f6fb4", "task": "#b4641f", "magnitude": "#2f8f5b", "hand": "#8a4fa3", "random": "#777777",
 }
 """Of the criteria."""
-
-
-def _leaves(units: Sequence[Unit]) -> list[Unit]:
-    parents = {unit.parent for unit in units}
-    return [unit for unit in units if unit.name not in parents]
 
 
 def draw_units(scores: Scores, path: Path, removed: Iterable[str] = ()) -> None:
@@ -37,8 +32,9 @@ def draw_units(scores: Scores, path: Path, removed: Iterable[str] = ()) -> None:
         path: a PNG.
         removed: units of a plan.
     """
-    leaves, known = _leaves(scores.units), {unit.name: unit for unit in scores.units}
-    gone = set(removed)
+    known, gone = {unit.name: unit for unit in scores.units}, set(removed)
+    parents = {unit.parent for unit in scores.units}
+    leaves = [unit for unit in scores.units if unit.name not in parents]
     kinds = list(dict.fromkeys(unit.kind for unit in leaves))
     columns = list(dict.fromkeys((unit.group, unit.parent or unit.name) for unit in leaves))
     value = dict(zip((unit.name for unit in scores.units), scores.values / scores.energy, strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,8 +16,8 @@ from lamamba.compression.folder import CARD, PLAN, model_card
 from lamamba.compression.plan import Plan
 from lamamba.compression.pruned_unets import PrunedUNet2DConditionModel, PrunedUNet2DModel, UNet
 from lamamba.compression.stock_unets import stock_model, zero_filled
-from lamamba.config import unknown_name
-from lamamba.utils.files import read_json, sha256, write_atomically, write_json
+from lamamba.config import check_known
+from lamamba.utils.files import read_json, replacing, sha256, write_atomically, write_json
 
 INDEX, UNET = "model_index.json", "unet"
 CLASSES = {
@@ -80,8 +79,7 @@ def compress_pipeline(
         FileNotFoundError, ValueError: when the folder holds no such pipeline, a unit is unknown, or no stock
             configuration says what is left.
     """
-    if form not in FORMS:
-        raise unknown_name("form", form, FORMS)
+    check_known("form", form, FORMS)
     network = DiffusersUnits(open_unet(folder, variant))
     plan = removed if isinstance(removed, Plan) else _by_name(network, removed)
     make = {"pruned": network.without, "stock": lambda names: stock_model(network.model, names),
@@ -117,28 +115,20 @@ def save_pipeline(folder: Path, out: Path, unet: UNet, plan: Plan, *, note: str 
     if out.exists():
         raise FileExistsError(f"{out} exists already; remove it or name another")
     name, is_ours = type(unet).__name__, type(unet).__module__.startswith("lamamba.")
-    unfinished = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
 
     def left_out(where: str, names: list[str]) -> set[str]:
         return {each for each in names if Path(where) == folder and (each == UNET or each.endswith(WHOLE_MODELS))}
 
-    try:
+    with replacing(out) as unfinished:
         shutil.copytree(folder, unfinished, ignore=left_out)
         unet.save_pretrained(unfinished / UNET)
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = read_json(folder / INDEX)
         index[UNET] = [type(unet).__module__ if is_ours else "diffusers", name]
         write_json(unfinished / INDEX, index)
         plan.save(unfinished / PLAN)
-        card = model_card(out.name, plan, folder, _front(folder), _usage(index, is_ours, note))
+        front = f"---\nlibrary_name: diffusers\nbase_model: {folder.name}\n---\n"
+        card = model_card(out.name, plan, folder, front, _usage(index, is_ours, note))
         write_atomically(unfinished / CARD, card)
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _front(folder: Path) -> str:
-    return f"---\nlibrary_name: diffusers\nbase_model: {folder.name}\n---\n"
 
 
 def _usage(index: dict[str, object], is_ours: bool, note: str) -> str:

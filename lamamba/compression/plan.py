@@ -20,7 +20,7 @@ from scipy.sparse import lil_matrix
 
 from lamamba.compression.scores import Scores
 from lamamba.compression.units import Removable, Unit, ancestors, canonical
-from lamamba.config import unknown_name
+from lamamba.config import check_known
 from lamamba.options.base import read_record, record
 from lamamba.utils.files import write_json
 
@@ -148,15 +148,14 @@ def describe(
 def _costs(
     scores: Scores | Removable, by: str, times: Mapping[str, float] | None
 ) -> tuple[np.ndarray, float]:
+    check_known("by", by, ("parameters", "multiply-adds", "time"))
     if by == "time":
         if times is None:
             raise ValueError("by='time' needs the measured time of every unit (times)")
         return np.array([max(0.0, times[unit.name]) for unit in scores.units]), times[""]
-    attribute = {"parameters": "parameters", "multiply-adds": "multiply_adds"}
-    if by not in attribute:
-        raise unknown_name("by", by, [*attribute, "time"])
-    costs = np.array([getattr(unit, attribute[by]) for unit in scores.units], float)
-    return costs, float(getattr(scores, attribute[by]))
+    attribute = by.replace("-", "_")
+    costs = np.array([getattr(unit, attribute) for unit in scores.units], float)
+    return costs, float(getattr(scores, attribute))
 
 
 def _free(units: Sequence[Unit], keep: Iterable[str], allowed: Iterable[str] | None) -> np.ndarray:
@@ -166,8 +165,7 @@ def _free(units: Sequence[Unit], keep: Iterable[str], allowed: Iterable[str] | N
     kept = {unit for name in keep for unit in ([name] if name in known else groups.get(name, [name]))}
     may = set(known if allowed is None else allowed)
     for name in sorted(kept | may):
-        if name not in known:
-            raise unknown_name("unit", name, known)
+        check_known("unit", name, known)
     around = {other for name in kept for other in ancestors(known, name)}
     inside = {name for name in known if kept & set(ancestors(known, name))}
     return np.array([unit.name in may and unit.name not in kept | around | inside for unit in units])

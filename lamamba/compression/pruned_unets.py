@@ -27,7 +27,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from lamamba.config import unknown_name
+from lamamba.config import check_known
 
 __all__ = ["ModelMixin", "PrunedUNet2DConditionModel", "PrunedUNet2DModel"]     # pipelines look for ModelMixin here
 UNet: TypeAlias = UNet2DModel | UNet2DConditionModel
@@ -136,8 +136,7 @@ def outermost(names: Iterable[str]) -> tuple[str, ...]:
 def _remove(model: UNet, names: Iterable[str]) -> None:
     known = unit_kinds(model)
     for name in (chosen := outermost(names)):
-        if name not in known:
-            raise unknown_name("removed_units: unit", name, known)
+        check_known("removed_units: unit", name, known)
         for path, stand_in in stand_ins(model, name).items():
             if not isinstance(stand_in, nn.Identity):
                 _mark(stand_in, model.get_submodule(path))
@@ -212,8 +211,7 @@ def pruned_model(model: UNet, names: Iterable[str]) -> UNet:
     """
     known = unit_kinds(model)
     for name in (names := tuple(names)):
-        if name not in known:
-            raise unknown_name("unit", name, known)
+        check_known("unit", name, known)
     with torch.device("meta"):
         pruned = pruned_class(model)(removed_units=outermost([*removed_units(model), *names]), **whole_config(model))
     marks = {

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lamamba.compression.calibration import Calibration
 from lamamba.compression.units import Removable, Unit, ancestors, canonical
-from lamamba.options.base import Ge, read_record, record
+from lamamba.options.base import Ge, Positive, read_record, record
 from lamamba.options.compress import Criterion
 from lamamba.utils.files import write_atomically
 from lamamba.utils.progress import Progress, Report
@@ -140,8 +140,8 @@ class _File:
     version: int
     criterion: Criterion
     about: dict[str, Any]
-    parameters: Annotated[int, Ge(1)]
-    multiply_adds: Annotated[int, Ge(1)]
+    parameters: Positive
+    multiply_adds: Positive
     energy: Annotated[float, Ge(1e-30)]
     units: tuple[_Row, ...]
     products: tuple[tuple[float, ...], ...] | None

@@ -28,7 +28,7 @@ from lamamba.compression.pruned_unets import (
     unit_kinds,
     whole_config,
 )
-from lamamba.config import unknown_name
+from lamamba.config import check_known
 
 ATTENTION_FREE = {
     "CrossAttnDownBlock2D": "DownBlock2D", "AttnDownBlock2D": "DownBlock2D",
@@ -60,8 +60,7 @@ def stock_model(model: UNet, names: Iterable[str] = ()) -> UNet:
     whole = _whole(model)
     kinds, gone = unit_kinds(whole), outermost([*removed_units(model), *names])
     for name in gone:
-        if name not in kinds:
-            raise unknown_name("unit", name, kinds)
+        check_known("unit", name, kinds)
     config = _configuration(whole, kinds, gone)
     with torch.device("meta"):
         stock = stock_class(model)(**config)
@@ -82,8 +81,7 @@ def zero_filled(model: UNet, names: Iterable[str]) -> UNet:
         stock = stock_class(model)(**whole_config(model))
     weights = dict(model.state_dict())
     for name in (names := tuple(names)):
-        if name not in kinds:
-            raise unknown_name("unit", name, kinds)
+        check_known("unit", name, kinds)
         if kinds[name] == "mid" and model.config["mid_block_scale_factor"] != 1:
             raise ValueError("mid_block divides by its mid_block_scale_factor: filled with zeros, it is no identity")
         for path, module in model.get_submodule(name).named_modules(prefix=name):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lamamba.config import unknown_name
+from lamamba.config import check_known
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class Removable(ABC):
 
     def __getitem__(self, name: str) -> Unit:
         known = {unit.name: unit for unit in self.units}
-        if name not in known:
-            raise unknown_name("unit", name, known)
+        check_known("unit", name, known)
         return known[name]
 
     def canonical(self, names: Iterable[str]) -> tuple[str, ...]:
@@ -95,8 +94,7 @@ def canonical(units: Sequence[Unit], names: Iterable[str]) -> tuple[str, ...]:
     known = {unit.name: unit for unit in units}
     chosen = set(names)
     for name in chosen:
-        if name not in known:
-            raise unknown_name("unit", name, known)
+        check_known("unit", name, known)
     for unit in reversed(units):                                                # a unit stands before those inside it
         inside = {other.name for other in units if other.parent == unit.name}
         if unit.is_sum and inside and inside <= chosen:

@@ -66,26 +66,22 @@ class Autoencoder:
             dtype = torch.float32
         self.device, self.dtype = torch.device(device), dtype
         self.kind = type(network).__name__
-        self._network: Any = network.requires_grad_(False).eval()
+        self.network: Any = network.requires_grad_(False).eval()
+        """The diffusers model itself."""
         self.sha256 = self._identity()
         """Of weights and configuration; the same for copies under other names."""
-        for tensor in [*self._network.parameters(), *self._network.buffers()]:
+        for tensor in [*self.network.parameters(), *self.network.buffers()]:
             tensor.data = tensor.data.clone()                                   # a file's alignment rounds otherwise
-        self._network = nn.Module.to(self._network, self.device, dtype)         # diffusers' own warns of nothing
+        self.network = nn.Module.to(self.network, self.device, dtype)          # diffusers' own warns of nothing
         self.in_channels: int = self.config["in_channels"]
         self.has_posterior = self.kind in WITH_POSTERIOR
 
     def _identity(self) -> str:
-        digest = hashlib.sha256(json.dumps([self.kind, _non_default(type(self._network), self.config)]).encode())
-        for key, tensor in sorted(self._network.state_dict().items()):
+        digest = hashlib.sha256(json.dumps([self.kind, _non_default(type(self.network), self.config)]).encode())
+        for key, tensor in sorted(self.network.state_dict().items()):
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
-
-    @property
-    def network(self) -> nn.Module:
-        """The diffusers model itself."""
-        return self._network
 
     def __str__(self) -> str:
         return f"{self.name} ({self.kind}, {self.sha256[:12]})"
@@ -96,7 +92,7 @@ class Autoencoder:
 
         Autoencoders without a posterior return their latents and None.
         """
-        encoded = self._network.encode(pixels.to(self.device, self.dtype))
+        encoded = self.network.encode(pixels.to(self.device, self.dtype))
         if self.has_posterior:
             return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
         latents = encoded.latent if hasattr(encoded, "latent") else encoded.latents
@@ -133,7 +129,7 @@ class Autoencoder:
         Raises:
             FloatingPointError: when they are not finite.
         """
-        pixels = self._network.decode(latents.to(self.device, self.dtype)).sample.float()
+        pixels = self.network.decode(latents.to(self.device, self.dtype)).sample.float()
         if not pixels.isfinite().all():
             raise FloatingPointError(
                 f"the autoencoder {self} decodes to NaN or infinities in {self.dtype}: take float32 or bfloat16"

@@ -128,14 +128,8 @@ class Decoder(Protocol):
         ...
 
 
-class PixelCodec:
-    """x0 as pixels scaled to [-1, 1]."""
-
-    config = CodecConfig()
-
-    def encode(self, images: np.ndarray, mirror: np.ndarray | None = None) -> Tensor:
-        """x0 (b, c, h, w) float32 of uint8 images (b, c, h, w), flipped left to right where mirror (b,) is true."""
-        return to_pixels(images, mirror)
+class PixelDecoder:
+    """Decodes x0 that are pixels scaled to [-1, 1]."""
 
     def decode(self, x0: Tensor) -> np.ndarray:
         return to_uint8(x0)

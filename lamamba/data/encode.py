@@ -41,15 +41,8 @@ def make_plan(
     """The plan of encoding a source.
 
     Raises:
-        ValueError: when sizes or the storage type do not fit.
+        ValueError: when all images are excluded, or their size does not fit the autoencoder.
     """
-    if storage not in STORAGE:
-        raise ValueError(f"storage={storage!r} is unknown; use {' or '.join(STORAGE)}")
-    for name, number in {
-        "batch_size": batch_size, "threads": threads, "shard_size": shard_size, "image_size": image_size,
-    }.items():
-        if number < 1:
-            raise ValueError(f"{name}={number} must be at least 1")
     known = set(excluded)
     images = sum(source.file(k) not in known for k in range(len(source))) if known else len(source)
     if not images:
@@ -190,7 +183,8 @@ class _EncodingJob(ShardedJob[Plan]):
             raise ValueError(explain_bad(self.plan.source, bad, self._max_bad))
 
     def finish(self, notes: list[Note]) -> str:
-        index = Index(self.plan, tuple(map(_to_shard, notes)))
+        shards = [Shard.from_dict({key: note[key] for key in note if key != "version"}) for note in notes]
+        index = Index(self.plan, tuple(shards))
         if not any(shard.labels for shard in index.shards):
             raise ValueError(f"no image of {self.plan.source} could be decoded")
         return json.dumps(index.to_dict()) + "\n"
@@ -199,7 +193,3 @@ class _EncodingJob(ShardedJob[Plan]):
         index = Index.load(self.folder)
         notes = ({"version": self.version, **shard.to_dict()} for shard in index.shards)
         return index.plan, dict(enumerate(notes)), {}
-
-
-def _to_shard(note: Note) -> Shard:
-    return Shard.from_dict({key: value for key, value in note.items() if key != "version"})

@@ -37,6 +37,8 @@ MIN_SIDE = 2
 """Pixels on the short side; smaller files are tracking pixels and lines."""
 MIN_CROP_SHARE = 0.8
 """Smallest share of the short side that a random crop shows (ADM)."""
+NAMED = 8
+"""Bad files that an error names."""
 
 # for the whole process: warnings.catch_warnings in each thread would be a race. _check_size has bounds of its own.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -407,10 +409,10 @@ def read_bad_files(path: Path) -> dict[str, str]:
     return dict(line.split("\t", 1) for line in lines if "\t" in line)
 
 
-def explain_bad(name: str, bad: dict[str, str], allowed: int, shown: int = 8) -> str:
+def explain_bad(name: str, bad: dict[str, str], allowed: int) -> str:
     """The message of an error: the first bad files of a source, their faults, and what to do."""
-    named = ", ".join(f"{file} ({fault})" for file, fault in sorted(bad.items())[:shown])
-    more = f" and {len(bad) - shown} more" if len(bad) > shown else ""
+    named = ", ".join(f"{file} ({fault})" for file, fault in sorted(bad.items())[:NAMED])
+    more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
     verb = "file cannot be read as an image" if len(bad) == 1 else "files cannot be read as images"
     return (
         f"{len(bad)} {verb} in {name}, where {allowed} are allowed: {named}{more}. `lamamba data check {name}` finds "

@@ -28,7 +28,7 @@ from torch import Tensor
 from lamamba.data.autoencoder import Autoencoder
 from lamamba.data.codec import CodecConfig
 from lamamba.data.sets import SampleDraws
-from lamamba.options.base import Ge, Lt, from_dict, record
+from lamamba.options.base import Ge, Lt, Positive, from_dict, record
 from lamamba.utils.files import read_json, sha256
 from lamamba.utils.progress import Progress, Report
 from lamamba.utils.shards import ShardPlan
@@ -66,15 +66,15 @@ class Plan(ShardPlan):
     """The images, as they were named."""
     source_fingerprint: str
     """Of their names, classes and order, and of the excluded files."""
-    images: Annotated[int, Ge(1)]
+    images: Positive
     """Without the files that were known to be bad."""
-    image_size: Annotated[int, Ge(1)]
+    image_size: Positive
     crop: str
     views: Literal[1, 2]
     """2: the image and its mirror image; 1: the image alone."""
     parts: Literal[1, 2]
     """2: mean and standard deviation; 1: an autoencoder without a posterior."""
-    shape: tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)], Annotated[int, Ge(1)]]
+    shape: tuple[Positive, Positive, Positive]
     """(c, h, w) of one latent."""
     storage: Literal["float16", "float32"]
     codec: CodecConfig
@@ -85,7 +85,7 @@ class Plan(ShardPlan):
     """Images per batch of the autoencoder: another number would round otherwise."""
     threads: int
     """Of a process on a CPU: another number would round otherwise, too; 0 on GPUs."""
-    shard_size: Annotated[int, Ge(1)]
+    shard_size: Positive
     """Images of a shard, but for the last."""
     label_names: tuple[str, ...]
     excluded: tuple[str, ...] | None = None

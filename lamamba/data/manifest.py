@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import multiprocessing
 import os
 from collections import Counter
@@ -17,7 +16,7 @@ from typing import NamedTuple
 from lamamba.data.images import MIN_SIDE, BadImage, read_image
 from lamamba.data.sources import MANIFEST_NAME, Source, fingerprint
 from lamamba.options.base import read_record, record
-from lamamba.utils.files import write_atomically
+from lamamba.utils.files import write_json
 
 MANIFEST_VERSION = 1
 CHUNK = 32
@@ -62,7 +61,7 @@ class Manifest:
 
     def save(self, path: Path) -> None:
         """Write the manifest, by an atomic rename."""
-        write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Manifest:

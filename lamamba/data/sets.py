@@ -10,14 +10,14 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lamamba.data.autoencoder import Autoencoder
-from lamamba.data.codec import CodecConfig, PixelCodec, to_pixels
+from lamamba.data.codec import CodecConfig, to_pixels
 from lamamba.data.images import ImageSet
 
 T = TypeVar("T")
@@ -76,29 +76,8 @@ class TrainingSet(Protocol):
         ...
 
 
-def _read_images(images: ImageSet, indices: Sequence[int], draws: SampleDraws) -> tuple[np.ndarray, np.ndarray]:
-    if getattr(images, "crop", "centre") == "random":
-        return images.read(indices, draws.crop)  # type: ignore[call-arg]
-    return images.read(indices)
-
-
-def _files(images: ImageSet, indices: Sequence[int]) -> list[str]:
-    named = getattr(images, "files", None)
-    return named(indices) if named else [f"{images.name}[{index}]" for index in indices]
-
-
-def _excluded(images: ImageSet) -> tuple[str, ...]:
-    return getattr(images, "excluded", ())
-
-
 def _fingerprint(*parts: object) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
-
-
-def _images_fingerprint(images: ImageSet) -> str:
-    """Hash of an image set; one without a fingerprint of its own is identified by name and length."""
-    own = getattr(images, "fingerprint", f"{images.name} {len(images)}")
-    return _fingerprint(own, images.image_size, images.channels, getattr(images, "crop", "centre"))
 
 
 class PixelSet:
@@ -109,14 +88,15 @@ class PixelSet:
         mirror: flip the images left to right where draws.mirror is true.
     """
 
-    codec, draws_latents = PixelCodec.config, False
+    codec, draws_latents = CodecConfig(), False
 
     def __init__(self, images: ImageSet, mirror: bool = False):
-        self._images, self._mirror, self._pixels = images, mirror, PixelCodec()
+        self._images, self._mirror = images, mirror
+        self._crop = getattr(images, "crop", "centre")
         self.name, self.label_names = images.name, images.label_names
         self.image_size = self.input_size = images.image_size
         self.channels = images.channels
-        self.excluded = _excluded(images)
+        self.excluded: tuple[str, ...] = getattr(images, "excluded", ())
         """Names of the files without an index."""
 
     def __len__(self) -> int:
@@ -124,7 +104,10 @@ class PixelSet:
 
     @property
     def fingerprint(self) -> str:
-        return _images_fingerprint(self._images)
+        """Hash of the image set; one without a fingerprint of its own is identified by name and length."""
+        images = self._images
+        own = getattr(images, "fingerprint", f"{images.name} {len(images)}")
+        return _fingerprint(own, images.image_size, images.channels, self._crop)
 
     @property
     def source_files(self) -> Sequence[str]:
@@ -132,14 +115,16 @@ class PixelSet:
         return getattr(self._images, "source_files", ())
 
     def read(self, indices: Sequence[int], draws: SampleDraws) -> tuple[Tensor, Tensor]:
-        pixels, labels = _read_images(self._images, indices, draws)
-        return self._pixels.encode(pixels, draws.mirror if self._mirror else None), torch.from_numpy(labels)
+        read: Any = self._images.read
+        images, labels = read(indices, draws.crop) if self._crop == "random" else read(indices)
+        return to_pixels(images, draws.mirror if self._mirror else None), torch.from_numpy(labels)
 
     def files(self, indices: Sequence[int]) -> list[str]:
-        return _files(self._images, indices)
+        named = getattr(self._images, "files", None)
+        return named(indices) if named else [f"{self.name}[{index}]" for index in indices]
 
 
-class EncodedSet:
+class EncodedSet(PixelSet):
     """Images encoded by a frozen autoencoder as they are read: slower than stored latents, but with random crops.
 
     Args:
@@ -157,26 +142,15 @@ class EncodedSet:
                 f"{autoencoder} reads {autoencoder.in_channels} channels, the images have {images.channels}; "
                 f"use data.channels={autoencoder.in_channels}"
             )
-        self._images, self._autoencoder, self._mirror = images, autoencoder, mirror
-        self._process = os.getpid()
-        self.excluded = _excluded(images)
-        """Names of the files without an index."""
-        self.name, self.label_names, self.image_size = images.name, images.label_names, images.image_size
+        super().__init__(images, mirror)
+        self._autoencoder, self._process = autoencoder, os.getpid()
         self.channels, self.input_size, _ = autoencoder.latent_shape(images.image_size)
         self.codec = CodecConfig.of(autoencoder)
         self.draws_latents = autoencoder.has_posterior
 
-    def __len__(self) -> int:
-        return len(self._images)
-
     @property
     def fingerprint(self) -> str:
-        return _fingerprint(_images_fingerprint(self._images), self._autoencoder.sha256)
-
-    @property
-    def source_files(self) -> Sequence[str]:
-        """Names of all files, where these are single files that may be deleted one by one."""
-        return getattr(self._images, "source_files", ())
+        return _fingerprint(super().fingerprint, self._autoencoder.sha256)
 
     def read(self, indices: Sequence[int], draws: SampleDraws) -> tuple[Tensor, Tensor]:
         if self._autoencoder.device.type != "cpu" and os.getpid() != self._process:
@@ -184,35 +158,29 @@ class EncodedSet:
                 "a process that reads ahead cannot use the autoencoder on the GPU; leave processes.data_workers at 0 "
                 "(threads read ahead), or encode the images once with lamamba encode"
             )
-        pixels, labels = _read_images(self._images, indices, draws)
-        mean, std = self._autoencoder.moments(to_pixels(pixels, draws.mirror if self._mirror else None))
+        pixels, labels = super().read(indices, draws)
+        mean, std = self._autoencoder.moments(pixels)
         latents = mean.cpu()
         if std is not None:
             assert draws.latent is not None
             latents = torch.addcmul(latents, std.cpu(), draws.latent)
-        return self.codec.to_x0(latents), torch.from_numpy(labels)
-
-    def files(self, indices: Sequence[int]) -> list[str]:
-        return _files(self._images, indices)
+        return self.codec.to_x0(latents), labels
 
 
-def read_ahead(
-    function: Callable[[T], U], items: Iterable[T], *, threads: int, depth: int | None = None
-) -> Generator[U, None, None]:
+def read_ahead(function: Callable[[T], U], items: Iterable[T], *, threads: int) -> Generator[U, None, None]:
     """function(item) of every item, in order, computed ahead by threads.
 
     Args:
         function: safe to call from several threads at once.
         items: may be infinite.
-        threads: their number.
-        depth: results computed ahead at most; by default twice the threads.
+        threads: their number; at most twice as many results are computed ahead.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
     waiting: deque[Future[U]] = deque()
     try:
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > (2 * threads if depth is None else depth):
+            if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

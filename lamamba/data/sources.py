@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import tarfile
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from lamamba.data.labels import composed
 from lamamba.utils.text import counted
 
 logger = logging.getLogger("lamamba.data")
@@ -80,9 +80,9 @@ class LeftOut:
     def add(self, reason: str, name: str, count: int = 1) -> None:
         if count:
             self.counts[reason] += count
-            self._names.setdefault(reason, [])
-            if len(self._names[reason]) < NAMED:
-                self._names[reason].append(printable(name))
+            names = self._names.setdefault(reason, [])
+            if len(names) < NAMED:
+                names.append(printable(name))
 
     def add_ending(self, name: str) -> None:
         """A file that is no image by its name."""
@@ -202,7 +202,7 @@ class FolderSource:
         spelled: dict[str, str] = {}
         for file in sorted({*self._paths, *files}):
             top, _, rest = file.partition("/")
-            name = spelled.setdefault(unicodedata.normalize("NFC", top), top) if rest else ""
+            name = spelled.setdefault(composed(top), top) if rest else ""
             classes.setdefault(name, []).append(file)
         flat = classes.pop("", [])
         self.empty_folders = tuple(sorted({*map(printable, subfolders)} - {*spelled.values(), *spelled}))
@@ -359,9 +359,9 @@ def _number_classes(source: str, classes: Sequence[str]) -> tuple[tuple[str, ...
         return tuple(map(str, range(highest + 1))), np.array(numbers, dtype=np.int64)
     spelled: dict[str, str] = {}
     for word in sorted(words):
-        spelled.setdefault(unicodedata.normalize("NFC", word), word)
+        spelled.setdefault(composed(word), word)
     numbered = {name: number for number, name in enumerate(spelled)}
-    labels = [numbered[unicodedata.normalize("NFC", word)] for word in classes]
+    labels = [numbered[composed(word)] for word in classes]
     return tuple(spelled.values()), np.array(labels, dtype=np.int64)
 
 

@@ -23,7 +23,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from lamamba.config import Objective, unknown_name
+from lamamba.config import Objective, check_known
 from lamamba.diffusion.flow_map_scheduler import FlowMapScheduler
 from lamamba.diffusion.guidance import Predict
 from lamamba.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule
@@ -121,8 +121,7 @@ def make_scheduler(name: str, objective: Objective, num_steps: int | None = None
     Raises:
         ValueError: for an unknown name, one that does not fit the objective, or a number of steps out of range.
     """
-    if name not in SAMPLERS:
-        raise unknown_name("sampler", name, SAMPLERS)
+    check_known("sampler", name, SAMPLERS)
     sampler = SAMPLERS[name]
     if objective not in sampler.objectives:
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lamamba.config import UNetConfig, unknown_name
+from lamamba.config import UNetConfig, check_known
 from lamamba.diffusion.schedule import NUM_TIMESTEPS
 from lamamba.options.base import record
 
@@ -64,8 +64,7 @@ class Guidance:
         if isinstance(self.scale, bool) or not isinstance(self.scale, Real) or not math.isfinite(self.scale):
             raise ValueError(f"guidance scale {self.scale!r} is no finite number; 1 is none, 1.5 to 4 are usual")
         object.__setattr__(self, "scale", float(self.scale))                    # NumPy's, too
-        if self.channels not in get_args(GuidedChannels):
-            raise unknown_name("guided channels", str(self.channels), get_args(GuidedChannels))
+        check_known("guided channels", self.channels, get_args(GuidedChannels))
         if isinstance(self.interval, list):
             object.__setattr__(self, "interval", tuple(self.interval))
         is_pair = isinstance(self.interval, tuple) and [isinstance(x, Real) for x in self.interval] == [True, True]

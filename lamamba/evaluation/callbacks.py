@@ -5,7 +5,6 @@ What they need is checked when they are made, before anything is trained.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from lamamba.options.training import SampleGridOptions, ScoreOptions
 from lamamba.runs.metadata import ModelMetadata, default_guidance
 from lamamba.sampling import generate
 from lamamba.training.loop import StepState
+from lamamba.utils.files import append_json
 from lamamba.utils.progress import Progress, Report
 from lamamba.viz.curves import SCORES, read_metrics
 from lamamba.viz.grids import grid_picture, save_picture
@@ -190,8 +190,7 @@ class QuickScore:
             return
         score = frechet_distance(*moments(_statistics(features, images)), *reference)
         line = {"step": state.step, "name": features.distance_name, "score": score, "images": options.images}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_json(self._path, line)
         logger.info(f"step {state.step}  {features.distance_name} {score:.4g} of {options.images} images")
 
     def _scored_steps(self) -> set[int]:

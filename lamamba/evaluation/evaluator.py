@@ -23,6 +23,7 @@ from lamamba.evaluation.results import Entry
 from lamamba.metrics.features import FeatureNetwork
 from lamamba.metrics.statistics import Statistics
 from lamamba.options.base import from_dict
+from lamamba.options.evaluation import EvaluateOptions, StatisticsOptions
 from lamamba.options.metrics import MetricOptions
 from lamamba.utils.distributed import ProcessGroup
 from lamamba.utils.files import write_atomically
@@ -36,26 +37,25 @@ class Evaluator:
     """A feature network, the folder of cached features, and the processes that share both."""
 
     network: FeatureNetwork
-    folder: Path
-    """Of cached features and finished entries: where a call was stopped, the next one goes on from them."""
+    options: EvaluateOptions | StatisticsOptions
     group: ProcessGroup
     report: Report
-    repeat_grey: bool
-    """Give grey images three equal channels where the network takes colour."""
-    batch_size: int
-    shard_size: int
-    """Images per file of features."""
+
+    @property
+    def folder(self) -> Path:
+        """Of cached features and finished entries: where a call was stopped, the next one goes on from them."""
+        return self.options.out.with_suffix(".work")
 
     def fit(self, images: Images) -> Images:
         """Images with the network's channels; see `fit_channels`."""
         info = self.network.info
-        return fit_channels(images, info.channels, info.name, repeat_grey=self.repeat_grey)
+        return fit_channels(images, info.channels, info.name, repeat_grey=self.options.grey == "repeat")
 
     def extract(self, images: Images, task: str) -> Features:
         """Features of images, computed by all processes; those on disk are not computed again."""
         features = extract(
-            self.fit(images), self.network, self.folder, shard_size=self.shard_size, batch_size=self.batch_size,
-            rank=self.group.rank, report=self.report, task=task,
+            self.fit(images), self.network, self.folder, shard_size=self.options.shard_size,
+            batch_size=self.options.batch_size, rank=self.group.rank, report=self.report, task=task,
         )
         self.group.wait()
         return features
@@ -131,7 +131,11 @@ class Evaluator:
             task = sample_set.name + (f", repeat {number + 1}" if len(sample_set.runs) > 1 else "")
             features = self.extract(images, task)
             statistics = self.statistics(features)
-            figures = functools.partial(self._compute_figures, features, statistics, reference, options)
+            figures = functools.partial(
+                compute_figures, features, statistics, reference, options,
+                has_class_logits=self.network.has_class_logits,
+                on_progress=lambda task, share: self.report(Progress(task, round(100 * share), 100, "%")),
+            )
             runs.append(self.group.on_rank_0(figures))
             folders.append(features.folder)
 
@@ -151,14 +155,6 @@ class Evaluator:
         entry = self.group.broadcast(self.group.on_rank_0(finish))
         assert entry is not None
         return entry
-
-    def _compute_figures(
-        self, features: Features, statistics: dict[str, Statistics], reference: Reference, options: MetricOptions
-    ) -> Figures:
-        return compute_figures(
-            features, statistics, reference, options, has_class_logits=self.network.has_class_logits,
-            on_progress=lambda task, share: self.report(Progress(task, round(100 * share), 100, "%")),
-        )
 
     def clear(self) -> None:
         """Remove cached features and finished entries, and nothing else."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +22,19 @@ from safetensors.numpy import load, save
 from lamamba.evaluation.images import Images, digest
 from lamamba.metrics.features import FeatureNetwork
 from lamamba.metrics.statistics import Statistics, check_features
-from lamamba.utils.files import read_json, write_atomically
+from lamamba.utils.files import read_json, write_json
 from lamamba.utils.progress import Report
-from lamamba.utils.shards import PLAN, Note, ShardedJob, ShardPlan
+from lamamba.utils.shards import PLAN, Note, PlainPlan, ShardedJob, ShardPlan
 
 REQUESTED = "asked"
 """Name in a shard of the classes that the images were requested to show."""
 FEATURES_VERSION = 1
 
 
-@dataclass(frozen=True)
-class _Plan(ShardPlan):
-    values: dict[str, Any]
-
+class _Plan(PlainPlan):
     @property
     def sizes(self) -> tuple[int, int]:
         return self.values["count"], self.values["shard"]
-
-    def to_dict(self) -> dict[str, Any]:
-        return json.loads(json.dumps(self.values))
-
-    @classmethod
-    def from_dict(cls, values: Any, where: str | Path = "") -> _Plan:
-        return cls(values)
 
 
 def spread(count: int, limit: int | None) -> np.ndarray:
@@ -138,8 +128,7 @@ def extract(
         "shape": list(images.shape),
     })
     place = Path(folder) / digest(plan.values)[:16]
-    place.mkdir(parents=True, exist_ok=True)
-    write_atomically(place / PLAN, json.dumps(plan.values, indent=2) + "\n")
+    write_json(place / PLAN, plan.values)
     job = _ExtractionJob(place, plan, images, network, batch_size, task, rank=rank, report=report)
     job.run()
     _, notes, _ = job.read_result()

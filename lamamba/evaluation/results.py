@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from annotated_types import MinLen
 
 from lamamba.options.base import read_record, record
-from lamamba.utils.files import write_atomically
+from lamamba.utils.files import write_json
 from lamamba.utils.text import aligned
 
 VERSION = 1
@@ -76,9 +76,7 @@ def read_result(path: str | Path) -> list[Entry]:
 
 def write_result(path: Path, entries: Sequence[Entry]) -> None:
     """Write a result file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    values = {"version": VERSION, "entries": [asdict(entry) for entry in entries]}
-    write_atomically(path, json.dumps(values, indent=2) + "\n")
+    write_json(path, {"version": VERSION, "entries": [asdict(entry) for entry in entries]})
 
 
 def disagreements(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -100,7 +100,7 @@ def _network(pipe: LaMambaPipeline, sampler: str) -> str:
     kind = counted(config.num_classes, "class") if config.num_classes else "unconditional"
     return _table([
         ("images", f"{height} x {width} pixels, {kind}"),
-        ("parameters", f"{sum(p.numel() for p in pipe.unet.parameters()) / 1e6:.2f} M"),
+        ("parameters", f"{pipe.unet.num_parameters() / 1e6:.2f} M"),
         ("width, heads, window", f"{config.width}, {config.num_heads}, {config.window_size}"),
         ("blocks", f"{', '.join(map(str, config.depths))} / {config.bottleneck_depth} / "
                    f"{', '.join(map(str, config.decoder_depths))} (encoder / bottleneck / decoder)"),

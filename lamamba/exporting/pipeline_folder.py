@@ -45,7 +45,6 @@ def write_pipeline_folder(
     Raises:
         ValueError: when sampler, autoencoder, names or guidance do not fit the network.
     """
-    options.target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(options.target) as folder:
         return _write(options, model, folder, report)
 

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lamamba.config import unknown_name
+from lamamba.config import check_known, unknown_name
 from lamamba.models.ss2d import LocalMixing
 from lamamba.utils.tensors import PICKLE_ADVICE, read_tensors
 
@@ -234,8 +234,7 @@ class Adapters:
         from peft.utils import get_peft_model_state_dict
 
         known = getattr(self, "peft_config", {})
-        if adapter_name not in known:
-            raise unknown_name("adapter", adapter_name, known)
+        check_known("adapter", adapter_name, known)
         if not weight_name.endswith(".safetensors"):
             raise ValueError(f"weight_name={weight_name!r} must end in .safetensors")
         values = {k: sorted(v) if isinstance(v, set) else v for k, v in known[adapter_name].to_dict().items()}
@@ -279,8 +278,7 @@ class Adapters:
         check_peft()
         known = list(getattr(self, "peft_config", {}))
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name not in known:
-                raise unknown_name("adapter", name, known)
+            check_known("adapter", name, known)
 
     def _named_modules(self) -> dict[str, nn.Module]:
         """The layers by the names that they have without adapters."""

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from lamamba.options.base import Ge, record
+from lamamba.options.base import Positive, record
 
 DEEP = "deep"
 """Name of the deep feature among the features that a network returns."""
@@ -34,11 +34,11 @@ class LaMambaCacheConfig:
         ValueError: for numbers out of range.
     """
 
-    interval: Annotated[int, Ge(1)] = 3
+    interval: Positive = 3
     """Every so many evaluations a pass is full; 1 makes all of them full."""
     order: Literal[0, 1] = 1
     """Of the extrapolation in time: 1 is linear in the last two full passes, 0 repeats the last one."""
-    warm_up: Annotated[int, Ge(1)] = 2
+    warm_up: Positive = 2
     """So many evaluations at the beginning are full; order 1 needs two."""
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lamamba.config import Grid, unknown_name
+from lamamba.config import Grid, check_known
 from lamamba.models.attention import WindowAttention
 from lamamba.models.blocks import MLP, ConditionLinear, ModulatedNorm, initialise_linears, run_branches
 from lamamba.models.geometry import Geometry, make_geometry
@@ -50,8 +50,7 @@ class SS2DLayer(SS2D):
             "dt_rank": math.ceil(width / 16) if dt_rank is None else dt_rank,
         }
         _check_sizes(**sizes)
-        if scan not in get_args(Scan):
-            raise unknown_name("scan", str(scan), get_args(Scan))
+        check_known("scan", scan, get_args(Scan))
         super().__init__(**sizes)
         self.scan: Scan = scan
         self.reset_parameters()

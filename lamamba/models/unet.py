@@ -17,7 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from lamamba.config import NUM_STAGES, STAGE_SCALES, STAGES, Grid, UNetConfig, as_grid, check_grid, unknown_name
+from lamamba.config import NUM_STAGES, STAGE_SCALES, STAGES, Grid, UNetConfig, as_grid, check_grid, check_known
 from lamamba.models.adapters import Adapters
 from lamamba.models.blocks import ConditionLinear, LaMambaBlock, ModulatedNorm, initialise_linears
 from lamamba.models.deep_cache import DEEP, DeepFeatureCache, LaMambaCacheConfig
@@ -521,8 +521,7 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
             names = (wanted,) if isinstance(wanted, str) else wanted
             known = [*STAGES, DEEP, *(f"{stage.name}.{i}" for stage in self._stages() for i in stage.blocks)]
             for name in names:
-                if name not in known:
-                    raise unknown_name("feature", str(name), known)
+                check_known("feature", name, known)
         shallow = ("encoder.0", STAGES[-1], DEEP)
         if deep_features is not None and (lost := [n for n in names if not n.startswith(shallow)]):
             raise ValueError(f"features {', '.join(lost)} are not computed with deep_features: leave them out")

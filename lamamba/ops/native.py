@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lamamba.config import unknown_name
+from lamamba.config import check_known
 
 logger = logging.getLogger("lamamba.ops")
 
@@ -57,8 +57,7 @@ def choose_instruction_set() -> str | None:
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     if not forced:
         return built[0] if built else None
-    if forced not in INSTRUCTION_SETS:
-        raise unknown_name("instruction set", forced, INSTRUCTION_SETS)
+    check_known("instruction set", forced, INSTRUCTION_SETS)
     if forced not in supported:
         raise RuntimeError(
             f"{ENVIRONMENT_VARIABLE}={forced}, but this processor runs only {', '.join(supported)}; "

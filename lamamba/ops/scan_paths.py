@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamamba.config import unknown_name
+from lamamba.config import check_known
 
 NUM_PATHS = 4
 
@@ -58,8 +58,7 @@ def scan_paths(height: int, width: int, scan: str = "continuous", device: torch.
     """
     if height < 1 or width < 1:
         raise ValueError(f"a grid of {height} x {width} tokens is empty; both sides must be at least 1")
-    if scan not in ("continuous", "cross"):
-        raise unknown_name("scan", scan, ("continuous", "cross"))
+    check_known("scan", scan, ("continuous", "cross"))
     return _cached_paths(height, width, scan, torch.device(device))
 
 

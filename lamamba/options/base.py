@@ -48,6 +48,9 @@ FilePath = Annotated[Path, Strict(False), BeforeValidator(_not_empty)]
 """A Path; text is taken for one."""
 Name = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else _not_empty(value))]
 """A name or a path as text, such as a folder or a hub id; a Path is taken for one."""
+Positive = Annotated[int, Ge(1)]
+Above0 = Annotated[float, Gt(0)]
+"""Whole numbers from 1, and numbers above 0."""
 OrInfinity = Annotated[
     float, AllowInfNan(True), BeforeValidator(lambda value: math.inf if value == "inf" else value)
 ]
@@ -78,15 +81,15 @@ def _word(item: type) -> PrimitiveConstructorSpec[Any]:
     )
 
 
-PositiveInts = Annotated[tuple[Annotated[int, Ge(1)], ...], _splits(int), Strict(False), _word(int)]
+PositiveInts = Annotated[tuple[Positive, ...], _splits(int), Strict(False), _word(int)]
 Numbers = Annotated[tuple[float, ...], _splits(float), Strict(False), _word(float)]
 Words = Annotated[tuple[str, ...], _splits(str), Strict(False), _word(str)]
 Labels = Annotated[tuple[int | str, ...], _splits(str), Strict(False), _word(str)]
 """Several values; the command line reads them from one word with commas: 256,512."""
 
 __all__ = [
-    "FilePath", "Ge", "Gt", "Labels", "Le", "Lt", "Name", "Numbers", "OrInfinity", "PositiveInts", "Words", "from_dict",
-    "options", "read_record", "read_toml", "record", "verb",
+    "Above0", "FilePath", "Ge", "Gt", "Labels", "Le", "Lt", "Name", "Numbers", "OrInfinity", "Positive", "PositiveInts",
+    "Words", "from_dict", "options", "read_record", "read_toml", "record", "verb",
 ]
 
 

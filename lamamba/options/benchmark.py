@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from lamamba.options.base import FilePath, Ge, PositiveInts, Words, options
+from lamamba.options.base import FilePath, Ge, Positive, PositiveInts, Words, options
 
 
 @options
@@ -26,7 +26,7 @@ class BenchmarkOptions:
     """"auto" (a GPU where there is one), or a PyTorch device such as cpu or cuda:1."""
     mode: Literal["forward", "train"] = "forward"
     """A forward pass, or a training step: forward, backward, AdamW, nothing recomputed."""
-    state_size: Annotated[int, Ge(1)] = 1
+    state_size: Positive = 1
     """State size N of LaMamba's scan, where a model's name does not say."""
     compile: bool = False
     """Compile all networks with torch.compile (on CPUs it needs a C++ compiler)."""
@@ -35,7 +35,7 @@ class BenchmarkOptions:
     processes: Literal["auto", "together", "apart"] = "auto"
     """Networks in memory together, taking turns pass by pass, or loaded one after the other, twice over; "auto":
     LaMamba takes turns with one peer after the other where not all fit together."""
-    threads: Annotated[int | None, Ge(1)] = None
+    threads: Positive | None = None
     """CPU threads of each network; by default torch's choice."""
     pack: bool = True
     """Pack weights of Linear layers and convolutions for oneDNN on CPUs, of all networks."""

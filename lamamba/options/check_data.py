@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from lamamba.options.base import FilePath, Ge, Name, options
+from lamamba.options.base import FilePath, Name, Positive, options
 
 
 @options
@@ -17,9 +17,9 @@ class CheckDataOptions:
     """Folder, tars, datasets:ID, or latents."""
     manifest: FilePath | None = None
     """Where to write what was found; by default SOURCE/lamamba-manifest.json (beside tars; here, for a hub id)."""
-    workers: Annotated[int | None, Ge(1)] = None
+    workers: Positive | None = None
     """Processes that decode; by default one per core."""
-    min_side: Annotated[int, Ge(1)] = 2
+    min_side: Positive = 2
     """Images with fewer pixels on their short side are bad."""
     strict: bool = False
     """CMYK, 16-bit and transparent files are bad, too, instead of being converted."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lamamba.options.base import FilePath, Ge, Gt, Le, Name, Numbers, Words, options
+from lamamba.options.base import Above0, FilePath, Ge, Gt, Le, Name, Numbers, Positive, Words, options
 
 Criterion = Literal["output", "task", "magnitude", "random", "hand"]
 By = Literal["parameters", "multiply-adds", "time"]
@@ -28,7 +28,7 @@ class CalibrationOptions:
     """Range of the timesteps, 0 clean .. 1000 noise, drawn evenly. 700,1000 weighs what decides the class."""
     seed: Annotated[int, Ge(0)] = 0
     """Of order, noise, times and dropped labels."""
-    batch_size: Annotated[int, Ge(1)] = 64
+    batch_size: Positive = 64
     """Samples at a time."""
     device: str = "auto"
     """"auto" (a GPU where there is one), or a PyTorch device such as cpu or cuda:1."""
@@ -107,7 +107,7 @@ class CompareCriteriaOptions(CalibrationOptions):
     """Criteria to compare."""
     shares: Numbers = (0.3, 0.5, 0.6, 0.7, 0.8)
     """Shares of the parameters to remove."""
-    random_draws: Annotated[int, Ge(1)] = 10
+    random_draws: Positive = 10
     """Draws of the criterion "random" at each share."""
     sets: Annotated[int, Ge(0)] = 200
     """Sets of units to measure, half of them sensible, half random: how far additivity holds. 0: none."""
@@ -115,7 +115,7 @@ class CompareCriteriaOptions(CalibrationOptions):
     """Statistics that samples are compared with, as in lamamba evaluate ("digits"); None: the loss alone."""
     num_images: Annotated[int, Ge(2)] = 1000
     """Samples of each pruned network, at guidance 1."""
-    repeats: Annotated[int, Ge(1)] = 1
+    repeats: Positive = 1
     """Seed ranges of the samples, one after the other."""
     features: str = "inception"
     """The feature network, as in lamamba evaluate: inception, dinov2, digits, module:name."""
@@ -137,7 +137,7 @@ class CompressOptions(CalibrationOptions, BudgetOptions):
     """Folder: scores.json, plan.json, units.png, pruned/ (the network), healed/ (the training run)."""
     heal: Annotated[int, Ge(0)] = 0
     """Optimizer steps of healing: training with the whole network as teacher (normalised features). 0: none."""
-    heal_batch_size: Annotated[int, Ge(1)] = 64
+    heal_batch_size: Positive = 64
     """Images per step of healing."""
-    heal_learning_rate: Annotated[float, Gt(0)] | None = None
+    heal_learning_rate: Above0 | None = None
     """Highest learning rate of healing; by default that of the network's own training."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lamamba.options.base import FilePath, Ge, Name, options
+from lamamba.options.base import FilePath, Ge, Name, Positive, options
 
 
 @options
@@ -19,7 +19,7 @@ class EncodeOptions:
     autoencoder: Name
     """A diffusers autoencoder (AutoencoderKL, AutoencoderDC, AutoencoderTiny): a folder or a hub id. Only safetensors
     are read."""
-    image_size: Annotated[int, Ge(1)] = 256
+    image_size: Positive = 256
     """Side in pixels of the square images."""
     out: FilePath = Path("latents")
     """Folder for the shards."""
@@ -29,11 +29,11 @@ class EncodeOptions:
     """Bad files beyond the manifest's to tolerate before encoding stops with their names."""
     mirror: bool = True
     """Encode mirror images, too: twice the time and space; training can mirror only then."""
-    batch_size: Annotated[int, Ge(1), tyro.conf.arg(aliases=["--batch"])] = 16
+    batch_size: Annotated[Positive, tyro.conf.arg(aliases=["--batch"])] = 16
     """Images per batch of the autoencoder. Part of the result: other batches round otherwise."""
-    threads: Annotated[int, Ge(1)] = 1
+    threads: Positive = 1
     """On a CPU, cores for each process. Part of the result, too: to use all cores, start more processes instead."""
-    shard_size: Annotated[int, Ge(1)] = 1024
+    shard_size: Positive = 1024
     """Images in a file."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the autoencoder's arithmetic."""

@@ -10,7 +10,7 @@ import tyro
 from pydantic import BeforeValidator
 from tyro.constructors import PrimitiveConstructorSpec
 
-from lamamba.options.base import FilePath, Ge, Name, Numbers, options
+from lamamba.options.base import FilePath, Ge, Name, Numbers, Positive, options
 from lamamba.options.metrics import MetricOptions
 
 
@@ -51,12 +51,12 @@ class EvaluateOptions:
     -n N --random-labels` or `--balanced`, and the same images."""
     sampler: str | None = None
     """As in lamamba sample; by default the objective's first."""
-    steps: Annotated[int, Ge(1)] | None = None
+    steps: Positive | None = None
     """Sampling steps; by default the sampler's (ddpm: 250, as in published tables)."""
     guidance: Numbers = (1.0,)
     """Classifier-free guidance scale. 1, no guidance, is the protocol of published figures, and the default here
     whatever the model's own scale. Several with commas are a sweep: 1,1.25,1.5,2."""
-    cache: Annotated[int, Ge(1)] | None = None
+    cache: Positive | None = None
     """Compute all depths of the network in every so many evaluations only, as in lamamba sample."""
     cache_order: Literal[0, 1] | None = None
     """How the cache carries deep features on, as in lamamba sample."""
@@ -70,7 +70,7 @@ class EvaluateOptions:
     """Weights in eight bits, or activations, too, as in lamamba sample."""
     ema: float | Literal["none"] | None = None
     """Which average: its decay, as 0.999, or "none" for the trained weights; by default the first."""
-    repeats: Annotated[int, Ge(1)] = 1
+    repeats: Positive = 1
     """Seed ranges, one after the other; more give a mean and a standard deviation. Only for models."""
     every_checkpoint: bool = False
     """Score all checkpoints and averages of a run, and plot the curve."""
@@ -81,9 +81,9 @@ class EvaluateOptions:
     grey: Literal["refuse", "repeat"] = "refuse"
     """What to do with grey images when the feature network takes colour: repeat makes three equal channels."""
     metrics: MetricOptions = MetricOptions()
-    batch_size: Annotated[int, Ge(1)] = 64
+    batch_size: Positive = 64
     """Images per batch of the model and of the feature network; changes speed and memory, not the images."""
-    shard_size: Annotated[int, Ge(1)] = 1000
+    shard_size: Positive = 1000
     """Images whose work a kill may lose."""
     keep_features: bool = False
     """Leave the features on disk at the end (in OUT.work)."""
@@ -110,16 +110,16 @@ class StatisticsOptions:
     """inception, dinov2, digits, or module:function of your own (of a file in this folder)."""
     weights: Name | None = None
     """Weights of the feature network, as in lamamba evaluate."""
-    image_size: Annotated[int, Ge(1)] | None = None
+    image_size: Positive | None = None
     """Side in pixels to which "digits" are enlarged (by default 8) and images of files cropped and scaled, as training
     does (by default they keep theirs, which must be one)."""
     grey: Literal["refuse", "repeat"] = "refuse"
     """What to do with grey images when the feature network takes colour."""
-    rows: Annotated[int, Ge(1)] = 10_000
+    rows: Positive = 10_000
     """Images whose own features are saved, too, for precision, recall and KID; spread evenly."""
-    batch_size: Annotated[int, Ge(1)] = 64
+    batch_size: Positive = 64
     """Images per batch of the feature network."""
-    shard_size: Annotated[int, Ge(1)] = 1000
+    shard_size: Positive = 1000
     """Images whose work a kill may lose."""
     device: str = "auto"
     """"auto" or a PyTorch device."""

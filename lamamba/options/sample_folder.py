@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from lamamba.options.base import FilePath, Ge, options
+from lamamba.options.base import FilePath, Positive, options
 from lamamba.options.sampling import SamplerOptions
 
 
@@ -20,7 +20,7 @@ class FolderOptions:
     format: Literal["png", "npz", "both"] | None = None
     """For a folder of images: a PNG each (the default), one uint8 npz (arr_0: N x H x W x 3, arr_1: labels), or both.
     The npz alone takes twice its size while it is put together."""
-    threads: Annotated[int, Ge(1)] | None = None
+    threads: Positive | None = None
     """Cores for each process of a folder of images, on a CPU; by default all (under torchrun, one)."""
 
     def __post_init__(self) -> None:
@@ -34,7 +34,7 @@ class SampleFolderOptions(FolderOptions, SamplerOptions):
 
     out: FilePath = Path("samples")
     """Folder for the images; one that was begun by the same options goes on."""
-    num: Annotated[int, Ge(1)] | None = None
+    num: Positive | None = None
     """Images in all; needed."""
 
     def __post_init__(self) -> None:

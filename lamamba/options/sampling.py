@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lamamba.options.base import FilePath, Ge, Gt, Labels, Le, Name, options
+from lamamba.options.base import FilePath, Ge, Gt, Labels, Le, Name, Positive, options
 
 PICTURE_SUFFIXES = (".png", ".gif", ".mp4")
 
@@ -18,7 +18,7 @@ class DenoisingOptions:
     sampler: str | None = None
     """ddpm, ddim, dpm++, dpm++-sde, unipc, euler or heun for noise and v models; flow-euler, flow-heun, flow-dpm++ or
     flow-unipc for flow models; flow-map for flow maps. By default the first."""
-    steps: Annotated[int, Ge(1)] | None = None
+    steps: Positive | None = None
     """Sampling steps; by default the sampler's."""
     guidance: float | None = None
     """Guidance scale; 1 is none. By default the model's own, from its recipe; else 2 (1 for unconditional models)."""
@@ -54,7 +54,7 @@ class SamplerOptions(DenoisingOptions):
     lora: FilePath | None = None
     """A LoRA of the model, a run of lamamba train --lora.rank or a folder; without MODEL, of the model that it was
     trained for."""
-    cache: Annotated[int, Ge(1)] | None = None
+    cache: Positive | None = None
     """Compute all depths of the network in every so many evaluations only, and the outermost stages alone in the others
     (the first two are always full); by default, and with 1, in all of them."""
     cache_order: Literal[0, 1] | None = None
@@ -64,7 +64,7 @@ class SamplerOptions(DenoisingOptions):
     """Height of an image in pixels; by default as in training."""
     width: int | None = None
     """Width of an image in pixels; by default as in training."""
-    batch_size: Annotated[int, Ge(1)] | None = None
+    batch_size: Positive | None = None
     """Images at a time; changes speed and memory, and a pixel by at most one grey level. By default 64."""
     autoencoder: Name | None = None
     """For models of latents: a diffusers autoencoder, a folder or a hub id such as stabilityai/sd-vae-ft-ema. By
@@ -85,7 +85,7 @@ class SampleOptions(SamplerOptions):
 
     out: FilePath | None = None
     """A picture (.png) or a film of the denoising or the interpolation (.gif, .mp4); in Python None writes no file."""
-    num: Annotated[Annotated[int, Ge(1)] | None, tyro.conf.arg(aliases=["-n"])] = None
+    num: Annotated[Positive | None, tyro.conf.arg(aliases=["-n"])] = None
     """Images of each class (or in all, for an unconditional model). By default 8."""
     interpolate: str | None = None
     """seeds:A:B or classes:A:B: --num images on the way from one seed to another, or from one class to another."""

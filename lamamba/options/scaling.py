@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from lamamba.options.base import FilePath, Ge, Gt, Le, options
+from lamamba.options.base import Above0, FilePath, Gt, Le, Positive, options
 from lamamba.options.training import TrainOptions
 
-Above0 = Annotated[float, Gt(0)]
 Share = Annotated[float, Gt(0), Le(1)]
 
 
@@ -15,7 +14,7 @@ Share = Annotated[float, Gt(0), Le(1)]
 class ClusterOptions:
     """Speeds that a prediction assumes; nothing here is measured."""
 
-    node_size: Annotated[int, Ge(1)] = 8
+    node_size: Positive = 8
     """Devices of a machine, joined by fast links."""
     efficiency: Share = 0.4
     """Share of the device's peak operations that training reaches."""
@@ -39,6 +38,6 @@ class ClusterOptions:
 class SimulateOptions(TrainOptions):
     """A training run, on a number of devices. Its device is a100, h100 (also for auto), h200 or b200."""
 
-    world_size: Annotated[int, Ge(1)] = 8
+    world_size: Positive = 8
     """Devices."""
     cluster: ClusterOptions = ClusterOptions()

@@ -8,15 +8,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from annotated_types import Ge, Gt, Lt
 from typing_extensions import Self
 
-from lamamba.config import STAGES, Objective, UNetConfig, unknown_name
-from lamamba.options.base import FilePath, Ge, Gt, Lt, Name, OrInfinity, Words, from_dict, options, read_toml
+from lamamba.config import STAGES, Objective, UNetConfig, check_known
+from lamamba.options.base import Above0, FilePath, Name, OrInfinity, Positive, Words, from_dict, options, read_toml
 from lamamba.options.sampling import DenoisingOptions
 
 RUN_VERSION = 3
@@ -26,8 +26,6 @@ RUN_VERSION = 3
 """
 
 Count = Annotated[int, Ge(0)]
-Positive = Annotated[int, Ge(1)]
-Above0 = Annotated[float, Gt(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 MAX_TARGET_DECAY = 0.998
 """Of the averaged weights that a flow map's targets come from."""
@@ -312,8 +310,7 @@ class DistillOptions:
 
     def __post_init__(self) -> None:
         for stage in self.stages:
-            if stage not in STAGES:
-                raise unknown_name("stage", stage, STAGES)
+            check_known("stage", stage, STAGES)
         if self.task == self.output == 0 and (self.features == "none" or self.feature == 0):
             raise ValueError("task, output and feature are all 0: nothing would be learned")
 
@@ -354,20 +351,20 @@ class ScoreOptions:
 class TrainConfig:
     """A training run. Sections and names are those of a TOML recipe."""
 
-    model: ModelOptions = field(default_factory=ModelOptions)
-    data: DataOptions = field(default_factory=DataOptions)
-    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
-    loss: LossOptions = field(default_factory=LossOptions)
-    flow_map: FlowMapOptions = field(default_factory=FlowMapOptions)
-    start: StartOptions = field(default_factory=StartOptions)
-    lora: LoraOptions = field(default_factory=LoraOptions)
-    distill: DistillOptions = field(default_factory=DistillOptions)
-    processes: ProcessOptions = field(default_factory=ProcessOptions)
-    precision: PrecisionOptions = field(default_factory=PrecisionOptions)
-    faults: FaultOptions = field(default_factory=FaultOptions)
-    watch: WatchOptions = field(default_factory=WatchOptions)
-    sampling: SampleGridOptions = field(default_factory=SampleGridOptions)
-    score: ScoreOptions = field(default_factory=ScoreOptions)
+    model: ModelOptions = ModelOptions()
+    data: DataOptions = DataOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    loss: LossOptions = LossOptions()
+    flow_map: FlowMapOptions = FlowMapOptions()
+    start: StartOptions = StartOptions()
+    lora: LoraOptions = LoraOptions()
+    distill: DistillOptions = DistillOptions()
+    processes: ProcessOptions = ProcessOptions()
+    precision: PrecisionOptions = PrecisionOptions()
+    faults: FaultOptions = FaultOptions()
+    watch: WatchOptions = WatchOptions()
+    sampling: SampleGridOptions = SampleGridOptions()
+    score: ScoreOptions = ScoreOptions()
     batch_size: Positive = 64
     """Images per optimizer step, over all processes together."""
     steps: Positive = 1000
@@ -546,8 +543,7 @@ def load_recipe(name_or_path: str) -> TrainConfig:
     """
     path = Path(name_or_path)
     if path.suffix != ".toml" and path.parent == Path("."):
-        if name_or_path not in recipe_names():
-            raise unknown_name("recipe", name_or_path, recipe_names())
+        check_known("recipe", name_or_path, recipe_names())
         path = RECIPES / f"{name_or_path}.toml"
     if not path.is_file():
         known = ", ".join(recipe_names())

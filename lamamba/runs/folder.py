@@ -41,7 +41,7 @@ from lamamba.options.training import RUN_VERSION, TrainConfig
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.utils.distributed import ProcessGroup
 from lamamba.utils.errors import RankZeroError
-from lamamba.utils.files import differences, flush, sha256, write_all, write_atomically, write_json
+from lamamba.utils.files import append_json, differences, flush, sha256, write_all, write_json
 
 logger = logging.getLogger("lamamba.training")
 
@@ -259,7 +259,7 @@ class RunFolder:
             )
         self.samples.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        write_atomically(self.config, json.dumps(values, indent=2) + "\n")
+        write_json(self.config, values)
 
     def read_config(self) -> RunConfig:
         """Read config.json.
@@ -365,8 +365,7 @@ class RunFolder:
         """Append an event of the run, with its time, to events.jsonl. A full disk is logged, not raised."""
         line = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": event, **values}
         try:
-            with self.events.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_json(self.events, line)
         except OSError as error:
             logger.warning("%s cannot be written: %s", self.events, error)
 
@@ -437,7 +436,7 @@ class RunFolder:
         for step in self.steps()[:-keep]:
             if step != saved and (not keep_every or step % keep_every):
                 dropped = self.checkpoints / f".old_{_name(step)}"              # never half a checkpoint of that name
-                os.replace(self.checkpoints / _name(step), dropped)
+                os.replace(self.checkpoint(step), dropped)
                 shutil.rmtree(dropped)
 
     def newest(self) -> Path | None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from lamamba.config import LATENT_SCALE, Objective, UNetConfig
 from lamamba.data.codec import CodecConfig
-from lamamba.options.base import Ge, read_record, record
-from lamamba.utils.files import write_json
+from lamamba.options.base import Positive, read_record, record
+from lamamba.utils.files import attribute_differences, write_json
 
 SD_VAE_CHANNELS, SD_VAE_SCALE = 4, 0.18215
 """Of the latents of Stable Diffusion's autoencoder, on which the official models are trained: x0 = latents * scale."""
@@ -25,7 +24,7 @@ class ModelMetadata(CodecConfig):
 
     objective: Objective
     """What the network predicts, and so which samplers fit."""
-    image_size: Annotated[int, Ge(1)]
+    image_size: Positive
     """Side of the images in pixels."""
     label_names: tuple[str, ...] = ()
     """One name per class."""
@@ -76,9 +75,7 @@ def check_same_data(
         there, here = next((pair for pair in pairs if pair[0] != pair[1]), (f"{len(metadata.label_names)} classes",
                                                                             f"{len(label_names)} classes"))
         found.append(f"classes: {there!r} there, {here!r} here")
-    for entry in ("codec", "scale", "shift"):
-        if (there := getattr(metadata, entry)) != (here := getattr(codec, entry)):
-            found.append(f"{entry}: {there!r} there, {here!r} here")
+    found += attribute_differences(metadata, codec, ("codec", "scale", "shift"))
     if found:
         raise ValueError(f"{name} was trained on other data than {other} ({'; '.join(found)})")
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -177,6 +178,11 @@ def base_of_lora(path: str | Path) -> Path | None:
     return Path(base.base) if base is not None and (is_shipped(base.base) or Path(base.base).exists()) else None
 
 
+def average_folders(checkpoint: Path, decays: Iterable[float]) -> dict[float, Path]:
+    """Folders of averaged networks in a checkpoint, by their decay; the first one's is "ema"."""
+    return {decay: checkpoint / (f"ema_{decay:g}" if number else "ema") for number, decay in enumerate(decays)}
+
+
 def list_averages(checkpoint: Path) -> dict[EMA, Path]:
     """The weights in a checkpoint: averages by their decays, the first one first, then the trained weights, "none".
 
@@ -185,10 +191,8 @@ def list_averages(checkpoint: Path) -> dict[EMA, Path]:
     if not (checkpoint / "state.json").is_file():
         return {}
     decays = CheckpointState.load(checkpoint).ema_decays or ()
-    kept: dict[EMA, Path] = {
-        decay: checkpoint / (f"ema_{decay:g}" if number else "ema") for number, decay in enumerate(decays)
-    }
-    return {decay: folder for decay, folder in {**kept, "none": checkpoint / "model"}.items() if folder.is_dir()}
+    kept: list[tuple[EMA, Path]] = [*average_folders(checkpoint, decays).items(), ("none", checkpoint / "model")]
+    return {decay: folder for decay, folder in kept if folder.is_dir()}
 
 
 def _average_folder(folder: Path, ema: EMA | None) -> Path:

@@ -28,6 +28,7 @@ from lamamba.sampling.settings import png_text
 from lamamba.utils.files import read_json, sha256, write_atomically
 from lamamba.utils.progress import Report
 from lamamba.utils.shards import Note, ShardedJob
+from lamamba.viz.grids import bare_picture
 
 MakeImages = Callable[[range, Callable[[float], None]], np.ndarray]
 """(indices of a shard's images, a function that takes the share done) -> uint8 images (n, h, w, c)."""
@@ -89,8 +90,7 @@ class _SamplingJob(ShardedJob[Plan]):
 
     def _png(self, k: int, image: np.ndarray) -> bytes:
         buffer = io.BytesIO()
-        picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-        picture.save(buffer, format="PNG", pnginfo=png_text(self.plan.metadata_of(k)))
+        bare_picture(image).save(buffer, format="PNG", pnginfo=png_text(self.plan.metadata_of(k)))
         return buffer.getvalue()
 
     def finish(self, notes: list[Note]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lamamba.config import Grid, UNetConfig
-from lamamba.data.codec import Decoder, PixelCodec
+from lamamba.data.codec import Decoder, PixelDecoder
 from lamamba.diffusion.denoise import SAMPLERS, Step, denoise, make_scheduler, samplers_for, slerp
 from lamamba.diffusion.guidance import Guidance, Predict, check_guidance, check_guiding_model, guided
 from lamamba.inference.conditioning import conditioned
@@ -166,7 +166,7 @@ class ImageGenerator:
         config = model.architecture
         self._model, self._guiding_model, self._batch_size = model, guiding_model, batch_size
         self._sampler, self._num_steps = sampler or samplers_for(config.objective)[0], num_steps
-        self._input_size, self._decoder = input_size or config.input_size, decoder or PixelCodec()
+        self._input_size, self._decoder = input_size or config.input_size, decoder or PixelDecoder()
         self._guidance = guidance if isinstance(guidance, Guidance) else Guidance(float(guidance))
         self._labels, self._cache = labels, cache
         self._guided: GuidedModel | None = None

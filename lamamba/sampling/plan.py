@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from lamamba.options.base import Ge, from_dict, record
+from lamamba.options.base import Ge, Positive, from_dict, record
 from lamamba.sampling.labels import LabelRule, label_of
 from lamamba.sampling.settings import MAX_SEED, ImageMetadata, Settings
 from lamamba.utils.files import read_json
@@ -33,7 +33,7 @@ class Plan(ShardPlan):
     """
 
     settings: Settings
-    num: Annotated[int, Ge(1)]
+    num: Positive
     """Number of images."""
     seed: Annotated[int, Ge(0)]
     """Seed of image 0; image k has seed + k."""
@@ -42,7 +42,7 @@ class Plan(ShardPlan):
     classes: tuple[int, ...] = ()
     """Classes that the rule chooses from."""
     files: FileKind = "png"
-    batch_size: Annotated[int, Ge(1)] = 64
+    batch_size: Positive = 64
     """Images per batch of the network and per shard. Another number rounds otherwise: one grey level."""
     threads: Annotated[int, Ge(0)] = 0
     """On a CPU, cores of each process (another number may round otherwise, too); 0 on other devices."""

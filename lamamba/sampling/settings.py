@@ -6,15 +6,15 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from lamamba._version import __version__
-from lamamba.config import unknown_name
+from lamamba.config import check_known
 from lamamba.diffusion.guidance import Guidance
 from lamamba.models.deep_cache import LaMambaCacheConfig
-from lamamba.options.base import Ge, from_dict, record
+from lamamba.options.base import Positive, from_dict, record
 from lamamba.utils.files import parse_json
 
 SETTINGS_VERSION = 1
@@ -42,10 +42,10 @@ class Settings:
     model_sha256: str
     """By `fingerprint`."""
     sampler: str
-    steps: Annotated[int, Ge(1)]
-    height: Annotated[int, Ge(1)]
+    steps: Positive
+    height: Positive
     """Of the picture, in pixels."""
-    width: Annotated[int, Ge(1)]
+    width: Positive
     guidance: Guidance = field(default_factory=Guidance)
     autoguidance: str | None = None
     """The guiding model, as it was named."""
@@ -66,8 +66,7 @@ class Settings:
     """How deep features were kept between steps."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise unknown_name("dtype", self.dtype, DTYPES)
+        check_known("dtype", self.dtype, DTYPES)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -103,7 +102,7 @@ class ImageMetadata:
     columns: int = 0
     """Of the table; 0 where the PNG is a single image as the model made it."""
     row_names: tuple[str, ...] = ()
-    batch_size: Annotated[int, Ge(1)] = 64
+    batch_size: Positive = 64
     lamamba: str = __version__
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ from lamamba.options.training import RUN_VERSION
 from lamamba.runs.folder import CheckpointState
 from lamamba.runs.lora import LoraBase, save_lora
 from lamamba.runs.metadata import ModelMetadata
-from lamamba.runs.model import load_network
+from lamamba.runs.model import average_folders, load_network
 from lamamba.training.distributed import Processes
 from lamamba.utils.distributed import local, whole
 from lamamba.utils.files import write_json
@@ -102,11 +102,6 @@ def whole_network(network: LaMambaUNet, processes: Processes) -> LaMambaUNet | N
     return copy_.requires_grad_(False).eval()
 
 
-def folder_name(decay: float, first: float) -> str:
-    """Folder of an averaged network in a checkpoint: the first one's is "ema"."""
-    return "ema" if decay == first else f"ema_{decay:g}"
-
-
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state under the parameters' names: "exp_avg/head.linear.weight", ..."""
     return {
@@ -141,7 +136,6 @@ def write_checkpoint(
     Raises:
         OSError, RuntimeError: when a file cannot be written; RankZeroError on the ranks that could write theirs.
     """
-    first = next(iter(state.averages))
     values = {
         "version": RUN_VERSION, "step": state.step, "left_out": state.omitted, "faults": state.faults,
         "ema_decays": list(state.averages), "optimizer_steps": _optimizer_steps(state), **setup,
@@ -156,12 +150,12 @@ def write_checkpoint(
             save_file(tensors, folder / "optimizer.safetensors")
 
     processes.on_rank_0(write_rank_0_files)
-    for decay, average in state.averages.items():
-        network = whole_network(average, processes)
+    for decay, place in average_folders(folder, state.averages).items():
+        network = whole_network(state.averages[decay], processes)
 
-        def write_average(network: LaMambaUNet | None = network, decay: float = decay) -> None:
+        def write_average(network: LaMambaUNet | None = network, place: Path = place) -> None:
             assert network is not None
-            _save_network(network, folder / folder_name(decay, first), state.base)
+            _save_network(network, place, state.base)
 
         processes.on_rank_0(write_average)
     if processes.is_sharded:
@@ -206,9 +200,8 @@ def read_checkpoint(folder: Path, state: TrainState, processes: Processes) -> No
         raise ValueError(
             f"{folder} keeps averages of {kept}, this run of {list(state.averages)}; repeat its ema_decays"
         )
-    first = next(iter(state.averages))
-    for decay, average in state.averages.items():
-        _read_network(folder / folder_name(decay, first), average)
+    for decay, place in average_folders(folder, state.averages).items():
+        _read_network(place, state.averages[decay])
     try:
         if (folder / "shards").is_dir():
             _read_tensors(folder / "shards", tensors := _shards(state))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import multiprocessing
 import traceback
@@ -112,7 +113,8 @@ class TrainingData:
             RuntimeError: when a worker dies.
         """
         options = self._config.processes
-        keys = _Keys(first_batch, options.accumulation_steps)
+        numbers, parts = itertools.count(first_batch), range(options.accumulation_steps)
+        keys = ((number, micro_batch) for number in numbers for micro_batch in parts)
         if options.data_workers == 0:
             threads = GPU_THREADS * self._pins if options.data_threads is None else options.data_threads
             if threads:
@@ -166,19 +168,6 @@ def _received(results: Iterator[Batch | Exception]) -> Generator[Batch, None, No
         if isinstance(result, Exception):
             raise result
         yield result
-
-
-class _Keys:
-    """(batch, micro-batch) of a run from one batch on, without end."""
-
-    def __init__(self, first_batch: int, micro_batches: int):
-        self._first_batch, self._micro_batches = first_batch, micro_batches
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        number = self._first_batch
-        while True:
-            yield from ((number, micro_batch) for micro_batch in range(self._micro_batches))
-            number += 1
 
 
 def _begin_worker(index: int) -> None:

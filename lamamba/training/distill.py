@@ -14,6 +14,7 @@ from lamamba.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule
 from lamamba.options.training import DistillOptions
 from lamamba.runs.metadata import ModelMetadata, check_same_data
 from lamamba.runs.model import fingerprint, open_network
+from lamamba.utils.files import attribute_differences
 
 
 class Teacher:
@@ -73,11 +74,7 @@ def _check_fits(teacher: UNetConfig, student: UNetConfig, options: DistillOption
     names = ["objective", "in_channels", "num_classes", "token_grid", "patch_size"]
     if options.features != "none":
         names.append("width")                                                   # of the features
-    differences = [
-        f"{name}: {getattr(teacher, name)!r} there, {getattr(student, name)!r} here"
-        for name in names if getattr(teacher, name) != getattr(student, name)
-    ]
-    if differences:
+    if differences := attribute_differences(teacher, student, names):
         hint = "; another width goes with distill.features=\"none\"" if teacher.width != student.width else ""
         raise ValueError(
             f"distill.teacher {options.teacher} does not fit this run's network ({'; '.join(differences)}){hint}"
@@ -102,10 +99,7 @@ class VelocityTeacher:
         assert options.teacher is not None
         network, saved = open_network(options.teacher)
         config = network.architecture
-        differences = [
-            f"{name}: {getattr(config, name)!r} there, {getattr(student, name)!r} here"
-            for name in ("in_channels", "num_classes", "input_size") if getattr(config, name) != getattr(student, name)
-        ]
+        differences = attribute_differences(config, student, ("in_channels", "num_classes", "input_size"))
         if config.objective == "flow-map":
             differences.append("objective: 'flow-map' there, and a velocity comes from flow, noise or v")
         if differences:

@@ -15,7 +15,7 @@ logger = logging.getLogger("lamamba.training")
 EXIT_INTERRUPTED = 75
 """Exit status of a run that a signal stopped and that can be resumed (EX_TEMPFAIL)."""
 
-SIGNALS = [name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 
 
 class Interrupted(Exception):
@@ -58,7 +58,7 @@ def stop_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    former = {number: signal.signal(number, request.take) for number in map(_number, SIGNALS)}
+    former = {number: signal.signal(number, request.take) for number in SIGNALS}
     try:
         yield request
     finally:
@@ -69,9 +69,5 @@ def stop_signals() -> Iterator[StopRequest]:
 
 def ignore_in_worker() -> None:
     """Ignore stop signals in a data worker: schedulers send them to all processes of a job."""
-    for number in map(_number, SIGNALS):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def _number(name: str) -> signal.Signals:
-    return signal.Signals[name]

@@ -18,6 +18,7 @@ from lamamba.runs.folder import RunFolder
 from lamamba.runs.lora import LoraBase
 from lamamba.runs.model import fingerprint, open_network
 from lamamba.training.checkpoint import TrainState, put, restore_optimizer
+from lamamba.utils.files import attribute_differences
 
 logger = logging.getLogger("lamamba.training")
 
@@ -180,12 +181,8 @@ def continue_official(path: Path, state: TrainState) -> None:
 def _check_same(
     saved: UNetConfig, wanted: UNetConfig, source: Path, changes: set[str], *, replaces_labels: bool = True
 ) -> None:
-    differences = [
-        f"{field.name}: {getattr(saved, field.name)!r} there, {getattr(wanted, field.name)!r} here"
-        for field in dataclasses.fields(UNetConfig)
-        if field.name not in changes and getattr(saved, field.name) != getattr(wanted, field.name)
-    ]
-    if differences:
+    names = [field.name for field in dataclasses.fields(UNetConfig) if field.name not in changes]
+    if differences := attribute_differences(saved, wanted, names):
         hint = ""
         if replaces_labels and saved.num_classes != wanted.num_classes and "num_classes" not in changes:
             hint = "; to train on other classes, give start.replace_labels"

@@ -12,7 +12,7 @@ from typing import Any
 
 from lamamba.options.training import TrainConfig
 from lamamba.runs.folder import RunFolder
-from lamamba.utils.files import write_atomically
+from lamamba.utils.files import append_json, write_atomically
 
 logger = logging.getLogger("lamamba.training")
 
@@ -101,8 +101,7 @@ class MetricsFile:
         if not self._is_rank_zero:
             return
         try:
-            with self._folder.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_json(self._folder.metrics, line)
         except OSError as error:
             logger.warning("%s cannot be written: %s", self._folder.metrics, error)
         for tracker in self._trackers:

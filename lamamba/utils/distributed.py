@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor
 from lamamba.utils.errors import RankZeroError
 
 T = TypeVar("T")
+LONGEST_WAIT = timedelta(hours=12)
+"""Of processes that wait while others score units, or rank 0 plans or computes figures."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -60,9 +62,14 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_rank() -> int:
+    """The rank of this process, by the launcher's environment; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_rank_zero() -> bool:
     """Whether this process is rank 0, by the launcher's environment."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return launched_rank() == 0
 
 
 def end_processes() -> None:
@@ -123,11 +130,7 @@ class ProcessGroup:
 
     def sum(self, *values: float) -> tuple[float, ...]:
         """Sums over all ranks, in float64."""
-        if self.world_size == 1:
-            return values
-        box = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(box)
-        return tuple(box.tolist())
+        return tuple(self.all_reduce(np.array(values, dtype=np.float64)).tolist())
 
     def all_reduce(self, array: np.ndarray) -> np.ndarray:
         """Elementwise sum of an array over all processes, in float64."""
@@ -144,20 +147,17 @@ class ProcessGroup:
 
 
 @contextmanager
-def launched_group(timeout: timedelta) -> Iterator[ProcessGroup]:
+def launched_group() -> Iterator[ProcessGroup]:
     """The processes that a launcher has started, connected by gloo for the time of the context.
 
     A default group that exists already is used as it is, and left.
-
-    Args:
-        timeout: for a process that waits for the others.
     """
     world_size = launched_processes()
     is_new = world_size > 1 and not dist.is_initialized()
     if is_new:
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", timeout=LONGEST_WAIT)
     try:
-        yield ProcessGroup(int(os.environ.get("RANK", "0")), world_size, torch.device("cpu"))
+        yield ProcessGroup(launched_rank(), world_size, torch.device("cpu"))
     finally:
         if is_new:
             dist.destroy_process_group()

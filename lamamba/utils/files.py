@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,12 @@ def read_json(path: Path, newest_version: int | None = None) -> dict[str, Any]:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON object with indentation."""
     write_atomically(path, json.dumps(values, indent=2) + "\n")
+
+
+def append_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Append a JSON object as a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
 
 
 def temporary_name(path: Path) -> Path:
@@ -190,3 +196,9 @@ def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]
 def differences_in_words(old: Any, new: Any) -> list[str]:
     """Where two plain descriptions differ, one phrase for each entry."""
     return [f"{name}: {there!r} there, {here!r} here" for name, there, here in differences(old, new)]
+
+
+def attribute_differences(there: object, here: object, names: Sequence[str]) -> list[str]:
+    """In which attributes two objects differ, one phrase for each."""
+    old, new = ({name: getattr(each, name) for name in names} for each in (there, here))
+    return differences_in_words(old, new)

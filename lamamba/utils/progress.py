@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,7 +79,7 @@ def reporting(progress: ProgressOption = "auto") -> Iterator[Report]:
     elif progress != "auto":
         raise ValueError(f"progress={progress!r} must be \"auto\", a function of Progress values, or None")
     elif is_watched():
-        with _Bars() as bars:
+        with closing(_Bars()) as bars:
             yield bars
     else:
         with _LogLines() as lines:
@@ -93,16 +93,13 @@ class _Bars:
         self._bar: Any = None
         self._task = ""
 
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
     def __call__(self, state: Progress) -> None:
         if self._bar is None or state.task != self._task or state.done < self._bar.n:
-            self.__exit__()
+            self.close()
             self._task, self._bar = state.task, self._open(state)
         self._bar.set_postfix_str(state.note, refresh=False)
         self._bar.update(state.done - self._bar.n)

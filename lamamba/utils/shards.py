@@ -21,8 +21,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from typing_extensions import Self
 
 from lamamba.utils.files import differences_in_words, read_json, sha256, write_all, write_atomically
 from lamamba.utils.locks import FileLock, LocksUnsupported
@@ -84,6 +87,20 @@ class ShardPlan(ABC):
         """The images of a shard."""
         total, size = self.sizes
         return range(number * size, min((number + 1) * size, total))
+
+
+@dataclass(frozen=True)
+class PlainPlan(ShardPlan):
+    """A plan of plain values; a subclass says where the sizes are among them."""
+
+    values: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(self.values))
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str | Path = "") -> Self:
+        return cls(values)
 
 
 P = TypeVar("P", bound=ShardPlan)

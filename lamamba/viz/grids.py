@@ -28,7 +28,7 @@ def grid_picture(
         cell_pixels: images smaller than this are enlarged by a whole factor, to about this width.
         crisp: enlarge to nearest neighbours (every pixel a square) instead of bicubically.
     """
-    count, height, width, channels = images.shape
+    count, height, width, _ = images.shape
     factor = max(1, cell_pixels // max(height, width))
     scaling = Image.Resampling.NEAREST if crisp else Image.Resampling.BICUBIC
     height, width = height * factor, width * factor
@@ -39,8 +39,7 @@ def grid_picture(
     canvas = np.full((*shape, 3), BACKGROUND, dtype=np.uint8)
     for k, image in enumerate(images):
         top, left = GAP + k // columns * (height + GAP), margin + GAP + k % columns * (width + GAP)
-        cell = Image.fromarray(image if channels == 3 else image[..., 0])
-        enlarged = np.asarray(cell.resize((width, height), scaling))
+        enlarged = np.asarray(bare_picture(image).resize((width, height), scaling))
         canvas[top : top + height, left : left + width] = enlarged.reshape(height, width, -1)
     picture = Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lamamba.data.autoencoder import Autoencoder
-from lamamba.data.codec import CodecConfig, LatentDecoder, PixelCodec
+from lamamba.data.codec import CodecConfig, LatentDecoder, PixelDecoder
 from tests.autoencoders import MAKERS, make_kl, make_tiny
 
 
@@ -51,7 +51,7 @@ def test_latents_are_decoded_by_their_autoencoders_scale_and_shift(saved, kind):
     pictures = decoder.decode((latents - shift) * scale)
     assert pictures.shape == (3, 16, 16, 3)
     with torch.no_grad():
-        expected = PixelCodec().decode(theirs.decode(latents).sample)
+        expected = PixelDecoder().decode(theirs.decode(latents).sample)
     assert np.abs(pictures.astype(int) - expected.astype(int)).max() <= 1
 
 

@@ -16,7 +16,7 @@ import torch
 from lamamba.cli.main import main
 from lamamba.data import encode as encoding
 from lamamba.data.autoencoder import Autoencoder
-from lamamba.data.codec import CodecConfig, PixelCodec
+from lamamba.data.codec import CodecConfig, to_pixels
 from lamamba.data.encode import encode, make_plan
 from lamamba.data.images import Images
 from lamamba.data.latents import Index, LatentSet, Plan, check_latents
@@ -78,7 +78,7 @@ def test_what_is_in_the_shards(place, encoded):
     data = LatentSet(encoded, mirror=True)
     for view in (False, True):
         flags = np.full(11, view)
-        mean, std = network.moments(PixelCodec().encode(pictures, flags))
+        mean, std = network.moments(to_pixels(pictures, flags))
         stored = data.moments(range(11), flags)
         assert stored.dtype == torch.float16
         torch.testing.assert_close(stored[:, 0].float(), mean, rtol=2**-11, atol=1e-6)
@@ -108,7 +108,7 @@ def test_autoencoders_without_a_posterior_store_latents_alone(place, tmp_path, k
     x0, _ = data.read([3], draw(0, [0], SHAPE))
     pictures, _ = Images(FolderSource(place / "images"), 16).read([3])
     network = Autoencoder(place / kind)
-    expected, _ = network.moments(PixelCodec().encode(pictures))
+    expected, _ = network.moments(to_pixels(pictures))
     torch.testing.assert_close(x0, expected * CodecConfig.of(network).scale, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="made without mirror images"):
         LatentSet(tmp_path / "out", mirror=True)

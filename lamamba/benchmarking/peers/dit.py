@@ -13,6 +13,8 @@ from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
+from lamamba.models.blocks import initialise_linears
+
 IN_CHANNELS, OUT_CHANNELS, PATCH_SIZE, NUM_CLASSES = 4, 8, 2, 1000
 
 
@@ -84,11 +86,7 @@ class DiT(nn.Module):
     def initialise(self) -> None:
         """Initialise for training: every block is the identity and the output zero (adaLN-Zero, Section 3.2)."""
         transformer = self.transformer
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        initialise_linears(self)
         patches = transformer.pos_embed.proj
         nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))
         nn.init.zeros_(patches.bias)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lamamba.benchmarking.flops import Operations, operations, saved_bytes
-from lamamba.config import LATENT_SCALE, unknown_name
+from lamamba.config import LATENT_SCALE, check_known
 
 ATTENTION = "scaled_dot_product_attention"
 CONVOLUTIONS = f"{ATTENTION}; convolutions with channels last and, on CPUs, weights packed for oneDNN"
@@ -130,8 +130,7 @@ def find_peer(name: str) -> Peer:
     Raises:
         ValueError: for an unknown name, with the nearest one.
     """
-    if name not in PEERS:
-        raise unknown_name("peer", name, PEERS)
+    check_known("peer", name, PEERS)
     return PEERS[name]
 
 
