@@ -7,6 +7,7 @@ import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 CONFIG_VERSION = 2
@@ -218,7 +219,7 @@ class UNetConfig:
         low, high = self.guidance_range or (1.0, 1.0)
         if not low <= scale <= high:
             fits = f"{low:g} to {high:g}" if low < high else "1 alone (guidance was not trained into it)"
-            raise ValueError(f"guidance {scale} is out of range: this flow map takes {fits}")
+            raise ValueError(f"guidance {scale:.9g} is out of range: this flow map takes {fits}")
 
     def _validate_removed(self) -> None:
         known = self.removable_names() if self.removed_blocks else []
@@ -270,9 +271,11 @@ class UNetConfig:
             ValueError: when a side does not fit, with the nearest that do.
         """
         multiple = 4 * self.patch_size * factor                                 # the grid is halved twice
-        sides = []
+        sides: list[int] = []
         for name, requested, default in (("height", height, self.input_size[0]), ("width", width, self.input_size[1])):
             side = default * factor if requested is None else requested
+            if not isinstance(side, Integral):
+                raise ValueError(f"{name}={side!r} must be a whole number of pixels")
             if side < multiple or side % multiple:
                 below, above = side // multiple * multiple, (side // multiple + 1) * multiple
                 nearest = f"{below} or {above}" if below > 0 else f"{max(above, multiple)}"

@@ -68,7 +68,7 @@ KINDS: Mapping[str, tuple[Any, str]] = {
     "guidance_model": (torch.nn.Module, "a network, such as lamamba.open_model(PLACE).network"),
     "callback_on_step_end": (Callable, "a function"),
     **dict.fromkeys(("strength", "variation_strength"), (Real, "a number, 0 to 1")),
-    **dict.fromkeys(("height", "width", "num_images_per_label", "num_images_per_prompt"), (Integral, "a whole number")),
+    "num_images_per_label": (Integral, "a whole number"),
 }
 """Of arguments of a call: type, and what fits in words."""
 
@@ -342,13 +342,7 @@ class LaMambaPipeline(DiffusionPipeline):
             ValueError: when labels, sizes, scheduler or the other arguments do not fit the model or each other.
             FloatingPointError: when the network or the vae makes NaN or infinities.
         """
-        _check_kinds(
-            generator=generator, variation_generator=variation_generator, latents=latents,
-            guidance_model=guidance_model, callback_on_step_end=callback_on_step_end, strength=strength,
-            variation_strength=variation_strength, height=height, width=width,
-            num_images_per_label=num_images_per_label, num_images_per_prompt=num_images_per_prompt,
-        )
-        self._check_call(output_type, image, strength, mask_image)
+        self._check_call(output_type, image, strength, mask_image, guidance_model)
         names = self._tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         per_label = num_images_per_label if num_images_per_prompt is None else num_images_per_prompt
         labels, count = self._find_labels(class_labels, per_label, generator, latents)
@@ -384,13 +378,15 @@ class LaMambaPipeline(DiffusionPipeline):
 
     def _tensor_inputs(self, callback: Any, names: Sequence[str]) -> Sequence[str]:
         """The tensors that a callback takes: those that it names itself, else the given names."""
+        _check_kinds(callback_on_step_end=callback)
         if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
             names = callback.tensor_inputs
         for name in names:
             check_known("callback tensor", name, self._callback_tensor_inputs)
         return names
 
-    def _check_call(self, output_type: str, image: Any, strength: float, mask_image: Any) -> None:
+    def _check_call(self, output_type: str, image: Any, strength: float, mask_image: Any, guidance_model: Any) -> None:
+        _check_kinds(strength=strength, guidance_model=guidance_model)
         check_known("output_type", output_type, OUTPUT_TYPES)
         check_scheduler(self.scheduler, self.unet.config["objective"])
         if image is None and (mask_image is not None or strength != 1):
@@ -408,6 +404,7 @@ class LaMambaPipeline(DiffusionPipeline):
         self, class_labels: Any, per_label: int, generator: Generators, latents: Tensor | None
     ) -> tuple[list[int] | None, int]:
         """Labels image by image (None without classes), and how many images there are to be."""
+        _check_kinds(num_images_per_label=per_label)
         if per_label < 1:
             raise ValueError(f"num_images_per_label={per_label} must be at least 1")
         if self.unet.config["num_classes"] == 0:
@@ -428,6 +425,7 @@ class LaMambaPipeline(DiffusionPipeline):
     def _noise(
         self, count: int, size: tuple[int, int], generator: Generators, latents: Tensor | None, device: torch.device
     ) -> Tensor:
+        _check_kinds(generator=generator, latents=latents)
         shape = (count, self.unet.config["in_channels"], *size)
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"{len(generator)} generators came for {count} images; give one for each, or a single one")
@@ -443,6 +441,7 @@ class LaMambaPipeline(DiffusionPipeline):
         self, noise: Tensor, size: tuple[int, int], generator: Generators, strength: float
     ) -> Tensor:
         """Noise between the given one (strength 0) and the generator's (1), along the sphere."""
+        _check_kinds(variation_strength=strength, variation_generator=generator)
         if not strength:
             return noise
         if generator is None or not 0 <= strength <= 1:
