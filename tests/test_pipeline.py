@@ -634,3 +634,10 @@ def test_arguments_of_other_kinds_are_refused_by_name(given, said):
     pipe = make_pipeline("ddim", objective="noise")
     with pytest.raises(ValueError, match=said):
         pipe(**{"class_labels": 1, "num_inference_steps": 2, **given})
+
+
+def test_an_interval_may_be_a_list_or_an_array():
+    pipe = make_pipeline("ddim", objective="noise")
+    plain = run(pipe, guidance_interval=(0.2, 0.8))
+    for interval in ([0.2, 0.8], np.array([0.2, 0.8])):
+        assert torch.equal(run(pipe, guidance_interval=interval), plain)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, get_args
@@ -65,8 +65,8 @@ class Guidance:
             raise ValueError(f"guidance scale {self.scale!r} is no finite number; 1 is none, 1.5 to 4 are usual")
         object.__setattr__(self, "scale", float(self.scale))                    # NumPy's, too
         check_known("guided channels", self.channels, get_args(GuidedChannels))
-        if isinstance(self.interval, list):
-            object.__setattr__(self, "interval", tuple(self.interval))
+        if isinstance(self.interval, Iterable):
+            object.__setattr__(self, "interval", tuple(self.interval))          # lists and arrays, too
         is_pair = isinstance(self.interval, tuple) and [isinstance(x, Real) for x in self.interval] == [True, True]
         if not is_pair or not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise ValueError(f"guidance interval {self.interval} must be two numbers, 0 <= low <= high <= 1 (noise)")

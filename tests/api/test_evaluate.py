@@ -97,3 +97,12 @@ def test_statistics_stand_for_the_images(tmp_path, digits):
     assert "FD-digits" in str(compared)
     with pytest.raises(ValueError, match=r"out=digits.json must end in .npz"):
         lamamba.StatisticsOptions(images="digits", out="digits.json")
+
+
+def test_every_scale_is_checked_before_the_first_is_sampled(tmp_path):
+    with pytest.raises(ValueError, match="guidance 9 is out of range: this flow map takes 1 to 4"):
+        lamamba.evaluate(lamamba.EvaluateOptions(
+            samples="shipped-few-steps", reference="digits", features="digits", num_images=8, guidance=(1.0, 9.0),
+            device="cpu", out=tmp_path / "a.json"), progress=None)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not (tmp_path / "a.json").exists()

@@ -54,6 +54,16 @@ def test_a_run_as_a_call_with_progress_and_result(tmp_path, capsys):
     assert (again.step, seen[-1].done, seen[-1].resumed) == (5, 5, 4)
 
 
+def test_another_objective_is_refused_where_a_run_goes_on_from_a_source(tmp_path):
+    lamamba.train(options(tmp_path / "base", steps=1), progress=None)
+    tuned = dataclasses.replace(
+        options(tmp_path / "tuned", steps=1, start={"source": str(tmp_path / "base")}), model=ModelOptions())
+    lamamba.train(tuned, progress=None)
+    with pytest.raises(ValueError, match="another configuration .*objective"):
+        lamamba.train(dataclasses.replace(tuned, steps=2, model=ModelOptions(objective="v")), progress=None)
+    assert lamamba.train(dataclasses.replace(tuned, steps=2), progress=None).step == 2
+
+
 def test_without_a_model_section_the_network_of_the_source_is_trained(tmp_path, capsys):
     """Also of a run that goes on after its source is gone; a model section must describe the source."""
     lamamba.train(options(tmp_path / "whole", steps=2, model={**TINY["model"], "objective": "v"}), progress=None)
