@@ -90,7 +90,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--prompts", type=Path, help="text file, one a line, for the gallery; by default captions")
     add("--gallery-steps", type=int, default=30)
     add("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not 0 < options.remove < 1:
+        parser.error(f"--remove {options.remove:g} must be a share between 0 and 1")
+    return options
 
 
 class WithFeatures(nn.Module):
@@ -271,20 +274,29 @@ def draw_gallery(path: Path, pipe, networks, prompts, options) -> None:
     plt.close(figure)
 
 
+def open_inputs(options: argparse.Namespace):
+    """The pipeline's folder, the pipeline and the images, or an end with what is wrong with them."""
+    folder, images = Path(options.pipeline), options.images
+    try:
+        if not folder.is_dir():
+            folder = Path(DiffusionPipeline.download(options.pipeline))
+        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES[options.precision])
+    except (AttributeError, OSError, ValueError) as error:
+        raise SystemExit(f"{options.pipeline} is no pipeline that diffusers can open: {error}") from error
+    source = {"path": "imagefolder", "data_dir": images} if Path(images).is_dir() else {"path": images}
+    try:
+        return folder, pipe, load_dataset(**source, split="train")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--images {images} cannot be read: {error}") from error
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    folder, pipe, data = open_inputs(options)
     accelerator = Accelerator(
         mixed_precision=options.precision, gradient_accumulation_plugin=GradientAccumulationPlugin(options.accumulate),
     )
-    folder = Path(options.pipeline)
-    if not folder.is_dir():
-        folder = Path(DiffusionPipeline.download(options.pipeline))
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES[options.precision]).to(accelerator.device)
-    pipe.set_progress_bar_config(disable=True)
-    source = {"path": "imagefolder", "data_dir": options.images} if Path(options.images).is_dir() else {
-        "path": options.images
-    }
-    data = load_dataset(**source, split="train")
+    pipe.to(accelerator.device).set_progress_bar_config(disable=True)
     options.out.mkdir(parents=True, exist_ok=True)
 
     plan, path = score_and_plan(options, pipe, folder, data, accelerator), options.out / "plan.json"

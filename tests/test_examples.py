@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,15 @@ def test_a_notebook_runs_and_was_saved_with_its_outputs(notebook, tmp_path):
 
 def test_each_notebook_has_a_script():
     assert {path.stem for path in EXAMPLES.glob("*.ipynb")} <= {path.stem for path in EXAMPLES.glob("*.py")}
+
+
+def test_missing_inputs_of_compress_unet_are_one_line_and_no_traceback(tmp_path):
+    pytest.importorskip("datasets", reason="compress_unet.py needs datasets")
+    for arguments, said in ((["--remove", "2"], "must be a share"), ([], "no pipeline that diffusers can open")):
+        run = subprocess.run(
+            [sys.executable, EXAMPLES / "compress_unet.py", "nowhere", "--images", "x", "--out", "o", *arguments],
+            cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        assert run.returncode in (1, 2)
+        assert said in run.stderr
+        assert "Traceback" not in run.stderr
+    assert not list(tmp_path.iterdir())
