@@ -20,7 +20,7 @@ from lamamba.compression.pipeline_calibration import encode_images, encode_promp
 from lamamba.data.digits import Digits
 
 CAPTIONS = ["a zero", "a one", "a two", "a three", "a four", "a five", "a six", "a seven", "an eight", "a nine"]
-SIDE, TOKENS = 16, 8
+SIDE, TOKENS = 16, 9
 
 
 def write_images(folder: Path) -> None:
