@@ -75,6 +75,25 @@ def step_to(x: Tensor, u: Tensor, t: Tensor, r: Tensor) -> Tensor:
     return x - (t - r).view(-1, *[1] * (x.dim() - 1)).to(x) * u
 
 
+def student_states(x: Tensor, eps: Tensor, t: Tensor, student: MeanVelocity, chosen: Tensor) -> Tensor:
+    """Where the student's own path from noise is at t, in place of noised images: (b, c, h, w).
+
+    x_t = eps - (1 - t) u'(eps, 1, t). A guided path leaves the noised images' distribution, so that a student of these
+    alone never sees what it samples from (backward distillation: Kohler et al., 2024, "Imagine Flash").
+
+    Args:
+        x: noised images, where nothing else is chosen.
+        eps, t: the noise (b, c, h, w) and the times (b,).
+        student: the averaged one; called once, whatever is chosen.
+        chosen: (b,) bool.
+    """
+    rows, x = _rows(chosen), x.clone()
+    ones = torch.ones_like(t[rows])
+    u = student(eps[rows], ones, t[rows], rows)
+    _put(x, rows, chosen, step_to(eps[rows], u, ones, t[rows]))
+    return x
+
+
 def flow_map_target(
     x: Tensor, t: Tensor, r: Tensor, student: MeanVelocity, velocity: Velocity, smallest_gap: float = 0.0
 ) -> Tensor:
@@ -105,7 +124,7 @@ def flow_map_target(
 
 def _put(target: Tensor, rows: Tensor, chosen: Tensor, values: Tensor) -> None:
     """Replace the chosen images among rows, (b, c, h, w); the first one may be there without being chosen."""
-    target[rows] = torch.where(_like(chosen[rows], target), values.float(), target[rows])
+    target[rows] = torch.where(_like(chosen[rows], target), values.to(target), target[rows])
 
 
 def _rows(chosen: Tensor) -> Tensor:

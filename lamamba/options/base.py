@@ -26,7 +26,16 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_or
 
 import tyro
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AllowInfNan, BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError, with_config
+from pydantic import (
+    AfterValidator,
+    AllowInfNan,
+    BeforeValidator,
+    ConfigDict,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
 from pydantic.dataclasses import dataclass as validated_dataclass
 from typing_extensions import dataclass_transform
 from tyro.constructors import PrimitiveConstructorSpec
@@ -68,6 +77,16 @@ def _split(item: type, value: Any) -> Any:
     return (value,) if isinstance(value, int | float) else value
 
 
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Each name once, and none empty."""
+    for name in names:
+        if not name.strip():
+            raise ValueError(f"{','.join(names)!r} has an empty name; leave it out")
+        if names.count(name) > 1:
+            raise ValueError(f"{','.join(names)!r} has {name} twice; once is enough")
+    return names
+
+
 def _splits(item: type) -> BeforeValidator:
     return BeforeValidator(functools.partial(_split, item))
 
@@ -83,7 +102,7 @@ def _word(item: type) -> PrimitiveConstructorSpec[Any]:
 
 PositiveInts = Annotated[tuple[Positive, ...], _splits(int), Strict(False), _word(int)]
 Numbers = Annotated[tuple[float, ...], _splits(float), Strict(False), _word(float)]
-Words = Annotated[tuple[str, ...], _splits(str), Strict(False), _word(str)]
+Words = Annotated[tuple[str, ...], _splits(str), Strict(False), AfterValidator(_distinct), _word(str)]
 Labels = Annotated[tuple[int | str, ...], _splits(str), Strict(False), _word(str)]
 """Several values; the command line reads them from one word with commas: 256,512."""
 

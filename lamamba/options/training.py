@@ -175,6 +175,9 @@ class FlowMapOptions:
     """Share of the other samples whose step ends at the image."""
     lowest_share: Share = 0.25
     """Share of the samples with the lowest guidance scale of the range; the others lie all over it."""
+    student_share: Share = 0.0
+    """Share of the samples whose step begins on the student's own path from noise, at their guidance scale, in place of
+    a noised image (backward distillation); it needs distill.teacher."""
     smallest_gap: Share = 0.04
     """Half steps shorter than this (all time is 1) begin with the velocity itself."""
 
@@ -434,6 +437,11 @@ class TrainConfig:
             raise ValueError(
                 f"model.guidance_range={self.model.guidance_range} needs a guided teacher: give distill.teacher, or "
                 "leave it out"
+            )
+        if self.flow_map.student_share and self.distill.teacher is None:
+            raise ValueError(
+                f"flow_map.student_share={self.flow_map.student_share} needs the velocity where no image was noised: "
+                "give distill.teacher, or leave it out"
             )
 
     def warnings(self) -> list[str]:

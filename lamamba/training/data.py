@@ -51,7 +51,7 @@ class Batch:
     eps: Tensor
     """(b, c, h, w)."""
     flow_map: Tensor
-    """(b, 5) uniform, for the times and the guidance scale of a flow map."""
+    """(b, 6) uniform, for the times, the guidance scale and the x_t of a flow map."""
 
     def pin_memory(self) -> Batch:
         """In page-locked memory, for asynchronous copies to a GPU; DataLoader calls it by this name."""

@@ -36,7 +36,7 @@ class Draws:
     crop: np.ndarray
     """(b, 3) uniform: how much a random crop shows, and where it begins, from the top and from the left."""
     flow_map: Tensor
-    """(b, 5) uniform: which times at the ends of their ranges, the second time, and the guidance scale."""
+    """(b, 6) uniform: which times at the ends of their ranges, the second time, the guidance scale, and whose x_t."""
     latent: Tensor | None = None
     """(b, c, h, w) standard normal: the draw from an autoencoder's posterior; None where it was not requested."""
 
@@ -66,7 +66,7 @@ def draw(
         crop.append(generator.random(3))
         if latent:
             posterior.append(generator.standard_normal(shape, dtype=np.float32))
-        flow_map.append(generator.random(5))                                    # last: the others are as they were
+        flow_map.append(generator.random(6))                                    # last: the others are as they were
     return Draws(
         torch.tensor(time), torch.tensor(label), np.array(mirror), torch.from_numpy(np.stack(eps)), np.stack(crop),
         torch.from_numpy(np.stack(flow_map)),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lamamba.config import UNetConfig
-from lamamba.diffusion.flow_map import TimeShares, draw_scale, flow_map_loss, flow_map_target
+from lamamba.diffusion.flow_map import TimeShares, draw_scale, flow_map_loss, flow_map_target, student_states
 from lamamba.diffusion.schedule import NUM_TIMESTEPS, Schedule
 from lamamba.options.training import FlowMapOptions
 from lamamba.training.distill import VelocityTeacher
@@ -16,7 +16,7 @@ class FlowMapTask:
     """What a flow map learns.
 
     Args:
-        options: shares of the times, and the smallest gap.
+        options: shares of the samples, and the smallest gap.
         config: of the network.
         schedule: of the flow; it draws t.
         teacher: of the velocity; None: the data's, eps - x0.
@@ -26,6 +26,7 @@ class FlowMapTask:
         self, options: FlowMapOptions, config: UNetConfig, schedule: Schedule, teacher: VelocityTeacher | None
     ):
         self._schedule, self._teacher, self._smallest_gap = schedule, teacher, options.smallest_gap
+        self._student_share = options.student_share
         self._shares = TimeShares(options.noise_share, options.velocity_share, options.image_share)
         self._guidance_range, self._lowest_share = config.guidance_range, options.lowest_share
 
@@ -40,7 +41,7 @@ class FlowMapTask:
             average: of its weights, which the target comes from.
             x0, eps: (b, c, h, w), image and noise.
             time: (b,) uniform, the quantile of t.
-            uniform: (b, 5), for the other times and the guidance scale.
+            uniform: (b, 6), for the other times, the guidance scale, and whose x_t.
             labels: (b,); None for an unconditional network.
         """
         t = (self._schedule.timestep(time) / NUM_TIMESTEPS).to(x0)
@@ -59,6 +60,8 @@ class FlowMapTask:
             return self._teacher.velocity(x, t, _at(labels, rows), _at(scale, rows))
 
         with torch.no_grad():
+            if self._student_share:
+                xt = student_states(xt, eps, t, student, uniform[:, 5].to(x0) < self._student_share)
             target = flow_map_target(xt, t, r, student, velocity, self._smallest_gap)
         return flow_map_loss(_call(network, xt, t, r, labels, scale).float(), target)
 

@@ -16,6 +16,7 @@ from lamamba.diffusion.flow_map import (
     flow_map_loss,
     flow_map_target,
     step_to,
+    student_states,
 )
 from lamamba.diffusion.flow_map_scheduler import FlowMapScheduler
 from lamamba.diffusion.schedule import FlowSchedule, NoiseSchedule
@@ -101,6 +102,24 @@ def test_a_batch_of_one_kind_calls_every_network_as_often(same):
     assert target.isfinite().all()
     if same:
         torch.testing.assert_close(target, exact_velocity(x, t).float())
+
+
+@pytest.mark.parametrize("share", [0, 0.4, 1])
+def test_student_states_lie_on_its_path_from_noise(share):
+    x, t, _ = batch()
+    eps, ones, calls = torch.randn_like(x), torch.ones_like(t), []
+    chosen = torch.arange(len(x)) < share * len(x)
+
+    def student(x, t, r, rows):
+        calls.append(rows)
+        return exact_map(x, t, r - 1e-9)                                        # of no length where t = 1
+
+    found = student_states(x, eps, t, student, chosen)
+    expected = position(eps, like(ones, x), like(t, x))
+    torch.testing.assert_close(found[chosen], expected[chosen], rtol=1e-6, atol=1e-6)
+    assert torch.equal(found[~chosen], x[~chosen])
+    assert torch.equal(found[:4][chosen[:4]], eps[:4][chosen[:4]])              # pure noise
+    assert len(calls) == 1                                                      # of ranks that wait for one another
 
 
 def test_the_loss_is_the_error_over_its_own_root():

@@ -68,6 +68,8 @@ def test_a_file_of_ones_own(tmp_path):
     ("[watch]\ntrackers = ['tensorbord']", "did you mean 'tensorboard'"),
     ("keep_every = 700\ncheckpoint_every = 500", "must be a multiple of checkpoint_every=500"),
     ("[loss]\nweighting = 'min-snr'\n[model]\nobjective = 'flow'", "is for noise and v"),
+    ("[distill]\nstages = ['encoder.0', 'encoder.0']", "'encoder.0,encoder.0' has encoder.0 twice"),
+    ("[lora]\nlayers = ['']", "lora.layers: '' has an empty name"),
     ("[start]\nmode = 'everything'", "give it as start.source"),
     ("[processes]\ncompile = true\nsharding = 'full'", "leave one of them out"),
 ])

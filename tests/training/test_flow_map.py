@@ -22,6 +22,7 @@ from tests.training.test_processes import run
 from tests.training.together import FewDigits, config, states_equal, together
 
 MAP = dict(objective="flow-map", guidance_range=(1.0, 4.0))
+OWN = dict(student_share=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,9 @@ def test_steps_without_length_have_no_loss_at_first(data, teacher, tmp_path):
 
 
 def test_it_resumes_to_the_bit(data, teacher, tmp_path):
-    settings = flow_map(teacher, processes=dict(accumulation_steps=2), watch=dict(held_out=2, held_out_every=2))
+    settings = flow_map(
+        teacher, flow_map=OWN, processes=dict(accumulation_steps=2), watch=dict(held_out=2, held_out_every=2)
+    )
     whole = train(settings, data, tmp_path / "whole")
     train(dataclasses.replace(settings, steps=2), data, tmp_path / "parts")
     parts = train(settings, data, tmp_path / "parts")
@@ -78,7 +81,7 @@ def test_targets_come_from_the_average_that_lags_least(data, teacher, tmp_path):
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_two_processes_make_the_same_run(teacher, tmp_path, sharding):
     """Three images each, of which some steps have no velocity or no map."""
-    settings = flow_map(teacher, batch_size=6, ema_decays=(0.9,), optimizer=dict(learning_rate=1e-3))
+    settings = flow_map(teacher, flow_map=OWN, batch_size=6, ema_decays=(0.9,), optimizer=dict(learning_rate=1e-3))
     alone = run(settings, tmp_path / "alone")
     split = dataclasses.replace(settings, processes=dataclasses.replace(settings.processes, sharding=sharding))
     results = together(2, run, split, tmp_path / "run")
@@ -131,6 +134,8 @@ def test_what_does_not_fit_is_refused(data, teacher, tmp_path):
         flow_map(teacher, distill=dict(teacher=str(teacher), output=2.0))
     with pytest.raises(ValueError, match=r"model.guidance_range=\(1.0, 4.0\) needs a guided teacher"):
         config(model=MAP)
+    with pytest.raises(ValueError, match="student_share=0.5 needs the velocity where no image was noised"):
+        config(model=dict(objective="flow-map"), flow_map=OWN)
     folder = tmp_path / "run"
     with pytest.raises(ValueError, match="guidance 9 is out of range: this flow map takes 1 to 4"):
         train(flow_map(teacher, sampling=dict(guidance=9.0)), data, folder)
