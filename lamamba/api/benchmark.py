@@ -92,8 +92,6 @@ def benchmark(options: BenchmarkOptions, *, progress: ProgressOption = "auto") -
     """
     paths = tuple(path for path in (options.json, options.markdown, options.plot, options.plot_efficiency) if path)
     for path in paths:
-        if not path.resolve().parent.is_dir():
-            raise ValueError(f"{path}: the folder {path.resolve().parent} does not exist; make it first")
         check_target(path)
     groups = plan(options)
     where = environment(groups[0][0], seconds=options.seconds, processes=options.processes)

@@ -27,7 +27,7 @@ from lamamba.options.base import verb
 from lamamba.options.compress import CompareCriteriaOptions
 from lamamba.options.evaluation import EvaluateOptions
 from lamamba.utils.distributed import launched_processes, local_device
-from lamamba.utils.files import read_json, write_json
+from lamamba.utils.files import check_folder, read_json, write_json
 from lamamba.utils.progress import Progress, ProgressOption, Report, reporting
 
 logger = logging.getLogger("lamamba.api")
@@ -85,6 +85,7 @@ def compare_criteria(options: CompareCriteriaOptions, *, progress: ProgressOptio
         FileNotFoundError, ValueError, FloatingPointError, OSError: as `score_units` and `evaluate` do.
     """
     out = options.out
+    check_folder(out)
     if launched_processes() > 1:
         raise ValueError("compare runs in one process; score with several (lamamba.score_units), then compare")
     teacher = open_teacher(options.model, local_device(options.device))

@@ -51,7 +51,7 @@ from lamamba.runs.metadata import ModelMetadata, check_same_data
 from lamamba.runs.model import SHIPPED, fingerprint, model_folder, open_network
 from lamamba.training.sources import open_data
 from lamamba.utils.distributed import is_rank_zero, launched_group, launched_rank, local_device
-from lamamba.utils.files import check_target, read_json
+from lamamba.utils.files import check_folder, check_target, read_json
 from lamamba.utils.progress import ProgressOption, Report, reporting
 
 logger = logging.getLogger("lamamba.api")
@@ -187,6 +187,7 @@ def score_units(options: ScoreUnitsOptions, *, progress: ProgressOption = "auto"
         FloatingPointError: when the network's output is not finite.
         OSError: when the disk is full; units that are done stay.
     """
+    check_folder(options.out)
     teacher = open_teacher(options.model, local_device(options.device))
     network = find_units(teacher.network)
     with reporting(progress if is_rank_zero() else None) as report:
@@ -364,6 +365,7 @@ def remove_units(options: RemoveUnitsOptions) -> RemoveUnitsResult:
     path = options.plan / PLAN if options.plan.is_dir() else options.plan
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; lamamba compress plan SCORES makes it")
+    check_folder(options.out, is_new=True)
     plan = Plan.load(path)
     return _remove(_open_scored(plan.about, torch.device("cpu"), options.model), plan, options.out)
 
@@ -417,6 +419,7 @@ def compress(options: CompressOptions, *, progress: ProgressOption = "auto") -> 
         Interrupted: when a signal stopped the healing, after a checkpoint.
     """
     out, device = options.out, local_device(options.device)
+    check_folder(out)
     _check_budget(options)
     teacher = open_teacher(options.model, device)
     source = None if options.data == "sampling" else options.data

@@ -15,7 +15,7 @@ from lamamba.options.base import verb
 from lamamba.options.convert import ConvertOptions
 from lamamba.runs.metadata import assumed_metadata
 from lamamba.runs.model import open_network
-from lamamba.utils.files import replacing
+from lamamba.utils.files import check_folder, replacing
 from lamamba.utils.text import counted
 
 logger = logging.getLogger("lamamba.convert")
@@ -54,8 +54,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
         ValueError: when the source is neither, is damaged, or cannot be expressed in the other format.
     """
     source, target = options.source, options.target
-    if target.exists():
-        raise FileExistsError(f"{target} exists already; remove it or name another target")
+    check_folder(target, is_new=True)
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist; give an official .pt file or a model folder")
     if not source.is_dir():

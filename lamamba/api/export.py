@@ -12,6 +12,7 @@ from lamamba.exporting.pipeline_folder import write_pipeline_folder
 from lamamba.options.base import verb
 from lamamba.options.export import ExportOptions
 from lamamba.runs.model import open_model
+from lamamba.utils.files import check_folder
 from lamamba.utils.progress import ProgressOption, reporting
 
 
@@ -50,8 +51,7 @@ def export(options: ExportOptions, *, progress: ProgressOption = "auto") -> Expo
         RuntimeError: when ONNX is requested and its packages are not installed.
     """
     target = options.target
-    if target.exists():
-        raise FileExistsError(f"{target} exists already; remove it or name another target")
+    check_folder(target, is_new=True)
     if options.onnx:
         require_onnx()
     model = open_model(options.source, ema=options.ema, autoencoder=options.autoencoder)

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from lamamba.compression.plan import Plan
 from lamamba.models.unet import LaMambaUNet
 from lamamba.runs.metadata import ModelMetadata
-from lamamba.utils.files import replacing, write_atomically
+from lamamba.utils.files import check_folder, replacing, write_atomically
 
 PLAN = "plan.json"
 CARD = "README.md"
@@ -30,8 +30,7 @@ def write_pruned(folder: Path, network: LaMambaUNet, metadata: ModelMetadata, pl
         FileExistsError: when the folder exists.
         OSError: when it cannot be written.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already; remove it or give another as out")
+    check_folder(folder, is_new=True)
     with replacing(folder) as unfinished:
         try:
             network.save_pretrained(unfinished)

@@ -17,7 +17,7 @@ from lamamba.compression.plan import Plan
 from lamamba.compression.pruned_unets import PrunedUNet2DConditionModel, PrunedUNet2DModel, UNet
 from lamamba.compression.stock_unets import stock_model, zero_filled
 from lamamba.config import check_known
-from lamamba.utils.files import read_json, replacing, sha256, write_atomically, write_json
+from lamamba.utils.files import check_folder, read_json, replacing, sha256, write_atomically, write_json
 
 INDEX, UNET = "model_index.json", "unet"
 CLASSES = {
@@ -112,8 +112,7 @@ def save_pipeline(folder: Path, out: Path, unet: UNet, plan: Plan, *, note: str 
         FileExistsError: when out exists.
         OSError: when it cannot be written.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; remove it or name another")
+    check_folder(out, is_new=True)
     name, is_ours = type(unet).__name__, type(unet).__module__.startswith("lamamba.")
 
     def left_out(where: str, names: list[str]) -> set[str]:

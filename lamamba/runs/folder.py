@@ -41,7 +41,7 @@ from lamamba.options.training import RUN_VERSION, TrainConfig
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.utils.distributed import ProcessGroup
 from lamamba.utils.errors import RankZeroError
-from lamamba.utils.files import append_json, differences, flush, sha256, write_all, write_json
+from lamamba.utils.files import append_json, check_folder, differences, flush, sha256, write_all, write_json
 
 logger = logging.getLogger("lamamba.training")
 
@@ -237,6 +237,7 @@ class RunFolder:
             self._check_same(self.read_config(), values)
 
     def _check_empty(self) -> None:
+        check_folder(self.path)
         if self.path.is_dir() and any(path.name != ".lock" for path in self.path.iterdir()):
             raise FileExistsError(f"{self.path} exists, is not empty and holds no run; give another folder as out")
 

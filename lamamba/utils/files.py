@@ -106,6 +106,25 @@ def check_target(path: Path) -> None:
         raise OSError(f"{path} cannot be written ({reason}); nothing was done yet: name another place") from error
 
 
+def check_folder(path: Path, *, is_new: bool = False) -> None:
+    """Check before long work that a folder can hold its results; nothing is made.
+
+    Args:
+        is_new: it must not exist yet.
+
+    Raises:
+        FileExistsError: when it exists and must not.
+        OSError: when no folder can be made there, or nothing be written into it.
+    """
+    if is_new and path.exists():
+        raise FileExistsError(f"{path} exists already; remove it or name another place")
+    nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{path} cannot be made: {nearest} is a file; nothing was done: name another place")
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: {nearest} may only be read; name another place")
+
+
 @contextmanager
 def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     """A temporary file to write, which is flushed and renamed to the path at the end; removed when that fails.
@@ -132,7 +151,8 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+        elif temporary.exists():
+            temporary.unlink()
 
 
 def flush(path: Path) -> None:

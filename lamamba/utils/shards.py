@@ -27,7 +27,7 @@ from typing import Any, Generic, TypeVar
 
 from typing_extensions import Self
 
-from lamamba.utils.files import differences_in_words, read_json, sha256, write_all, write_atomically
+from lamamba.utils.files import check_folder, differences_in_words, read_json, sha256, write_all, write_atomically
 from lamamba.utils.locks import FileLock, LocksUnsupported
 from lamamba.utils.progress import Progress, Report
 
@@ -241,6 +241,7 @@ class ShardedJob(ABC, Generic[P]):
 
     def _begin(self) -> None:
         """Make the folder of unfinished work, or join the processes that work in it."""
+        check_folder(self.folder)
         names = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
         foreign = [name for name in names if not name.startswith(self.own)]
         if foreign and not self.work.is_dir() and not self.is_finished():       # others may be making them just now

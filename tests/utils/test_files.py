@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from lamamba.sampling.npz import write_npz
-from lamamba.utils.files import check_target, differences_in_words, read_json, write_atomically, write_json
+from lamamba.utils.files import (
+    check_folder,
+    check_target,
+    differences_in_words,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from lamamba.viz.films import save_film
 from lamamba.viz.grids import save_picture
 from tests.faults.test_damage import full_disk
@@ -21,6 +31,23 @@ def test_a_place_for_a_result_is_tried_first(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="cannot be written .*: name another place"):
         check_target(tmp_path / "file" / "grid.png")
+
+
+def test_a_place_for_a_folder_is_looked_at_first(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    check_folder(tmp_path / "new" / "folder", is_new=True)
+    check_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    check_folder(Path("new"), is_new=True)
+    for place in (Path("file"), Path("file") / "in" / "it"):
+        with pytest.raises(NotADirectoryError, match=f"{place} cannot be made: .*file is a file; nothing was done"):
+            check_folder(place)
+    with pytest.raises(FileExistsError, match="exists already; remove it or name another place"):
+        check_folder(tmp_path, is_new=True)
+    monkeypatch.setattr(os, "access", lambda *given: False)                     # as for a user without the right
+    with pytest.raises(PermissionError, match="may only be read"):
+        check_folder(Path("new"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
