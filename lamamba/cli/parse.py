@@ -54,6 +54,9 @@ def _one_line(message: str) -> str:
     last = next((number for number in rules if number > first), len(lines))
     text = re.sub(r"^Error parsing [A-Z]\w*: ", "", " ".join(lines[first:last]))
     text = re.sub(r"^Error parsing ([\w.]+): (?=\w+(\[\d+\])?=)", r"\1.", text)    # of a section
+    text = re.sub(r"no type matching .*(?=invalid literal for int|could not convert string)", "", text)   # of X | None
+    text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", text)
+    text = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", text)
     return text.removeprefix("Error parsing ")
 
 
