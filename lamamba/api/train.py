@@ -146,7 +146,7 @@ def _pictures(
         SampleGrid(sampling, run.samples, metadata.label_names, decoder, report)
     ]
     if score.every:
-        channels = 3 if metadata.codec == "latents" else architecture.in_channels
+        channels = decoder.autoencoder.out_channels if decoder else architecture.in_channels
         shape = (metadata.image_size, metadata.image_size, channels)
         pictures.append(
             QuickScore(score, sampling, run.scores, shape, decoder, device, is_rank_zero=is_rank_zero(), report=report)
@@ -364,7 +364,7 @@ def _check_before_training(
     run.check(loop.described(config, data, teacher, base and base[1]))
     split_held_out(config.seed, len(data), config.watch.held_out)
     if config.start.source is not None and is_there and not run.names():
-        check_start(config.start, architecture)
+        check_start(config.start, architecture, metadata.label_names)
     _pictures(config, architecture, metadata, run, lambda progress: None)
     if base is None or config.lora.rank is None:
         return None

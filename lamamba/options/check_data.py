@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from lamamba.options.base import FilePath, Name, Positive, options
+from lamamba.options.base import FilePath, Name, Positive, Threads, options
 
 
 @options
@@ -16,8 +16,9 @@ class CheckDataOptions:
     source: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Folder, tars, datasets:ID, or latents."""
     manifest: FilePath | None = None
-    """Where to write what was found; by default SOURCE/lamamba-manifest.json (beside tars; here, for a hub id)."""
-    workers: Positive | None = None
+    """Where to write what was found; by default SOURCE/lamamba-manifest.json (beside tars, by their name; here, for
+    a hub id)."""
+    workers: Threads | None = None
     """Processes that decode; by default one per core."""
     min_side: Positive = 2
     """Images with fewer pixels on their short side are bad."""
