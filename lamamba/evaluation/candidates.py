@@ -16,7 +16,7 @@ from lamamba.diffusion.denoise import make_scheduler, samplers_for
 from lamamba.evaluation.images import ArrayImages, DigitImages, FolderImages, GeneratedImages, Images, NpzImages
 from lamamba.evaluation.reference import is_statistics, load_statistics
 from lamamba.inference.quantizing import check_quantization
-from lamamba.options.evaluation import EvaluateOptions
+from lamamba.options.evaluation import NUM_IMAGES, EvaluateOptions
 from lamamba.pretrained import is_shipped, shipped_model
 from lamamba.runs.folder import CheckpointState, RunFolder
 from lamamba.runs.model import EMA, PIPELINE_INDEX, Model, list_averages, open_model
@@ -26,8 +26,6 @@ from lamamba.sampling.plan import NPZ, SHARDS, UNFINISHED, find_plan
 from lamamba.sampling.prepare import cache_config
 from lamamba.utils.text import counted
 
-NUM_IMAGES = 50_000
-"""Samples behind a published FID."""
 OF_MODELS = (
     "repeats", "every_checkpoint", "ema", "guidance", "seed", "sampler", "steps", "autoencoder", "cache", "cache_order",
     "quantize", "lora",
@@ -217,7 +215,7 @@ def _sampled(
     for first in range(options.seed, options.seed + count * options.repeats, count):
         seeds = range(first, first + count)
         labels = [label_of(options.labels, k, seed, classes) for k, seed in enumerate(seeds)] if classes else None
-        shape = (height, width, 3 if decoder else config.in_channels)
+        shape = (height, width, model.image_channels)
         runs.append(GeneratedImages(make, seeds, labels, metadata=metadata, shape=shape))
     return runs
 
