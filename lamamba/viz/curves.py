@@ -94,6 +94,11 @@ def read_metrics(path: Path, keys: Sequence[str] = METRICS) -> list[dict[str, An
     return lines
 
 
+def _verbatim(text: str) -> str:
+    """Text for matplotlib, which would read formulas between dollar signs."""
+    return text.replace("$", r"\$")
+
+
 def _running_mean(values: Sequence[float], span: int) -> np.ndarray:
     """Mean of each value and the span - 1 before it (fewer at the beginning)."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
@@ -126,7 +131,7 @@ def run_curves(
         if name in scores:
             latest = {line["step"]: line["score"] for line in scores[name]}     # a step done again replaces the first
             panels[3].plot(*zip(*sorted(latest.items()), strict=True), "o-", color=color, markersize=4)
-    panels[0].set(ylabel="loss", title=next(iter(runs)) if len(runs) == 1 else note)
+    panels[0].set(ylabel="loss", title=_verbatim(next(iter(runs)) if len(runs) == 1 else note or ""))
     panels[0].title.set_wrap(True)
     panels[1].set(ylabel="gradient norm")
     set_log(panels[1])
@@ -154,6 +159,7 @@ def _draw_run(
     """One run's loss, gradient norm and images per second; held-out losses as dots."""
     steps = [line["step"] for line in lines]
     span = max(1, round(smooth * len(lines)))
+    name = _verbatim(name)
     logged, mean, held_out = ("as logged", "running mean", "held-out images") if is_alone else (
         None, name, f"{name}, held out")
     for axes, key in zip(panels, ("loss", "grad_norm", "images_per_second"), strict=False):
