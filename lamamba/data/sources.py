@@ -170,7 +170,7 @@ def _notes(source: Source) -> Iterator[str]:
 def _open(text: str, path: Path, files: Collection[str]) -> Source:
     if text.startswith(DATASETS_PREFIX):
         return DatasetSource(text)
-    if path.suffix == ".tar" or "{" in text:
+    if (path.suffix == ".tar" or "{" in text) and not path.is_dir():
         return TarSource(text)
     if not path.is_dir():
         raise FileNotFoundError(
@@ -453,6 +453,10 @@ def _key(name: str) -> str:
     return folder + slash + file.partition(".")[0]
 
 
+_FAULTS = (OSError, ValueError, LookupError, TypeError, AttributeError)
+"""What the package datasets raises for a folder whose files are damaged or missing."""
+
+
 class DatasetSource:
     """A data set of the package `datasets`: an id of the Hugging Face hub, or a folder; @SPLIT chooses the split.
 
@@ -472,11 +476,13 @@ class DatasetSource:
         self.name, self.left_out = name, LeftOut()
         place, _, split = name.removeprefix(DATASETS_PREFIX).partition("@")
         split = split or "train"
+        if not place:
+            raise ValueError(f"{name!r} names no data set: write datasets:ID or datasets:ID@SPLIT")
         saved = any((Path(place) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
         try:
             loaded: Any = datasets.load_from_disk(place) if saved else datasets.load_dataset(place)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise RuntimeError(f"{name} cannot be had: {error}") from error
+        except (*_FAULTS, datasets.exceptions.DatasetsError) as error:
+            raise RuntimeError(f"{name} cannot be had: {type(error).__name__}: {error}") from error
         if isinstance(loaded, dict):
             if split not in loaded:
                 raise ValueError(f"{name} has no split {split!r}; it has {', '.join(loaded)}: write datasets:ID@SPLIT")

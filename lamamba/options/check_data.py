@@ -24,3 +24,7 @@ class CheckDataOptions:
     """Images with fewer pixels on their short side are bad."""
     strict: bool = False
     """CMYK, 16-bit and transparent files are bad, too, instead of being converted."""
+
+    def __post_init__(self) -> None:
+        if self.manifest is not None and self.manifest.suffix != ".json":
+            raise ValueError(f"manifest={self.manifest}: it is a .json file")

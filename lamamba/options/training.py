@@ -528,10 +528,10 @@ class TrainConfig:
         if not isinstance(values, Mapping):
             return from_dict(cls, values, where)                                # which says what fits
         values = dict(values)
-        if "ema_decay" in values:                                               # version 1
+        if "ema_decay" in values and "ema_decays" not in values:                # version 1
             values["ema_decays"] = [values.pop("ema_decay")]
         sampling = values.get("sampling")
-        if isinstance(sampling, Mapping) and "num_steps" in sampling:           # version 2
+        if isinstance(sampling, Mapping) and "num_steps" in sampling and "steps" not in sampling:   # version 2
             values["sampling"] = {"steps" if key == "num_steps" else key: value for key, value in sampling.items()}
         return from_dict(cls, values, where)
 

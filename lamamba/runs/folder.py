@@ -237,6 +237,8 @@ class RunFolder:
             self._check_same(self.read_config(), values)
 
     def _check_empty(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"{self.path} is a file; give a folder as out")
         if self.path.is_dir() and any(path.name != ".lock" for path in self.path.iterdir()):
             raise FileExistsError(f"{self.path} exists, is not empty and holds no run; give another folder as out")
 

@@ -65,6 +65,8 @@ METRICS = ("loss", "grad_norm", "images_per_second")
 """Numbers in every line of metrics.jsonl."""
 SCORES = ("score", "images")
 """And of scores.jsonl."""
+LARGEST = 1e100
+"""Of them; whole numbers of a file may be beyond all floats."""
 
 
 def read_metrics(path: Path, keys: Sequence[str] = METRICS) -> list[dict[str, Any]]:
@@ -86,8 +88,9 @@ def read_metrics(path: Path, keys: Sequence[str] = METRICS) -> list[dict[str, An
             continue
         for key in ("step", *keys):
             value = line.get(key) if isinstance(line, dict) else None
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{path} is not of a training run: line {number} has {key}={value!r}, not a number")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
+                raise ValueError(
+                    f"{path} is not of a training run: line {number} has {key}={value!r:.40}, not a number below 1e100")
         lines.append(line)
     if not lines:
         raise ValueError(f"{path} has no lines yet; let the run make some steps")

@@ -215,6 +215,12 @@ def test_tars_beside_images_are_ambiguous(tmp_path):
     assert len(open_source(tmp_path / "backup.tar")) == 1
 
 
+def test_a_folder_of_any_name_is_a_folder(tmp_path):
+    for name in ("photos.tar", "photos{1..3}"):
+        write_images(tmp_path / name, 2)
+        assert len(open_source(tmp_path / name)) == 2
+
+
 def test_tars_of_one_folder_have_manifests_of_their_own(tmp_path):
     pytest.importorskip("webdataset", reason="needs webdataset")
     names = [str(tmp_path / name) for name in ("train-{0..1}.tar", "val.tar")]
@@ -290,6 +296,15 @@ def test_hugging_face_data_sets_hold_the_same_images(tmp_path):
         open_source(f"datasets:{tmp_path / 'splits'}@tset")
     with pytest.raises(RuntimeError, match="cannot be had"):
         open_source(f"datasets:{tmp_path / 'nowhere'}")
+    with pytest.raises(ValueError, match="'datasets:@train' names no data set"):
+        open_source("datasets:@train")
+    for file in ("state.json", "dataset_info.json"):
+        whole = (tmp_path / "saved" / file).read_bytes()
+        for content in ("[]", "null", '{"_data_files": 3, "features": 3}'):
+            (tmp_path / "saved" / file).write_text(content)
+            with pytest.raises(RuntimeError, match="cannot be had: (Type|Attribute|Key)Error"):
+                open_source(tmp_path / "saved")
+        (tmp_path / "saved" / file).write_bytes(whole)
 
 
 @pytest.mark.parametrize(("kind", "labels", "names", "expected"), [

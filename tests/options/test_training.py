@@ -68,6 +68,8 @@ def test_a_file_of_ones_own(tmp_path):
     ("ema_decay = 1.0", r"ema_decays\[0\]=1.0 must be below 1"),
     ("ema_decays = [0.9, 0.9]", "one number or several different ones"),
     ("ema_decays = [0.9, 0.9999991, 0.9999992]", "in their first six digits"),  # one folder for two averages
+    ("ema_decay = 0.9\nema_decays = [0.9]", "option 'ema_decay' is unknown; did you mean 'ema_decays'"),
+    ("[sampling]\nnum_steps = 2\nsteps = 3", "option 'sampling.num_steps' is unknown"),
     ("[processes]\nthreads = 100000", "processes.threads=100000 must be at most 1024"),
     ("[processes]\ntimeout_minutes = 1e300", "processes.timeout_minutes=1e\\+300 must be at most 525600"),
     ("[optimizer]\nschedule = 'cosin'", "optimizer.schedule 'cosin' is unknown; did you mean 'cosine'"),
