@@ -54,6 +54,8 @@ def open_images(
         images = DigitImages(image_size or SIDE, limit)
     else:
         folder = Path(name).parent if Path(name).name == NPZ else Path(name)
+        if is_model(folder):                                                    # sample grids are no images of a set
+            raise ValueError(f"{name} is a run or a model, and these are to be images, such as lamamba sample -n makes")
         if (folder / UNFINISHED).is_dir():
             raise ValueError(f"lamamba sample has not filled {folder} yet; run it again, it goes on where it was")
         is_npz = name.endswith(".npz")

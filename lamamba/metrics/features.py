@@ -81,6 +81,7 @@ class CallableFeatures:
 
     Raises (when called):
         ValueError: when the function returns no features (n, d).
+        RuntimeError: when it raises an exception.
     """
 
     def __init__(
@@ -92,7 +93,10 @@ class CallableFeatures:
         self.distance_name = f"FD-{name}"
 
     def __call__(self, images: np.ndarray) -> Outputs:
-        outputs = self._function(images)
+        try:
+            outputs = self._function(images)
+        except Exception as error:                                              # whatever a function of others raises
+            raise RuntimeError(f"features {self.info.name} failed: {type(error).__name__}: {error}") from error
         outputs = outputs if isinstance(outputs, Mapping) else {"features": outputs}
         arrays = {name: np.asarray(value, dtype=np.float32) for name, value in outputs.items()}
         if "features" not in arrays or any(value.shape[:-1] != (len(images),) for value in arrays.values()):

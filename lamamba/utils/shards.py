@@ -179,6 +179,8 @@ class ShardedJob(ABC, Generic[P]):
             ValueError: when it holds results of another plan, with the differences.
             OSError: when the disk is full or broken; finished shards stay.
         """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise FileExistsError(f"{self.folder} is a file; give a folder as out")
         with self._naming_full_disks():
             if not self._is_intact():
                 self._begin()

@@ -405,6 +405,8 @@ def test_errors_are_one_line(lamamba, colour, run, reference):
         (["folder", *folder, "--out", "x.png"], "out=x.png: the result is a .json file"),
         (["folder", *folder, "--metrics.kernel-subset", 1], "metrics.kernel_subset=1 must be at least 2"),
         (["", *folder], "an empty path"),
+        (["folder", "--reference", run, *MEANS], "is a run or a model, and these are to be images"),
+        (["stats", "shipped", *MEANS, "--out", "x.npz"], "shipped is a run or a model"),
         (["folder", "--reference", "", *MEANS], "an empty path"),
         ([run, *SAMPLE, "--seed", 2**63 - 1], "the last image would have 9223372036854775846"),
     ]:
