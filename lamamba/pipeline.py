@@ -483,6 +483,8 @@ class LaMambaPipeline(DiffusionPipeline):
         processor = self._processor(is_grey=True, do_normalize=False, do_binarize=True)
         height, width = (side * self.pixels_per_input for side in size)
         pixels = processor.preprocess(_shares(_flat(mask, "black"), is_mask=True), height=height, width=width)[:, :1]
+        if not pixels.isfinite().all():
+            raise ValueError("mask_image holds NaN or infinities: 1 is to be made anew, and 0 stays")
         return _repeated(F.adaptive_max_pool2d(pixels, size), len(start), "mask_image").to(start)
 
     @contextmanager
@@ -551,6 +553,8 @@ def build_pipeline(
 def _shares(images: Any, *, is_mask: bool = False) -> Any:
     """Images with arrays and tensors in 0 .. 1: bytes are divided by 255, those of masks where one is above 1."""
     if isinstance(images, list | tuple):
+        if not images:
+            raise ValueError("image or mask_image is an empty list: give one for all images, or one for each")
         return [_shares(image, is_mask=is_mask) for image in images]
     kind = str(images.dtype).removeprefix("torch.") if isinstance(images, np.ndarray | Tensor) else "float"
     if "float" in kind:

@@ -212,6 +212,8 @@ def test_image_to_image_keeps_what_strength_leaves(sampler):
         (dict(image=torch.zeros(1, 3, 8, 8)), "image has 3 channels, this model's pictures have 1"),
         (dict(image=np.full((1, 8, 8, 1), 200.0, np.float32)), "from 200 to 200: .* 0 to 1, or bytes"),
         (dict(image=np.full((1, 8, 8, 1), 200)), "images of int64 are ambiguous"),
+        (dict(image=[]), "is an empty list"),
+        (dict(image=picture(), mask_image=np.full((8, 8), np.nan)), "mask_image holds NaN"),
         (dict(image=torch.full((1, 1, 8, 8), float("nan"))), "image has numbers from nan to nan"),
     ):
         with pytest.raises(ValueError, match=said):

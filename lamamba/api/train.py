@@ -109,7 +109,10 @@ def train(
         FloatingPointError: when a loss or gradient is not finite, and the options say to stop.
         Interrupted: when a signal stopped the run, after a checkpoint.
         RankZeroError: on the other ranks, when rank 0 raises.
+        TypeError: for data or callbacks of another kind.
     """
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise TypeError(f"callbacks={callbacks!r:.60} must be a list of functions of a StepState")
     options = with_network_of_source(options)
     config, run = options.config, RunFolder(options.out)
     data = as_training_set(open_data(config, run.path) if data is None else data, config)

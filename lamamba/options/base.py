@@ -219,12 +219,11 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Lists as tuples, NumPy's numbers as Python's."""
+    """Lists and NumPy's rows as tuples, NumPy's numbers as Python's."""
     if isinstance(value, list):
         return tuple(map(_plain, value))
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
-        return value.item()
-    return value
+    dimensions = getattr(value, "ndim", None) if type(value).__module__ == "numpy" else None
+    return value.item() if dimensions == 0 else tuple(value.tolist()) if dimensions == 1 else value
 
 
 def _jsonable(value: Any) -> Any:

@@ -21,7 +21,7 @@ def _check_images(value: Any) -> Any:
     is_array = type(value).__module__ == "numpy" and hasattr(value, "shape")
     if is_array and str(value.dtype) == "uint8" and value.ndim == 4 and value.shape[3] in (1, 3):
         return value
-    what = f"{value.dtype} {value.shape}" if is_array else f"{value!r:.60}"
+    what = f"{value.dtype} {value.shape}" if is_array else f"{' '.join(repr(value).split()):.60}"
     raise ValueError(f"{what} must be a name, a path, or uint8 images (n, height, width, 1 or 3)")
 
 

@@ -45,6 +45,10 @@ def test_images_seeds_labels_and_a_picture_without_a_file(model):
         assert "lamamba" in picture.text
 
 
+def test_classes_may_be_an_array(model):
+    assert sample(model, classes=np.array([2, 0]), num=1).labels == (2, 0)
+
+
 def test_no_classes_are_not_the_default_ones(model):
     with pytest.raises(ValueError, match="classes names none: give at least one"):
         sample(model, classes=[])

@@ -249,6 +249,16 @@ def test_a_picture_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog)
         assert f"{name} cannot be written: " in caplog.text
 
 
+@pytest.mark.parametrize(("arguments", "said"), [
+    (dict(data="digits"), "data of type str has no name"), (dict(callbacks=[3]), r"callbacks=\[3\] must be a list of"),
+    (dict(callbacks=print), "callbacks=<built-in function print> must be"),
+])
+def test_arguments_of_another_kind_are_refused_before_the_first_step(tmp_path, arguments, said):
+    with pytest.raises(TypeError, match=said):
+        lamamba.train(options(tmp_path / "run"), progress=None, **arguments)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("seed", [2**63, -1])
 def test_a_seed_that_does_not_fit(tmp_path, seed):
     with pytest.raises(ValueError, match=f"seed={seed} must be"):

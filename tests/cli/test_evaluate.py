@@ -26,6 +26,7 @@ from lamamba.metrics import Statistics, frechet_distance, inception_score, preci
 from lamamba.metrics.digits_network import DigitFeatures
 from lamamba.metrics.inception import Inception, InceptionFeatures
 from lamamba.metrics.scores import softmax
+from lamamba.options.evaluation import EvaluateOptions
 from lamamba.runs.folder import MANIFEST, _hash_of_hashes
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import load_network
@@ -448,6 +449,11 @@ def test_the_model_of_the_package_is_evaluated_by_name(lamamba):
     assert entry["figures"]["accuracy"] > 0.8
     status, _, error = lamamba("evaluate", "shipped", *SAMPLE, "--every-checkpoint")
     assert (status, "shipped is no run" in error) == (2, True)
+
+
+def test_a_tensor_is_no_set_of_images_and_is_named_in_one_line():
+    with pytest.raises(ValueError, match=r"^samples: tensor\(\[\[\[\[0\], \[0\].{,50} must be a name"):
+        EvaluateOptions(samples=torch.zeros(9, 8, 8, 1, dtype=torch.uint8), reference="digits")
 
 
 def test_help_needs_no_torch():
