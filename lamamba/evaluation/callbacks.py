@@ -203,7 +203,8 @@ class QuickScore:
         logger.info(f"step {state.step}  {features.distance_name} {score:.4g} of {options.images} images")
 
     def _scored_steps(self) -> set[int]:
-        return {line["step"] for line in read_metrics(self._path, SCORES)} if self._path.is_file() else set()
+        found = read_metrics(self._path, SCORES, may_be_empty=True) if self._path.is_file() else []
+        return {line["step"] for line in found}
 
 
 def _statistics(network: FeatureNetwork, images: np.ndarray) -> Statistics:

@@ -69,12 +69,15 @@ LARGEST = 1e100
 """Of them; whole numbers of a file may be beyond all floats."""
 
 
-def read_metrics(path: Path, keys: Sequence[str] = METRICS) -> list[dict[str, Any]]:
+def read_metrics(
+    path: Path, keys: Sequence[str] = METRICS, *, may_be_empty: bool = False
+) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a truncated one, as a killed or running process leaves it, is skipped.
 
     Args:
         path: of the file.
         keys: numbers that each line must have besides its step.
+        may_be_empty: the file may have no line yet.
 
     Raises:
         OSError: when it cannot be read.
@@ -92,7 +95,7 @@ def read_metrics(path: Path, keys: Sequence[str] = METRICS) -> list[dict[str, An
                 raise ValueError(
                     f"{path} is not of a training run: line {number} has {key}={value!r:.40}, not a number below 1e100")
         lines.append(line)
-    if not lines:
+    if not lines and not may_be_empty:
         raise ValueError(f"{path} has no lines yet; let the run make some steps")
     return lines
 

@@ -284,6 +284,12 @@ def test_a_grid_and_a_score_that_are_missing_are_made_when_the_run_goes_on(tmp_p
     scores.unlink()
     again = lamamba.train(options(tmp_path, **scored), progress=None)
     assert (again.sample_grid.read_bytes(), scores.read_text()) == content
+    for cut in ("", content[1][:9]):                                            # by a full disk, by a kill
+        scores.write_text(cut)
+        lamamba.plot(lamamba.PlotOptions(runs=[tmp_path], out=tmp_path / "plot.png"))
+        lamamba.train(options(tmp_path, **scored), progress=None)
+        assert scores.read_text() == (f"{cut}\n" if cut else "") + content[1]
+    scores.write_text(content[1])
     changed = grid.stat().st_mtime_ns
     lamamba.train(options(tmp_path, **scored), progress=None)
     assert (grid.stat().st_mtime_ns, scores.read_text()) == (changed, content[1])
