@@ -284,15 +284,22 @@ def test_a_grid_and_a_score_that_are_missing_are_made_when_the_run_goes_on(tmp_p
     scores.unlink()
     again = lamamba.train(options(tmp_path, **scored), progress=None)
     assert (again.sample_grid.read_bytes(), scores.read_text()) == content
-    for cut in ("", content[1][:9]):                                            # by a full disk, by a kill
-        scores.write_text(cut)
-        lamamba.plot(lamamba.PlotOptions(runs=[tmp_path], out=tmp_path / "plot.png"))
-        lamamba.train(options(tmp_path, **scored), progress=None)
-        assert scores.read_text() == (f"{cut}\n" if cut else "") + content[1]
-    scores.write_text(content[1])
     changed = grid.stat().st_mtime_ns
     lamamba.train(options(tmp_path, **scored), progress=None)
     assert (grid.stat().st_mtime_ns, scores.read_text()) == (changed, content[1])
+
+
+@pytest.mark.parametrize("length", [0, 9])
+def test_scores_cut_off_by_a_full_disk_or_a_kill_are_made_again(tmp_path, length):
+    changes = dict(steps=2, score=dict(every=2, features="digits", reference="digits", images=4),
+                   sampling=dict(every=0, steps=1))
+    lamamba.train(options(tmp_path, **changes), progress=None)
+    path = RunFolder(tmp_path).scores
+    line = path.read_text()
+    path.write_text(line[:length])
+    lamamba.plot(lamamba.PlotOptions(runs=[tmp_path], out=tmp_path / "plot.png"))
+    lamamba.train(options(tmp_path, **changes), progress=None)
+    assert path.read_text() == line[:length] + "\n" * bool(length) + line
 
 
 def test_a_network_too_large_for_its_images_is_warned_of_with_a_size_that_fits(monkeypatch, tmp_path):
