@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from lamamba.utils.cores import waiting_threads
 from lamamba.utils.distributed import is_rank_zero, launched_processes, local_device
 from lamamba.utils.progress import Progress, ProgressOption, Report, duration, is_watched, reporting
 from lamamba.utils.text import counted
+from lamamba.viz.curves import read_metrics
 
 logger = logging.getLogger("lamamba.api")
 
@@ -127,9 +127,9 @@ def train(
             state = loop.train(config, data, run.path, [show, *pictures, *callbacks], [
                 functools.partial(picture, if_missing=True) for picture in pictures
             ])
-    lines = run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.is_file() else []
+    lines = read_metrics(run.metrics, may_be_empty=True) if run.metrics.is_file() else []
     return TrainResult(
-        run.path, state.step, run.checkpoint(state.step), json.loads(lines[-1]) if lines else {},
+        run.path, state.step, run.checkpoint(state.step), lines[-1] if lines else {},
         len(read_bad_files(run.bad_images)), state,
     )
 

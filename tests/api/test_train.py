@@ -289,6 +289,15 @@ def test_a_grid_and_a_score_that_are_missing_are_made_when_the_run_goes_on(tmp_p
     assert (grid.stat().st_mtime_ns, scores.read_text()) == (changed, content[1])
 
 
+def test_a_line_of_metrics_that_is_cut_off_does_not_spoil_the_result(tmp_path):
+    def cut(step_state):
+        with RunFolder(tmp_path).metrics.open("a") as file:
+            file.write('{"step": 9, "lo')
+
+    result = lamamba.train(options(tmp_path, steps=1, sampling=dict(every=0)), progress=None, callbacks=[cut])
+    assert result.metrics["step"] == 1
+
+
 @pytest.mark.parametrize("length", [0, 9])
 def test_scores_cut_off_by_a_full_disk_or_a_kill_are_made_again(tmp_path, length):
     changes = dict(steps=2, score=dict(every=2, features="digits", reference="digits", images=4),
