@@ -461,6 +461,10 @@ class LaMambaPipeline(DiffusionPipeline):
         pixels = self._processor(is_grey=channels == 1).preprocess(
             _shares(_flat(image, "white")), height=height, width=width
         )
+        if not (pixels.abs() < 1.001).all():
+            low, high = ((1 + float(bound)) / 2 for bound in (pixels.min(), pixels.max()))
+            raise ValueError(f"image has numbers from {low:.4g} to {high:.4g}: arrays and tensors hold shares, 0 to 1, "
+                             "or bytes (uint8)")
         if pixels.shape[1] != channels:
             raise ValueError(f"image has {pixels.shape[1]} channels, this model's pictures have {channels}")
         pixels = _repeated(pixels, count, "image")
@@ -478,7 +482,9 @@ class LaMambaPipeline(DiffusionPipeline):
         """(b, 1, h, w) for start (b, c, h, w): 1 wherever any pixel below a point of it is to be made anew."""
         processor = self._processor(is_grey=True, do_normalize=False, do_binarize=True)
         height, width = (side * self.pixels_per_input for side in size)
-        pixels = processor.preprocess(_shares(_flat(mask, "black")), height=height, width=width)[:, :1]
+        pixels = processor.preprocess(_shares(_flat(mask, "black"), is_mask=True), height=height, width=width)[:, :1]
+        if not pixels.isfinite().all():
+            raise ValueError("mask_image holds NaN or infinities: 1 is to be made anew, and 0 stays")
         return _repeated(F.adaptive_max_pool2d(pixels, size), len(start), "mask_image").to(start)
 
     @contextmanager
@@ -544,13 +550,18 @@ def build_pipeline(
     return LaMambaPipeline(network, vae, scheduler, dict(enumerate(names)) if names else None, codec, scale)
 
 
-def _shares(images: Any) -> Any:
-    """Images with arrays and tensors in 0 .. 1: bytes are divided by 255 where one is above 1."""
+def _shares(images: Any, *, is_mask: bool = False) -> Any:
+    """Images with arrays and tensors in 0 .. 1: bytes are divided by 255, those of masks where one is above 1."""
     if isinstance(images, list | tuple):
-        return [_shares(image) for image in images]
-    if not isinstance(images, np.ndarray | Tensor) or str(images.dtype).removeprefix("torch.") not in ("uint8", "bool"):
+        if not images:
+            raise ValueError("image or mask_image is an empty list: give one for all images, or one for each")
+        return [_shares(image, is_mask=is_mask) for image in images]
+    kind = str(images.dtype).removeprefix("torch.") if isinstance(images, np.ndarray | Tensor) else "float"
+    if "float" in kind:
         return images
-    scale = 255 if images.max() > 1 else 1
+    if kind not in ("uint8", "bool"):
+        raise ValueError(f"images of {kind} are ambiguous: arrays and tensors hold shares, 0 to 1, or bytes (uint8)")
+    scale = 255 if kind == "uint8" and (not is_mask or images.max() > 1) else 1
     return (images.float() if isinstance(images, Tensor) else images.astype(np.float32)) / scale
 
 

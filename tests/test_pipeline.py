@@ -210,6 +210,11 @@ def test_image_to_image_keeps_what_strength_leaves(sampler):
         (dict(strength=0.5), "give image, too"), (dict(image=picture(), strength=0), r"must lie in \(0, 1\]"),
         (dict(image=[picture()] * 2), "2 of image came for 1 images"),
         (dict(image=torch.zeros(1, 3, 8, 8)), "image has 3 channels, this model's pictures have 1"),
+        (dict(image=np.full((1, 8, 8, 1), 200.0, np.float32)), "from 200 to 200: .* 0 to 1, or bytes"),
+        (dict(image=np.full((1, 8, 8, 1), 200)), "images of int64 are ambiguous"),
+        (dict(image=[]), "is an empty list"),
+        (dict(image=picture(), mask_image=np.full((8, 8), np.nan)), "mask_image holds NaN"),
+        (dict(image=torch.full((1, 1, 8, 8), float("nan"))), "image has numbers from nan to nan"),
     ):
         with pytest.raises(ValueError, match=said):
             run(pipe, **wrong)
@@ -238,6 +243,9 @@ def test_masks_and_images_of_bytes_and_truth_values():
             for image in (grey[None, ..., None], np.float32(grey)[None, ..., None] / 255):
                 image = kind(image) if kind is np.array else kind(image).permute(0, 3, 1, 2)
                 torch.testing.assert_close(run(pipe, image=image, mask_image=kind(mask)), expected, atol=1e-5, rtol=0)
+    dark = np.uint8(1) * white                                                  # nearly black, also as an array
+    assert torch.equal(run(pipe, image=dark[None, ..., None], strength=0.3),
+                       run(pipe, image=Image.fromarray(dark), strength=0.3))
 
 
 def test_names_that_diffusers_and_its_callbacks_use():

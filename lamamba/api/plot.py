@@ -48,8 +48,9 @@ def plot(options: PlotOptions) -> PlotResult:
         if not path.is_file():
             raise FileNotFoundError(f"{run} has no metrics.jsonl; give the folder of a run that has begun")
         metrics[str(run)] = read_metrics(path)
-        if (path.parent / "scores.jsonl").is_file():
-            scores[str(run)] = read_metrics(path.parent / "scores.jsonl", SCORES)
+        place = path.parent / "scores.jsonl"
+        if place.is_file() and (found := read_metrics(place, SCORES, may_be_empty=True)):
+            scores[str(run)] = found
         if (path.parent / "config.json").is_file():
             losses.append(_loss(read_json(path.parent / "config.json")))
     note = _incomparable(losses)

@@ -98,7 +98,7 @@ def _plan(
     plan = Plan(
         settings=prepared.settings, num=options.num, seed=options.seed or 0, rule=rule, classes=classes,
         files=options.format or (before.files if before else "png"), threads=threads,
-        channels=3 if model.decoder else model.network.architecture.in_channels,
+        channels=model.image_channels,
         batch_size=options.batch_size or (before.batch_size if before else DEFAULT_BATCH_SIZE),
     )
     generator = prepared.generator(device, plan.batch_size, plan.classes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from lamamba.utils.cores import waiting_threads
 from lamamba.utils.distributed import is_rank_zero, launched_processes, local_device
 from lamamba.utils.progress import Progress, ProgressOption, Report, duration, is_watched, reporting
 from lamamba.utils.text import counted
+from lamamba.viz.curves import read_metrics
 
 logger = logging.getLogger("lamamba.api")
 
@@ -109,7 +109,10 @@ def train(
         FloatingPointError: when a loss or gradient is not finite, and the options say to stop.
         Interrupted: when a signal stopped the run, after a checkpoint.
         RankZeroError: on the other ranks, when rank 0 raises.
+        TypeError: for data or callbacks of another kind.
     """
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise TypeError(f"callbacks={callbacks!r:.60} must be a list of functions of a StepState")
     options = with_network_of_source(options)
     config, run = options.config, RunFolder(options.out)
     data = as_training_set(open_data(config, run.path) if data is None else data, config)
@@ -124,9 +127,9 @@ def train(
             state = loop.train(config, data, run.path, [show, *pictures, *callbacks], [
                 functools.partial(picture, if_missing=True) for picture in pictures
             ])
-    lines = run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.is_file() else []
+    lines = read_metrics(run.metrics, may_be_empty=True) if run.metrics.is_file() else []
     return TrainResult(
-        run.path, state.step, run.checkpoint(state.step), json.loads(lines[-1]) if lines else {},
+        run.path, state.step, run.checkpoint(state.step), lines[-1] if lines else {},
         len(read_bad_files(run.bad_images)), state,
     )
 
@@ -146,7 +149,7 @@ def _pictures(
         SampleGrid(sampling, run.samples, metadata.label_names, decoder, report)
     ]
     if score.every:
-        channels = 3 if metadata.codec == "latents" else architecture.in_channels
+        channels = decoder.autoencoder.out_channels if decoder else architecture.in_channels
         shape = (metadata.image_size, metadata.image_size, channels)
         pictures.append(
             QuickScore(score, sampling, run.scores, shape, decoder, device, is_rank_zero=is_rank_zero(), report=report)
@@ -364,7 +367,7 @@ def _check_before_training(
     run.check(loop.described(config, data, teacher, base and base[1]))
     split_held_out(config.seed, len(data), config.watch.held_out)
     if config.start.source is not None and is_there and not run.names():
-        check_start(config.start, architecture)
+        check_start(config.start, architecture, metadata.label_names)
     _pictures(config, architecture, metadata, run, lambda progress: None)
     if base is None or config.lora.rank is None:
         return None

@@ -102,7 +102,7 @@ class Session:
         self.size = (config.input_size[0] * model.factor, config.input_size[1] * model.factor)
         """Height and width of the training's images in pixels."""
         self.max_side = 4 * max(self.size)
-        self.channels = config.in_channels if model.decoder is None else 3
+        self.channels = model.image_channels
 
     @property
     def device(self) -> str:

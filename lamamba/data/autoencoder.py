@@ -74,6 +74,8 @@ class Autoencoder:
             tensor.data = tensor.data.clone()                                   # a file's alignment rounds otherwise
         self.network = nn.Module.to(self.network, self.device, dtype)          # diffusers' own warns of nothing
         self.in_channels: int = self.config["in_channels"]
+        self.out_channels: int = self.config.get("out_channels") or self.in_channels
+        """Of the images that it decodes to."""
         self.has_posterior = self.kind in WITH_POSTERIOR
 
     def _identity(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,11 +31,18 @@ class Digits:
         except ModuleNotFoundError as error:
             raise RuntimeError("the digits come with scikit-learn: pip install 'lamamba-diff[digits]'") from error
         levels, labels = load_digits(return_X_y=True)
-        images = np.round(levels.reshape(-1, 1, SIDE, SIDE) * (255 / GREY_LEVELS)).astype(np.uint8)
-        factor = image_size // SIDE
+        self._small = np.round(levels.reshape(-1, 1, SIDE, SIDE) * (255 / GREY_LEVELS)).astype(np.uint8)
         self.image_size = image_size
-        self.images = images.repeat(factor, axis=2).repeat(factor, axis=3)       # (1797, 1, size, size)
         self.labels = labels.astype(np.int64)
+
+    @functools.cached_property
+    def images(self) -> np.ndarray:
+        """All of them, (1797, 1, size, size) uint8."""
+        return self._enlarged(self._small)
+
+    def _enlarged(self, images: np.ndarray) -> np.ndarray:
+        factor = self.image_size // SIDE
+        return images.repeat(factor, axis=2).repeat(factor, axis=3)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,4 +50,4 @@ class Digits:
     def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Images (b, 1, size, size) uint8 and labels (b,) int64."""
         chosen = np.asarray(indices)
-        return self.images[chosen], self.labels[chosen]
+        return self._enlarged(self._small[chosen]), self.labels[chosen]

@@ -173,8 +173,18 @@ class Index:
         values = read_json(path, LATENTS_VERSION)
         shards = values.get("shards")
         if not isinstance(shards, list) or not shards:
-            raise ValueError(f"{path}: shards={shards!r} must be a list of shards")
-        return cls(Plan.from_dict(values.get("plan"), path), tuple(Shard.from_dict(shard, path) for shard in shards))
+            raise ValueError(f"{path}: shards={shards!r:.60} must be a list of shards")
+        index = cls(Plan.from_dict(values.get("plan"), path), tuple(Shard.from_dict(shard, path) for shard in shards))
+        index._check(path)
+        return index
+
+    def _check(self, path: Path) -> None:
+        count, classes = self.plan.num_shards, max(1, len(self.plan.label_names))
+        if len(self.shards) != count:
+            raise ValueError(f"{path}: shards has {len(self.shards)} entries, and its plan {count}: it is damaged")
+        for shard in self.shards:
+            if (highest := max(shard.labels, default=0)) >= classes:
+                raise ValueError(f"{path}: labels of {shard.file} has {highest}, and label_names {classes} classes")
 
     @property
     def fingerprint(self) -> str:

@@ -77,14 +77,23 @@ class Manifest:
 
 
 def manifest_path(source_name: str) -> Path:
-    """Default path of a source's manifest: in its folder, beside its tars, or in the working directory for a hub id."""
+    """Default path of a source's manifest: in its folder, beside its tars, or in the working directory for a hub id.
+
+    Tars have their own, by their name: training and validation often lie in one folder.
+    """
     path = Path(source_name)
     if path.is_dir():
         return path / MANIFEST_NAME
-    if path.suffix == ".tar":
-        return path.parent / MANIFEST_NAME
-    plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in source_name)
-    return Path(f"{plain}-{MANIFEST_NAME}")
+    is_tar = path.suffix == ".tar"
+    plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in (path.stem if is_tar else source_name))
+    return (path.parent if is_tar else Path()) / f"{plain}-{MANIFEST_NAME}"
+
+
+def _older_path(source_name: str) -> Path | None:
+    """Where the manifest of tars once was, one for all of a folder; None where that is not of these."""
+    path = Path(source_name).parent / MANIFEST_NAME
+    is_theirs = Path(source_name).suffix == ".tar" and path.is_file() and Manifest.load(path).source == source_name
+    return path if is_theirs else None
 
 
 class CheckedFile(NamedTuple):
@@ -192,7 +201,9 @@ def excluded_files(source: Source, manifest: str | Path | None = None) -> tuple[
     """
     path = Path(manifest) if manifest is not None else manifest_path(source.name)
     if manifest is None and not path.is_file():
-        return (), None
+        if (older := _older_path(source.name)) is None:
+            return (), None
+        path = older
     found = Manifest.load(path)
     note = None
     if found.fingerprint != fingerprint(source):

@@ -39,6 +39,8 @@ JUNK = {
 }
 """Files and folders that systems put beside images, in lower case; so are all names that begin with a dot."""
 JUNK_REASON = "hidden or of the system"
+MAX_PADDING = 2 << 20
+"""Bytes after the end of a tar that may be zero."""
 NAMED = 3
 """Files of each kind that a message names."""
 
@@ -86,7 +88,7 @@ class LeftOut:
 
     def add_ending(self, name: str) -> None:
         """A file that is no image by its name."""
-        if name != MANIFEST_NAME:
+        if not name.endswith(MANIFEST_NAME):
             self.add(os.path.splitext(name)[1].lower() or "without ending", name)
 
     def update(self, other: LeftOut) -> None:
@@ -114,6 +116,8 @@ class Source(Protocol):
     """(n,) int64; 0 where there are no classes."""
     left_out: LeftOut
     """Files that are no images, or not used."""
+    changed: list[int]
+    """Sizes and times (ns) of the files that hold the images, where these are not files of their own."""
 
     def __len__(self) -> int: ...
 
@@ -166,7 +170,7 @@ def _notes(source: Source) -> Iterator[str]:
 def _open(text: str, path: Path, files: Collection[str]) -> Source:
     if text.startswith(DATASETS_PREFIX):
         return DatasetSource(text)
-    if path.suffix == ".tar" or "{" in text:
+    if (path.suffix == ".tar" or "{" in text) and not path.is_dir():
         return TarSource(text)
     if not path.is_dir():
         raise FileNotFoundError(
@@ -175,9 +179,24 @@ def _open(text: str, path: Path, files: Collection[str]) -> Source:
         )
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return DatasetSource(DATASETS_PREFIX + text)
-    if any(_is_tar(entry.name) for entry in os.scandir(path)):
+    if tars := sorted(entry.name for entry in os.scandir(path) if _is_tar(entry.name)):
+        if image := _first_image(path):
+            raise ValueError(
+                f"{text} holds tars ({tars[0]}) and images beside them ({image}), and one of the two is the data: name "
+                f"a tar, or {text}/{{A,B}}.tar for several, or put the others elsewhere"
+            )
         return TarSource(text)
     return FolderSource(text, files)
+
+
+def _first_image(folder: Path) -> str | None:
+    """An image below a folder; None where there is none."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not is_junk(name)]
+        for name in files:
+            if not is_junk(name) and os.path.splitext(name)[1].lower() in image_extensions():
+                return printable((Path(place) / name).relative_to(folder).as_posix())
+    return None
 
 
 class FolderSource:
@@ -193,7 +212,7 @@ class FolderSource:
     """
 
     def __init__(self, folder: str | Path, files: Collection[str] = ()):
-        self.name, self._folder = str(folder), Path(folder)
+        self.name, self._folder, self.changed = str(folder), Path(folder), list[int]()
         if not self._folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder; give one with images, or with one subfolder per class")
         self.left_out, subfolders = LeftOut(), list[str]()
@@ -268,6 +287,10 @@ def _kind(entry: os.DirEntry[str]) -> str:
         return "link to nothing, or no file"
 
 
+def _sizes_and_times(files: Iterable[str]) -> list[int]:
+    return [value for stat in map(os.stat, files) for value in (stat.st_size, stat.st_mtime_ns)]
+
+
 def _is_tar(name: str) -> bool:
     return name.endswith(".tar") and not is_junk(name)
 
@@ -307,6 +330,7 @@ class TarSource:
         for tar in tars:
             if not os.path.isfile(tar):
                 raise FileNotFoundError(f"{tar} does not exist; {name} names {len(tars)} tars")
+        self.changed = _sizes_and_times(tars)
         with ThreadPoolExecutor(max_workers=8) as pool:
             tables = list(pool.map(_read_table, tars))
         rows = [(number, *row) for number, (table, _) in enumerate(tables) for row in table]
@@ -391,6 +415,7 @@ def _read_table(tar: str) -> tuple[list[_Row], LeftOut]:
                     classes[name, time] = held.read().decode("utf-8-sig").strip() if held else ""
                 else:
                     left_out.add_ending(member.name)
+            _check_end(Path(tar), archive.offset)
     except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{tar} is damaged, compressed or no tar ({error}); write it again, without compression"
@@ -407,10 +432,29 @@ def _read_table(tar: str) -> tuple[list[_Row], LeftOut]:
     return rows, left_out
 
 
+def _check_end(tar: Path, offset: int) -> None:
+    """Check that a tar ends where reading it ended: tarfile takes a damaged header for the end.
+
+    Raises:
+        tarfile.ReadError: when there are more than zeros.
+    """
+    with tar.open("rb") as file:
+        file.seek(offset)
+        rest = file.read(MAX_PADDING)
+    if rest[: tarfile.BLOCKSIZE].strip(b"\0"):
+        raise tarfile.ReadError(f"byte {offset:,} begins no file, and those after it would be lost")
+    if rest.strip(b"\0"):
+        raise tarfile.ReadError(f"more follows its end at byte {offset:,}, as where cat has joined tars")
+
+
 def _key(name: str) -> str:
     """WebDataset's key of a sample: the path up to the first dot in its last part."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.partition(".")[0]
+
+
+_FAULTS = (OSError, ValueError, LookupError, TypeError, AttributeError)
+"""What the package datasets raises for a folder whose files are damaged or missing."""
 
 
 class DatasetSource:
@@ -432,11 +476,13 @@ class DatasetSource:
         self.name, self.left_out = name, LeftOut()
         place, _, split = name.removeprefix(DATASETS_PREFIX).partition("@")
         split = split or "train"
+        if not place:
+            raise ValueError(f"{name!r} names no data set: write datasets:ID or datasets:ID@SPLIT")
         saved = any((Path(place) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
         try:
             loaded: Any = datasets.load_from_disk(place) if saved else datasets.load_dataset(place)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise RuntimeError(f"{name} cannot be had: {error}") from error
+        except (*_FAULTS, datasets.exceptions.DatasetsError) as error:
+            raise RuntimeError(f"{name} cannot be had: {type(error).__name__}: {error}") from error
         if isinstance(loaded, dict):
             if split not in loaded:
                 raise ValueError(f"{name} has no split {split!r}; it has {', '.join(loaded)}: write datasets:ID@SPLIT")
@@ -445,6 +491,7 @@ class DatasetSource:
         if not images:
             raise ValueError(f"{name} has no column of images; its columns are {', '.join(loaded.features)}")
         self._column, self._split = images[0], split
+        self.changed = _sizes_and_times(file["filename"] for file in loaded.cache_files)
         self._kept = np.arange(len(loaded))
         self.label_names, self.labels = self._read_classes(loaded, _class_column(loaded.features))
         self._rows = loaded.select_columns([self._column]).cast_column(self._column, datasets.Image(decode=False))

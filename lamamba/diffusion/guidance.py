@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Real
@@ -61,8 +60,8 @@ class Guidance:
     """0 .. 1: how far each image's standard deviation is rescaled to the prediction's (Lin et al., 2024, Eq. 15-16)."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, bool) or not isinstance(self.scale, Real) or not math.isfinite(self.scale):
-            raise ValueError(f"guidance scale {self.scale!r} is no finite number; 1 is none, 1.5 to 4 are usual")
+        if isinstance(self.scale, bool) or not isinstance(self.scale, Real) or not abs(self.scale) < 1e30:
+            raise ValueError(f"guidance scale {self.scale!r:.40} is no finite number; 1 is none, 1.5 to 4 are usual")
         object.__setattr__(self, "scale", float(self.scale))                    # NumPy's, too
         check_known("guided channels", self.channels, get_args(GuidedChannels))
         if isinstance(self.interval, Iterable):

@@ -6,6 +6,7 @@ What they need is checked when they are made, before anything is trained.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,14 @@ def _sample(
         return None
 
 
+def _write(path: Path, write: Callable[[], None]) -> None:
+    """Call a function that writes a file; a full disk is logged, and training goes on."""
+    try:
+        write()
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", path, error)
+
+
 def check_sampler(options: DenoisingOptions, metadata: ModelMetadata) -> None:
     """Check the sampler of pictures and scores before anything is trained.
 
@@ -116,7 +125,7 @@ class SampleGrid:
         labels = [row for row in range(rows) for _ in range(options.per_class)] if self._names else None
         images = _sample(network, labels, rows * options.per_class, options, self._decoder, self._report)
         if images is not None:
-            save_picture(grid_picture(images, options.per_class, self._names), path)
+            _write(path, lambda: save_picture(grid_picture(images, options.per_class, self._names), path))
 
 
 class QuickScore:
@@ -190,11 +199,12 @@ class QuickScore:
             return
         score = frechet_distance(*moments(_statistics(features, images)), *reference)
         line = {"step": state.step, "name": features.distance_name, "score": score, "images": options.images}
-        append_json(self._path, line)
+        _write(self._path, lambda: append_json(self._path, line))
         logger.info(f"step {state.step}  {features.distance_name} {score:.4g} of {options.images} images")
 
     def _scored_steps(self) -> set[int]:
-        return {line["step"] for line in read_metrics(self._path, SCORES)} if self._path.is_file() else set()
+        found = read_metrics(self._path, SCORES, may_be_empty=True) if self._path.is_file() else []
+        return {line["step"] for line in found}
 
 
 def _statistics(network: FeatureNetwork, images: np.ndarray) -> Statistics:

@@ -16,7 +16,7 @@ from lamamba.diffusion.denoise import make_scheduler, samplers_for
 from lamamba.evaluation.images import ArrayImages, DigitImages, FolderImages, GeneratedImages, Images, NpzImages
 from lamamba.evaluation.reference import is_statistics, load_statistics
 from lamamba.inference.quantizing import check_quantization
-from lamamba.options.evaluation import EvaluateOptions
+from lamamba.options.evaluation import NUM_IMAGES, EvaluateOptions
 from lamamba.pretrained import is_shipped, shipped_model
 from lamamba.runs.folder import CheckpointState, RunFolder
 from lamamba.runs.model import EMA, PIPELINE_INDEX, Model, list_averages, open_model
@@ -26,8 +26,6 @@ from lamamba.sampling.plan import NPZ, SHARDS, UNFINISHED, find_plan
 from lamamba.sampling.prepare import cache_config
 from lamamba.utils.text import counted
 
-NUM_IMAGES = 50_000
-"""Samples behind a published FID."""
 OF_MODELS = (
     "repeats", "every_checkpoint", "ema", "guidance", "seed", "sampler", "steps", "autoencoder", "cache", "cache_order",
     "quantize", "lora",
@@ -56,6 +54,8 @@ def open_images(
         images = DigitImages(image_size or SIDE, limit)
     else:
         folder = Path(name).parent if Path(name).name == NPZ else Path(name)
+        if is_model(folder):                                                    # sample grids are no images of a set
+            raise ValueError(f"{name} is a run or a model, and these are to be images, such as lamamba sample -n makes")
         if (folder / UNFINISHED).is_dir():
             raise ValueError(f"lamamba sample has not filled {folder} yet; run it again, it goes on where it was")
         is_npz = name.endswith(".npz")
@@ -217,7 +217,7 @@ def _sampled(
     for first in range(options.seed, options.seed + count * options.repeats, count):
         seeds = range(first, first + count)
         labels = [label_of(options.labels, k, seed, classes) for k, seed in enumerate(seeds)] if classes else None
-        shape = (height, width, 3 if decoder else config.in_channels)
+        shape = (height, width, model.image_channels)
         runs.append(GeneratedImages(make, seeds, labels, metadata=metadata, shape=shape))
     return runs
 

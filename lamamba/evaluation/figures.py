@@ -65,10 +65,11 @@ def compute_figures(
         figures["density"], figures["coverage"] = density_coverage(
             real, fake, options.density_neighbours, lambda share: report("density and coverage", share)
         )
-    report("kernel distance", 0)
-    figures["kernel"], figures["kernel_spread"] = kernel_distance(
-        real, fake, min(options.kernel_subset, fewest), options.kernel_subsets, options.kernel_seed
-    )
+    if fewest > 1:
+        report("kernel distance", 0)
+        figures["kernel"], figures["kernel_spread"] = kernel_distance(
+            real, fake, min(options.kernel_subset, fewest), options.kernel_subsets, options.kernel_seed
+        )
     return figures
 
 

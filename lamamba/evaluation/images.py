@@ -79,7 +79,8 @@ class FolderImages(Images):
             sizes.append((self._source.file(k), stat.st_size if stat else 0))
             times.append(stat.st_mtime_ns if stat else 0)
         self.metadata = {
-            "kind": "files", "name": str(folder), "fingerprint": digest(sizes, self.shape), "changed": digest(times),
+            "kind": "files", "name": str(folder), "fingerprint": digest(sizes, self.shape),
+            "changed": digest(times + self._source.changed),
         }
 
     def _open(self, k: int) -> np.ndarray:

@@ -127,4 +127,4 @@ def _training_info(options: ExportOptions) -> TrainingInfo | None:
         return None
     config, state = run.read_config(), CheckpointState.load(place)
     decays = state.ema_decays or config.train.get("ema_decays") or [None]
-    return TrainingInfo(vars(config), state.step, options.ema or decays[0])
+    return TrainingInfo(vars(config), state.step, decays[0] if options.ema is None else options.ema)

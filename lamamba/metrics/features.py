@@ -28,7 +28,7 @@ class FeatureNetworkInfo:
 
     name: str
     sha256: str
-    """Of the weights; "" where there are none to hash."""
+    """Of the weights, or of the file of a function of your own; "" where there is neither."""
     resize: str
     """How images are brought to the network's size, in words."""
     channels: int
@@ -81,6 +81,7 @@ class CallableFeatures:
 
     Raises (when called):
         ValueError: when the function returns no features (n, d).
+        RuntimeError: when it raises an exception.
     """
 
     def __init__(
@@ -92,11 +93,13 @@ class CallableFeatures:
         self.distance_name = f"FD-{name}"
 
     def __call__(self, images: np.ndarray) -> Outputs:
-        outputs = self._function(images)
+        try:
+            outputs = self._function(images)
+        except Exception as error:                                              # whatever a function of others raises
+            raise RuntimeError(f"features {self.info.name} failed: {type(error).__name__}: {error}") from error
         outputs = outputs if isinstance(outputs, Mapping) else {"features": outputs}
         arrays = {name: np.asarray(value, dtype=np.float32) for name, value in outputs.items()}
-        shape = arrays["features"].shape if "features" in arrays else None
-        if shape is None or len(shape) != 2 or any(len(value) != len(images) for value in arrays.values()):
+        if "features" not in arrays or any(value.shape[:-1] != (len(images),) for value in arrays.values()):
             made = {name: value.shape for name, value in arrays.items()}
             raise ValueError(f"{self.info.name} made {made} of {len(images)} images; features (images, d) are needed")
         return arrays

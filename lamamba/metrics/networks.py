@@ -14,6 +14,7 @@ from lamamba.metrics.digits_network import DigitFeatures
 from lamamba.metrics.dinov2 import DinoFeatures
 from lamamba.metrics.features import CallableFeatures, FeatureNetwork
 from lamamba.metrics.inception import InceptionFeatures
+from lamamba.utils.files import sha256
 
 NETWORKS = ("inception", "dinov2", "digits")
 
@@ -41,10 +42,11 @@ def open_network(name: str, weights: str | None, device: torch.device) -> Featur
     module, _, attribute = name.partition(":")
     if not attribute:
         raise unknown_name("feature network", name, NETWORKS)
-    function = getattr(_import(module, name), attribute, None)
+    imported = _import(module, name)
+    function, file = getattr(imported, attribute, None), Path(getattr(imported, "__file__", None) or "")
     if not callable(function):
         raise ValueError(f"features={name!r}: {module} has no function {attribute}; it may be misspelt")
-    return CallableFeatures(function, name)
+    return CallableFeatures(function, name, sha256=sha256(file) if file.is_file() else "")
 
 
 def _import(module: str, name: str) -> ModuleType:

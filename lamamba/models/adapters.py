@@ -379,8 +379,8 @@ def _check_settings(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         raise ValueError(f"{where}: peft_type={kind!r} must be LORA: other adapters are not read")
     if type(rank) is not int or rank < 1:
         raise ValueError(f"{where}: r={rank!r} must be a whole number of at least 1")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise ValueError(f"{where}: lora_alpha={alpha!r} must be a finite number")
+    if type(alpha) not in (int, float) or not abs(alpha) < 1e30:             # of whole numbers beyond floats, too
+        raise ValueError(f"{where}: lora_alpha={alpha!r:.40} must be a finite number")
     if "r" in settings and not settings.get("rank_pattern"):
         for name, tensor in tensors.items():
             if ".lora_A." in name and tensor.shape[0] != rank:

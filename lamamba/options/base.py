@@ -46,20 +46,23 @@ from lamamba.utils.files import read_json, read_text
 T = TypeVar("T")
 
 
-def _not_empty(value: Any) -> Any:
+def not_empty(value: Any) -> Any:
     """An empty path would be the current folder."""
     if value == "":
         raise ValueError("an empty path; leave it out, or give . for the current folder")
     return value
 
 
-FilePath = Annotated[Path, Strict(False), BeforeValidator(_not_empty)]
+FilePath = Annotated[Path, Strict(False), BeforeValidator(not_empty)]
 """A Path; text is taken for one."""
-Name = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else _not_empty(value))]
+Name = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else not_empty(value))]
 """A name or a path as text, such as a folder or a hub id; a Path is taken for one."""
 Positive = Annotated[int, Ge(1)]
 Above0 = Annotated[float, Gt(0)]
 """Whole numbers from 1, and numbers above 0."""
+MAX_THREADS = 1024
+Threads = Annotated[int, Ge(1), Le(MAX_THREADS)]
+"""Of a process: thousands end it where the system starts no more."""
 OrInfinity = Annotated[
     float, AllowInfNan(True), BeforeValidator(lambda value: math.inf if value == "inf" else value)
 ]
@@ -107,8 +110,8 @@ Labels = Annotated[tuple[int | str, ...], _splits(str), Strict(False), _word(str
 """Several values; the command line reads them from one word with commas: 256,512."""
 
 __all__ = [
-    "Above0", "FilePath", "Ge", "Gt", "Labels", "Le", "Lt", "Name", "Numbers", "OrInfinity", "Positive", "PositiveInts",
-    "Words", "from_dict", "options", "read_record", "read_toml", "record", "verb",
+    "MAX_THREADS", "Above0", "FilePath", "Ge", "Gt", "Labels", "Le", "Lt", "Name", "Numbers", "OrInfinity", "Positive",
+    "PositiveInts", "Threads", "Words", "from_dict", "options", "read_record", "read_toml", "record", "verb",
 ]
 
 
@@ -235,12 +238,11 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Lists as tuples, NumPy's numbers as Python's."""
+    """Lists and NumPy's rows as tuples, NumPy's numbers as Python's."""
     if isinstance(value, list):
         return tuple(map(_plain, value))
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
-        return value.item()
-    return value
+    dimensions = getattr(value, "ndim", None) if type(value).__module__ == "numpy" else None
+    return value.item() if dimensions == 0 else tuple(value.tolist()) if dimensions == 1 else value
 
 
 def _jsonable(value: Any) -> Any:
@@ -260,6 +262,7 @@ def _explain(cls: Any, error: ValidationError) -> str:
     faults = error.errors(include_url=False)
     fault = next((each for each in faults if each["type"] == "unexpected_keyword_argument"), faults[0])
     kind, value, limits = fault["type"], fault["input"], fault.get("ctx", {})
+    shown = f"{value!r:.100}"
     owner, path = _follow(cls, fault["loc"])
     if kind == "unexpected_keyword_argument":
         prefix = f"{path}." if path else ""
@@ -268,16 +271,17 @@ def _explain(cls: Any, error: ValidationError) -> str:
     if kind == "value_error":                                                   # of a check of ours
         return f"{path}: {limits['error']}" if path else str(limits["error"])
     if kind == "literal_error":
-        return str(unknown_name(path, str(value), _words(get_type_hints(owner)[path.rpartition(".")[2].split("[")[0]])))
+        known = _words(get_type_hints(owner)[path.rpartition(".")[2].split("[")[0]])
+        return str(unknown_name(path, f"{value!s:.100}", known))
     if kind == "missing":
         return f"{path} is missing"
     if kind == "finite_number":
-        return f"{path}={value!r} must be finite"
+        return f"{path}={shown} must be finite"
     for limit, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
         if limit in limits:
-            return f"{path}={value!r} must be {words} {limits[limit]:g}"
+            return f"{path}={shown} must be {words} {limits[limit]:g}"
     expected = next((words for name, words in _KINDS.items() if kind.startswith(name)), None)
-    return f"{path}={value!r} must be {expected}" if expected else f"{path}={value!r}: {fault['msg']}"
+    return f"{path}={shown} must be {expected}" if expected else f"{path}={shown}: {fault['msg']}"
 
 
 def _follow(cls: Any, location: tuple[int | str, ...]) -> tuple[Any, str]:

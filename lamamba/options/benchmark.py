@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from lamamba.options.base import FilePath, Ge, Positive, PositiveInts, Words, options
+from lamamba.options.base import FilePath, Ge, Positive, PositiveInts, Threads, Words, options
 
 
 @options
@@ -35,7 +35,7 @@ class BenchmarkOptions:
     processes: Literal["auto", "together", "apart"] = "auto"
     """Networks in memory together, taking turns pass by pass, or loaded one after the other, twice over; "auto":
     LaMamba takes turns with one peer after the other where not all fit together."""
-    threads: Positive | None = None
+    threads: Threads | None = None
     """CPU threads of each network; by default torch's choice."""
     pack: bool = True
     """Pack weights of Linear layers and convolutions for oneDNN on CPUs, of all networks."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lamamba.options.base import FilePath, Ge, Name, Positive, options
+from lamamba.options.base import FilePath, Ge, Name, Positive, Threads, options
 
 
 @options
@@ -31,7 +31,7 @@ class EncodeOptions:
     """Encode mirror images, too: twice the time and space; training can mirror only then."""
     batch_size: Annotated[Positive, tyro.conf.arg(aliases=["--batch"])] = 16
     """Images per batch of the autoencoder. Part of the result: other batches round otherwise."""
-    threads: Positive = 1
+    threads: Threads = 1
     """On a CPU, cores for each process. Part of the result, too: to use all cores, start more processes instead."""
     shard_size: Positive = 1024
     """Images in a file."""

@@ -10,18 +10,18 @@ import tyro
 from pydantic import BeforeValidator
 from tyro.constructors import PrimitiveConstructorSpec
 
-from lamamba.options.base import FilePath, Ge, Name, Numbers, Positive, options
+from lamamba.options.base import FilePath, Ge, Lt, Name, Numbers, Positive, not_empty, options
 from lamamba.options.metrics import MetricOptions
 
 
 def _check_images(value: Any) -> Any:
     """A name as it is, a path as a name, an array of images as it is."""
     if isinstance(value, str | Path):
-        return str(value)
+        return str(not_empty(value))
     is_array = type(value).__module__ == "numpy" and hasattr(value, "shape")
     if is_array and str(value.dtype) == "uint8" and value.ndim == 4 and value.shape[3] in (1, 3):
         return value
-    what = f"{value.dtype} {value.shape}" if is_array else repr(value)
+    what = f"{value.dtype} {value.shape}" if is_array else f"{' '.join(repr(value).split()):.60}"
     raise ValueError(f"{what} must be a name, a path, or uint8 images (n, height, width, 1 or 3)")
 
 
@@ -30,6 +30,10 @@ ImageSet = Annotated[Any, BeforeValidator(_check_images), PrimitiveConstructorSp
     is_instance=lambda value: isinstance(value, str), str_from_instance=lambda value: [value],
 )]
 """Images by name or path (on the command line), or in Python also a NumPy array (n, h, w, c), uint8."""
+
+
+NUM_IMAGES = 50_000
+"""Samples behind a published FID."""
 
 
 @options
@@ -44,7 +48,7 @@ class EvaluateOptions:
     """The result: figures and protocol. A plot, where there is one, lies beside it."""
     num_images: Annotated[int, Ge(2)] | None = None
     """Images: of a model 50,000 by default, the field's count, of each seed range; of existing images, all."""
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Seed of the first image; image k is made from seed + k."""
     labels: Literal["random", "balanced"] = "random"
     """Classes drawn uniformly by each image's seed (as DiT), or in turn, equally many of each: those of `lamamba sample
@@ -91,7 +95,11 @@ class EvaluateOptions:
     """"auto" (a GPU where there is one; under torchrun each process its own), or a PyTorch device."""
 
     def __post_init__(self) -> None:
-        scales = self.guidance
+        scales, last = self.guidance, self.seed + (self.num_images or NUM_IMAGES) * self.repeats - 1
+        if self.out.suffix.lower() != ".json":
+            raise ValueError(f"out={self.out}: the result is a .json file, and a plot of it lies beside it as .png")
+        if last >= 2**63:
+            raise ValueError(f"seed={self.seed}: the last image would have {last}, and seeds are below 2^63")
         if not scales or len(set(scales)) < len(scales) or not all(0 <= scale < math.inf for scale in scales):
             raise ValueError(f"guidance={scales}: each scale once, finite and not negative")
         if len(scales) > 1 and self.every_checkpoint:
@@ -115,7 +123,7 @@ class StatisticsOptions:
     does (by default they keep theirs, which must be one)."""
     grey: Literal["refuse", "repeat"] = "refuse"
     """What to do with grey images when the feature network takes colour."""
-    rows: Positive = 10_000
+    rows: Annotated[int, Ge(2)] = 10_000
     """Images whose own features are saved, too, for precision, recall and KID; spread evenly."""
     batch_size: Positive = 64
     """Images per batch of the feature network."""
@@ -127,6 +135,8 @@ class StatisticsOptions:
     def __post_init__(self) -> None:
         if self.out.suffix != ".npz":
             raise ValueError(f"out={self.out} must end in .npz")
+        if isinstance(self.images, str) and Path(self.images).resolve() == self.out.resolve():
+            raise ValueError(f"out={self.out} would take the place of the images: give another file")
 
 
 @options

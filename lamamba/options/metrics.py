@@ -15,9 +15,9 @@ class MetricOptions:
     """k of precision and recall."""
     density_neighbours: Positive = 5
     """k of density and coverage."""
-    reference_rows: Positive = 10_000
+    reference_rows: Annotated[int, Ge(2)] = 10_000
     """Reference images for precision, recall, density, coverage and KID, spread evenly (ADM: 10,000)."""
-    kernel_subset: Positive = 1000
+    kernel_subset: Annotated[int, Ge(2)] = 1000
     """Images in a subset of the kernel distance."""
     kernel_subsets: Positive = 100
     """Number of subsets."""

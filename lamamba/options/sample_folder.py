@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from lamamba.options.base import FilePath, Positive, options
+from lamamba.options.base import FilePath, Positive, Threads, options
 from lamamba.options.sampling import SamplerOptions
 
 
@@ -20,7 +20,7 @@ class FolderOptions:
     format: Literal["png", "npz", "both"] | None = None
     """For a folder of images: a PNG each (the default), one uint8 npz (arr_0: N x H x W x 3, arr_1: labels), or both.
     The npz alone takes twice its size while it is put together."""
-    threads: Positive | None = None
+    threads: Threads | None = None
     """Cores for each process of a folder of images, on a CPU; by default all (under torchrun, one)."""
 
     def __post_init__(self) -> None:

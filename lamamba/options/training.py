@@ -7,16 +7,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Self
 
 from lamamba.config import STAGES, Objective, UNetConfig, check_known
-from lamamba.options.base import Above0, FilePath, Name, OrInfinity, Positive, Words, from_dict, options, read_toml
+from lamamba.options.base import (
+    MAX_THREADS,
+    Above0,
+    FilePath,
+    Name,
+    OrInfinity,
+    Positive,
+    Threads,
+    Words,
+    from_dict,
+    options,
+    read_toml,
+)
 from lamamba.options.sampling import DenoisingOptions
 
 RUN_VERSION = 3
@@ -197,14 +209,14 @@ class ProcessOptions:
     """Keep only the blocks' inputs and compute the rest again for the backward pass: less memory, a third more time."""
     compile: bool = False
     """torch.compile the network: minutes at the start, faster steps on GPUs. Not with sharding."""
-    threads: Annotated[Positive | None, tyro.conf.arg(aliases=("--threads",))] = None
+    threads: Annotated[Threads | None, tyro.conf.arg(aliases=("--threads",))] = None
     """CPU threads of each process that compute; by default PyTorch's choice. On a busy machine, as many as cores are
     free."""
-    data_workers: Count = 0
+    data_workers: Annotated[int, Ge(0), Le(MAX_THREADS)] = 0
     """Worker processes that read ahead, for each training process; 0: threads do, or nothing."""
-    data_threads: Count | None = None
+    data_threads: Annotated[int, Ge(0), Le(MAX_THREADS)] | None = None
     """Threads that read ahead where no processes do; by default 4 for a GPU, on a CPU 0: read between the steps."""
-    timeout_minutes: Above0 = 30.0
+    timeout_minutes: Annotated[float, Gt(0), Le(525_600)] = 30.0
     """How long processes wait for one another before they give up."""
 
     def __post_init__(self) -> None:
@@ -391,8 +403,10 @@ class TrainConfig:
     """"auto" (a GPU where there is one), or a PyTorch device such as cpu or cuda:1."""
 
     def __post_init__(self) -> None:
-        if not self.ema_decays or len(set(self.ema_decays)) < len(self.ema_decays):
-            raise ValueError(f"ema_decays={self.ema_decays} must be one number or several different ones")
+        if not self.ema_decays or len({f"{decay:g}" for decay in self.ema_decays}) < len(self.ema_decays):
+            raise ValueError(
+                f"ema_decays={self.ema_decays} must be one number or several different ones, in their first six digits "
+                "too: these name their folders")
         if self.keep_every % self.checkpoint_every:
             raise ValueError(
                 f"keep_every={self.keep_every} must be a multiple of checkpoint_every={self.checkpoint_every}: "
@@ -457,7 +471,23 @@ class TrainConfig:
                 )
         if self.steps < self.optimizer.warmup_steps:
             found.append(f"the run ends before its warm-up: steps={self.steps} of {self.optimizer.warmup_steps}")
-        return found
+        return found + [f"{name} has no effect {why}" for name, why in self._without_effect()]
+
+    def _without_effect(self) -> Iterator[tuple[str, str]]:
+        """Sections and options that are given and that nothing reads, and why."""
+        loss, default, is_flow = self.loss, LossOptions(), self.model.objective in ("flow", "flow-map")
+        if self.distill.teacher is None and self.distill != DistillOptions():
+            yield "distill", "without distill.teacher"
+        if self.model.objective != "flow-map" and self.flow_map != FlowMapOptions():
+            yield "flow_map", f"with model.objective={self.model.objective!r}"
+        drawn = loss.timesteps or ("logit-normal" if is_flow else "uniform")
+        moved = (loss.logit_mean, loss.logit_deviation) != (default.logit_mean, default.logit_deviation)
+        if drawn == "uniform" and moved:
+            yield "loss.logit_mean or loss.logit_deviation", "where times are drawn evenly"
+        if loss.weighting == "none" and loss.min_snr_gamma != default.min_snr_gamma:
+            yield "loss.min_snr_gamma", "without loss.weighting='min-snr'"
+        if not self.score.every and self.score != ScoreOptions():
+            yield "score", "with score.every=0"
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of optimizer step 0, 1, ..."""
@@ -506,10 +536,10 @@ class TrainConfig:
         if not isinstance(values, Mapping):
             return from_dict(cls, values, where)                                # which says what fits
         values = dict(values)
-        if "ema_decay" in values:                                               # version 1
+        if "ema_decay" in values and "ema_decays" not in values:                # version 1
             values["ema_decays"] = [values.pop("ema_decay")]
         sampling = values.get("sampling")
-        if isinstance(sampling, Mapping) and "num_steps" in sampling:           # version 2
+        if isinstance(sampling, Mapping) and "num_steps" in sampling and "steps" not in sampling:   # version 2
             values["sampling"] = {"steps" if key == "num_steps" else key: value for key, value in sampling.items()}
         return from_dict(cls, values, where)
 

@@ -297,6 +297,11 @@ class Model:
         return max(1, self.metadata.image_size // self.network.architecture.input_size[0]) if self.decoder else 1
 
     @property
+    def image_channels(self) -> int:
+        """1 for grey images, 3 for RGB."""
+        return self.decoder.autoencoder.out_channels if self.decoder else self.network.architecture.in_channels
+
+    @property
     def num_classes(self) -> int:
         """0 for an unconditional model."""
         return self.network.architecture.num_classes

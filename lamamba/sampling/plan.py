@@ -110,10 +110,13 @@ def find_plan(folder: str | Path) -> Plan | None:
     """The plan by which a folder was made or begun; None where there is none.
 
     Raises:
+        FileExistsError: when the folder has a manifest of something else.
         ValueError: when it is damaged.
     """
     folder = Path(folder)
     for path in (folder / MANIFEST, folder / UNFINISHED / PLAN):
         if path.is_file():
+            if "plan" not in read_json(path):
+                raise FileExistsError(f"{path} is of something else than a folder of samples; give another folder")
             return Plan.from_dict(read_json(path, SAMPLES_VERSION).get("plan"), path)
     return None

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lamamba.data.images import MAX_PIXELS
 from lamamba.data.labels import find_label
 from lamamba.options.sampling import SampleOptions
 from lamamba.runs.model import Model
 from lamamba.sampling.settings import ImageMetadata, Interpolated
+from lamamba.viz.grids import CELL_PIXELS
 
 DEFAULT_COLUMNS, DEFAULT_CLASSES, INTERPOLATION_ROWS = 8, 10, 4
 
@@ -39,6 +41,8 @@ def find_labels(classes: Sequence[int | str] | None, label_names: Sequence[str],
     Raises:
         ValueError: for a number out of range or an unknown name; the nearest is named.
     """
+    if classes is not None and not len(classes):
+        raise ValueError("classes names none: give at least one, or leave it out")
     if classes is None:
         return list(range(min(DEFAULT_CLASSES, num_classes)))
     return [find_label(each, label_names, num_classes) for each in classes]
@@ -54,7 +58,7 @@ def make_table(options: SampleOptions, picture: ImageMetadata | None, model: Mod
     classes, num, seed = options.classes, options.num, options.seed
     if picture is not None:
         if classes is num is seed is options.interpolate is None:
-            return Table(picture.seeds, picture.labels, picture.columns, picture.row_names)
+            return Table(picture.seeds, picture.labels, picture.columns, _row_names(picture, model))
         if any(isinstance(value, Interpolated) for value in (*picture.seeds, *(picture.labels or ()))):
             raise ValueError("that picture shows an interpolation: give interpolate again, with what is to change")
         rows = tuple(int(label) for label in (picture.labels or ())[:: picture.columns or 1] if isinstance(label, int))
@@ -63,9 +67,33 @@ def make_table(options: SampleOptions, picture: ImageMetadata | None, model: Mod
         first = picture.seeds[0]
         seed = first if seed is None and isinstance(first, int) else seed
     num, seed = num or DEFAULT_COLUMNS, seed or 0
+    if options.out is not None:
+        _check_size(options, model, num * len(classes or range(min(DEFAULT_CLASSES, model.num_classes)) or (None,)))
     if options.interpolate:
         return interpolation_table(model, options.interpolate, classes, num, seed)
     return class_table(model, classes, num, seed)
+
+
+def _check_size(options: SampleOptions, model: Model, count: int) -> None:
+    """Check before any work that a picture of so many images can be opened again.
+
+    Raises:
+        ValueError: when it would have more pixels than Pillow opens.
+    """
+    _, (height, width) = model.fit(options.height, options.width)
+    if count * max(height, CELL_PIXELS) * max(width, CELL_PIXELS) > MAX_PIXELS:
+        raise ValueError(
+            f"{count:,} images of {height} x {width} pixels are too many for one picture (num is of each class): take "
+            "fewer, or fill a folder, as in lamamba sample -n 50000 --balanced --out FOLDER"
+        )
+
+
+def _row_names(picture: ImageMetadata, model: Model) -> tuple[str, ...]:
+    """Names of a picture's rows: of the classes of this model, which need not be the picture's; else as they are."""
+    labels = (picture.labels or ())[:: picture.columns or 1]
+    if not picture.row_names or not all(isinstance(label, int) and label < model.num_classes for label in labels):
+        return picture.row_names
+    return tuple(model.name_of(label) for label in labels if isinstance(label, int))
 
 
 def class_table(model: Model, classes: Sequence[int | str] | None, num: int, seed: int) -> Table:
@@ -93,7 +121,7 @@ def interpolation_table(
         ValueError: for another text, or seeds or classes that do not fit the model.
     """
     what, *ends = (word.strip() for word in text.split(":"))
-    if what not in ("seeds", "classes") or len(ends) != 2 or (what == "seeds" and not all(e.isdigit() for e in ends)):
+    if what not in ("seeds", "classes") or len(ends) != 2 or (what == "seeds" and not all(e.isdecimal() for e in ends)):
         raise ValueError(f"interpolate={text} is not understood; write seeds:3:7 or classes:3:8 (numbers or names)")
     if num < 2:
         raise ValueError(f"num={num}: an interpolation between two {what} has at least 2 images")

@@ -178,11 +178,12 @@ def _optimizer_steps(state: TrainState) -> float:
 
 
 def _shards(state: TrainState) -> dict[str, Tensor]:
-    """The network and the optimizer's moments, by name; moments are created where there are none yet."""
+    """The network and the optimizer's moments, by name; moments of 0 steps are created where there are none yet."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in state.model.named_parameters():
         tensors[f"model/{name}"] = parameter.detach()
         moments = state.optimizer.state[parameter]
+        moments.setdefault("step", torch.tensor(0.0, device=parameter.device))
         for key in MOMENTS:
             tensors[f"{key}/{name}"] = moments.setdefault(key, torch.zeros_like(parameter.detach()))
     return tensors
@@ -202,6 +203,7 @@ def read_checkpoint(folder: Path, state: TrainState, processes: Processes) -> No
         )
     for decay, place in average_folders(folder, state.averages).items():
         _read_network(place, state.averages[decay])
+    state.optimizer.state.clear()                                               # a checkpoint of step 0 has no moments
     try:
         if (folder / "shards").is_dir():
             _read_tensors(folder / "shards", tensors := _shards(state))
@@ -213,10 +215,11 @@ def read_checkpoint(folder: Path, state: TrainState, processes: Processes) -> No
             _read_network(folder / "model", state.model)
             if processes.is_sharded:
                 tensors = {key: value for key, value in _shards(state).items() if not key.startswith("model/")}
-                _read_tensors(folder, tensors)
-                steps = read_tensors(folder / "optimizer.safetensors")
-                for name, parameter in state.model.named_parameters():
-                    state.optimizer.state[parameter]["step"] = steps[f"step/{name}"].to(parameter.device)
+                if saved.optimizer_steps != 0:                                  # before the first step there are none
+                    _read_tensors(folder, tensors)
+                    steps = read_tensors(folder / "optimizer.safetensors")
+                    for name, parameter in state.model.named_parameters():
+                        state.optimizer.state[parameter]["step"] = steps[f"step/{name}"].to(parameter.device)
             else:
                 tensors = read_tensors(folder / "optimizer.safetensors")
                 torch.set_rng_state(tensors.pop("random/torch"))

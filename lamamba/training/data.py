@@ -28,7 +28,17 @@ GPU_THREADS = 4
 
 
 def as_training_set(data: ImageSet | TrainingSet, config: TrainConfig) -> TrainingSet:
-    """A training set as it is; an image set as pixels."""
+    """A training set as it is; an image set as pixels.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    needed = ("name", "image_size", "channels", "label_names", "read")
+    if lacking := [name for name in needed if not hasattr(data, name)]:
+        raise TypeError(
+            f"data of type {type(data).__name__} has no {lacking[0]}: give an image set or a training set, such as "
+            "lamamba.data.images.Images, or leave it out for what options.data names"
+        )
     if hasattr(data, "input_size"):
         return cast(TrainingSet, data)
     return PixelSet(cast(ImageSet, data), config.data.mirror)

@@ -246,7 +246,9 @@ class _Trainer:
         start = self._config.start
         takes_weights = start.source is not None and start.mode == "weights"
         takes_weights &= not self._processes.broadcast(self._folder.names())    # a restart has better ones
-        return start_network(start, architecture) if takes_weights else LaMambaUNet(architecture)
+        if not takes_weights:
+            return LaMambaUNet(architecture)
+        return start_network(start, architecture, self._metadata.label_names)
 
     def run(
         self, callbacks: Sequence[Callback], on_resume: Sequence[Callback], request: StopRequest

@@ -15,7 +15,7 @@ from lamamba.data.images import Images
 from lamamba.data.latents import LatentSet, is_latents
 from lamamba.data.manifest import excluded_files
 from lamamba.data.sets import EncodedSet, PixelSet, TrainingSet
-from lamamba.data.sources import open_source
+from lamamba.data.sources import FolderSource, is_junk, open_source
 from lamamba.options.training import DataOptions, TrainConfig
 from lamamba.runs.folder import RunFolder
 from lamamba.utils.distributed import is_rank_zero, local_device
@@ -40,6 +40,9 @@ def open_data(config: TrainConfig, out: Path | None = None) -> TrainingSet:
     if data.source == "digits":
         if data.channels != 1:
             raise ValueError("data.channels=3 does not fit the digits, which are grey; use 1")
+        if data.kind == "latents" or data.autoencoder is not None:
+            given = "data.autoencoder" if data.autoencoder is not None else "data.kind='latents'"
+            raise ValueError(f"{given} does not fit the digits, which are pixels: name the data as data.source")
         return PixelSet(Digits(data.image_size), data.mirror)
     if data.kind == "latents" or is_latents(data.source):
         if data.kind == "images":
@@ -58,6 +61,8 @@ def open_data(config: TrainConfig, out: Path | None = None) -> TrainingSet:
 def _open_images(data: DataOptions, run: RunFolder | None) -> Images:
     """Images without the excluded files: those of the manifest, or those excluded since the run began."""
     source = open_source(data.source, () if run is None else run.data_files())
+    if run is not None and isinstance(source, FolderSource):
+        _check_outside(run, Path(data.source))
     excluded, note = excluded_files(source, data.manifest)
     newly_excluded: set[str] = set()
     if run is not None and (at_the_start := run.excluded()) is not None:
@@ -75,6 +80,20 @@ def _open_images(data: DataOptions, run: RunFolder | None) -> Images:
     )
 
 
+def _check_outside(run: RunFolder, images: Path) -> None:
+    """Check that a run which begins is not in the folder of its images, of which its sample grids would be some.
+
+    Raises:
+        ValueError: when it is.
+    """
+    place, images = run.path.resolve(), images.resolve()
+    if place.is_relative_to(images) and not is_junk(place.relative_to(images).as_posix()) and not run.names():
+        raise ValueError(
+            f"{run.path} lies in the folder of the images, and its sample grids would be images of the data: give a "
+            "folder elsewhere as out"
+        )
+
+
 def plan_data(config: TrainConfig, out: Path | None = None) -> TrainingSet:
     """The data for a plan; where it is not there yet, what the recipe says of it.
 
@@ -84,7 +103,7 @@ def plan_data(config: TrainConfig, out: Path | None = None) -> TrainingSet:
         OSError, ValueError: when the data does not fit, or is missing and the recipe does not say what it would be.
     """
     data = config.data
-    if data.expected_images is None or Path(data.source).exists():
+    if data.expected_images is None or data.source == "digits" or Path(data.source).exists():
         return open_data(config, out)
     return PlannedData(data)
 

@@ -18,6 +18,7 @@ from lamamba.runs.folder import RunFolder
 from lamamba.runs.lora import LoraBase
 from lamamba.runs.model import fingerprint, open_network
 from lamamba.training.checkpoint import TrainState, put, restore_optimizer
+from lamamba.utils.distributed import is_rank_zero
 from lamamba.utils.files import attribute_differences
 
 logger = logging.getLogger("lamamba.training")
@@ -40,13 +41,15 @@ def with_network_of_source(options: TrainOptions) -> TrainOptions:
     if run.names():
         model = TrainConfig.from_dict(run.read_config().train).model
     else:
-        model = ModelOptions.of(_open_source(options.start).architecture)
+        model = ModelOptions.of(_open_source(options.start)[0].architecture)
     if own != default and options.lora.rank is None:
         model = dataclasses.replace(model, objective=own.objective, guidance_range=own.guidance_range)
     return dataclasses.replace(options, model=model)
 
 
-def start_network(options: StartOptions, architecture: UNetConfig) -> LaMambaUNet:
+def start_network(
+    options: StartOptions, architecture: UNetConfig, label_names: tuple[str, ...] = ()
+) -> LaMambaUNet:
     """A network with the averaged weights of the source, and a fresh label table where requested.
 
     A fresh table keeps the row of the null label. A flow map may start from a flow, whose outputs are its own at first.
@@ -55,7 +58,7 @@ def start_network(options: StartOptions, architecture: UNetConfig) -> LaMambaUNe
         FileNotFoundError: when there is no such source.
         ValueError: when the source is another network, or has other classes and options.replace_labels is not set.
     """
-    saved = check_start(options, architecture)
+    saved = check_start(options, architecture, label_names)
     network = LaMambaUNet(architecture)                                         # its label table is fresh already
     table = saved.state_dict()
     if options.replace_labels:
@@ -82,7 +85,7 @@ def open_base(config: TrainConfig, architecture: UNetConfig) -> tuple[LaMambaUNe
         return None
     check_peft()
     source = config.start.source
-    network = _open_source(config.start)
+    network, _ = _open_source(config.start)
     _check_same(network.architecture, architecture, Path(str(source)), set(), replaces_labels=False)
     lora_layers(network, config.lora)
     return network, LoraBase(base=str(source), base_sha256=fingerprint(network))
@@ -114,13 +117,13 @@ def add_lora_layers(network: LaMambaUNet, options: LoraOptions) -> None:
     network.add_adapter(LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=lora_layers(network, options)))
 
 
-def check_start(options: StartOptions, architecture: UNetConfig) -> LaMambaUNet:
-    """The network that training starts from, when it fits.
+def check_start(options: StartOptions, architecture: UNetConfig, label_names: tuple[str, ...] = ()) -> LaMambaUNet:
+    """The network that training starts from, when it fits; other names of as many classes are warned of.
 
     Raises:
         FileNotFoundError, ValueError: as `start_network` and `continue_official`.
     """
-    saved = _open_source(options)
+    saved, names = _open_source(options)
     found = saved.architecture.objective
     if architecture.objective == "flow-map" and found not in ("flow", "flow-map"):
         raise ValueError(
@@ -131,15 +134,24 @@ def check_start(options: StartOptions, architecture: UNetConfig) -> LaMambaUNet:
     if architecture.objective == "flow-map" and saved.architecture.objective == "flow" and options.mode == "weights":
         changes |= {"objective", "guidance_range"}
     _check_same(saved.architecture, architecture, Path(str(options.source)), changes)
+    if names and label_names and names != label_names and not options.replace_labels and is_rank_zero():
+        there, here = next(pair for pair in zip(names, label_names, strict=True) if pair[0] != pair[1])
+        logger.warning(
+            "%s was trained on other classes (%r where this data has %r), and they keep its labels; "
+            "start.replace_labels gives them fresh ones", options.source, there, here)
     return saved
 
 
-def _open_source(options: StartOptions) -> LaMambaUNet:
+def _open_source(options: StartOptions) -> tuple[LaMambaUNet, tuple[str, ...]]:
+    """The network, and the names of its classes where they are known."""
     assert options.source is not None
     source = Path(options.source)
     if options.mode == "everything":
-        return load_official(_read_training_checkpoint(source), weights="model")
-    return load_official(source) if source.suffix == ".pt" else open_network(source)[0]
+        return load_official(_read_training_checkpoint(source), weights="model"), ()
+    if source.suffix == ".pt":
+        return load_official(source), ()
+    network, metadata = open_network(source)
+    return network, metadata.label_names
 
 
 def _read_training_checkpoint(path: Path) -> dict[str, Any]:

@@ -77,9 +77,12 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def append_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Append a JSON object as a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+    """Append a JSON object as a line, after a line end where a kill or a full disk has cut the last one off."""
+    with path.open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(start + json.dumps(values).encode() + b"\n")
 
 
 def temporary_name(path: Path) -> Path:

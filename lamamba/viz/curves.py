@@ -65,14 +65,19 @@ METRICS = ("loss", "grad_norm", "images_per_second")
 """Numbers in every line of metrics.jsonl."""
 SCORES = ("score", "images")
 """And of scores.jsonl."""
+LARGEST = 1e100
+"""Of them; whole numbers of a file may be beyond all floats."""
 
 
-def read_metrics(path: Path, keys: Sequence[str] = METRICS) -> list[dict[str, Any]]:
+def read_metrics(
+    path: Path, keys: Sequence[str] = METRICS, *, may_be_empty: bool = False
+) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a truncated one, as a killed or running process leaves it, is skipped.
 
     Args:
         path: of the file.
         keys: numbers that each line must have besides its step.
+        may_be_empty: the file may have no line yet.
 
     Raises:
         OSError: when it cannot be read.
@@ -86,12 +91,18 @@ def read_metrics(path: Path, keys: Sequence[str] = METRICS) -> list[dict[str, An
             continue
         for key in ("step", *keys):
             value = line.get(key) if isinstance(line, dict) else None
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{path} is not of a training run: line {number} has {key}={value!r}, not a number")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
+                raise ValueError(
+                    f"{path} is not of a training run: line {number} has {key}={value!r:.40}, not a number below 1e100")
         lines.append(line)
-    if not lines:
+    if not lines and not may_be_empty:
         raise ValueError(f"{path} has no lines yet; let the run make some steps")
     return lines
+
+
+def _verbatim(text: str) -> str:
+    """Text for matplotlib, which would read formulas between dollar signs."""
+    return text.replace("$", r"\$")
 
 
 def _running_mean(values: Sequence[float], span: int) -> np.ndarray:
@@ -126,7 +137,7 @@ def run_curves(
         if name in scores:
             latest = {line["step"]: line["score"] for line in scores[name]}     # a step done again replaces the first
             panels[3].plot(*zip(*sorted(latest.items()), strict=True), "o-", color=color, markersize=4)
-    panels[0].set(ylabel="loss", title=next(iter(runs)) if len(runs) == 1 else note)
+    panels[0].set(ylabel="loss", title=_verbatim(next(iter(runs)) if len(runs) == 1 else note or ""))
     panels[0].title.set_wrap(True)
     panels[1].set(ylabel="gradient norm")
     set_log(panels[1])
@@ -154,6 +165,7 @@ def _draw_run(
     """One run's loss, gradient norm and images per second; held-out losses as dots."""
     steps = [line["step"] for line in lines]
     span = max(1, round(smooth * len(lines)))
+    name = _verbatim(name)
     logged, mean, held_out = ("as logged", "running mean", "held-out images") if is_alone else (
         None, name, f"{name}, held out")
     for axes, key in zip(panels, ("loss", "grad_norm", "images_per_second"), strict=False):

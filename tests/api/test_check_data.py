@@ -28,6 +28,11 @@ def test_a_folder_with_classes(tmp_path):
         assert line in str(result)
 
 
+def test_a_manifest_takes_the_place_of_no_image(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.png: it is a \.json file"):
+        lamamba.CheckDataOptions(source=str(tmp_path), manifest=tmp_path / "a.png")
+
+
 def test_kinds_are_those_of_the_manifest_and_strict_adds_conversions(tmp_path):
     write_odd_files(tmp_path)
     options = lamamba.CheckDataOptions(source=str(tmp_path), workers=1, manifest=tmp_path / "m.json")

@@ -112,9 +112,10 @@ def test_targets_are_tried_before_the_work(tmp_path):
     calls = []
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"no image")
+    (tmp_path / "m.json").mkdir()
     with pytest.raises(ValueError, match="is a folder; name a file in it; name a path .* manifest"):
         lamamba.check_data(
-            lamamba.CheckDataOptions(source=tmp_path / "images", manifest=tmp_path), progress=calls.append)
+            lamamba.CheckDataOptions(source=tmp_path / "images", manifest=tmp_path / "m.json"), progress=calls.append)
     with pytest.raises(ValueError, match="is a folder; name a file in it"):
         lamamba.benchmark(lamamba.BenchmarkOptions(json=tmp_path), progress=calls.append)
     with pytest.raises(ValueError, match="is a folder; name a file in it"):

@@ -45,6 +45,15 @@ def test_images_seeds_labels_and_a_picture_without_a_file(model):
         assert "lamamba" in picture.text
 
 
+def test_classes_may_be_an_array(model):
+    assert sample(model, classes=np.array([2, 0]), num=1).labels == (2, 0)
+
+
+def test_no_classes_are_not_the_default_ones(model):
+    with pytest.raises(ValueError, match="classes names none: give at least one"):
+        sample(model, classes=[])
+
+
 def test_a_png_repeats_itself(model, tmp_path):
     first = sample(model, out=tmp_path / "a.png", guidance=3.0)
     assert str(first).startswith(f"{tmp_path / 'a.png'}: 6 images")

@@ -6,10 +6,12 @@ import hashlib
 import json
 
 import pytest
+from PIL import Image
 
 import lamamba
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.sampling.settings import read_image_metadata
+from tests.autoencoders import make_kl
 from tests.networks import random_network, two_blocks
 
 
@@ -41,6 +43,22 @@ def test_the_call_fills_a_folder_reports_and_verifies_it_again(model, tmp_path, 
     assert lamamba.sample_folder(make(model, folder), progress=None) == result  # the format is the folder's
     assert hashes(folder) == before
     assert capsys.readouterr() == ("", "")
+
+
+def test_an_autoencoder_may_decode_to_grey(tmp_path):
+    make_kl(in_channels=1, out_channels=1, block_out_channels=(8, 8)).save_pretrained(tmp_path / "kl")
+    random_network(two_blocks(in_channels=4, objective="flow", width=8)).save_pretrained(tmp_path / "model")
+    ModelMetadata(
+        objective="flow", image_size=16, codec="latents", autoencoder=str(tmp_path / "kl"),
+        label_names=("ant", "bee", "cat"),
+    ).save(tmp_path / "model" / "sampling.json")
+    lamamba.sample_folder(make(tmp_path / "model", tmp_path / "out", num=2), progress=None)
+    assert Image.open(tmp_path / "out" / "000000.png").mode == "L"
+    result = lamamba.evaluate(lamamba.EvaluateOptions(
+        samples=str(tmp_path / "model"), reference=str(tmp_path / "out"), features="digits", num_images=2,
+        labels="balanced", guidance=2.0, steps=2, out=tmp_path / "figures.json", device="cpu",
+    ), progress=None)
+    assert result.figures["frechet"] == pytest.approx(0, abs=1e-3)              # the same images
 
 
 def test_it_goes_on_after_an_interruption(model, tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import re
+import shutil
 import signal
 
 import pytest
@@ -23,6 +24,7 @@ from lamamba.training.interrupt import Interrupted
 from lamamba.training.loop import StepState, describe
 from lamamba.training.sources import PlannedData
 from tests import networks
+from tests.data.test_images import write_images
 
 TINY = dict(
     model=networks.TINY, batch_size=4, ema_decays=(0.5,), steps=4, log_every=1, checkpoint_every=2, device="cpu",
@@ -62,6 +64,19 @@ def test_another_objective_is_refused_where_a_run_goes_on_from_a_source(tmp_path
     with pytest.raises(ValueError, match="another configuration .*objective"):
         lamamba.train(dataclasses.replace(tuned, steps=2, model=ModelOptions(objective="v")), progress=None)
     assert lamamba.train(dataclasses.replace(tuned, steps=2), progress=None).step == 2
+
+
+def test_other_classes_of_the_same_number_are_warned_of(tmp_path, caplog):
+    for number, names in enumerate((("ant", "bee"), ("bee", "cat"))):
+        for name in names:
+            write_images(tmp_path / f"set{number}" / name, 2)
+    data = [dict(source=str(tmp_path / f"set{number}"), image_size=8, channels=3) for number in range(2)]
+    lamamba.train(options(tmp_path / "base", steps=1, data=data[0]), progress=None)
+    for replaces in (False, True):
+        caplog.clear()
+        start = dict(source=str(tmp_path / "base"), replace_labels=replaces)
+        lamamba.train(options(tmp_path / f"tuned{replaces}", steps=1, data=data[1], start=start), progress=None)
+        assert ("was trained on other classes ('ant' where this data has 'bee')" in caplog.text) != replaces
 
 
 def test_without_a_model_section_the_network_of_the_source_is_trained(tmp_path, capsys):
@@ -179,6 +194,8 @@ REFUSED = {
     "no official checkpoint": (dict(start=dict(source="gone.pt", mode="everything")), "gone.pt is not a file"),
     "a size": (dict(data=dict(image_size=12)), "12"),
     "colour": (dict(data=dict(channels=3)), "data.channels=3 does not fit the digits"),
+    "an autoencoder": (dict(data=dict(autoencoder="kl")), "data.autoencoder does not fit the digits"),
+    "digits for latents": (dict(data=dict(kind="latents")), "data.kind='latents' does not fit the digits"),
     "a number of classes": (dict(data=dict(expected_classes=3)), "data.expected_classes=3"),
     "a width": (dict(model=dict(width=7)), "width=7 must be a multiple of 4"),
 }
@@ -205,6 +222,41 @@ def test_a_folder_that_does_not_fit_is_refused_by_the_plan_and_left_as_it_is(who
             call(options(folder, steps=5, batch_size=5, sampling=dict(every=0)))
         assert [path for path in sorted(folder.rglob("*")) if path.name != ".lock"] == [
             path for path in before if path.name != ".lock"]
+
+
+def test_a_run_does_not_lie_among_its_images(tmp_path):
+    """Its sample grids would be images of the data, and it could not go on. A hidden folder has none."""
+    write_images(tmp_path / "photos", 4)
+    data = dict(source=str(tmp_path / "photos"), image_size=16, channels=3)
+    for call in (lamamba.plan, lamamba.train):
+        with pytest.raises(ValueError, match="lies in the folder of the images"):
+            call(options(tmp_path / "photos" / "run", data=data))
+    inside = options(tmp_path / "photos" / ".run", data=data)
+    lamamba.train(dataclasses.replace(inside, steps=2), progress=None)
+    assert lamamba.train(inside, progress=None).step == 4
+
+
+def test_a_picture_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
+    def block(progress):
+        if progress.done == 1:                                                  # files where folders are expected
+            shutil.rmtree(tmp_path / "run" / "samples")
+            (tmp_path / "run" / "samples").touch()
+            (tmp_path / "run" / "scores.jsonl").mkdir()
+
+    score = dict(every=4, features="digits", reference="digits", images=4)
+    assert lamamba.train(options(tmp_path / "run", score=score), progress=block).step == 4
+    for name in ("step_00000004.png", "scores.jsonl"):
+        assert f"{name} cannot be written: " in caplog.text
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (dict(data="digits"), "data of type str has no name"), (dict(callbacks=[3]), r"callbacks=\[3\] must be a list of"),
+    (dict(callbacks=print), "callbacks=<built-in function print> must be"),
+])
+def test_arguments_of_another_kind_are_refused_before_the_first_step(tmp_path, arguments, said):
+    with pytest.raises(TypeError, match=said):
+        lamamba.train(options(tmp_path / "run"), progress=None, **arguments)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("seed", [2**63, -1])
@@ -235,6 +287,28 @@ def test_a_grid_and_a_score_that_are_missing_are_made_when_the_run_goes_on(tmp_p
     changed = grid.stat().st_mtime_ns
     lamamba.train(options(tmp_path, **scored), progress=None)
     assert (grid.stat().st_mtime_ns, scores.read_text()) == (changed, content[1])
+
+
+def test_a_line_of_metrics_that_is_cut_off_does_not_spoil_the_result(tmp_path):
+    def cut(step_state):
+        with RunFolder(tmp_path).metrics.open("a") as file:
+            file.write('{"step": 9, "lo')
+
+    result = lamamba.train(options(tmp_path, steps=1, sampling=dict(every=0)), progress=None, callbacks=[cut])
+    assert result.metrics["step"] == 1
+
+
+@pytest.mark.parametrize("length", [0, 9])
+def test_scores_cut_off_by_a_full_disk_or_a_kill_are_made_again(tmp_path, length):
+    changes = dict(steps=2, score=dict(every=2, features="digits", reference="digits", images=4),
+                   sampling=dict(every=0, steps=1))
+    lamamba.train(options(tmp_path, **changes), progress=None)
+    path = RunFolder(tmp_path).scores
+    line = path.read_text()
+    path.write_text(line[:length])
+    lamamba.plot(lamamba.PlotOptions(runs=[tmp_path], out=tmp_path / "plot.png"))
+    lamamba.train(options(tmp_path, **changes), progress=None)
+    assert path.read_text() == line[:length] + "\n" * bool(length) + line
 
 
 def test_a_network_too_large_for_its_images_is_warned_of_with_a_size_that_fits(monkeypatch, tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from lamamba.metrics import Statistics, frechet_distance, inception_score, preci
 from lamamba.metrics.digits_network import DigitFeatures
 from lamamba.metrics.inception import Inception, InceptionFeatures
 from lamamba.metrics.scores import softmax
+from lamamba.options.evaluation import EvaluateOptions
 from lamamba.runs.folder import MANIFEST, _hash_of_hashes
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import load_network
@@ -213,10 +216,38 @@ def test_changed_files_are_evaluated_again(lamamba, colour):
     command = ["evaluate", "folder", "--reference", "packed.npz", *MEANS, "--keep-features"]
     assert lamamba(*command)[0] == 0
     assert figures("evaluation.json")["frechet"] == pytest.approx(0, abs=1e-6)
+    as_reference = ["evaluate", "packed.npz", "--reference", "folder", *MEANS, "--keep-features", "--out", "other.json"]
+    assert lamamba(*as_reference)[0] == 0
     for path, image in zip(names, 255 - colour // 2, strict=True):
         Image.fromarray(image).save(path.with_suffix(".bmp"))
-    assert lamamba(*command)[0] == 0
-    assert figures("evaluation.json")["frechet"] > 0.1
+    for arguments, result in ((command, "evaluation.json"), (as_reference, "other.json")):
+        assert lamamba(*arguments)[0] == 0
+        assert figures(result)["frechet"] > 0.1
+
+
+def test_a_function_that_has_changed_is_another_feature_network(lamamba, colour):
+    command = ["evaluate", "folder", "--device", "cpu", "--features", "changing:mean"]
+    Path("changing.py").write_text("def mean(images):\n    return images.mean(axis=(1, 2))\n")
+    assert lamamba("evaluate", "stats", *command[1:], "--out", "reference.npz")[0] == 0
+    assert lamamba(*command, "--reference", "reference.npz", "--keep-features")[0] == 0
+    assert figures("evaluation.json")["frechet"] == pytest.approx(0, abs=1e-6)
+    Path("changing.py").write_text("def mean(images):\n    return 2.0 + images.mean(axis=(1, 2))\n")
+    del sys.modules["changing"]
+    importlib.invalidate_caches()
+    status, _, error = lamamba(*command, "--reference", "reference.npz", "--keep-features")
+    assert (status, "was made by another feature network (sha256" in error) == (2, True), error
+
+
+def test_features_of_a_tar_that_has_changed_are_computed_again(lamamba, colour):
+    pytest.importorskip("webdataset", reason="needs webdataset")
+    command = ["evaluate", "set.tar", "--reference", "packed.npz", *MEANS, "--keep-features"]
+    for number, images in enumerate((colour, 255 - colour // 2)):
+        with tarfile.open("set.tar", "w") as archive:
+            for k, image in enumerate(images):
+                Image.fromarray(image).save("one.bmp")
+                archive.add("one.bmp", f"{k:02d}.bmp")
+        assert lamamba(*command)[0] == 0
+        assert (figures("evaluation.json")["frechet"] > 0.1) == bool(number)
 
 
 def save_png(path, pixels):
@@ -370,6 +401,15 @@ def test_errors_are_one_line(lamamba, colour, run, reference):
         (["compare", "x.json"], "at least two result files"),
         (["compare", "folder/00.png", "folder/01.png"], "is not text in UTF-8"),
         (["stats", "folder", *MEANS, "--out", "x.json"], "must end in .npz"),
+        (["stats", "loose.npz", *MEANS, "--out", "loose.npz"], "would take the place of the images"),
+        (["stats", "folder", *MEANS, "--rows", 1, "--out", "x.npz"], "rows=1 must be at least 2"),
+        (["folder", *folder, "--out", "x.png"], "out=x.png: the result is a .json file"),
+        (["folder", *folder, "--metrics.kernel-subset", 1], "metrics.kernel_subset=1 must be at least 2"),
+        (["", *folder], "an empty path"),
+        (["folder", "--reference", run, *MEANS], "is a run or a model, and these are to be images"),
+        (["stats", "shipped", *MEANS, "--out", "x.npz"], "shipped is a run or a model"),
+        (["folder", "--reference", "", *MEANS], "an empty path"),
+        ([run, *SAMPLE, "--seed", 2**63 - 1], "the last image would have 9223372036854775846"),
     ]:
         status, printed, error = lamamba("evaluate", *arguments)
         assert status == 2, (arguments, printed)
@@ -409,6 +449,11 @@ def test_the_model_of_the_package_is_evaluated_by_name(lamamba):
     assert entry["figures"]["accuracy"] > 0.8
     status, _, error = lamamba("evaluate", "shipped", *SAMPLE, "--every-checkpoint")
     assert (status, "shipped is no run" in error) == (2, True)
+
+
+def test_a_tensor_is_no_set_of_images_and_is_named_in_one_line():
+    with pytest.raises(ValueError, match=r"^samples: tensor\(\[\[\[\[0\], \[0\].{,50} must be a name"):
+        EvaluateOptions(samples=torch.zeros(9, 8, 8, 1, dtype=torch.uint8), reference="digits")
 
 
 def test_help_needs_no_torch():

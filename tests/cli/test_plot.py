@@ -33,6 +33,13 @@ def test_plot_draws_one_or_several_runs(lamamba, tmp_path):
     assert orange[1] > 500
 
 
+def test_names_of_runs_are_no_formulas(lamamba, tmp_path):
+    for name in ("$x^$", "$y_{$"):
+        write_run(tmp_path / name, 3)
+    assert lamamba("plot", "$x^$", "--out", "one.png")[0] == 0
+    assert lamamba("plot", "$x^$", "$y_{$", "--out", "two.png")[0] == 0
+
+
 def test_plot_from_python_is_a_picture_in_a_notebook(tmp_path):
     write_run(tmp_path / "a", 20)
     result = package.plot(package.PlotOptions(runs=[tmp_path / "a"], out=tmp_path / "a.png", smooth=0))

@@ -97,6 +97,13 @@ def test_a_picture_of_a_model_that_has_changed_is_not_repeated_in_silence(sample
     assert (status, "c.png holds no settings" in err, len(err.splitlines())) == (2, True, 1)
 
 
+def test_rows_have_the_names_of_the_model_that_draws(sample):
+    save_model(Path("renamed"), names=("x", "y", "z"))
+    assert sample("flow", "--classes", "ant,cat", "--num", 2, "--steps", 1, "--out", "a.png")[0] == 0
+    assert sample("renamed", "--like", "a.png", "--out", "b.png")[0] == 0
+    assert [read_image_metadata(f"{name}.png").row_names for name in "ab"] == [("ant", "cat"), ("x", "z")]
+
+
 def test_paths_between_seeds_and_classes(sample):
     assert sample("flow", "--interpolate", "seeds:3:7", "--classes", "0,1", "--num", 4, "--steps", 2,
                   "--out", "a.png")[0] == 0
@@ -224,6 +231,9 @@ def test_balanced_labels_of_an_unconditional_model_and_of_chosen_classes(sample)
     (["flow", "--guidance-interval", "0.5", "0.1"], "guidance interval"),
     (["flow", "--seed", "99999999999999999999"], "seed 99999999999999999999 is out of range"),
     (["flow", "--batch-size", "0"], "batch_size=0 must be at least 1"),
+    (["flow", "--num", "1000000000"], "3,000,000,000 images of 8 x 8 pixels are too many for one picture"),
+    (["flow", "--balanced", "--num", "3", "--threads", "100000"], "threads=100000 must be at most 1024"),
+    (["flow", "--interpolate", "seeds:\u00b2:4"], "write seeds:3:7 or classes:3:8"),
     (["--like", "nowhere.png"], "nowhere.png does not exist"),
     (["model.pt"], "a pickled checkpoint can run code, so it is not opened here: lamamba convert model.pt DIR"),
     (["broken"], "broken/diffusion_pytorch_model.safetensors is damaged"),

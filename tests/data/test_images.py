@@ -335,6 +335,8 @@ def test_digits_are_the_real_ones():
     assert (digits.images.min(), digits.images.max()) == (0, 255)
     large = Digits(16)
     assert np.array_equal(large.images[:, :, ::2, 1::2], digits.images)
+    assert np.array_equal(large.read([5, 3])[0], large.images[[5, 3]])
+    assert Digits(4096).read([0])[0].shape == (1, 1, 4096, 4096)                # one at a time: all are 30 GB
     with pytest.raises(ValueError, match="choose a multiple of 8"):
         Digits(12)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -261,6 +262,19 @@ def test_folders_of_the_time_before_stay_what_they_are(encoded):
     old = {key: value for key, value in plan.to_dict().items() if key != "left_out"}
     assert Plan.from_dict(old).to_dict() == old                                 # so that runs on them go on
     assert Plan.from_dict(old).differences(plan) == []
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda shards: shards[2].update(labels=[1, 2, 1]), "labels of shard_00002.safetensors has 2, and label_names 2"),
+    (lambda shards: shards.pop(1), "shards has 2 entries, and its plan 3"),
+])
+def test_an_index_that_contradicts_itself_is_refused(encoded, tmp_path, change, said):
+    shutil.copytree(encoded, tmp_path / "out")
+    values = json.loads((tmp_path / "out" / "index.json").read_text())
+    change(values["shards"])
+    (tmp_path / "out" / "index.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"index\.json: {said}"):
+        LatentSet(tmp_path / "out")
 
 
 def test_a_latent_set_survives_a_fork(encoded):

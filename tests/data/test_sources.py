@@ -185,6 +185,59 @@ def test_tars_that_do_not_fit_are_named(tmp_path):
         open_source(str(tmp_path / "b-{1..3}.tar"))
 
 
+def test_no_part_of_a_tar_is_left_out_in_silence(tmp_path):
+    """Behind a damaged header, or behind the end of the first of tars that were joined."""
+    pytest.importorskip("webdataset", reason="needs webdataset")
+    for name in ("a", "b"):
+        write_tar(tmp_path / f"{name}.tar", [(f"{k}.png", b"x") for k in range(3)])
+    whole = (tmp_path / "a.tar").read_bytes()
+    assert len(open_source(tmp_path / "a.tar")) == 3
+    (tmp_path / "a.tar").write_bytes(whole[:2048])                              # without an end, as some programs write
+    assert len(open_source(tmp_path / "a.tar")) == 2
+    for content, said in (
+        (whole[:1100] + b"?" + whole[1101:], "byte 1,024 begins no file"), (whole[:2500], "byte 2,048 begins no file"),
+        (whole + (tmp_path / "b.tar").read_bytes(), "more follows its end at byte 3,072"),
+    ):
+        (tmp_path / "a.tar").write_bytes(content)
+        with pytest.raises(ValueError, match=f"a.tar is damaged, .*{said}"):
+            open_source(tmp_path / "a.tar")
+
+
+def test_tars_beside_images_are_ambiguous(tmp_path):
+    pytest.importorskip("webdataset", reason="needs webdataset")
+    write_tar(tmp_path / "backup.tar", [("0.png", b"x")])
+    (tmp_path / ".cache").mkdir()
+    write_images(tmp_path / ".cache", 1)
+    assert len(open_source(tmp_path)) == 1
+    write_images(tmp_path / "cats", 2)
+    with pytest.raises(ValueError, match=r"holds tars \(backup.tar\) and images beside them \(cats/000.png\)"):
+        open_source(tmp_path)
+    assert len(open_source(tmp_path / "backup.tar")) == 1
+
+
+def test_a_folder_of_any_name_is_a_folder(tmp_path):
+    for name in ("photos.tar", "photos{1..3}"):
+        write_images(tmp_path / name, 2)
+        assert len(open_source(tmp_path / name)) == 2
+
+
+def test_tars_of_one_folder_have_manifests_of_their_own(tmp_path):
+    pytest.importorskip("webdataset", reason="needs webdataset")
+    names = [str(tmp_path / name) for name in ("train-{0..1}.tar", "val.tar")]
+    for name in ("train-0", "train-1", "val"):
+        write_tar(tmp_path / f"{name}.tar", [("0.png", b"x")])
+    assert len({manifest_path(name) for name in (*names, str(tmp_path))}) == 3
+    for name in names:
+        source = open_source(name)
+        make_manifest(source, check_files(source, 1)).save(manifest_path(name))
+    assert excluded_files(open_source(names[0])) == (("train-0.tar/0.png", "train-1.tar/0.png"), None)
+    assert excluded_files(open_source(names[1])) == (("val.tar/0.png",), None)
+    manifest_path(names[1]).rename(tmp_path / "lamamba-manifest.json")          # as it was called before
+    assert excluded_files(open_source(names[1])) == (("val.tar/0.png",), None)
+    manifest_path(names[0]).unlink()
+    assert excluded_files(open_source(names[0])) == ((), None)                  # that one is not of these
+
+
 def test_names_with_dots_and_names_that_come_twice_keep_their_own_class(tmp_path, caplog):
     pytest.importorskip("webdataset", reason="needs webdataset")
     picture = encoded(Image.new("RGB", (4, 4)), "PNG")
@@ -243,6 +296,15 @@ def test_hugging_face_data_sets_hold_the_same_images(tmp_path):
         open_source(f"datasets:{tmp_path / 'splits'}@tset")
     with pytest.raises(RuntimeError, match="cannot be had"):
         open_source(f"datasets:{tmp_path / 'nowhere'}")
+    with pytest.raises(ValueError, match="'datasets:@train' names no data set"):
+        open_source("datasets:@train")
+    for file in ("state.json", "dataset_info.json"):
+        whole = (tmp_path / "saved" / file).read_bytes()
+        for content in ("[]", "null", '{"_data_files": 3, "features": 3}'):
+            (tmp_path / "saved" / file).write_text(content)
+            with pytest.raises(RuntimeError, match="cannot be had: (Type|Attribute|Key)Error"):
+                open_source(tmp_path / "saved")
+        (tmp_path / "saved" / file).write_bytes(whole)
 
 
 @pytest.mark.parametrize(("kind", "labels", "names", "expected"), [

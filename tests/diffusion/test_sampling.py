@@ -284,6 +284,7 @@ def test_autoguidance_extrapolates_from_the_guiding_model_with_the_same_labels(n
 
 @pytest.mark.parametrize(("settings", "said"), [
     (dict(scale=float("nan")), "no finite number"),
+    (dict(scale=10**400), "no finite number"),
     (dict(channels="first"), "unknown; did you mean 'first-three'"),
     (dict(interval=(0.5, 0.2)), "0 <= low <= high <= 1"),
     (dict(interval=(0, 500)), "0 <= low <= high <= 1"),

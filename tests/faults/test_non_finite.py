@@ -108,9 +108,14 @@ def test_stop_before_any_process_updates_and_name_files_and_module(tmp_path, kin
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-@pytest.mark.parametrize(("policy", "every"), [("skip", 1), ("back", 2)])
-def test_skip_and_back_go_on_with_other_batches(tmp_path, kind, policy, every, count, tally):
-    settings = config(steps=8, checkpoint_every=every, faults=dict(on_non_finite=policy, max_skips=20))
+@pytest.mark.parametrize(("policy", "every", "sharding"), [
+    ("skip", 1, "none"), ("back", 2, "none"), ("back", 2, "full"),
+])
+def test_skip_and_back_go_on_with_other_batches(tmp_path, kind, policy, every, sharding, count, tally):
+    settings = config(
+        steps=8, checkpoint_every=every, faults=dict(on_non_finite=policy, max_skips=20),
+        processes=dict(sharding=sharding),
+    )
     first, second = together(2, run, settings, tmp_path / "run", kind)
     assert not isinstance(first, Failed), first.args
     for result in (first, second):
@@ -125,6 +130,13 @@ def test_skip_and_back_go_on_with_other_batches(tmp_path, kind, policy, every, c
     if policy == "back":
         assert first["omitted"] > first["faults"]                               # whole stretches, not single batches
     tally(f"6 {kind} not finite on one of two processes: {policy}", first["faults"], second["faults"])
+
+
+def test_back_at_the_start_the_optimizer_begins_anew(tmp_path):
+    settings = config(batch_size=1, steps=7, checkpoint_every=50, faults=dict(on_non_finite="back"))
+    state = train(settings, WithNaN(9), tmp_path / "run")
+    assert (state.faults, state.omitted) == (1, 6)                              # five steps were undone
+    assert {float(moments["step"]) for moments in state.optimizer.state.values()} == {7}
 
 
 def test_more_faults_than_allowed_stop_the_run(tmp_path, tally):

@@ -62,6 +62,10 @@ def test_any_function_is_a_feature_network():
     assert network.info.name == "corner"
     with pytest.raises(ValueError, match=r"odd made {'features': \(4,\)} of 4 images"):
         CallableFeatures(lambda images: np.zeros(len(images)), "odd")(np.zeros((4, 2, 2, 3), dtype=np.uint8))
+    with pytest.raises(RuntimeError, match="features odd failed: TypeError: 'int' object is not iterable"):
+        CallableFeatures(lambda images: list(3), "odd")(np.zeros((4, 1)))
+    with pytest.raises(ValueError, match=r"odd made .*'logits': \(4,\)} of 4 images"):
+        CallableFeatures(lambda images: {"features": np.zeros((4, 1)), "logits": np.zeros(4)}, "odd")(np.zeros((4, 1)))
 
 
 def test_shards_are_made_once_and_damaged_ones_again(tmp_path):

@@ -358,6 +358,7 @@ def with_values(change):
     *((lambda t, s, more=more: s.update(more), said) for more, said in (
         (dict(r=0), "r=0 must be a whole number of at least 1"), (dict(r="4"), "r='4' must be a whole number"),
         (dict(lora_alpha=None), "lora_alpha=None must be a finite number"),
+        (dict(lora_alpha=10**400), "must be a finite number"),
         (dict(lora_alpha=float("nan")), "lora_alpha=nan must be a finite number"),
         (dict(peft_type="IA3"), "peft_type='IA3' must be LORA"),
         (dict(zzz=1), "cannot be loaded by peft: .*unexpected keyword argument 'zzz'"),

@@ -10,6 +10,9 @@ import pytest
 
 from lamamba.options.training import (
     DataOptions,
+    DistillOptions,
+    FlowMapOptions,
+    LossOptions,
     ModelOptions,
     OptimizerOptions,
     ScoreOptions,
@@ -64,6 +67,11 @@ def test_a_file_of_ones_own(tmp_path):
     ("steps = 0", "steps=0 must be at least 1"),
     ("ema_decay = 1.0", r"ema_decays\[0\]=1.0 must be below 1"),
     ("ema_decays = [0.9, 0.9]", "one number or several different ones"),
+    ("ema_decays = [0.9, 0.9999991, 0.9999992]", "in their first six digits"),  # one folder for two averages
+    ("ema_decay = 0.9\nema_decays = [0.9]", "option 'ema_decay' is unknown; did you mean 'ema_decays'"),
+    ("[sampling]\nnum_steps = 2\nsteps = 3", "option 'sampling.num_steps' is unknown"),
+    ("[processes]\nthreads = 100000", "processes.threads=100000 must be at most 1024"),
+    ("[processes]\ntimeout_minutes = 1e300", "processes.timeout_minutes=1e\\+300 must be at most 525600"),
     ("[optimizer]\nschedule = 'cosin'", "optimizer.schedule 'cosin' is unknown; did you mean 'cosine'"),
     ("[watch]\ntrackers = ['tensorbord']", "did you mean 'tensorboard'"),
     ("keep_every = 700\ncheckpoint_every = 500", "must be a multiple of checkpoint_every=500"),
@@ -97,6 +105,19 @@ def test_an_ema_that_outlasts_the_run_is_warned_of():
     (warning,) = TrainConfig(steps=1300, ema_decays=(0.9999, 0.99)).warnings()
     assert "88%" in warning
     assert "ema_decays=0.9962" in warning
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    (dict(distill=DistillOptions(features="none")), "distill has no effect without distill.teacher"),
+    (dict(flow_map=FlowMapOptions(noise_share=0.5)), "flow_map has no effect with model.objective='noise'"),
+    (dict(loss=LossOptions(logit_mean=0.5)), "loss.logit_mean or loss.logit_deviation has no effect where times are"),
+    (dict(loss=LossOptions(min_snr_gamma=3.0)), "loss.min_snr_gamma has no effect without loss.weighting='min-snr'"),
+    (dict(score=ScoreOptions(reference="digits")), "score has no effect with score.every=0"),
+    (dict(loss=LossOptions(logit_mean=0.5), model=ModelOptions(objective="flow")), None),
+])
+def test_options_that_nothing_reads_are_warned_of(changes, said):
+    found = TrainConfig(steps=100_000, **changes).warnings()
+    assert [warning.startswith(said or "") for warning in found] == [True] * bool(said)
 
 
 def test_the_learning_rate_warms_up_and_cools_down():

@@ -222,6 +222,10 @@ def test_other_settings_are_refused_with_the_differences(tmp_path, alone):
     with pytest.raises(ValueError, match=r"made otherwise \(seed: 100 there, 0 here; batch_size: 4 there, 8 here\)"):
         run(make_plan(seed=0, batch_size=8), alone)
     (tmp_path / "thesis.tex").write_text("precious")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "manifest.json").write_text('{"name": "site"}')
+    with pytest.raises(FileExistsError, match="manifest.json is of something else than a folder of samples"):
+        find_plan(tmp_path / "site")
     with pytest.raises(FileExistsError, match="holds something else"):
         run(make_plan(), tmp_path)
     with pytest.raises(ValueError, match="largest seed"):

@@ -181,6 +181,8 @@ def test_images_deleted_during_a_run_stop_neither_it_nor_its_restart(tmp_path):
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(NotADirectoryError, match=r"thesis\.tex is a file; nothing was done"):
+        train(config(), FewDigits(4), tmp_path / "thesis.tex")
     with pytest.raises(FileExistsError, match="holds no run"):
         train(config(), FewDigits(4), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 
 import numpy as np
@@ -61,6 +62,24 @@ def test_checkpoints_of_every_kind_load_under_any_other_to_the_bit(written, tmp_
             assert tensors.keys() == ended[kind].keys()
             for name, tensor in tensors.items():
                 assert np.array_equal(tensor, ended[kind][name]), (kind, name)
+
+
+@pytest.mark.parametrize(("writer", "reader"), [("one process", "FSDP2"), ("FSDP2", "one process")])
+def test_the_checkpoint_before_the_first_step_loads_under_another_kind(tmp_path, writer, reader):
+    """Where a run goes back when the first steps are not finite."""
+    settings_of = functools.partial(settings, faults=dict(on_non_finite="back"))
+    ended = {}
+    for name, kind in (("there", writer), ("here", reader)):
+        ended[name] = together(KINDS[kind][0], weights, settings_of(kind), tmp_path / name)[0]
+    shutil.rmtree(tmp_path / "there" / "checkpoints" / "step_00000002")
+    again = together(KINDS[reader][0], weights, settings_of(reader), tmp_path / "there")[0]
+    for name, weight in again.items():
+        assert np.array_equal(weight, ended["here"][name]), name
+
+
+def weights(settings, folder):
+    state = train(settings, FewDigits(6), folder)
+    return {name: whole(parameter).detach().numpy() for name, parameter in state.model.named_parameters()}
 
 
 def losses_and_shards(kind, folder, precision):

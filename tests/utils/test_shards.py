@@ -208,6 +208,9 @@ def test_another_plan_and_foreign_files_are_refused(tmp_path):
             Job(tmp_path / name, Plan(seed=1)).run()
     with pytest.raises(FileExistsError, match=r"holds something else \(begun, done\)"):
         Job(tmp_path).run()
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file is a file; nothing was done"):
+        Job(tmp_path / "file").run()
 
 
 def test_a_disk_that_spoils_what_is_written_is_called_broken(tmp_path):
