@@ -284,10 +284,7 @@ class RunFolder:
             raise ValueError(f"{self.config}: {error}") from error
 
     def _check_same(self, saved: RunConfig, new: Mapping[str, Any]) -> None:
-        old = {entry.name: getattr(saved, entry.name) for entry in dataclasses.fields(saved) if entry.name != "data"}
-        for part in ("teacher", "base"):
-            if old[part] is None:
-                del old[part]
+        old = {name: value for name, value in vars(saved).items() if name != "data" and value is not None}
         old["train"] = TrainConfig.from_dict(saved.train, self.config).to_dict()    # options that it did not know yet
         old["sampling"] = json.loads(json.dumps(dataclasses.asdict(CodecConfig()))) | old["sampling"]
         may_change = {
