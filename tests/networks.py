@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -13,6 +14,9 @@ from torch import Tensor
 from lamamba import LaMambaUNet, UNetConfig
 from lamamba.models.official import derive_config
 from lamamba.ops import native
+from lamamba.runs.folder import MANIFEST, RUN_VERSION, _hash_of_hashes
+from lamamba.runs.metadata import ModelMetadata
+from lamamba.utils.files import sha256, write_json
 
 PARITY = Path(__file__).parent / "parity"
 BACKENDS = [*(f"cpu/{name}" for name in native.INSTRUCTION_SETS), "torch", "reference"]
@@ -78,6 +82,29 @@ def random_network(config: UNetConfig, seed: int = 0) -> LaMambaUNet:
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
+
+
+def grey_network(seed: int = 0, **changes) -> LaMambaUNet:
+    """A random network of `two_blocks` for grey images of 8 x 8 pixels, a flow's unless said otherwise."""
+    return random_network(two_blocks(**{"in_channels": 1, "objective": "flow", "width": 8, **changes}), seed)
+
+
+def save_model(folder: Path, network: LaMambaUNet, **metadata: Any) -> Path:
+    """Save a network with its sampling.json: of pixels and without names of classes unless said otherwise."""
+    network.save_pretrained(folder)
+    config = network.architecture
+    values = {"objective": config.objective, "image_size": config.input_size[0], **metadata}
+    ModelMetadata(**values).save(folder / "sampling.json")
+    return folder
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """A checkpoint's manifest of the files that lie in it."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    hashes = {path.relative_to(checkpoint).as_posix(): sha256(path) for path in files}
+    write_json(checkpoint / MANIFEST, {
+        "version": RUN_VERSION, "files": hashes, "files_sha256": _hash_of_hashes(hashes)})
 
 
 def random_inputs(config: UNetConfig, batch: int = 2, seed: int = 1, grid=None):

@@ -13,8 +13,8 @@ import lamamba
 from lamamba.cli.main import main
 from lamamba.compression.plan import Plan
 from lamamba.runs.model import open_network
+from tests.damage import full_disk
 from tests.networks import random_network, small_config
-from tests.training.test_loop import full_disk
 from tests.training.together import command, command_on, needs_fork_server
 
 REMOVED = ("encoder.1.0", "encoder.2.0", "encoder.3.0", *(f"decoder.{s}.{k}" for s in range(3) for k in range(2)))

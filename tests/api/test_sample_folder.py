@@ -8,17 +8,14 @@ import json
 import pytest
 
 import lamamba
-from lamamba.runs.metadata import ModelMetadata
 from lamamba.sampling.settings import read_image_metadata
-from tests.networks import random_network, two_blocks
+from tests.networks import grey_network, save_model
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     place = tmp_path_factory.mktemp("models") / "flow"
-    random_network(two_blocks(in_channels=1, objective="flow", width=8)).save_pretrained(place)
-    ModelMetadata(objective="flow", image_size=8, label_names=("ant", "bee", "cat")).save(place / "sampling.json")
-    return place
+    return save_model(place, grey_network(), label_names=("ant", "bee", "cat"))
 
 
 def make(model, out, **changes):

@@ -16,19 +16,11 @@ from safetensors.torch import load_file
 from lamamba import ExportOptions, LaMambaPipeline, export
 from lamamba.cli.main import main
 from lamamba.runs.folder import MANIFEST
-from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import open_network
 from tests.autoencoders import make_kl
-from tests.networks import random_network, two_blocks
+from tests.networks import grey_network, save_model
 
 RUN = Path(__file__).parent.parent / "training" / "version1" / "run"
-
-
-def saved_model(folder, facts=None, seed=0, **changes):
-    network = random_network(two_blocks(**{"in_channels": 1, "objective": "flow", "width": 8, **changes}), seed)
-    network.save_pretrained(folder)
-    (facts or ModelMetadata(objective=network.architecture.objective, image_size=8)).save(folder / "sampling.json")
-    return network
 
 
 def test_a_run_becomes_a_pipeline(tmp_path, capsys):
@@ -72,9 +64,8 @@ def test_the_cards_example_runs(tmp_path, monkeypatch):
 def test_latents_take_their_autoencoder_along(tmp_path):
     vae = make_kl()
     vae.save_pretrained(tmp_path / "vae")
-    facts = ModelMetadata(
-        objective="noise", image_size=16, codec="latents", scale=0.3, shift=0.1, autoencoder=str(tmp_path / "vae"))
-    saved_model(tmp_path / "model", facts, objective="noise", in_channels=4)
+    save_model(tmp_path / "model", grey_network(objective="noise", in_channels=4), image_size=16, codec="latents",
+               scale=0.3, shift=0.1, autoencoder=str(tmp_path / "vae"))
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--images", "2", "--steps", "2",
                  "--sampler", "dpm++", "--dtype", "bfloat16"]) == 0
     shutil.rmtree(tmp_path / "vae")
@@ -87,7 +78,7 @@ def test_latents_take_their_autoencoder_along(tmp_path):
 
 
 def test_names_from_a_file_and_imagenets(tmp_path, capsys):
-    saved_model(tmp_path / "model")
+    save_model(tmp_path / "model", grey_network())
     (tmp_path / "names.txt").write_text("red panda\nblue bird\ngreen frog\n")
     source, names = str(tmp_path / "model"), str(tmp_path / "names.txt")
     assert main(["export", source, str(tmp_path / "out"), "--images", "0", "--labels", names]) == 0
@@ -95,7 +86,7 @@ def test_names_from_a_file_and_imagenets(tmp_path, capsys):
     assert index["id2label"] == {"0": "red panda", "1": "blue bird", "2": "green frog"}
     assert main(["export", source, str(tmp_path / "two"), "--labels", "imagenet"]) == 2
     assert "1000 names came for 3 classes" in capsys.readouterr().err
-    saved_model(tmp_path / "large", num_classes=1000)
+    save_model(tmp_path / "large", grey_network(num_classes=1000))
     assert main(["export", str(tmp_path / "large"), str(tmp_path / "imagenet"), "--images", "1", "--steps", "1",
                  "--labels", "imagenet"]) == 0
     assert LaMambaPipeline.from_pretrained(tmp_path / "imagenet").get_label_ids("tabby") == [281]
@@ -107,7 +98,7 @@ def test_names_from_a_file_and_imagenets(tmp_path, capsys):
     (b"\xef\xbb\xbfa\r\nb, c\r\nd\r\n", ("a", "b, c", "d")), (b"a\nb\nc\n\n", ("a", "b", "c")),
 ])
 def test_a_file_of_names_has_a_line_for_each_class(tmp_path, content, said):
-    saved_model(tmp_path / "model")
+    save_model(tmp_path / "model", grey_network())
     file = tmp_path / "names.txt"
     file.write_bytes(content)
     options = ExportOptions(source=tmp_path / "model", target=tmp_path / "out", images=0, labels=str(file))
@@ -120,8 +111,7 @@ def test_a_file_of_names_has_a_line_for_each_class(tmp_path, content, said):
 
 
 def test_the_models_own_guidance_scale_goes_along(tmp_path):
-    metadata = ModelMetadata(objective="flow", image_size=8, guidance=3.5)
-    saved_model(tmp_path / "model", metadata)
+    save_model(tmp_path / "model", grey_network(), guidance=3.5)
     result = export(
         ExportOptions(source=tmp_path / "model", target=tmp_path / "out", images=1, steps=1, device="cpu"),
         progress=None,
@@ -135,17 +125,16 @@ def test_the_models_own_guidance_scale_goes_along(tmp_path):
 
 def test_one_of_several_averages(tmp_path, capsys):
     place = tmp_path / "checkpoint"
-    saved_model(place)
+    save_model(place, grey_network())
     for name, seed in (("ema", 1), ("ema_0.99", 2)):
-        saved_model(place / name, seed=seed)
+        save_model(place / name, grey_network(seed))
     (place / "state.json").write_text(json.dumps({"version": 1, "step": 7, "ema_decays": [0.9, 0.99]}))
     for decay, seed in ((None, 1), ("0.9", 1), ("0.99", 2)):
         target = tmp_path / f"out{decay}"
         extra = [] if decay is None else ["--ema", decay]
         assert main(["export", str(place), str(target), "--images", "0", *extra]) == 0
-        expected = random_network(two_blocks(in_channels=1, objective="flow", width=8), seed)
         pipe = LaMambaPipeline.from_pretrained(target)
-        assert torch.equal(pipe.unet.position_embedding, expected.position_embedding)
+        assert torch.equal(pipe.unet.position_embedding, grey_network(seed).position_embedding)
     assert main(["export", str(place), str(tmp_path / "none"), "--ema", "0.5"]) == 2
     assert "has no average 0.5; it has 0.9, 0.99" in capsys.readouterr().err
 
@@ -158,7 +147,7 @@ def test_one_of_several_averages(tmp_path, capsys):
     (["--guidance", "nan"], "must be finite"),
 ])
 def test_what_cannot_be_exported_leaves_nothing_behind(extra, said, tmp_path, capsys):
-    saved_model(tmp_path / "model")
+    save_model(tmp_path / "model", grey_network())
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), *extra]) == 2
     assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -166,7 +155,7 @@ def test_what_cannot_be_exported_leaves_nothing_behind(extra, said, tmp_path, ca
 
 def test_onnx_without_its_libraries_is_refused_at_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    saved_model(tmp_path / "model")
+    save_model(tmp_path / "model", grey_network())
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--onnx"]) == 2
     assert "pip install lamamba-diff[export]" in capsys.readouterr().err
 

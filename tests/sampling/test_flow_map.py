@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +11,7 @@ from lamamba.app.session import Request, Session
 from lamamba.pipeline import LaMambaPipeline
 from lamamba.runs.model import open_model
 from lamamba.sampling import generate
+from tests.test_pipeline import images_by_diffusers_alone, run, seeds
 
 NAME = "shipped-few-steps"
 
@@ -87,7 +84,6 @@ def test_other_models_are_not_sampled_as_flow_maps():
 
 def test_the_pipeline_makes_the_same_images_and_follows_a_changing_scale(model):
     pipe = LaMambaPipeline.from_pretrained(NAME)
-    pipe.set_progress_bar_config(disable=True)
     assert (type(pipe.scheduler).__name__, pipe.config.guidance_scale) == ("FlowMapScheduler", 1.75)
     seeds = [torch.Generator().manual_seed(5)]
     image = np.asarray(pipe(3, generator=seeds, num_inference_steps=2, guidance_scale=3.0).images[0])
@@ -110,22 +106,10 @@ def test_the_pipeline_makes_the_same_images_and_follows_a_changing_scale(model):
 
 def test_diffusers_alone_takes_one_two_and_four_steps(tmp_path):
     LaMambaPipeline.from_pretrained(NAME).save_pretrained(tmp_path / "saved")
-    code = (
-        "import sys, torch; from diffusers import DiffusionPipeline; assert 'lamamba' not in sys.modules; "
-        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline='pipeline', trust_remote_code=True); "
-        "images = [pipe(1, num_inference_steps=steps, generator=[torch.Generator().manual_seed(7)], "
-        "output_type='pt').images for steps in (1, 2, 4)]; torch.save(images, sys.argv[2])"
-    )
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", code, str(tmp_path / "saved"), str(tmp_path / "images.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    images = torch.load(tmp_path / "images.pt", weights_only=True)
     pipe = LaMambaPipeline.from_pretrained(tmp_path / "saved")
-    pipe.set_progress_bar_config(disable=True)
-    for steps, image in zip((1, 2, 4), images, strict=True):
-        assert torch.equal(image, pipe(1, num_inference_steps=steps, generator=[torch.Generator().manual_seed(7)],
-                                       output_type="pt").images)
+    steps = (1, 2, 4)
+    for count, image in zip(steps, images_by_diffusers_alone(tmp_path / "saved", steps, tmp_path), strict=True):
+        assert torch.equal(image, run(pipe, label=1, num_inference_steps=count, generator=seeds(7)))
 
 
 def test_the_page_offers_its_range_and_its_sampler(model):

@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import sys
 import time
@@ -21,6 +20,7 @@ from lamamba.sampling.folder import sample_many
 from lamamba.sampling.plan import Plan, find_plan
 from lamamba.sampling.settings import Settings, read_image_metadata
 from lamamba.utils import shards
+from tests.damage import full_disk
 
 SETTINGS = Settings(model="runs/x", model_sha256="abc", sampler="ddim", steps=5, height=6, width=4)
 needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked and killed here")
@@ -200,15 +200,9 @@ def test_a_shard_that_is_cut_short_before_the_end_is_found_by_its_hash(tmp_path,
 
 @needs_fork
 def test_a_full_disk_is_named_loses_nothing_and_is_no_end(tmp_path, alone):
-    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))            # PNGs fit, samples.npz does not
-        with pytest.raises(OSError, match=r"takes no more .*: 22 of 22 images are finished and stay; make room and"):
-            run(make_plan(), out, machine={"device": "test"})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    out, said = tmp_path / "out", r"takes no more .*: 22 of 22 images are finished and stay; make room and"
+    with full_disk(1500), pytest.raises(OSError, match=said):                   # PNGs fit, samples.npz does not
+        run(make_plan(), out, machine={"device": "test"})
     assert not list(out.glob("**/*.tmp"))
     assert not (out / "samples.npz").exists()
     run(make_plan(), out, machine={"device": "test"})

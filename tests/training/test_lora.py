@@ -17,14 +17,13 @@ from lamamba.benchmarking.memory import training_memory
 from lamamba.models.adapters import LORA_FILE
 from lamamba.options.training import DistillOptions, LoraOptions, StartOptions
 from lamamba.runs.folder import RunFolder
-from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import fingerprint, open_model, open_network
 from lamamba.sampling import generate
 from lamamba.sampling.settings import Interpolated, read_image_metadata
 from lamamba.training.loop import train
 from lamamba.utils.files import read_json, sha256
 from lamamba.utils.tensors import read_tensors
-from tests.networks import random_network
+from tests.networks import random_network, save_model
 from tests.training.together import TINY, FewDigits, config, pytestmark, together  # noqa: F401
 
 pytest.importorskip("peft", reason="needs peft")
@@ -33,11 +32,7 @@ pytest.importorskip("peft", reason="needs peft")
 def save_base(folder, model=TINY, seed=0):
     """A network of digits, of one block in the first and last stages."""
     architecture = model.build(channels=1, num_classes=10, input_size=8)
-    random_network(architecture, seed).save_pretrained(folder)
-    names = tuple(map(str, range(10)))
-    ModelMetadata(objective=architecture.objective, image_size=8, label_names=names, guidance=1.5).save(
-        folder / "sampling.json")
-    return folder
+    return save_model(folder, random_network(architecture, seed), label_names=tuple("0123456789"), guidance=1.5)
 
 
 @pytest.fixture(scope="module")
