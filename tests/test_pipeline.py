@@ -532,14 +532,7 @@ def test_offloaded_networks_make_the_same_images():
     torch.testing.assert_close(run(pipe), plain, atol=1e-5, rtol=0)
 
 
-@pytest.fixture
-def _poisoned_memory():
-    torch.use_deterministic_algorithms(True)                                    # fills what torch.empty returns
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.usefixtures("_poisoned_memory")
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
 def test_groups_on_disk_make_the_same_images(level, tmp_path):
     """diffusers' group offloading; what is on disk is poison in memory, so whatever is not brought back shows."""
