@@ -226,10 +226,3 @@ def test_an_existing_target_is_not_overwritten(lamamba, tmp_path):
     (tmp_path / "model").mkdir()
     status, _, err = lamamba("convert", PARITY / "official_checkpoint.pt", "model")
     assert (status, "exists already" in err) == (2, True)
-
-
-def test_a_traceback_on_request(monkeypatch):
-    """Python prints that of an error that leaves main."""
-    monkeypatch.setenv("LAMAMBA_TRACEBACK", "1")
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        main(["sample", "nowhere"])

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from lamamba.cli.main import main
 from lamamba.sampling.settings import Interpolated, read_image_metadata
 from lamamba.viz.films import chosen_frames, save_film
 from tests.networks import grey_network, save_model
@@ -30,19 +29,11 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def sample(capsys, monkeypatch, tmp_path, models):
-    """Run lamamba sample in this process, in an empty folder beside the models: (exit status, out, err)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LAMAMBA_TRACEBACK", raising=False)
+def sample(lamamba, tmp_path, models):
+    """Run lamamba sample in this process, in a folder with the models: (exit status, out, err)."""
     for name in models.iterdir():
         (tmp_path / name.name).symlink_to(name)
-
-    def call(*arguments):
-        status = main(["sample", *map(str, arguments)])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
+    return lambda *arguments: lamamba("sample", *arguments)
 
 
 def pixels(path):
