@@ -14,9 +14,7 @@ from torch import Tensor
 from lamamba import LaMambaUNet, UNetConfig
 from lamamba.models.official import derive_config
 from lamamba.ops import native
-from lamamba.runs.folder import MANIFEST, RUN_VERSION, _hash_of_hashes
 from lamamba.runs.metadata import ModelMetadata
-from lamamba.utils.files import sha256, write_json
 
 PARITY = Path(__file__).parent / "parity"
 BACKENDS = [*(f"cpu/{name}" for name in native.INSTRUCTION_SETS), "torch", "reference"]
@@ -96,15 +94,6 @@ def save_model(folder: Path, network: LaMambaUNet, **metadata: Any) -> Path:
     values = {"objective": config.objective, "image_size": config.input_size[0], **metadata}
     ModelMetadata(**values).save(folder / "sampling.json")
     return folder
-
-
-def write_manifest(checkpoint: Path) -> None:
-    """A checkpoint's manifest of the files that lie in it."""
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    hashes = {path.relative_to(checkpoint).as_posix(): sha256(path) for path in files}
-    write_json(checkpoint / MANIFEST, {
-        "version": RUN_VERSION, "files": hashes, "files_sha256": _hash_of_hashes(hashes)})
 
 
 def random_inputs(config: UNetConfig, batch: int = 2, seed: int = 1, grid=None):

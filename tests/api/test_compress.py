@@ -13,7 +13,7 @@ import lamamba
 from lamamba.cli.main import main
 from lamamba.compression.plan import Plan
 from lamamba.runs.model import open_network
-from tests.damage import full_disk
+from tests.files import full_disk
 from tests.networks import random_network, save_model, small_config
 from tests.training.together import command, command_on, needs_fork_server, read_lines
 

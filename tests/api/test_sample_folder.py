@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 
 import pytest
 
 import lamamba
 from lamamba.sampling.settings import read_image_metadata
+from tests.files import hashes
 from tests.networks import grey_network, save_model
 
 
@@ -21,10 +21,6 @@ def model(tmp_path_factory):
 def make(model, out, **changes):
     values = dict(model=model, out=out, num=5, balanced=True, steps=2, batch_size=2, threads=1, device="cpu")
     return lamamba.SampleFolderOptions(**{**values, **changes})
-
-
-def hashes(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 def test_the_call_fills_a_folder_reports_and_verifies_it_again(model, tmp_path, capsys):

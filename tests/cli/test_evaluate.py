@@ -29,7 +29,8 @@ from lamamba.runs.model import load_network
 from lamamba.sampling import generate
 from lamamba.utils.files import write_json
 from lamamba.viz.curves import evaluation_curves
-from tests.networks import grey_network, write_manifest
+from tests.files import write_manifest
+from tests.networks import grey_network
 from tests.training.together import command, command_on, needs_fork_server
 
 SAMPLE = ["--reference", "digits", "--features", "digits", "--num-images", 40, "--steps", 2, "--device", "cpu"]

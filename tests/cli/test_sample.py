@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from PIL import Image, ImageSequence
 
 from lamamba.sampling.settings import Interpolated, read_image_metadata
 from lamamba.viz.films import chosen_frames, save_film
+from tests.files import hashes
 from tests.networks import grey_network, save_model
 from tests.training.together import command, needs_fork_server
 
@@ -38,10 +38,6 @@ def sample(lamamba, tmp_path, models):
 
 def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
-
-
-def hashes(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 def test_a_picture_repeats_itself_and_takes_changes(sample):

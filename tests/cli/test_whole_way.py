@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import subprocess
@@ -21,6 +20,7 @@ from lamamba.data.latents import LatentSet
 from lamamba.runs.folder import RunFolder
 from tests.autoencoders import make_kl
 from tests.cli.test_commands import TINY
+from tests.files import hashes
 from tests.training.together import command_on, losses_of, read_lines
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills by POSIX signals")
@@ -88,11 +88,8 @@ def latents(place):
 
 def content(run):
     """Hash of every file of a run's last checkpoint, but for what tells of the processes' own history."""
-    newest = RunFolder(run).newest()
-    return {
-        path.relative_to(newest).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in newest.rglob("*") if path.suffix == ".safetensors"
-    }
+    found = hashes(RunFolder(run).newest())
+    return {name: digest for name, digest in found.items() if name.endswith(".safetensors")}
 
 
 @pytest.mark.slow

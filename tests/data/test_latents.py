@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import shutil
 import signal
@@ -26,6 +25,7 @@ from lamamba.evaluation.callbacks import open_decoder
 from lamamba.training.draws import draw
 from tests.autoencoders import make_dc, make_kl, make_tiny
 from tests.data.test_images import write_images
+from tests.files import hashes
 from tests.training.together import command, command_on, needs_fork_server
 
 SHAPE = (4, 8, 8)
@@ -55,10 +55,6 @@ def run_encode(place, out, autoencoder="kl", **changes):
 def encoded(place):
     run_encode(place, place / "encoded")
     return place / "encoded"
-
-
-def hashes(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 def test_what_is_in_the_shards(place, encoded):

@@ -13,8 +13,7 @@ import pytest
 from lamamba.runs.folder import RunFolder
 from lamamba.runs.model import open_network
 from lamamba.training.loop import train
-from tests.damage import Bomb, damage, full_disk
-from tests.networks import write_manifest
+from tests.files import Bomb, damage, full_disk, write_manifest
 from tests.training.together import FewDigits, config, pytestmark, states_equal, together  # noqa: F401
 
 SPLIT = dict(sharding="full")

@@ -17,8 +17,8 @@ from lamamba.data.sets import PixelSet
 from lamamba.data.sources import FolderSource
 from lamamba.training.loop import train
 from tests.autoencoders import make_kl
-from tests.damage import Bomb, damage
 from tests.data.test_images import write_images
+from tests.files import Bomb, damage
 from tests.training.together import config
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lamamba.metrics.inception import Inception, load_inception, resize_like_tensorflow1
-from tests.damage import Bomb
+from tests.files import Bomb
 from tests.metrics.peers import peer, random_inception
 
 

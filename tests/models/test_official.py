@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lamamba import load_official, to_official
 from lamamba.models.official import read_official
-from tests.damage import Bomb
+from tests.files import Bomb
 from tests.networks import PARITY, load_case, random_network, relative_error, small_config
 
 CHECKPOINT = PARITY / "official_checkpoint.pt"

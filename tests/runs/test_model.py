@@ -17,7 +17,8 @@ from lamamba.runs.model import fingerprint, list_averages, open_network
 from lamamba.sampling import generate
 from lamamba.utils.files import write_json
 from tests.autoencoders import make_kl
-from tests.networks import grey_network, save_model, write_manifest
+from tests.files import write_manifest
+from tests.networks import grey_network, save_model
 
 NAMES = ("ant", "bee", "cat")
 

@@ -23,8 +23,8 @@ from lamamba.runs.model import open_network
 from lamamba.training.checkpoint import update_ema
 from lamamba.training.loop import train
 from lamamba.training.sources import open_data
-from tests.damage import full_disk
 from tests.data.test_images import write_images
+from tests.files import full_disk
 from tests.training.together import TINY, FewDigits, config, read_lines, states_equal
 
 

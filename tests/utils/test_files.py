@@ -10,7 +10,7 @@ from lamamba.sampling.npz import write_npz
 from lamamba.utils.files import check_target, differences_in_words, read_json, write_atomically, write_json
 from lamamba.viz.films import save_film
 from lamamba.viz.grids import save_picture
-from tests.damage import full_disk
+from tests.files import full_disk
 
 
 def test_a_place_for_a_result_is_tried_first(tmp_path):

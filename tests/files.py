@@ -1,13 +1,33 @@
-"""Damage: files that are changed, cut off or gone, disks that are full, pickles that run code."""
+"""What tests do with files: hash them, list them as a checkpoint's, damage them, fill the disk, hide code in them."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+
+from lamamba.runs.folder import MANIFEST, RUN_VERSION, _hash_of_hashes
+from lamamba.utils.files import write_json
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files in a folder, also in folders below, by their names."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """A checkpoint's manifest of the files that lie in it."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    found = hashes(checkpoint)
+    write_json(checkpoint / MANIFEST, {
+        "version": RUN_VERSION, "files": found, "files_sha256": _hash_of_hashes(found)})
 
 
 class Bomb:
