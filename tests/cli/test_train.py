@@ -71,7 +71,7 @@ def assert_two_trained(printed: str, run: Path) -> None:
     events = read_lines(run, "events.jsonl")
     assert (events[0]["processes"], events[-1]["event"]) == (2, "finished")
     assert (run / "samples" / "step_00000003.png").is_file()
-    assert len((run / "scores.jsonl").read_text().splitlines()) == 1
+    assert len(read_lines(run, "scores.jsonl")) == 1
 
 
 @needs_fork_server
