@@ -44,6 +44,12 @@ def make_pipeline(sampler=None, vae=None, codec=None, network_seed=0, **changes)
     return LaMambaPipeline(network, vae, scheduler, NAMES if config.num_classes else None, codec)
 
 
+@pytest.fixture
+def pipe():
+    """Of a noise model, sampled by DDIM."""
+    return make_pipeline("ddim", objective="noise")
+
+
 def levels(images):
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
@@ -160,8 +166,8 @@ def test_guidance_reaches_the_network():
     assert float((every[:, 3] - some[:, 3]).abs().max()) > 0.1
 
 
-def test_callbacks_see_and_change_the_steps():
-    pipe, seen = make_pipeline("ddim", objective="noise"), []
+def test_callbacks_see_and_change_the_steps(pipe):
+    seen = []
 
     def watch(given_pipe, step, timestep, tensors):
         assert given_pipe is pipe
@@ -226,8 +232,7 @@ def test_inpainting_changes_the_white_part_alone(sampler, objective):
         run(pipe, mask_image=Image.fromarray(mask))
 
 
-def test_masks_and_images_of_bytes_and_truth_values():
-    pipe = make_pipeline("ddim", objective="noise")
+def test_masks_and_images_of_bytes_and_truth_values(pipe):
     grey, white = np.asarray(picture()), np.arange(8)[None].repeat(8, 0) > 4
     expected = run(pipe, image=picture(), mask_image=Image.fromarray(np.uint8(255) * white))
     masks = (white, np.uint8(255) * white, np.uint8(1) * white, white.astype(np.float32))
@@ -247,8 +252,7 @@ def test_names_that_diffusers_and_its_callbacks_use():
     assert make_pipeline().unet.config["sample_size"] == 8
 
 
-def test_numbers_of_numpy_and_torch():
-    pipe = make_pipeline("ddim", objective="noise")
+def test_numbers_of_numpy_and_torch(pipe):
     plain = run(pipe, label=[1, 2], generator=seeds(1, 2), guidance_scale=1.5)
     settings = dict(num_inference_steps=np.int64(6), guidance_scale=np.float32(1.5), generator=seeds(1, 2))
     for labels in (torch.tensor([1, 2]), np.array([1, 2]), [np.int64(1), torch.tensor(2)]):
@@ -257,9 +261,8 @@ def test_numbers_of_numpy_and_torch():
                        run(pipe, label=1, generator=seeds(1), guidance_scale=1.5))
 
 
-def test_training_after_sampling_another_size_in_inference_mode():
+def test_training_after_sampling_another_size_in_inference_mode(pipe):
     scan_paths.__globals__["_cached_paths"].cache_clear()
-    pipe = make_pipeline("ddim", objective="noise")
     with torch.inference_mode():
         run(pipe, height=16, width=12)
         pipe.unet.set_grid((16, 12))
@@ -272,9 +275,8 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda pipe: pickle.loads(pickle.
 
 
 @pytest.mark.parametrize("way", COPIES)
-def test_copies(way):
+def test_copies(pipe, way):
     copied = COPIES[way]
-    pipe = make_pipeline("ddim", objective="noise")
     plain = run(pipe)
     assert torch.equal(run(copied(pipe)), plain)
     if way == "deepcopy":
@@ -282,9 +284,8 @@ def test_copies(way):
             assert float((run(copied(pipe).to(dtype)) - plain).abs().max()) < allowed
 
 
-def test_ways_to_load(tmp_path):
+def test_ways_to_load(pipe, tmp_path):
     """Variants, shards, types and device maps of diffusers."""
-    pipe = make_pipeline("ddim", objective="noise")
     plain = run(pipe)
     pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
     assert len(list((tmp_path / "unet").glob("*.fp16*.safetensors"))) > 2
@@ -302,8 +303,8 @@ def test_ways_to_load(tmp_path):
     assert LaMambaUNet.from_config(split.config).config == LaMambaUNet.from_config(dict(split.config)).config
 
 
-def test_a_callback_changes_the_guidance():
-    pipe, seen = make_pipeline("ddim", objective="noise"), []
+def test_a_callback_changes_the_guidance(pipe):
+    seen = []
 
     def guide(given_pipe, step, timestep, tensors):
         seen.append(given_pipe.guidance_scale)
@@ -319,9 +320,8 @@ def test_a_callback_changes_the_guidance():
     torch.testing.assert_close(changed, same, atol=1e-5, rtol=0)
 
 
-def test_transparent_and_turned_inputs_count_as_they_look():
+def test_transparent_and_turned_inputs_count_as_they_look(pipe):
     """An image lies on white, a mask on black: what nobody has painted stays."""
-    pipe = make_pipeline("ddim", objective="noise")
     grey = np.asarray(picture())
     levels = np.stack([grey, np.where(np.arange(8) < 4, 255, 0) * np.ones((8, 1), int)], axis=-1).astype(np.uint8)
     turned, exif = picture(), Image.Exif()
@@ -355,8 +355,7 @@ def test_inpainting_latents_keeps_the_known_latents():
     assert not torch.allclose(latents[..., 4:], expected[..., 4:], atol=1e-2)
 
 
-def test_variations_go_from_one_seeds_picture_to_anothers():
-    pipe = make_pipeline("ddim", objective="noise")
+def test_variations_go_from_one_seeds_picture_to_anothers(pipe):
     one, other = run(pipe, generator=seeds(1)), run(pipe, generator=seeds(2))
     assert torch.equal(run(pipe, generator=seeds(1), variation_generator=seeds(2)), one)
     whole = run(pipe, generator=seeds(1), variation_generator=seeds(2), variation_strength=1.0)
@@ -371,8 +370,7 @@ def test_variations_go_from_one_seeds_picture_to_anothers():
         run(pipe, latents=torch.zeros(1, 1, 4, 4))
 
 
-def test_any_fitting_scheduler_of_diffusers_and_no_other():
-    pipe = make_pipeline("ddim", objective="noise")
+def test_any_fitting_scheduler_of_diffusers_and_no_other(pipe):
     pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
     together = run(pipe, label=[0, 1], generator=seeds(0, 1))
     torch.testing.assert_close(together[1:], run(pipe, label=1, generator=seeds(1)), atol=1e-5, rtol=0)
@@ -434,14 +432,13 @@ def images_by_diffusers_alone(folder, steps, work):
     return torch.load(work / "images.pt", weights_only=True)
 
 
-def test_diffusers_alone_loads_it_with_the_code_beside_it(tmp_path):
-    pipe = make_pipeline("ddim", objective="noise")
+def test_diffusers_alone_loads_it_with_the_code_beside_it(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "saved")
     (images,) = images_by_diffusers_alone(tmp_path / "saved", [6], tmp_path)
     assert torch.equal(images, run(pipe, label=1, generator=seeds(7)))
 
 
-def test_it_is_pushed_to_a_hub_whole(monkeypatch):
+def test_it_is_pushed_to_a_hub_whole(pipe, monkeypatch):
     """All but the network: what is created and uploaded there is looked at here."""
     import diffusers.models.modeling_utils as of_models
     import diffusers.pipelines.pipeline_utils as of_pipelines
@@ -462,7 +459,6 @@ def test_it_is_pushed_to_a_hub_whole(monkeypatch):
         monkeypatch.setattr(module, "create_repo", lambda *_, **__: Repository)
     monkeypatch.setattr(hub, "upload_folder", upload)
     monkeypatch.setattr(hub.ModelCard, "load", no_card)
-    pipe = make_pipeline("ddim", objective="noise")
     with tempfile.TemporaryDirectory() as there:
         pipe.push_to_hub("me/digits")
         again = LaMambaPipeline.from_pretrained(there)
@@ -520,9 +516,8 @@ def test_slices_and_tiles_of_the_vae_change_little():
     assert not torch.equal(tiled, run(pipe, height=32, width=32))
 
 
-def test_offloaded_networks_make_the_same_images():
+def test_offloaded_networks_make_the_same_images(pipe):
     """accelerate's hooks, which bring weights to the device for each call of forward."""
-    pipe = make_pipeline("ddim", objective="noise")
     plain = run(pipe)
     accelerate.cpu_offload(
         pipe.unet, execution_device=torch.device("cpu"), preload_module_classes=pipe.unet._no_split_modules)
@@ -534,9 +529,8 @@ def test_offloaded_networks_make_the_same_images():
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
-def test_groups_on_disk_make_the_same_images(level, tmp_path):
+def test_groups_on_disk_make_the_same_images(pipe, level, tmp_path):
     """diffusers' group offloading; what is on disk is poison in memory, so whatever is not brought back shows."""
-    pipe = make_pipeline("ddim", objective="noise")
     plain = run(pipe)
     pipe.unet.enable_group_offload(
         onload_device="cpu", offload_type=level, num_blocks_per_group=1, offload_to_disk_path=str(tmp_path))
@@ -547,9 +541,8 @@ def test_groups_on_disk_make_the_same_images(level, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_stored_in_eight_bits(dtype):
+def test_weights_stored_in_eight_bits(pipe, dtype):
     """diffusers' layerwise casting."""
-    pipe = make_pipeline("ddim", objective="noise")
     plain = run(pipe)
     pipe.unet = pipe.unet.to(dtype)
     pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
@@ -585,8 +578,7 @@ def test_on_a_gpu(way):
     torch.testing.assert_close(images.cpu(), plain, atol=5e-3, rtol=0)
 
 
-def test_a_cache_of_deep_features_is_the_sampler_s_and_afresh_in_every_call():
-    pipe = make_pipeline("ddim", objective="noise")
+def test_a_cache_of_deep_features_is_the_sampler_s_and_afresh_in_every_call(pipe):
     plain = run(pipe, label=[1, 2], generator=seeds(1, 2), guidance_scale=1.5)
     cache = LaMambaCacheConfig(interval=3)
     pipe.unet.enable_cache(cache)
@@ -613,14 +605,12 @@ def test_a_cache_of_deep_features_is_the_sampler_s_and_afresh_in_every_call():
     (dict(guidance_interval=0.3), "must be two numbers"), (dict(guidance_interval=("a", "b")), "must be two numbers"),
     (dict(latents=torch.full((1, 1, 8, 8), float("nan"))), "NaN"), (dict(class_labels=True), "neither a class number"),
 ])
-def test_arguments_of_other_kinds_are_refused_by_name(given, said):
-    pipe = make_pipeline("ddim", objective="noise")
+def test_arguments_of_other_kinds_are_refused_by_name(pipe, given, said):
     with pytest.raises(ValueError, match=said):
         pipe(**{"class_labels": 1, "num_inference_steps": 2, **given})
 
 
-def test_an_interval_may_be_a_list_or_an_array():
-    pipe = make_pipeline("ddim", objective="noise")
+def test_an_interval_may_be_a_list_or_an_array(pipe):
     plain = run(pipe, guidance_interval=(0.2, 0.8))
     for interval in ([0.2, 0.8], np.array([0.2, 0.8])):
         assert torch.equal(run(pipe, guidance_interval=interval), plain)
