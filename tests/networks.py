@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -42,6 +43,11 @@ def load_case(name: str) -> ParityCase:
     weights = {key.removeprefix("weights."): tensor for key, tensor in tensors.items() if key.startswith("weights.")}
     scan = "continuous" if metadata.get("continuous", True) else "cross"
     return ParityCase(tensors, weights, derive_config(weights, scan))
+
+
+def largest_difference(images, others) -> int:
+    """Between two arrays of uint8, in grey levels."""
+    return int(np.abs(np.asarray(images).astype(int) - np.asarray(others).astype(int)).max())
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

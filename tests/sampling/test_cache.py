@@ -12,13 +12,9 @@ from lamamba.diffusion.guidance import Guidance
 from lamamba.inference import conditioning
 from lamamba.sampling import generate
 from lamamba.sampling.generate import ImageGenerator
-from tests.networks import grey_network
+from tests.networks import grey_network, largest_difference
 
 EVERY_THIRD = LaMambaCacheConfig(interval=3)
-
-
-def largest(a, b):
-    return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -38,7 +34,7 @@ def test_interval_one_is_no_cache_and_longer_ones_save_passes_with_every_sampler
     assert EVERY_THIRD.full_passes(evaluations) <= len(calls) < evaluations * 0.7
     for batch_size in (1, 2):
         apart = generate(model, [0, 1, 2], [5, 6, 7], cache=EVERY_THIRD, batch_size=batch_size, **settings)
-        assert largest(apart, cached) <= 1
+        assert largest_difference(apart, cached) <= 1
 
 
 @pytest.mark.parametrize("guidance", [
@@ -48,7 +44,7 @@ def test_an_image_depends_on_its_seed_alone_where_guidance_comes_and_goes(guidan
     settings = dict(num_steps=12, guidance=guidance, cache=EVERY_THIRD)
     together = generate(model, [0, 1, 2], [5, 6, 7], **settings)
     for k in range(3):
-        assert largest(generate(model, [k], [5 + k], **settings), together[k : k + 1]) <= 1
+        assert largest_difference(generate(model, [k], [5 + k], **settings), together[k : k + 1]) <= 1
 
 
 def test_guiding_by_another_model_each_has_its_own_features():
@@ -60,7 +56,7 @@ def test_guiding_by_another_model_each_has_its_own_features():
         each.merges[0].register_forward_hook(lambda *_: calls.append(1))
     cached = generate(model, [0, 1], [5, 6], cache=EVERY_THIRD, **settings)
     assert len(calls) == 2 * EVERY_THIRD.full_passes(8)
-    assert largest(cached, plain) > 0
+    assert largest_difference(cached, plain) > 0
 
 
 def test_a_cache_that_the_network_has_enabled_is_used_afresh_in_every_call():
@@ -72,14 +68,14 @@ def test_a_cache_that_the_network_has_enabled_is_used_afresh_in_every_call():
         np.testing.assert_array_equal(generator([0, 1], [5, 6]), expected)
         generator([2], [9])
     model.disable_cache()
-    assert largest(generate(model, [0, 1], [5, 6], num_steps=8, guidance=2.0), expected) > 0
+    assert largest_difference(generate(model, [0, 1], [5, 6], num_steps=8, guidance=2.0), expected) > 0
 
 
 def test_unconditional_networks_and_other_sizes_have_one_too():
     model = grey_network(num_classes=0)
     settings = dict(num_steps=6, input_size=(8, 16), cache=EVERY_THIRD)
     together = generate(model, None, [5, 6, 7], **settings)
-    assert largest(generate(model, None, [5, 6, 7], batch_size=2, **settings), together) <= 1
+    assert largest_difference(generate(model, None, [5, 6, 7], batch_size=2, **settings), together) <= 1
 
 
 @pytest.mark.parametrize(("steps", "sampler", "said"), [
@@ -98,10 +94,10 @@ def test_hooked_and_compiled_networks_keep_features_too(monkeypatch):
     settings = dict(num_steps=5, guidance=2.0, cache=EVERY_THIRD)
     expected = generate(model, [0, 1], [5, 6], **settings)
     monkeypatch.setattr(conditioning, "is_hooked", lambda network: True)
-    assert largest(generate(model, [0, 1], [5, 6], **settings), expected) <= 1
+    assert largest_difference(generate(model, [0, 1], [5, 6], **settings), expected) <= 1
     torch.compiler.reset()
     model.compile(fullgraph=True, backend="aot_eager")
-    assert largest(generate(model, [0, 1], [5, 6], **settings), expected) <= 1
+    assert largest_difference(generate(model, [0, 1], [5, 6], **settings), expected) <= 1
 
 
 def test_both_kinds_of_passes_are_recorded_where_graphs_are(monkeypatch):

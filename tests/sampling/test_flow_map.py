@@ -11,6 +11,7 @@ from lamamba.app.session import Request, Session
 from lamamba.pipeline import LaMambaPipeline
 from lamamba.runs.model import open_model
 from lamamba.sampling import generate
+from tests.networks import largest_difference
 from tests.test_pipeline import images_by_diffusers_alone, run, seeds
 
 NAME = "shipped-few-steps"
@@ -46,7 +47,7 @@ def test_image_k_depends_on_seed_k_alone(model):
     alone = np.concatenate([
         generate(model.network, [label], [seed], num_steps=2, guidance=2.0) for label, seed in ((4, 7), (5, 8), (6, 9))
     ])
-    assert np.abs(together.astype(int) - alone.astype(int)).max() <= 1
+    assert largest_difference(together, alone) <= 1
 
 
 def test_the_scale_changes_the_image(model):
@@ -88,7 +89,7 @@ def test_the_pipeline_makes_the_same_images_and_follows_a_changing_scale(model):
     seeds = [torch.Generator().manual_seed(5)]
     image = np.asarray(pipe(3, generator=seeds, num_inference_steps=2, guidance_scale=3.0).images[0])
     expected = generate(model.network, [3], [5], num_steps=2, guidance=3.0)[0, ..., 0]
-    assert np.abs(image.astype(int) - expected.astype(int)).max() <= 1
+    assert largest_difference(image, expected) <= 1
 
     def change(pipe, step, time, tensors):
         pipe._guidance_scale = 1.0
@@ -96,7 +97,7 @@ def test_the_pipeline_makes_the_same_images_and_follows_a_changing_scale(model):
 
     changed = np.asarray(pipe(3, generator=[torch.Generator().manual_seed(5)], num_inference_steps=2,
                               guidance_scale=3.0, callback_on_step_end=change).images[0])
-    assert np.abs(image.astype(int) - changed.astype(int)).max() > 0
+    assert largest_difference(image, changed) > 0
     for wrong in (dict(guidance_scale=5.0), dict(guidance_rescale=0.5), dict(guidance_model=pipe.unet)):
         with pytest.raises(ValueError, match="guidance"):
             pipe(3, **wrong)

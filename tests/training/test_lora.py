@@ -23,7 +23,7 @@ from lamamba.sampling.settings import Interpolated, read_image_metadata
 from lamamba.training.loop import train
 from lamamba.utils.files import read_json, sha256
 from lamamba.utils.tensors import read_tensors
-from tests.networks import random_network, save_model
+from tests.networks import largest_difference, random_network, save_model
 from tests.training.together import TINY, FewDigits, config, pytestmark, together  # noqa: F401
 
 pytest.importorskip("peft", reason="needs peft")
@@ -166,9 +166,9 @@ def test_samples_are_those_of_the_base_with_the_lora(base, run, tmp_path):
     expected = generate(state.ema, [1, 1, 2, 2], range(4), num_steps=3, guidance=1.5)
     for model, lora in ((base, folder), (None, folder), (base, checkpoint), (base, checkpoint / "ema")):
         result = draw(model, lora=lora)
-        assert np.abs(result.images.astype(int) - expected.astype(int)).max() <= 1
+        assert largest_difference(result.images, expected) <= 1
     assert str(result).endswith(f"LoRA {checkpoint / 'ema'}")
-    assert np.abs(draw(base).images.astype(int) - expected.astype(int)).max() > 1
+    assert largest_difference(draw(base).images, expected) > 1
     again = random_network(open_network(base)[0].architecture)
     again.load_state_dict(open_network(base)[0].state_dict())
     again.load_lora_adapter(checkpoint / "ema")                                 # as diffusers' users do
@@ -177,13 +177,13 @@ def test_samples_are_those_of_the_base_with_the_lora(base, run, tmp_path):
     mixed = draw(base, lora=folder, interpolate="classes:1:2", num=3, classes=None)
     assert Interpolated(1, 2, 0.5) in mixed.labels
     expected = generate(state.ema, mixed.labels, mixed.seeds, num_steps=3, guidance=1.5)
-    assert np.abs(mixed.images.astype(int) - expected.astype(int)).max() <= 1
+    assert largest_difference(mixed.images, expected) <= 1
 
 
 def test_with_bfloat16_caches_and_folders_it_is_the_same_network(base, run, tmp_path):
     folder, _ = run
     plain, cached = draw(base, steps=8, cache=3), draw(base, steps=8, cache=3, lora=folder)
-    assert np.abs(plain.images.astype(int) - cached.images.astype(int)).max() > 1
+    assert largest_difference(plain.images, cached.images) > 1
     half = draw(base, lora=folder, dtype="bfloat16")
     assert np.abs(half.images.astype(int) - draw(base, lora=folder).images.astype(int)).mean() < 8
     options = lamamba.SampleFolderOptions(
@@ -191,7 +191,7 @@ def test_with_bfloat16_caches_and_folders_it_is_the_same_network(base, run, tmp_
         format="npz")
     result = lamamba.sample_folder(options, progress=None)
     images = np.load(result.npz)["arr_0"]
-    assert np.abs(images[0].astype(int) - draw(base, lora=folder).images[0, ..., 0:1].astype(int)).max() <= 1
+    assert largest_difference(images[0], draw(base, lora=folder).images[0, ..., 0:1]) <= 1
     with pytest.raises(ValueError, match="lora"):
         lamamba.sample_folder(dataclasses.replace(options, lora=None), progress=None)
 
