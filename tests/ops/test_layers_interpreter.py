@@ -44,6 +44,14 @@ def _same_numbers():
     torch.manual_seed(3)                                        # errors are compared with those of the reference
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the layers whose kernels run."""
+    names, run = [], gpu._kernels
+    monkeypatch.setattr(gpu, "_kernels", lambda name: (names.append(name), run(name))[1])
+    return names
+
+
 CASES = {
     "modulated_norm": modulated_norm_inputs, "gated_norm": gated_norm_inputs, "gated_sum": gated_sum_inputs,
     "local_mixing": local_mixing_inputs, "window_attention": lambda: window_attention_inputs((6, 4), (4, 4), d=20),
@@ -215,10 +223,7 @@ class TestWithoutGradients:
     def test_linear_gelu(self, sizes, dtype):
         check_outputs("linear_gelu", linear_gelu_inputs(*sizes), dtype)
 
-    def test_gelu_is_in_the_product_where_it_is_worth_it(self, monkeypatch):
-        calls = []
-        run = gpu._kernels
-        monkeypatch.setattr(gpu, "_kernels", lambda name: (calls.append(name), run(name))[1])
+    def test_gelu_is_in_the_product_where_it_is_worth_it(self, calls):
         x, weight, bias = (part.bfloat16() for part in linear_gelu_inputs())
         wide = [part.bfloat16() for part in linear_gelu_inputs(1, 1, 1, gpu.MOST_GELU_DEPTH + 1)]
         with use_backend("triton"):
@@ -229,10 +234,7 @@ class TestWithoutGradients:
                 layers.linear_gelu(x, weight, bias)
         assert calls == ["linear_gelu"]
 
-    def test_with_gradients_the_other_kernels_run(self, monkeypatch):
-        calls = []
-        run = gpu._kernels
-        monkeypatch.setattr(gpu, "_kernels", lambda name: (calls.append(name), run(name))[1])
+    def test_with_gradients_the_other_kernels_run(self, calls):
         inputs = with_type(gated_sum_norm_inputs(), torch.float32)
         with use_backend("triton"):
             total, normed = layers.gated_sum_norm(*inputs)
@@ -242,10 +244,7 @@ class TestWithoutGradients:
         assert calls == ["gated_sum", "modulated_norm", "gated_sum_norm"]
         torch.autograd.grad((total * normed).sum(), inputs[:3])
 
-    def test_a_scan_is_summed_inside_the_norm_without_gradients_alone(self, monkeypatch):
-        calls = []
-        run = gpu._kernels
-        monkeypatch.setattr(gpu, "_kernels", lambda name: (calls.append(name), run(name))[1])
+    def test_a_scan_is_summed_inside_the_norm_without_gradients_alone(self, calls):
         x, z, *rest = with_type(scan_gated_norm_inputs(), torch.float32)
         scan, norm = rest[:8], rest[8:]
         with use_backend("triton"):
@@ -368,10 +367,7 @@ class TestConstants:
 
 
 @interpreted
-def test_only_the_named_back_end_runs_on_cpus(monkeypatch):
-    calls = []
-    run = gpu._kernels
-    monkeypatch.setattr(gpu, "_kernels", lambda name: (calls.append(name), run(name))[1])
+def test_only_the_named_back_end_runs_on_cpus(calls):
     inputs = with_type(gated_norm_inputs(), torch.float32)
     for backend in ("auto", "torch", "cpu", "reference"):
         with use_backend(backend):

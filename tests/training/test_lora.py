@@ -59,6 +59,15 @@ def run(base, tmp_path_factory):
     return folder, train(settings(base, LONG, ema_decays=(0.5, 0.9)), FewDigits(5), folder)
 
 
+@pytest.fixture
+def foreign(run, tmp_path):
+    """The run's LoRA as another program keeps it: without lora.json."""
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    shutil.copy(RunFolder(run[0]).newest() / "ema" / LORA_FILE, folder)
+    return folder
+
+
 def test_the_lora_alone_is_trained_averaged_and_kept(base, run):
     folder, state = run
     saved = open_network(base)[0].state_dict()
@@ -226,12 +235,8 @@ def test_a_lora_whose_numbers_were_changed_is_refused(base, run, tmp_path):
         open_model(base, lora=copy)
 
 
-def test_a_picture_of_a_network_that_is_gone_names_its_lora(run, tmp_path):
-    folder, _ = run
+def test_a_picture_of_a_network_that_is_gone_names_its_lora(foreign, tmp_path):
     base = save_base(tmp_path / "base")
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / LORA_FILE).write_bytes((RunFolder(folder).newest() / "ema" / LORA_FILE).read_bytes())
     draw(base, lora=foreign, out=tmp_path / "a.png")
     base.rename(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="a.png was made by .*base, which is not here: .*MODEL, and .*foreign as lora"):
@@ -259,13 +264,10 @@ def test_the_page_and_evaluation_take_one(base, run, tmp_path):
         lamamba.evaluate(images, progress=None)
 
 
-def test_a_lora_of_another_network_is_refused_in_one_line(run, tmp_path):
+def test_a_lora_of_another_network_is_refused_in_one_line(run, foreign, tmp_path):
     folder, _ = run
     twin = save_base(tmp_path / "twin", seed=5)
     wide = save_base(tmp_path / "wide", dataclasses.replace(TINY, width=16))
-    foreign = tmp_path / "foreign"                                              # of another program: without lora.json
-    foreign.mkdir()
-    (foreign / LORA_FILE).write_bytes((RunFolder(folder).newest() / "ema" / LORA_FILE).read_bytes())
     for model, lora, fault in (
         (twin, folder, "is a LoRA of another network: of .*network with weights .{12}, and this one's are .{12}; give "
          "that network as the model"),
