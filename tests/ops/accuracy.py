@@ -43,9 +43,14 @@ def layer_results(function: Callable[..., Tensor], inputs: Sequence[Any], grad_y
 def scan_inputs(
     b: int, height: int, width: int, c: int, n: int, r: int, dtype: torch.dtype = torch.float32,
     weights: torch.dtype | None = None, scan: str = "continuous", device: str = "cpu",
+    seed: int | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Arguments at the scale of a new network (delta log-uniform in [0.001, 0.1], A about -1..-n); a gradient of y."""
-    random = torch.Generator(device).manual_seed(7)
+    """Arguments at the scale of a new network (delta log-uniform in [0.001, 0.1], A about -1..-n); a gradient of y.
+
+    The seed is by default another one for every size.
+    """
+    seed = b + 10 * height + 100 * width + c + n + r if seed is None else seed
+    random = torch.Generator(device).manual_seed(seed)
     l, g = height * width, 4
 
     def normal(*shape: int) -> Tensor:
