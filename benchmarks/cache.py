@@ -14,6 +14,7 @@ recognised    share that the classifier of lamamba/metrics/digits.py takes for t
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -24,10 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.few_steps import frechet_distance, real_floor, rows
+from benchmarks.timing import medians
 from lamamba.benchmarking.environment import commit, device_name, versions
 from lamamba.benchmarking.flops import shallow_share
 from lamamba.config import UNetConfig
@@ -38,6 +41,7 @@ from lamamba.models.unet import LaMambaUNet
 from lamamba.pretrained import shipped_model
 from lamamba.runs.model import open_network
 from lamamba.sampling import generate
+from lamamba.viz.curves import tidy
 
 SAMPLERS = {
     "flow-euler": ([28, 20, 16, 14], [(28, 2, 1), (28, 3, 1), (28, 3, 0), (28, 5, 1)]),
@@ -98,19 +102,16 @@ def save(path: Path | None, facts: dict[str, Any]) -> None:
 def time_passes(model: LaMambaUNet, images: int, repeats: int) -> dict[str, float]:
     """Medians of the seconds of a full and of a shallow pass, with conditioning computed ahead."""
     config = model.architecture
-    x, deep = torch.randn(images, config.in_channels, *config.input_size), None
-    seconds: dict[str, list[float]] = {"full": [], "shallow": []}
+    x = torch.randn(images, config.in_channels, *config.input_size)
     with torch.no_grad():
         conditioning = model.condition(torch.full((images,), 500.0), torch.zeros(images, dtype=torch.int64))
-        for _ in range(repeats + 1):
-            for kind in seconds:
-                began = time.perf_counter()
-                if kind == "full":
-                    deep = model(x, None, conditioning=conditioning, return_features=("deep",))[1]["deep"]
-                else:
-                    model(x, None, conditioning=conditioning, deep_features=deep)
-                seconds[kind].append(time.perf_counter() - began)
-    return {kind: statistics.median(each[1:]) for kind, each in seconds.items()}       # the first one warms up
+
+        def full() -> torch.Tensor:
+            return model(x, None, conditioning=conditioning, return_features=("deep",))[1]["deep"]
+
+        deep = full()
+        shallow = functools.partial(model, x, None, conditioning=conditioning, deep_features=deep)
+        return medians({"full": full, "shallow": shallow}, repeats)
 
 
 def measure_times(facts: dict[str, Any], repeats: int) -> None:
@@ -159,15 +160,10 @@ def markdown(found: list[dict[str, Any]]) -> str:
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:
     """Distance over cost: a panel for each sampler, a line of fewer steps and one of the cache."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     samplers = list(dict.fromkeys(row["sampler"] for row in found))
-    size = (max(6, 4 * len(samplers)), 4.6)
-    figure, panels = plt.subplots(1, len(samplers), figsize=size, sharey=True, squeeze=False)
-    for axes, sampler in zip(panels[0], samplers, strict=True):
+    figure = Figure(figsize=(max(6, 4 * len(samplers)), 4.6))
+    panels = figure.subplots(1, len(samplers), sharey=True, squeeze=False)[0]
+    for axes, sampler in zip(panels, samplers, strict=True):
         for kind, colour, marker, label in (
             ("plain", "0.35", "o", "fewer steps"), ("1", "tab:blue", "D", "deep features extrapolated (order 1)"),
             ("0", "tab:orange", "s", "deep features repeated (order 0)"),
@@ -185,10 +181,9 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
                               textcoords="offset points", fontsize=8, color=colour)
         axes.set(title=sampler, xlabel="cost in full evaluations per image")
         axes.margins(x=0.25, y=0.15)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0, 0].set_ylabel("Fréchet distance to real digits, less theirs")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
+    tidy(panels)
+    panels[0].set_ylabel("Fréchet distance to real digits, less theirs")
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=3)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=110)

@@ -85,7 +85,7 @@ def compressed(work: Path, share: float, **changes: Any) -> lamamba.CompressResu
     return lamamba.compress(options, progress=None)
 
 
-class Judge:
+class Scorer:
     """Relative output loss on samples that no unit was scored on, Fréchet distance and share recognised."""
 
     def __init__(self, work: Path):
@@ -104,32 +104,32 @@ class Judge:
 
 
 def heal(work: Path, results: Results, shares: Sequence[float]) -> None:
-    judge = Judge(work)
+    score = Scorer(work)
     for share in shares:
         first = compressed(work, share, heal=STEPS, heal_learning_rate=1e-3)
         config = TrainConfig.from_dict(json.loads((first.path / "config.json").read_text(encoding="utf-8"))["train"])
 
-        results.measure("heal", f"{share:g} before", lambda: judge(first.pruned.path, share))   # noqa: B023 (called now)
+        results.measure("heal", f"{share:g} before", lambda: score(first.pruned.path, share))   # noqa: B023 (called now)
         for seed in SEEDS:
             for name, options in LOSSES.items():
                 run = work / f"{share:g}" / f"{name} {seed}".replace(",", "").replace(" ", "_")
 
-                def train_and_judge(run: Path = run, seed: int = seed, options: Any = options) -> dict[str, Any]:
+                def train_and_score(run: Path = run, seed: int = seed, options: Any = options) -> dict[str, Any]:
                     changed = dataclasses.replace(config, seed=seed, distill=options)       # noqa: B023 (called now)
                     values = {entry.name: getattr(changed, entry.name) for entry in dataclasses.fields(changed)}
                     lamamba.train(TrainOptions(**values, out=run), progress=None)
-                    return judge(run, share)                                    # noqa: B023 (called now)
+                    return score(run, share)                                    # noqa: B023 (called now)
 
-                results.measure("heal", f"{share:g} {name} {seed}", train_and_judge)
+                results.measure("heal", f"{share:g} {name} {seed}", train_and_score)
 
 
 def weight_times(work: Path, results: Results) -> None:
-    judge = Judge(work)
+    score = Scorer(work)
     for low, high in RANGES:
         for share in RANGED_SHARES:
             def measure(low: float = low, high: float = high, share: float = share) -> dict[str, Any]:
                 found = compressed(work / f"times-{low:g}-{high:g}", share, times=(float(low), float(high)))
-                return judge(found.pruned.path, share)
+                return score(found.pruned.path, share)
 
             results.measure("times", f"{share:g} by {low:g} to {high:g}", measure)
 

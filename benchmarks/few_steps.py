@@ -26,9 +26,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from lamamba import metrics
 from lamamba.config import Objective
 from lamamba.data.digits import Digits
 from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
@@ -39,6 +41,7 @@ from lamamba.pretrained import shipped_model
 from lamamba.runs.model import open_network
 from lamamba.sampling import generate
 from lamamba.training.loop import train
+from lamamba.viz.curves import save_figure, tidy
 
 EVALUATIONS = (2, 3, 4, 6, 8, 12, 16, 32)
 SHOWN: tuple[Objective, ...] = ("noise", "flow")
@@ -48,10 +51,7 @@ TRAINING_STEPS = 400
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Between two sets of rows (n, d), each taken for Gaussian."""
-    means, covariances = [x.mean(0) for x in (a, b)], [np.cov(x, rowvar=False) for x in (a, b)]
-    roots = np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0)     # of a product of two such matrices
-    spread = np.trace(covariances[0] + covariances[1]) - 2 * np.sqrt(roots).sum()
-    return float(((means[0] - means[1]) ** 2).sum() + spread)
+    return metrics.frechet_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
 
 
 def real_floor(real: np.ndarray, count: int, draws: int = 20) -> float:
@@ -137,12 +137,8 @@ def markdown(results: dict[str, list[dict[str, float]]], floor: float) -> str:
 
 def draw(results: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Distance over evaluations, a panel for each objective."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
+    figure = Figure(figsize=(11, 4.6))
+    panels = figure.subplots(1, 2, sharey=True)
     for axes, objective in zip(panels, SHOWN, strict=True):
         names = [name for name in samplers_for(objective) if name in results]
         for name, marker in zip(names, "osD^vPX*", strict=False):
@@ -152,8 +148,6 @@ def draw(results: dict[str, list[dict[str, float]]], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="evaluations of the network per image", title=f"{objective} model")
         axes.set_xticks(EVALUATIONS, list(map(str, EVALUATIONS)))
         axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
         if names:
             axes.legend(frameon=False, fontsize=9)
     distances = [line["distance"] for lines in results.values() for line in lines if line["distance"] > 0]
@@ -161,8 +155,8 @@ def draw(results: dict[str, list[dict[str, float]]], path: Path) -> None:
     panels[0].set_yticks(ticks, list(map(str, ticks)))
     panels[0].set_ylabel("Fréchet distance to real digits (pixels), less that of real ones")
     panels[0].set_ylim(min(distances) * 0.85, max(distances) * 1.2)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    tidy(panels)
+    save_figure(figure, path)
 
 
 def main() -> None:

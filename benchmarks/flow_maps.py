@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.few_steps import frechet_distance, real_floor, rows
 from lamamba import __version__
+from lamamba.benchmarking.environment import commit
 from lamamba.data.digits import Digits
 from lamamba.metrics.digits import DigitClassifier
 from lamamba.runs.model import fingerprint, open_network
@@ -86,7 +86,7 @@ def interval(ratios: list[float]) -> dict[str, float]:
     return {"mean": float(np.mean(ratios)), "half_interval": half}
 
 
-class Judge:
+class Scorer:
     """Distances of sets of images, each a list of ranges."""
 
     def __init__(self, per_range: int, num_ranges: int):
@@ -109,20 +109,22 @@ class Judge:
         }
 
 
-def judge(judge: Judge, teacher: Samples, students: list[Samples], scale: float, ranges: range) -> dict[str, Any]:
+def score_scale(
+    scorer: Scorer, teacher: Samples, students: list[Samples], scale: float, ranges: range
+) -> dict[str, Any]:
     """The scores of the teacher and of all students at one scale."""
     expected = [teacher.images(scale, TEACHER_STEPS, number) for number in ranges]
     apart = [frechet_distance(rows(a), rows(b)) for a, b in zip(expected, expected[1:] + expected[:1], strict=True)]
     result: dict[str, Any] = {
-        "images": sum(map(len, expected)), "ranges": len(expected), "floor": judge.whole_floor,
+        "images": sum(map(len, expected)), "ranges": len(expected), "floor": scorer.whole_floor,
         "teacher": {"steps": TEACHER_STEPS, "evaluations": TEACHER_STEPS * (1 if scale == 1 else 2),
-                    "floor_between_ranges": float(np.mean(apart)), **judge.scores(expected)},
+                    "floor_between_ranges": float(np.mean(apart)), **scorer.scores(expected)},
         "students": [],
     }
     for number, student in enumerate(students):
         for steps in STEPS:
             found = [student.images(scale, steps, number) for number in ranges]
-            scores = judge.scores(found)
+            scores = scorer.scores(found)
             own = [frechet_distance(rows(a), rows(b)) for a, b in zip(found, expected, strict=True)]
             pairs = zip(scores["distances"], result["teacher"]["distances"], strict=True)
             result["students"].append({
@@ -175,12 +177,11 @@ def main() -> None:
         raise SystemExit(f"--per-range {chosen.per_range} is no multiple of {BLOCK}")
     teacher = Samples(chosen.teacher, chosen.images, chosen.per_range)
     students = [Samples(path, chosen.images, chosen.per_range) for path in chosen.students]
-    judging = Judge(chosen.per_range, chosen.ranges)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    scorer = Scorer(chosen.per_range, chosen.ranges)
     result = {
-        "date": datetime.date.today().isoformat(), "lamamba": __version__, "commit": commit.stdout.strip(),
+        "date": datetime.date.today().isoformat(), "lamamba": __version__, "commit": commit(),
         "torch": torch.__version__, "first_seed": FIRST_SEED, "teacher_sha256": teacher.sha256,
-        "scales": {f"{scale:g}": judge(judging, teacher, students, scale, range(chosen.ranges))
+        "scales": {f"{scale:g}": score_scale(scorer, teacher, students, scale, range(chosen.ranges))
                    for scale in chosen.scales},
     }
     if chosen.json and chosen.json.is_file():                                   # other scales, with other numbers

@@ -8,8 +8,8 @@ Random weights; the two networks take turns. Seconds are processor time, medians
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.timing import medians
 from lamamba.benchmarking.environment import commit, device_name, versions
 from lamamba.config import UNetConfig
 from lamamba.inference.packing import pack_weights
@@ -57,15 +58,10 @@ def main() -> None:
     networks = [build(config, kind, chosen.images * height * width // config.patch_size**2) for kind in KINDS]
     inputs = (torch.randn(chosen.images, config.in_channels, height, width).to(torch.bfloat16),
               torch.full((chosen.images,), 500.0), torch.arange(chosen.images))
-    seconds: list[list[float]] = [[] for _ in KINDS]
     with torch.no_grad():
         expected, found = (network(*inputs).float() for network in networks)
-        for _ in range(chosen.repeats):
-            for network, taken in zip(networks, seconds, strict=True):
-                began = time.process_time()
-                network(*inputs)
-                taken.append(time.process_time() - began)
-    bfloat16, int8 = map(statistics.median, seconds)
+        passes = {str(kind): functools.partial(network, *inputs) for kind, network in zip(KINDS, networks, strict=True)}
+        bfloat16, int8 = medians(passes, chosen.repeats, time.process_time).values()
     result = {
         "preset": chosen.preset, "image_size": chosen.image_size, "images": chosen.images, "threads": chosen.threads,
         "seconds": {"bfloat16": bfloat16, "int8-dynamic": int8}, "ratio": bfloat16 / int8,

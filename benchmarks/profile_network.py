@@ -4,27 +4,17 @@
 
 The bound is the time of the network's multiply-adds at the speed of one large square product (packed, for bfloat16),
 measured in the same run. The scan's is that of its exponentials (benchmarks/scan_cpu.py).
-
-Page faults are expensive on virtual machines: the script re-executes itself with malloc set to keep freed memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 
-from lamamba.benchmarking.throughput import MALLOC
-
-if sys.platform == "linux" and any(os.environ.get(name) != value for name, value in MALLOC.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
-
 import torch
+from timing import keep_freed_memory, medians
 from torch.profiler import ProfilerActivity, profile
 
 from lamamba.benchmarking.throughput import Case, build, inputs
@@ -53,20 +43,16 @@ def profiled(case: Case, passes: int) -> tuple[float, dict[str, float]]:
     model = build(case).eval()
     if case.packs_weights:
         pack_weights(model, case.tokens * case.batch)
-    arguments, times = inputs(case, device), []
+    arguments = inputs(case, device)
     with torch.no_grad():
-        model(*arguments)
-        for _ in range(passes):
-            began = time.perf_counter()
-            model(*arguments)
-            times.append(1000 * (time.perf_counter() - began))
+        seconds = medians({case.model: lambda: model(*arguments)}, passes)[case.model]
         with profile(activities=[ProfilerActivity.CPU]) as trace:
             for _ in range(passes):
                 model(*arguments)
     kinds: dict[str, float] = defaultdict(float)
     for event in trace.key_averages():
         kinds[KIND_OF.get(event.key, "everything else")] += event.self_cpu_time_total / 1000 / passes
-    return statistics.median(times), dict(kinds)
+    return 1000 * seconds, dict(kinds)
 
 
 def products_per_second(dtype: torch.dtype, side: int = 2048) -> float:
@@ -75,16 +61,11 @@ def products_per_second(dtype: torch.dtype, side: int = 2048) -> float:
     network = torch.nn.Sequential(torch.nn.Linear(side, side, bias=False, dtype=dtype))
     pack_weights(network, side)
     with torch.no_grad():
-        network(x)
-        times = []
-        for _ in range(7):
-            began = time.perf_counter()
-            network(x)
-            times.append(time.perf_counter() - began)
-    return side**3 / statistics.median(times)
+        return side**3 / medians({"product": lambda: network(x)}, 7)["product"]
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description="CPU time of a network by kind of operation")
     parser.add_argument("--models", nargs="+", default=["xl", "dit-xl-2"])
     parser.add_argument("--image-size", type=int, default=256)

@@ -10,19 +10,12 @@ steps.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import os
-import statistics
-import sys
-import time
 from pathlib import Path
 
-from lamamba.benchmarking.throughput import MALLOC
-
-if sys.platform == "linux" and any(os.environ.get(name) != value for name, value in MALLOC.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
-
 import torch
+from timing import keep_freed_memory, medians
 
 from lamamba.benchmarking.throughput import Case, build
 from lamamba.diffusion.guidance import guided
@@ -31,6 +24,7 @@ from lamamba.inference.packing import pack_weights
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description="Time of a guided sampling step")
     parser.add_argument("--model", default="xl")
     parser.add_argument("--image-size", type=int, default=256)
@@ -56,22 +50,17 @@ def main() -> None:
 
         def run(
             kind: str, labels: torch.Tensor = labels, null: int = null, x: torch.Tensor = x, batch: int = batch
-        ) -> float:
-            began = time.perf_counter()
+        ) -> None:
             network = ConditionedNetwork(model, times, [*labels.tolist(), null]) if kind == "ahead" else model
             predict = guided(network, labels, 4.0, null)
             for t in times:
                 predict(x, torch.full((batch,), t))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            return 1000 * (time.perf_counter() - began) / options.steps
 
-        kinds = ("plain", "ahead")
         with torch.no_grad():
-            for kind in kinds:
-                run(kind)
-            turns = [[run(kind) for kind in kinds] for _ in range(options.runs)]
-        plain, ahead = (statistics.median(column) for column in zip(*turns, strict=True))
+            seconds = medians({kind: functools.partial(run, kind) for kind in ("plain", "ahead")}, options.runs)
+        plain, ahead = (1000 * each / options.steps for each in seconds.values())
         print(f"{options.model} {options.image_size} px {options.dtype}, {batch} guided: {plain:.1f} ms a step plain, "
               f"{ahead:.1f} ms with conditioning made ahead ({plain / ahead:.2f} times as fast)", flush=True)
         found.append({"batch": batch, "plain_ms": plain, "ahead_ms": ahead})

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.few_steps import frechet_distance, real_floor, rows
 from benchmarks.int8 import build
+from benchmarks.timing import medians
 from lamamba.benchmarking.environment import commit, device_name, versions
 from lamamba.benchmarking.flops import count, shallow_share
 from lamamba.benchmarking.peers.registry import build_peer
@@ -145,14 +146,7 @@ def measure_xl(image_size: int, repeats: int) -> list[dict[str, Any]]:
             "full": lambda: plain(x, *time_and_labels), "int8": lambda: int8(x, *time_and_labels),
             "shallow": lambda: plain(x, *time_and_labels, deep_features=deep), "dit": lambda: dit(x, *time_and_labels),
         }
-        taken: dict[str, list[float]] = {name: [] for name in passes}
-        for repeat in range(repeats + 1):
-            for name, run in passes.items():
-                began = time.process_time()
-                run()
-                if repeat:                                                      # the first one warms up
-                    taken[name].append(time.process_time() - began)
-    one = {name: statistics.median(seconds) for name, seconds in taken.items()}
+        one = medians(passes, repeats, time.process_time)
     full = LaMambaCacheConfig(interval=3).full_passes(28)
     seconds = {                                                                 # a pass of two images is a guided step
         "DiT-XL/2, 28 steps": 28 * one["dit"], "28 steps": 28 * one["full"], "8 steps of UniPC": 8 * one["full"],

@@ -6,29 +6,18 @@ Times are medians in milliseconds of alternating calls, so that other load affec
 ratio to torch.exp over as many float32 numbers as the scan has steps (b g l c), in the same run: a scan needs two
 exponentials and a logarithm for each. "core" is the scan with time steps of rank 1, where the projection W_dt dt is
 negligible; the other rows have the network's rank, c / 32.
-
-Page faults are expensive on virtual machines: the script re-executes itself with malloc set to keep freed memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
-import statistics
-import sys
-import time
 from collections.abc import Callable
 
-MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456",
-}
-if any(os.environ.get(name) != value for name, value in MALLOC.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+import torch
+from timing import keep_freed_memory, medians
 
-import torch  # noqa: E402
-
-from lamamba.ops import native, scan_paths, selective_scan  # noqa: E402
+from lamamba.ops import native, scan_paths, selective_scan
 
 # name: images, height, width, channels, rank, state sizes
 CASES = {
@@ -51,19 +40,8 @@ def make_inputs(b: int, height: int, width: int, c: int, r: int, n: int) -> list
     ]
 
 
-def medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each function, called in alternation; the first call is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if turn:
-                times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(each) for name, each in times.items()}
-
-
 def measure(case: tuple, n: int, backends: list[str], repeats: int) -> dict[str, float]:
+    """Median milliseconds of a case by back end and pass, and of the exponentials."""
     b, height, width, c, r, _ = case
     inputs = make_inputs(b, height, width, c, r, n)
     leaves = [tensor.clone().requires_grad_() for tensor in inputs[:-1]] + inputs[-1:]
@@ -78,10 +56,11 @@ def measure(case: tuple, n: int, backends: list[str], repeats: int) -> dict[str,
     for backend in backends:
         functions[f"{backend} forward"] = lambda backend=backend: selective_scan(*inputs, backend=backend)
         functions[f"{backend} both"] = lambda backend=backend: both(backend)
-    return medians(functions, repeats)
+    return {name: 1000 * seconds for name, seconds in medians(functions, repeats).items()}
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15, help="calls that count")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

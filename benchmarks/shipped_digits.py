@@ -7,7 +7,7 @@
     lamamba train digits_few_steps --out runs/digits_few_steps
     python benchmarks/shipped_digits.py --model shipped-few-steps --write runs/digits_few_steps
 
-The judge is the demo's: a support vector machine trained on real digits.
+The classifier is the demo's: a support vector machine trained on real digits.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def measure(name: str, per_digit: int, guidance: float | None) -> str:
 parameters              {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M, {size:.2f} MB on disk
 sampling                {sampler}, {sampling.steps} steps, guidance {guidance:g}; {seconds:.1f} s
 recognised as asked     {score.recognised} of {score.num_samples} ({score.recognised / score.num_samples:.1%})
-judge on real digits    {score.held_out_accuracy:.1%} right (held out)
+classifier's accuracy   {score.held_out_accuracy:.1%} on real digits (held out)
 two of a class differ   {score.spread:.2f} on average, real ones {score.real_spread:.2f}: {score.spread_share:.0%}
 nearest real digit      {score.nearest_to_real:.2f} away (median); from real to real {score.real_to_real:.2f}"""
 

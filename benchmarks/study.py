@@ -21,6 +21,7 @@ go side by side, one thread each; each writes its result, and the same command g
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import os
@@ -29,7 +30,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,24 @@ from PIL import Image
 from torch import nn
 
 from lamamba._version import __version__
+from lamamba.benchmarking.flops import count, operations
+from lamamba.benchmarking.peers.dit import DiT, DiTSize
 from lamamba.config import BRANCHES, UNetConfig
 from lamamba.data.codec import PixelDecoder, to_pixels
 from lamamba.data.digits import Digits
-from lamamba.diffusion.guidance import drop_labels
+from lamamba.diffusion.denoise import denoise, make_scheduler
+from lamamba.diffusion.guidance import drop_labels, guided
 from lamamba.diffusion.loss import training_loss
 from lamamba.diffusion.schedule import make_schedule
+from lamamba.metrics import Statistics, frechet_distance
+from lamamba.metrics.digits import nearest_distances
+from lamamba.metrics.digits_network import NUM_FEATURES, DigitFeatures
+from lamamba.models.unet import LaMambaUNet
 from lamamba.options.training import OptimizerOptions, TrainConfig
 from lamamba.training.checkpoint import update_ema
 from lamamba.training.draws import draw, image_indices
 from lamamba.utils.files import write_atomically
+from lamamba.viz.grids import grid_picture, save_picture
 
 SIDE, NUM_CLASSES, OBJECTIVE = 16, 10, "flow"
 BASE = UNetConfig(
@@ -68,19 +76,10 @@ def _without(branch: str) -> UNetConfig:
     return dataclasses.replace(BASE, removed_blocks=names)
 
 
-@dataclass(frozen=True)
-class DiTShape:
-    """A DiT of patch 2 in the place of a LaMamba configuration."""
-
-    width: int
-    depth: int
-    num_heads: int
-
-
-NETWORKS: dict[str, UNetConfig | DiTShape] = {
+NETWORKS: dict[str, UNetConfig | DiTSize] = {
     "LaMamba": BASE,
-    "DiT, as many multiply-adds": DiTShape(76, 4, 4),
-    "DiT, as many parameters": DiTShape(96, 6, 6),
+    "DiT, as many multiply-adds": DiTSize(76, 4, 4),
+    "DiT, as many parameters": DiTSize(96, 6, 6),
     "LaMamba, plain rows and columns (cross scan)": dataclasses.replace(BASE, scan="cross"),
     "LaMamba without window attention": _without("attention"),
     "LaMamba without scan": _without("scan"),
@@ -89,32 +88,25 @@ NETWORKS: dict[str, UNetConfig | DiTShape] = {
 }
 
 
-def build(shape: UNetConfig | DiTShape) -> nn.Module:
-    from lamamba.benchmarking.peers.dit import DiT, DiTSize
-    from lamamba.models.unet import LaMambaUNet
-
+def build(shape: UNetConfig | DiTSize) -> nn.Module:
+    """A network to train: of a configuration, or a DiT of patch 2."""
     if isinstance(shape, UNetConfig):
         return LaMambaUNet(shape)
-    network = DiT(
-        DiTSize(shape.width, shape.depth, shape.num_heads), SIDE, in_channels=1, out_channels=1, num_classes=NUM_CLASSES
-    )
+    network = DiT(shape, SIDE, in_channels=1, out_channels=1, num_classes=NUM_CLASSES)
     network.initialise()
     return network
 
 
-def cost(shape: UNetConfig | DiTShape) -> tuple[float, float]:
+def cost(shape: UNetConfig | DiTSize) -> tuple[float, float]:
     """(parameters, multiply-adds of products, convolutions, attention and scan for one image), in millions."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from lamamba.benchmarking.flops import count
-
     if isinstance(shape, UNetConfig):
         found = count(shape)
         return found.parameters / 1e6, (found.matrix + found.scan) / 1e6
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as operations:
+    with torch.device("meta"):
         network = build(shape).to("meta")
-        network(torch.empty(1, 1, SIDE, SIDE), torch.empty(1), torch.empty(1, dtype=torch.int64))
-    return sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6, operations.get_total_flops() / 2e6
+        inputs = torch.empty(1, 1, SIDE, SIDE), torch.empty(1), torch.empty(1, dtype=torch.int64)
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    return trained / 1e6, operations(network, *inputs).matrix / 1e6
 
 
 def enlarged_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -130,10 +122,8 @@ def learn(network: nn.Module, images: np.ndarray, labels: np.ndarray, config: Tr
 
     images (n, 1, 16, 16) uint8, labels (n,).
     """
-    from copy import deepcopy
-
     schedule = make_schedule(OBJECTIVE)
-    average = deepcopy(network).requires_grad_(False).eval()
+    average = copy.deepcopy(network).requires_grad_(False).eval()
     options, (decay,) = config.optimizer, config.ema_decays
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
@@ -162,9 +152,6 @@ def learn(network: nn.Module, images: np.ndarray, labels: np.ndarray, config: Tr
 @torch.no_grad()
 def draw_digits(network: nn.Module, labels: np.ndarray, seed: int, batch_size: int = 256) -> np.ndarray:
     """Digits of the classes asked for, (n, 16, 16, 1) uint8; image k from noise that depends on seed and k alone."""
-    from lamamba.diffusion.denoise import denoise, make_scheduler
-    from lamamba.diffusion.guidance import guided
-
     pictures = []
     for start in range(0, len(labels), batch_size):
         chosen = torch.from_numpy(labels[start : start + batch_size])
@@ -177,10 +164,6 @@ def draw_digits(network: nn.Module, labels: np.ndarray, seed: int, batch_size: i
 
 def score(pictures: np.ndarray, labels: np.ndarray, real: np.ndarray) -> dict[str, float]:
     """Of pictures (n, 16, 16, 1) that were asked to show labels (n,), beside real ones of the same layout."""
-    from lamamba.evaluation import Statistics, frechet_distance
-    from lamamba.metrics.digits import nearest_distances
-    from lamamba.metrics.digits_network import NUM_FEATURES, DigitFeatures
-
     network, found = DigitFeatures(), []
     outputs = [network(images) for images in (pictures, real)]
     for output in outputs:
@@ -221,8 +204,6 @@ def do_run(name: str, seed: int, path: Path, steps: int) -> None:
 
 def draw_networks(folder: Path, names: Sequence[str], seed: int, path: Path) -> None:
     """A row for each network: the first two of every digit, from the same noise everywhere."""
-    from lamamba.viz.grids import grid_picture, save_picture
-
     digits = np.concatenate([np.load(result_path(folder, name, seed).with_suffix(".npy")) for name in names])
     save_picture(grid_picture(digits, 2 * NUM_CLASSES, names, cell_pixels=32), path)
 

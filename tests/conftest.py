@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing.util
 import os
@@ -17,22 +18,44 @@ from lamamba.ops.selective_scan import OP
 from tests.networks import BACKENDS
 
 
+@contextlib.contextmanager
+def _compiled_for(name, monkeypatch):
+    """The kernels of an instruction set, or a skip where the processor lacks it or it was not built."""
+    monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, name)
+    native.load.cache_clear()
+    try:
+        native.load()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    try:
+        yield
+    finally:
+        monkeypatch.undo()
+        native.load.cache_clear()
+
+
+@pytest.fixture(params=native.INSTRUCTION_SETS)
+def instruction_set(request, monkeypatch):
+    with _compiled_for(request.param, monkeypatch):
+        yield request.param
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     """The name of each back end that runs on CPUs; the compiled one comes once for each of its instruction sets."""
     name, _, instruction_set = request.param.partition("/")
-    if instruction_set:
-        monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, instruction_set)
-        native.load.cache_clear()
-        try:
-            native.load()
-        except RuntimeError as error:
-            pytest.skip(str(error))
-    if reason := OP.get(name).unsupported_reason("cpu", torch.float32, 1):
-        pytest.skip(reason)
-    yield name
-    monkeypatch.undo()
-    native.load.cache_clear()
+    with _compiled_for(instruction_set, monkeypatch) if instruction_set else contextlib.nullcontext():
+        if reason := OP.get(name).unsupported_reason("cpu", torch.float32, 1):
+            pytest.skip(reason)
+        yield name
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Uninitialised memory is NaN, so that results that were not written show."""
+    torch.use_deterministic_algorithms(True, warn_only=True)                    # fills what torch.empty returns
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_configure(config):

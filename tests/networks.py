@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from lamamba import LaMambaUNet, UNetConfig
 from lamamba.models.official import derive_config
 from lamamba.ops import native
+from lamamba.runs.metadata import ModelMetadata
 
 PARITY = Path(__file__).parent / "parity"
 BACKENDS = [*(f"cpu/{name}" for name in native.INSTRUCTION_SETS), "torch", "reference"]
@@ -40,6 +43,11 @@ def load_case(name: str) -> ParityCase:
     weights = {key.removeprefix("weights."): tensor for key, tensor in tensors.items() if key.startswith("weights.")}
     scan = "continuous" if metadata.get("continuous", True) else "cross"
     return ParityCase(tensors, weights, derive_config(weights, scan))
+
+
+def largest_difference(images, others) -> int:
+    """Between two arrays of uint8, in grey levels."""
+    return int(np.abs(np.asarray(images).astype(int) - np.asarray(others).astype(int)).max())
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
@@ -78,6 +86,20 @@ def random_network(config: UNetConfig, seed: int = 0) -> LaMambaUNet:
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
+
+
+def grey_network(seed: int = 0, **changes) -> LaMambaUNet:
+    """A random network of `two_blocks` for grey images of 8 x 8 pixels, a flow's unless said otherwise."""
+    return random_network(two_blocks(**{"in_channels": 1, "objective": "flow", "width": 8, **changes}), seed)
+
+
+def save_model(folder: Path, network: LaMambaUNet, **metadata: Any) -> Path:
+    """Save a network with its sampling.json: of pixels and without names of classes unless said otherwise."""
+    network.save_pretrained(folder)
+    config = network.architecture
+    values = {"objective": config.objective, "image_size": config.input_size[0], **metadata}
+    ModelMetadata(**values).save(folder / "sampling.json")
+    return folder
 
 
 def random_inputs(config: UNetConfig, batch: int = 2, seed: int = 1, grid=None):

@@ -37,7 +37,7 @@ def build(checkout: Path, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_every_file_of_the_package_is_installed(checkout):
-    """Recipes, class names, the judge and the model that comes with the package among them."""
+    """Recipes, class names, the classifier of digits and the model that comes with the package among them."""
     ignore = shutil.ignore_patterns("__pycache__", f"*{native.SUFFIX}")
     shutil.copytree(ROOT / "lamamba", checkout / "lamamba", ignore=ignore, dirs_exist_ok=True)
     subprocess.run([sys.executable, "setup.py", "-q", "build_py", "--build-lib", "out"], cwd=checkout,

@@ -30,7 +30,6 @@ from diffusers import AutoModel, DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
-import lamamba
 from lamamba import LaMambaPipeline, LaMambaUNet
 from tests.networks import random_inputs, random_network, small_config, two_blocks
 from tests.test_pipeline import make_pipeline, run, seeds
@@ -54,6 +53,7 @@ ELSEWHERE = {
     "torch.compile in one graph": "tests/models/test_unet.py::test_agrees_with_eager",
     "compile_repeated_blocks": (
         "tests/models/test_deep_cache.py::test_another_attention_backend_is_refused_and_repeated_blocks_compile"),
+    "caches, enabled and disabled": "tests/models/test_deep_cache.py::test_a_loop_of_ones_own_names_the_branches",
     "LoRA, saved and loaded": "tests/models/test_adapters.py::test_saved_and_loaded_again_it_is_the_same",
     "LoRA, a wrong adapter name": "tests/models/test_adapters.py::test_saved_and_loaded_again_it_is_the_same",
     "LoRA, swapped in place": "tests/models/test_adapters.py::test_an_adapter_is_swapped_in_place",
@@ -225,17 +225,6 @@ def test_auto_model_finds_the_network_in_a_pipeline_once_the_class_is_imported(t
             AutoModel.from_pretrained(str(tmp_path / "unet"), **kwargs)
 
 
-def test_a_cache_and_its_state_are_told_and_reset():
-    model = random_network(small_config())
-    assert not model.is_cache_enabled
-    model.enable_cache(lamamba.LaMambaCacheConfig(interval=2))
-    assert model.is_cache_enabled
-    with pytest.raises(ValueError, match="enabled already"):
-        model.enable_cache(lamamba.LaMambaCacheConfig(interval=2))
-    model.disable_cache()
-    assert not model.is_cache_enabled
-
-
 def test_switches_of_attention_change_nothing_or_are_refused():
     pipe = make_pipeline("ddim", objective="noise")
     plain = run(pipe)
@@ -257,14 +246,12 @@ def test_components_make_another_pipeline_of_the_same_parts():
     init = set(inspect.signature(LaMambaPipeline.__init__).parameters) - {"self"}
     assert set(pipe.components) <= init
     again = LaMambaPipeline(**pipe.components)
-    again.set_progress_bar_config(disable=True)
     assert again.unet is pipe.unet
     assert torch.equal(run(again), run(pipe))
 
 
 def test_the_progress_bar_counts_the_steps(capsys):
     pipe = make_pipeline("ddim", objective="noise")
-    pipe.set_progress_bar_config(disable=False)
     pipe(1, num_inference_steps=3, generator=seeds(1))
     assert "3/3" in capsys.readouterr().err
     pipe.set_progress_bar_config(disable=True)
@@ -310,8 +297,6 @@ def test_pipelines_of_the_same_folder_share_nothing(tmp_path):
     make_pipeline("ddim", objective="noise").save_pretrained(tmp_path)
     first, second = (LaMambaPipeline.from_pretrained(tmp_path) for _ in range(2))
     assert isinstance(first, DiffusionPipeline)
-    first.set_progress_bar_config(disable=True)
-    second.set_progress_bar_config(disable=True)
     with torch.no_grad():
         first.unet.head.linear.bias.add_(1)
     assert not np.array_equal(run(first), run(second))

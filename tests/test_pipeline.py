@@ -41,9 +41,13 @@ def make_pipeline(sampler=None, vae=None, codec=None, network_seed=0, **changes)
     config = two_blocks(**{**settings, **changes})
     network = random_network(config, network_seed)
     scheduler = make_scheduler(sampler or samplers_for(config.objective)[0], config.objective)
-    pipe = LaMambaPipeline(network, vae, scheduler, NAMES if config.num_classes else None, codec)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return LaMambaPipeline(network, vae, scheduler, NAMES if config.num_classes else None, codec)
+
+
+@pytest.fixture
+def pipe():
+    """Of a noise model, sampled by DDIM."""
+    return make_pipeline("ddim", objective="noise")
 
 
 def levels(images):
@@ -162,8 +166,8 @@ def test_guidance_reaches_the_network():
     assert float((every[:, 3] - some[:, 3]).abs().max()) > 0.1
 
 
-def test_callbacks_see_and_change_the_steps():
-    pipe, seen = make_pipeline("ddim", objective="noise"), []
+def test_callbacks_see_and_change_the_steps(pipe):
+    seen = []
 
     def watch(given_pipe, step, timestep, tensors):
         assert given_pipe is pipe
@@ -233,8 +237,7 @@ def test_inpainting_changes_the_white_part_alone(sampler, objective):
         run(pipe, mask_image=Image.fromarray(mask))
 
 
-def test_masks_and_images_of_bytes_and_truth_values():
-    pipe = make_pipeline("ddim", objective="noise")
+def test_masks_and_images_of_bytes_and_truth_values(pipe):
     grey, white = np.asarray(picture()), np.arange(8)[None].repeat(8, 0) > 4
     expected = run(pipe, image=picture(), mask_image=Image.fromarray(np.uint8(255) * white))
     masks = (white, np.uint8(255) * white, np.uint8(1) * white, white.astype(np.float32))
@@ -251,19 +254,13 @@ def test_masks_and_images_of_bytes_and_truth_values():
 def test_names_that_diffusers_and_its_callbacks_use():
     network = random_network(two_blocks(width=8, in_channels=1, grid=(8, 12)))
     pipe = LaMambaPipeline(network, scheduler=DDIMScheduler(**BETAS, clip_sample=False))
-    pipe.set_progress_bar_config(disable=True)
     assert len(pipe(1, num_images_per_prompt=2, num_inference_steps=1).images) == 2
     assert type(LaMambaPipeline(network).scheduler) is type(make_scheduler("ddpm", "noise"))
     assert network.config.sample_size == (8, 12)
     assert make_pipeline().unet.config["sample_size"] == 8
-    x = torch.zeros(1, 1, 8, 12), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
-    assert torch.equal(network(*x, return_dict=True).sample, network(*x))
-    (output,) = network(*x, return_dict=False)
-    assert torch.equal(output, network(*x))
 
 
-def test_numbers_of_numpy_and_torch():
-    pipe = make_pipeline("ddim", objective="noise")
+def test_numbers_of_numpy_and_torch(pipe):
     plain = run(pipe, label=[1, 2], generator=seeds(1, 2), guidance_scale=1.5)
     settings = dict(num_inference_steps=np.int64(6), guidance_scale=np.float32(1.5), generator=seeds(1, 2))
     for labels in (torch.tensor([1, 2]), np.array([1, 2]), [np.int64(1), torch.tensor(2)]):
@@ -272,9 +269,8 @@ def test_numbers_of_numpy_and_torch():
                        run(pipe, label=1, generator=seeds(1), guidance_scale=1.5))
 
 
-def test_training_after_sampling_another_size_in_inference_mode():
+def test_training_after_sampling_another_size_in_inference_mode(pipe):
     scan_paths.__globals__["_cached_paths"].cache_clear()
-    pipe = make_pipeline("ddim", objective="noise")
     with torch.inference_mode():
         run(pipe, height=16, width=12)
         pipe.unet.set_grid((16, 12))
@@ -283,16 +279,12 @@ def test_training_after_sampling_another_size_in_inference_mode():
     assert all(parameter.grad is not None for parameter in pipe.unet.parameters())
 
 
-COPIES = {
-    "deepcopy": copy.deepcopy, "pickle": lambda pipe: pickle.loads(pickle.dumps(pipe)),
-    "components": lambda pipe: LaMambaPipeline(**pipe.components),
-}
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda pipe: pickle.loads(pickle.dumps(pipe))}
 
 
 @pytest.mark.parametrize("way", COPIES)
-def test_copies(way):
+def test_copies(pipe, way):
     copied = COPIES[way]
-    pipe = make_pipeline("ddim", objective="noise")
     plain = run(pipe)
     assert torch.equal(run(copied(pipe)), plain)
     if way == "deepcopy":
@@ -300,16 +292,14 @@ def test_copies(way):
             assert float((run(copied(pipe).to(dtype)) - plain).abs().max()) < allowed
 
 
-def test_ways_to_load(tmp_path):
+def test_ways_to_load(pipe, tmp_path):
     """Variants, shards, types and device maps of diffusers."""
-    pipe = make_pipeline("ddim", objective="noise")
     plain = run(pipe)
     pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
     assert len(list((tmp_path / "unet").glob("*.fp16*.safetensors"))) > 2
     for given, dtype in ((dict(), torch.float32), (dict(torch_dtype=torch.float16), torch.float16),
                          (dict(device_map="cpu"), torch.float32), (dict(low_cpu_mem_usage=False), torch.float32)):
         again = LaMambaPipeline.from_pretrained(tmp_path, variant="fp16", **given)
-        again.set_progress_bar_config(disable=True)
         assert again.unet.dtype == dtype
         assert float((run(again) - plain).abs().max()) < (0.02 if dtype == torch.float16 else 1e-6)
     split = LaMambaUNet.from_pretrained(
@@ -321,8 +311,8 @@ def test_ways_to_load(tmp_path):
     assert LaMambaUNet.from_config(split.config).config == LaMambaUNet.from_config(dict(split.config)).config
 
 
-def test_a_callback_changes_the_guidance():
-    pipe, seen = make_pipeline("ddim", objective="noise"), []
+def test_a_callback_changes_the_guidance(pipe):
+    seen = []
 
     def guide(given_pipe, step, timestep, tensors):
         seen.append(given_pipe.guidance_scale)
@@ -338,9 +328,8 @@ def test_a_callback_changes_the_guidance():
     torch.testing.assert_close(changed, same, atol=1e-5, rtol=0)
 
 
-def test_transparent_and_turned_inputs_count_as_they_look():
+def test_transparent_and_turned_inputs_count_as_they_look(pipe):
     """An image lies on white, a mask on black: what nobody has painted stays."""
-    pipe = make_pipeline("ddim", objective="noise")
     grey = np.asarray(picture())
     levels = np.stack([grey, np.where(np.arange(8) < 4, 255, 0) * np.ones((8, 1), int)], axis=-1).astype(np.uint8)
     turned, exif = picture(), Image.Exif()
@@ -374,8 +363,7 @@ def test_inpainting_latents_keeps_the_known_latents():
     assert not torch.allclose(latents[..., 4:], expected[..., 4:], atol=1e-2)
 
 
-def test_variations_go_from_one_seeds_picture_to_anothers():
-    pipe = make_pipeline("ddim", objective="noise")
+def test_variations_go_from_one_seeds_picture_to_anothers(pipe):
     one, other = run(pipe, generator=seeds(1)), run(pipe, generator=seeds(2))
     assert torch.equal(run(pipe, generator=seeds(1), variation_generator=seeds(2)), one)
     whole = run(pipe, generator=seeds(1), variation_generator=seeds(2), variation_strength=1.0)
@@ -390,8 +378,7 @@ def test_variations_go_from_one_seeds_picture_to_anothers():
         run(pipe, latents=torch.zeros(1, 1, 4, 4))
 
 
-def test_any_fitting_scheduler_of_diffusers_and_no_other():
-    pipe = make_pipeline("ddim", objective="noise")
+def test_any_fitting_scheduler_of_diffusers_and_no_other(pipe):
     pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
     together = run(pipe, label=[0, 1], generator=seeds(0, 1))
     torch.testing.assert_close(together[1:], run(pipe, label=1, generator=seeds(1)), atol=1e-5, rtol=0)
@@ -420,13 +407,11 @@ def test_a_saved_pipeline_makes_the_same_images(vae, tmp_path):
     pipe.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 2
     again = LaMambaPipeline.from_pretrained(tmp_path)
-    again.set_progress_bar_config(disable=True)
     assert torch.equal(run(pipe), run(again))
     assert again.label_names == tuple(NAMES.values())
     assert again.codec_config == pipe.codec_config
     assert set(again.components) == {"unet", "vae", "scheduler"}
     half = LaMambaPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    half.set_progress_bar_config(disable=True)
     assert half.unet.dtype == torch.bfloat16
     assert run(half).isfinite().all()
     # lamamba sample takes it, too, and makes the same pictures
@@ -440,25 +425,28 @@ def test_a_saved_pipeline_makes_the_same_images(vae, tmp_path):
     assert np.abs(pictures.astype(int) - same.reshape(pictures.shape)).max() <= 1
 
 
-def test_diffusers_alone_loads_it_with_the_code_beside_it(tmp_path):
-    pipe = make_pipeline("ddim", objective="noise")
-    pipe.save_pretrained(tmp_path / "saved")
+def images_by_diffusers_alone(folder, steps, work):
+    """Images of label 1 and seed 7 in each of these numbers of steps, by a process that has the folder's own code."""
     code = (
         "import sys, torch; from diffusers import DiffusionPipeline; assert 'lamamba' not in sys.modules; "
         "pipe = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline='pipeline', trust_remote_code=True); "
-        "seed = torch.Generator().manual_seed(7); "
-        "images = pipe(1, num_inference_steps=6, generator=[seed], output_type='pt').images; "
-        "torch.save(images, sys.argv[2])"
+        "images = [pipe(1, num_inference_steps=int(steps), generator=[torch.Generator().manual_seed(7)], "
+        "output_type='pt').images for steps in sys.argv[3:]]; torch.save(images, sys.argv[2])"
     )
-    out = tmp_path / "images.pt"
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", code, str(tmp_path / "saved"), str(out)]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(work / "modules"), "HF_HOME": str(work / "home")}
+    command = [sys.executable, "-c", code, str(folder), str(work / "images.pt"), *map(str, steps)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(out, weights_only=True), run(pipe, label=1, generator=seeds(7)))
+    return torch.load(work / "images.pt", weights_only=True)
 
 
-def test_it_is_pushed_to_a_hub_whole(monkeypatch):
+def test_diffusers_alone_loads_it_with_the_code_beside_it(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "saved")
+    (images,) = images_by_diffusers_alone(tmp_path / "saved", [6], tmp_path)
+    assert torch.equal(images, run(pipe, label=1, generator=seeds(7)))
+
+
+def test_it_is_pushed_to_a_hub_whole(pipe, monkeypatch):
     """All but the network: what is created and uploaded there is looked at here."""
     import diffusers.models.modeling_utils as of_models
     import diffusers.pipelines.pipeline_utils as of_pipelines
@@ -479,11 +467,9 @@ def test_it_is_pushed_to_a_hub_whole(monkeypatch):
         monkeypatch.setattr(module, "create_repo", lambda *_, **__: Repository)
     monkeypatch.setattr(hub, "upload_folder", upload)
     monkeypatch.setattr(hub.ModelCard, "load", no_card)
-    pipe = make_pipeline("ddim", objective="noise")
     with tempfile.TemporaryDirectory() as there:
         pipe.push_to_hub("me/digits")
         again = LaMambaPipeline.from_pretrained(there)
-        again.set_progress_bar_config(disable=True)
         assert torch.equal(run(again), run(pipe))
         assert os.path.isfile(os.path.join(there, "pipeline.py"))
     with tempfile.TemporaryDirectory() as there:
@@ -538,9 +524,8 @@ def test_slices_and_tiles_of_the_vae_change_little():
     assert not torch.equal(tiled, run(pipe, height=32, width=32))
 
 
-def test_offloaded_networks_make_the_same_images():
+def test_offloaded_networks_make_the_same_images(pipe):
     """accelerate's hooks, which bring weights to the device for each call of forward."""
-    pipe = make_pipeline("ddim", objective="noise")
     plain = run(pipe)
     accelerate.cpu_offload(
         pipe.unet, execution_device=torch.device("cpu"), preload_module_classes=pipe.unet._no_split_modules)
@@ -550,18 +535,10 @@ def test_offloaded_networks_make_the_same_images():
     torch.testing.assert_close(run(pipe), plain, atol=1e-5, rtol=0)
 
 
-@pytest.fixture
-def _poisoned_memory():
-    torch.use_deterministic_algorithms(True)                                    # fills what torch.empty returns
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.usefixtures("_poisoned_memory")
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
-def test_groups_on_disk_make_the_same_images(level, tmp_path):
+def test_groups_on_disk_make_the_same_images(pipe, level, tmp_path):
     """diffusers' group offloading; what is on disk is poison in memory, so whatever is not brought back shows."""
-    pipe = make_pipeline("ddim", objective="noise")
     plain = run(pipe)
     pipe.unet.enable_group_offload(
         onload_device="cpu", offload_type=level, num_blocks_per_group=1, offload_to_disk_path=str(tmp_path))
@@ -572,9 +549,8 @@ def test_groups_on_disk_make_the_same_images(level, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_stored_in_eight_bits(dtype):
+def test_weights_stored_in_eight_bits(pipe, dtype):
     """diffusers' layerwise casting."""
-    pipe = make_pipeline("ddim", objective="noise")
     plain = run(pipe)
     pipe.unet = pipe.unet.to(dtype)
     pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
@@ -610,8 +586,7 @@ def test_on_a_gpu(way):
     torch.testing.assert_close(images.cpu(), plain, atol=5e-3, rtol=0)
 
 
-def test_a_cache_of_deep_features_is_the_sampler_s_and_afresh_in_every_call():
-    pipe = make_pipeline("ddim", objective="noise")
+def test_a_cache_of_deep_features_is_the_sampler_s_and_afresh_in_every_call(pipe):
     plain = run(pipe, label=[1, 2], generator=seeds(1, 2), guidance_scale=1.5)
     cache = LaMambaCacheConfig(interval=3)
     pipe.unet.enable_cache(cache)
@@ -638,14 +613,12 @@ def test_a_cache_of_deep_features_is_the_sampler_s_and_afresh_in_every_call():
     (dict(guidance_interval=0.3), "must be two numbers"), (dict(guidance_interval=("a", "b")), "must be two numbers"),
     (dict(latents=torch.full((1, 1, 8, 8), float("nan"))), "NaN"), (dict(class_labels=True), "neither a class number"),
 ])
-def test_arguments_of_other_kinds_are_refused_by_name(given, said):
-    pipe = make_pipeline("ddim", objective="noise")
+def test_arguments_of_other_kinds_are_refused_by_name(pipe, given, said):
     with pytest.raises(ValueError, match=said):
         pipe(**{"class_labels": 1, "num_inference_steps": 2, **given})
 
 
-def test_an_interval_may_be_a_list_or_an_array():
-    pipe = make_pipeline("ddim", objective="noise")
+def test_an_interval_may_be_a_list_or_an_array(pipe):
     plain = run(pipe, guidance_interval=(0.2, 0.8))
     for interval in ([0.2, 0.8], np.array([0.2, 0.8])):
         assert torch.equal(run(pipe, guidance_interval=interval), plain)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -99,12 +100,11 @@ def sample(options: SampleOptions, *, progress: ProgressOption = "auto") -> Samp
     prepared = prepare(options, picture, device)
     table = make_table(options, picture, prepared.model)
     metadata = ImageMetadata(
-        settings=prepared.settings, seeds=table.seeds, labels=table.labels, columns=table.columns,
-        row_names=table.row_names, batch_size=options.batch_size or DEFAULT_BATCH_SIZE,
+        settings=prepared.settings, batch_size=options.batch_size or DEFAULT_BATCH_SIZE, **vars(table)
     )
     film = _DenoisingFilm(prepared) if is_film and options.interpolate is None else None
     with reporting(progress) as report:
-        images = _generate(prepared, metadata, options, film, report)
+        images = _generate(prepared, metadata, device, film, report)
     result = SampleResult(images, out, metadata)
     if out is None:
         return result
@@ -117,13 +117,10 @@ def sample(options: SampleOptions, *, progress: ProgressOption = "auto") -> Samp
 
 
 def _generate(
-    prepared: PreparedModel, metadata: ImageMetadata, options: SampleOptions, film: _DenoisingFilm | None,
-    report: Report,
+    prepared: PreparedModel, metadata: ImageMetadata, device: torch.device, film: _DenoisingFilm | None, report: Report
 ) -> np.ndarray:
     labels = {label for label in metadata.labels or () if isinstance(label, int)}
-    generator = prepared.generator(
-        pick_device(options.device), metadata.batch_size, labels, num_images=len(metadata.seeds)
-    )
+    generator = prepared.generator(device, metadata.batch_size, labels, num_images=len(metadata.seeds))
     return generator(
         metadata.labels, metadata.seeds, preview=film,
         on_step=lambda done, total: report(Progress("sampling", done, total, "steps")),

@@ -28,7 +28,7 @@ from lamamba.runs.metadata import ModelMetadata
 from lamamba.training import loop
 from lamamba.training.checkpoint import TrainState
 from lamamba.training.data import as_training_set
-from lamamba.training.distributed import check_processes, computing_threads, shard_size
+from lamamba.training.distributed import check_processes, shard_size
 from lamamba.training.draws import split_held_out
 from lamamba.training.loop import Callback, StepState, describe
 from lamamba.training.sources import PlannedData, open_data, plan_data
@@ -36,6 +36,7 @@ from lamamba.training.start import check_start, lora_layers, open_base, with_net
 from lamamba.utils.cores import waiting_threads
 from lamamba.utils.distributed import is_rank_zero, launched_processes, local_device
 from lamamba.utils.progress import Progress, ProgressOption, Report, duration, is_watched, reporting
+from lamamba.utils.repeatable import computing_threads
 from lamamba.utils.text import counted
 from lamamba.viz.curves import read_metrics
 

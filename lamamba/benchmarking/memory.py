@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lamamba.benchmarking.flops import address, saved_storages
 from lamamba.config import UNetConfig
@@ -85,9 +86,6 @@ def _run(
         gradients when it gets there); temporary bytes of the backward pass, two gradients as large as the largest saved
         tensor; parameters of the network, and of its largest block.
     """
-    # only a plan needs these parts of PyTorch
-    from lamamba.benchmarking.private_torch import FakeTensorMode
-
     label_rows = config.num_classes * config.condition_width                    # without the null label's row
     with torch.device("meta"):
         unconditional = config.replace(num_classes=0, guidance_range=None)      # fake labels have no values

@@ -1,1 +1,1 @@
-"""The command line: it parses, joins the rooms below, and prints. Nothing else in the project prints."""
+"""The command line: it parses, calls a function of lamamba.api, and prints. Nothing else in the project prints."""

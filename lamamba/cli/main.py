@@ -68,9 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 when `lamamba doctor` has found a fault; 2 for what the user can mend; 70 for an exception
-        that nobody foresaw, whose traceback is written to a file; 75 for a training
-        that a signal has stopped after a checkpoint (the same command resumes it); 130 for Ctrl-C; 141 for a closed
-        pipe.
+        that nobody foresaw, whose traceback is written to a file; 75 for a training that a signal has stopped after a
+        checkpoint (the same command resumes it); 130 for Ctrl-C; 141 for a closed pipe.
     """
     for stream in (sys.stdout, sys.stderr):                                     # a character that a terminal lacks
         if isinstance(stream, io.TextIOWrapper):
@@ -98,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(stop, file=sys.stderr)
         return EXIT_INTERRUPTED
-    except RankZeroError:                                                    # rank 0 prints the failure
+    except RankZeroError:                                                       # rank 0 prints the failure
         return EXIT_FAILURE
     except Exception as error:
         if os.environ.get("LAMAMBA_TRACEBACK") == "1":

@@ -15,11 +15,12 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from lamamba.config import UNetConfig
 from lamamba.data.sets import TrainingSet
 from lamamba.diffusion.denoise import denoise, make_scheduler, samplers_for
 from lamamba.diffusion.guidance import Guidance, drop_labels
 from lamamba.diffusion.loss import training_loss
-from lamamba.diffusion.schedule import NUM_TIMESTEPS, make_schedule
+from lamamba.diffusion.schedule import NUM_TIMESTEPS, Schedule, make_schedule
 from lamamba.models.unet import LaMambaUNet
 from lamamba.sampling.generate import GuidedModel, noise_of
 from lamamba.training.draws import draw, image_indices
@@ -41,9 +42,6 @@ class Batch:
     loss: Callable[[Tensor], Tensor] | None = None
     """The training loss of an output, (b,); None for states of sampling, which have no clean image."""
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(send_to_device(self.inputs, device), self.times, self.loss)
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -60,21 +58,13 @@ class Calibration:
         """(n,) of all samples."""
         return torch.cat([batch.times for batch in self.batches])
 
-    def predict(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The network's prediction: (b, channels, h, w) float32.
-
-        Raises:
-            FloatingPointError: when it is not finite.
-        """
-        return self._output(model, batch)[:, : self.channels]
-
     def _output(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(b, out_channels, h, w) float32, in evaluation mode."""
+        """The network's output in evaluation mode, (b, out_channels, h, w) float32."""
         device, was_training = next(model.parameters()).device, model.training
         model.eval()
         try:
             with torch.no_grad():
-                output = model(**batch.to(device).inputs)
+                output = model(**send_to_device(batch.inputs, device))
         finally:
             model.train(was_training)
         output = getattr(output, "sample", output).float()
@@ -85,15 +75,19 @@ class Calibration:
         return output
 
     def predictions(self, model: nn.Module) -> list[Tensor]:
-        """Of all batches."""
-        return [self.predict(model, batch) for batch in self.batches]
+        """The network's prediction for each batch, (b, channels, h, w) float32.
+
+        Raises:
+            FloatingPointError: when it is not finite.
+        """
+        return [self._output(model, batch)[:, : self.channels] for batch in self.batches]
 
     def losses(self, model: nn.Module) -> list[Tensor]:
         """The training loss of each sample of all batches, (b,) each.
 
         Raises:
             ValueError: for states of sampling, which have no clean image to compare with.
-            FloatingPointError: as `predict`.
+            FloatingPointError: as `predictions`.
         """
         if any(batch.loss is None for batch in self.batches):
             raise ValueError("criterion 'task' needs data: states of sampling have no clean image to compare with")
@@ -126,27 +120,35 @@ def from_data(
             f"{data.name} has {len(data.label_names)} classes, the network {config.num_classes}: give the data of its "
             "training"
         )
-    schedule, (low, high) = make_schedule(config.objective, "uniform"), times
-    batches = []
-    for begin in range(first, first + samples, batch_size):
-        positions = range(begin, min(begin + batch_size, first + samples))
-        draws = draw(seed, positions, has, latent=data.draws_latents)
-        x0, labels = data.read(image_indices(seed, positions, len(data)), draws)
-        t = schedule.timestep((low + (high - low) * draws.time) / NUM_TIMESTEPS)
-        xt = schedule.add_noise(x0, draws.eps, t)
-
-        def loss(output: Tensor, x0: Tensor = x0, xt: Tensor = xt, t: Tensor = t, eps: Tensor = draws.eps) -> Tensor:
-            return training_loss(output.float().cpu(), x0, xt, t, eps, schedule)
-
-        inputs: dict[str, Any] = {"x": xt, "timestep": t}
-        if config.num_classes:
-            inputs["class_labels"] = drop_labels(labels, draws.label, LABEL_DROPOUT, config.num_classes)
-        batches.append(Batch(inputs, t.float(), loss))
+    schedule, last = make_schedule(config.objective, "uniform"), first + samples
+    batches = [
+        _noised(config, data, schedule, range(begin, min(begin + batch_size, last)), seed, times)
+        for begin in range(first, last, batch_size)
+    ]
     about = {
         "data": data.name, "fingerprint": data.fingerprint, "samples": samples, "first": first, "seed": seed,
-        "times": [low, high],
+        "times": list(times),
     }
     return Calibration(batches, config.in_channels, about)
+
+
+def _noised(
+    config: UNetConfig, data: TrainingSet, schedule: Schedule, positions: range, seed: int, times: tuple[float, float]
+) -> Batch:
+    """The samples at some positions of the seed's order, with noise."""
+    (low, high), shape = times, (data.channels, data.input_size, data.input_size)
+    draws = draw(seed, positions, shape, latent=data.draws_latents)
+    x0, labels = data.read(image_indices(seed, positions, len(data)), draws)
+    t = schedule.timestep((low + (high - low) * draws.time) / NUM_TIMESTEPS)
+    xt = schedule.add_noise(x0, draws.eps, t)
+    inputs: dict[str, Any] = {"x": xt, "timestep": t}
+    if config.num_classes:
+        inputs["class_labels"] = drop_labels(labels, draws.label, LABEL_DROPOUT, config.num_classes)
+
+    def loss(output: Tensor) -> Tensor:
+        return training_loss(output.float().cpu(), x0, xt, t, draws.eps, schedule)
+
+    return Batch(inputs, t.float(), loss)
 
 
 def from_sampling(
@@ -167,37 +169,44 @@ def from_sampling(
     Raises:
         ValueError: when no step of the sampler lies in the range of times.
     """
-    config, device = model.architecture, model.device
-    sampler = samplers_for(config.objective)[0]
+    sampler = samplers_for(model.architecture.objective)[0]
     sampler = "dpm++" if sampler == "ddpm" else sampler                        # a tenth of the steps
-    batches = []
-    for first in range(0, samples, batch_size):
-        seeds = range(seed + first, seed + min(first + batch_size, samples))
-        scheduler = make_scheduler(sampler, config.objective, steps)
-        generators = [np.random.default_rng([number, samples]) for number in seeds]
-        labels = None
-        if config.num_classes:
-            labels = [
-                config.num_classes if generator.random() < LABEL_DROPOUT else number % config.num_classes
-                for number, generator in zip(seeds, generators, strict=True)
-            ]
-        guided = GuidedModel(model, scheduler.timesteps.tolist(), Guidance(1.0), labels=labels or ())
-        predict, states = guided.predictor(labels, device), list[tuple[float, Tensor]]()
-
-        def record(x: Tensor, t: Tensor, predict: Any = predict, states: list[Any] = states) -> Tensor:
-            states.append((float(t.flatten()[0]), x.cpu()))
-            return predict(x, t)
-
-        noise = torch.stack([noise_of(number, (config.in_channels, *config.input_size)) for number in seeds])
-        denoise(record, scheduler, noise.to(device))
-        inside = [state for state in states if times[0] <= state[0] <= times[1]]
-        if not inside:
-            raise ValueError(f"no step of {sampler} lies between the times {times[0]:g} and {times[1]:g}; widen them")
-        chosen = [inside[generator.integers(len(inside))] for generator in generators]
-        t = torch.tensor([time for time, _ in chosen])
-        inputs: dict[str, Any] = {"x": torch.stack([x[row] for row, (_, x) in enumerate(chosen)]), "timestep": t}
-        if labels is not None:
-            inputs["class_labels"] = torch.tensor(labels)
-        batches.append(Batch(inputs, t))
+    batches = [
+        _sampled(model, range(seed + first, seed + min(first + batch_size, samples)), samples, sampler, steps, times)
+        for first in range(0, samples, batch_size)
+    ]
     about = {"data": f"states of {sampler}", "samples": samples, "seed": seed, "times": list(times)}
-    return Calibration(batches, config.in_channels, about)
+    return Calibration(batches, model.architecture.in_channels, about)
+
+
+def _sampled(
+    model: LaMambaUNet, seeds: range, samples: int, sampler: str, steps: int | None, times: tuple[float, float]
+) -> Batch:
+    """A state of the sampling of each seed's image, drawn from those in the range of times."""
+    config, device, states = model.architecture, model.device, list[tuple[float, Tensor]]()
+    scheduler = make_scheduler(sampler, config.objective, steps)
+    generators = [np.random.default_rng([number, samples]) for number in seeds]
+    labels = None
+    if config.num_classes:
+        labels = [
+            config.num_classes if generator.random() < LABEL_DROPOUT else number % config.num_classes
+            for number, generator in zip(seeds, generators, strict=True)
+        ]
+    guided = GuidedModel(model, scheduler.timesteps.tolist(), Guidance(1.0), labels=labels or ())
+    predict = guided.predictor(labels, device)
+
+    def record(x: Tensor, t: Tensor) -> Tensor:
+        states.append((float(t.flatten()[0]), x.cpu()))
+        return predict(x, t)
+
+    noise = torch.stack([noise_of(number, (config.in_channels, *config.input_size)) for number in seeds])
+    denoise(record, scheduler, noise.to(device))
+    inside = [state for state in states if times[0] <= state[0] <= times[1]]
+    if not inside:
+        raise ValueError(f"no step of {sampler} lies between the times {times[0]:g} and {times[1]:g}; widen them")
+    chosen = [inside[generator.integers(len(inside))] for generator in generators]
+    t = torch.tensor([time for time, _ in chosen])
+    inputs: dict[str, Any] = {"x": torch.stack([x[row] for row, (_, x) in enumerate(chosen)]), "timestep": t}
+    if labels is not None:
+        inputs["class_labels"] = torch.tensor(labels)
+    return Batch(inputs, t)

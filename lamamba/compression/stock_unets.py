@@ -61,10 +61,7 @@ def stock_model(model: UNet, names: Iterable[str] = ()) -> UNet:
     kinds, gone = unit_kinds(whole), outermost([*removed_units(model), *names])
     for name in gone:
         check_known("unit", name, kinds)
-    config = _configuration(whole, kinds, gone)
-    with torch.device("meta"):
-        stock = stock_class(model)(**config)
-    weights = model.state_dict()
+    stock, weights = _on_meta(model, _configuration(whole, kinds, gone)), model.state_dict()
     return filled(stock, {new: weights[old] for new, old in _renumbered(whole, weights, gone).items()}, model)
 
 
@@ -77,10 +74,8 @@ def zero_filled(model: UNet, names: Iterable[str]) -> UNet:
     kinds = unit_kinds(model)
     if removed_units(model):
         raise ValueError("filling with zeros needs the whole network, not one without some of its units")
-    with torch.device("meta"):
-        stock = stock_class(model)(**whole_config(model))
     weights = dict(model.state_dict())
-    for name in (names := tuple(names)):
+    for name in names:
         check_known("unit", name, kinds)
         if kinds[name] == "mid" and model.config["mid_block_scale_factor"] != 1:
             raise ValueError("mid_block divides by its mid_block_scale_factor: filled with zeros, it is no identity")
@@ -89,7 +84,7 @@ def zero_filled(model: UNet, names: Iterable[str]) -> UNet:
                 for part in last[1].state_dict():
                     key = f"{path}.{last[0]}.{part}"
                     weights[key] = torch.zeros_like(weights[key])
-    return filled(stock, weights, model)
+    return filled(_on_meta(model, whole_config(model)), weights, model)
 
 
 def _last_layer(module: nn.Module) -> tuple[str, nn.Module] | None:
@@ -108,10 +103,13 @@ def _last_layer(module: nn.Module) -> tuple[str, nn.Module] | None:
 
 def _whole(model: UNet) -> UNet:
     """The whole network, on the meta device where it is not the model itself."""
-    if not removed_units(model):
-        return model
+    return _on_meta(model, whole_config(model)) if removed_units(model) else model
+
+
+def _on_meta(model: UNet, config: Mapping[str, Any]) -> UNet:
+    """A stock network of the model's class on the meta device."""
     with torch.device("meta"):
-        return stock_class(model)(**whole_config(model))
+        return stock_class(model)(**config)
 
 
 def _is_gone(gone: Collection[str], path: str) -> bool:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lamamba.utils.tensors import FLOATS, PICKLES, check_finite, read_header, weight_files
+from lamamba.utils.text import first_line
 
 logger = logging.getLogger("lamamba.data")
 
@@ -113,8 +114,7 @@ class Autoencoder:
             mean, _ = self.moments(torch.zeros(1, self.in_channels, image_size, image_size))
         except RuntimeError as error:
             raise ValueError(
-                f"{self} cannot encode images of {image_size} x {image_size} pixels ({str(error).splitlines()[0]}); "
-                f"{advice}"
+                f"{self} cannot encode images of {image_size} x {image_size} pixels ({first_line(error)}); {advice}"
             ) from error
         c, h, w = mean.shape[1:]
         if (h * side, w * side) != (image_size, image_size):
@@ -167,7 +167,7 @@ def _load_checked(name: str) -> nn.Module:
     try:
         config = diffusers.AutoencoderKL.load_config(place, **options)
     except OSError as error:
-        raise OSError(f"there is no autoencoder {name!r}: {_first_line(error)}") from error
+        raise OSError(f"there is no autoencoder {name!r}: {first_line(error)}") from error
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind not in KINDS:
         raise ValueError(f"{name} is a {kind or 'thing without a class'}, not one of {', '.join(KINDS)}")
@@ -180,7 +180,7 @@ def _load_checked(name: str) -> nn.Module:
         )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"the weights of {name} cannot be loaded: {_first_line(error)}; only whole safetensors files are read, as "
+            f"the weights of {name} cannot be loaded: {first_line(error)}; only whole safetensors files are read, as "
             "a pickle (.bin, .pt) could run code"
         ) from error
     wrong = [
@@ -216,7 +216,7 @@ def _check_files(folder: Path, kind: Any, config: Mapping[str, Any]) -> None:
         with torch.device("meta"):
             expected = kind.from_config(config).state_dict()
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{where} describes no {kind.__name__}: {_first_line(error)}") from error
+        raise ValueError(f"{where} describes no {kind.__name__}: {first_line(error)}") from error
     for name, (shape, dtype) in found.items():
         if dtype not in FLOATS:
             raise ValueError(f"{folder}: {name} has type {dtype}, not one of {', '.join(FLOATS)}")
@@ -274,7 +274,3 @@ def _pickle_message(name: str, file: str) -> str:
         "the safetensors version, or make one where you trust the file: torch.load(..., weights_only=True), then "
         "safetensors.torch.save_file"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -22,7 +22,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lamamba.data.autoencoder import Autoencoder
@@ -32,6 +31,7 @@ from lamamba.options.base import Ge, Lt, Positive, from_dict, record
 from lamamba.utils.files import read_json, sha256
 from lamamba.utils.progress import Progress, Report
 from lamamba.utils.shards import ShardPlan
+from lamamba.utils.tensors import read_header
 
 LATENTS_VERSION = 1
 INDEX = "index.json"
@@ -230,13 +230,11 @@ def check_shape(path: Path, plan: Plan, shard: Shard) -> None:
     Raises:
         ValueError: naming the file when it does not.
     """
-    expected = {MOMENTS: ([len(shard.labels), plan.views, plan.parts, *plan.shape], plan.storage)}
+    expected = {MOMENTS: ((len(shard.labels), plan.views, plan.parts, *plan.shape), plan.storage)}
     try:
-        with safe_open(path, "np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}       # noqa: SIM118 (not a dict)
-            found = {name: (part.get_shape(), _STORED.get(part.get_dtype())) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); lamamba data check {path.parent} tells more") from error
+        found = {name: (header.shape, _STORED.get(header.dtype)) for name, header in read_header(path).items()}
+    except ValueError as error:
+        raise ValueError(f"{error}; lamamba data check {path.parent} tells more") from error
     if found != expected:
         raise ValueError(f"{path} holds {found} where {INDEX} says {expected}: it is no shard of this folder")
 

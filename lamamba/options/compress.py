@@ -121,7 +121,7 @@ class CompareCriteriaOptions(CalibrationOptions):
     """The feature network, as in lamamba evaluate: inception, dinov2, digits, module:name."""
 
     def __post_init__(self) -> None:
-        CalibrationOptions.__post_init__(self)
+        super().__post_init__()
         for share in self.shares:
             if not 0 < share < 1:
                 raise ValueError(f"shares={self.shares} must lie between 0 and 1")

@@ -42,6 +42,7 @@ from lamamba.runs.metadata import ModelMetadata
 from lamamba.utils.distributed import ProcessGroup
 from lamamba.utils.errors import RankZeroError
 from lamamba.utils.files import append_json, check_folder, differences, flush, sha256, write_all, write_json
+from lamamba.utils.text import first_line
 
 logger = logging.getLogger("lamamba.training")
 
@@ -83,7 +84,7 @@ def _name(step: int) -> str:
 def _step_of(path: Path) -> int | None:
     """The step of a checkpoint that training has written, whole or damaged; None for a copy under another step, a link.
 
-    A whole state.json of another step tells the copy; a damaged one is for `check_manifest` to name.
+    A copy has a whole state.json, of another step; a damaged one is for `check_manifest` to name.
     """
     digits = path.name.removeprefix("step_")
     if not re.fullmatch("[0-9]{8,18}", digits) or path.name != _name(int(digits)):
@@ -112,7 +113,7 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         rank, (inner, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {_cause(inner)}"
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return first_line(error)
 
 
 @record
@@ -284,10 +285,7 @@ class RunFolder:
             raise ValueError(f"{self.config}: {error}") from error
 
     def _check_same(self, saved: RunConfig, new: Mapping[str, Any]) -> None:
-        old = {entry.name: getattr(saved, entry.name) for entry in dataclasses.fields(saved) if entry.name != "data"}
-        for part in ("teacher", "base"):
-            if old[part] is None:
-                del old[part]
+        old = {name: value for name, value in vars(saved).items() if name != "data" and value is not None}
         old["train"] = TrainConfig.from_dict(saved.train, self.config).to_dict()    # options that it did not know yet
         old["sampling"] = json.loads(json.dumps(dataclasses.asdict(CodecConfig()))) | old["sampling"]
         may_change = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -93,8 +92,7 @@ class Plan(ShardPlan):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        return {**values, "settings": self.settings.to_dict(), "classes": list(self.classes)}
+        return {**vars(self), "settings": self.settings.to_dict(), "classes": list(self.classes)}
 
     @classmethod
     def from_dict(cls, values: Any, where: str | Path = "") -> Plan:

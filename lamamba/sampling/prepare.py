@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -62,7 +62,7 @@ def fill_from_picture(options: Options) -> tuple[Options, ImageMetadata | None]:
         "autoguidance": None if settings.autoguidance is None else Path(settings.autoguidance),
         "lora": None if settings.lora is None else Path(settings.lora),
     }
-    given = {entry.name: getattr(options, entry.name) for entry in fields(options)}
+    given = vars(options)
     if given["model"] not in (None, Path(settings.model)):                      # another model: sizes of its own
         saved = {key: saved[key] for key in saved if key not in (
             "height", "width", "autoencoder", "autoguidance", "lora")}

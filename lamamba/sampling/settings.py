@@ -112,8 +112,7 @@ class ImageMetadata:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the format's version."""
-        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        return {"version": SETTINGS_VERSION, **values, "settings": self.settings.to_dict()}
+        return {"version": SETTINGS_VERSION, **vars(self), "settings": self.settings.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Any) -> ImageMetadata:

@@ -41,6 +41,7 @@ from lamamba.training.distributed import Processes
 from lamamba.utils.distributed import local, whole
 from lamamba.utils.files import write_json
 from lamamba.utils.tensors import read_tensors
+from lamamba.utils.text import first_line
 
 logger = logging.getLogger("lamamba.training")
 
@@ -225,7 +226,7 @@ def read_checkpoint(folder: Path, state: TrainState, processes: Processes) -> No
                 torch.set_rng_state(tensors.pop("random/torch"))
                 restore_optimizer(state.model, state.optimizer, tensors)
     except (KeyError, SafetensorError, dcp.api.CheckpointException) as error:
-        raise ValueError(f"{folder} does not fit this network or is damaged: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{folder} does not fit this network or is damaged: {first_line(error)}") from error
     state.step, state.omitted, state.faults = saved.step, saved.left_out, saved.faults
 
 

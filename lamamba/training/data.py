@@ -20,7 +20,7 @@ from lamamba.data.sets import PixelSet, TrainingSet, read_ahead
 from lamamba.options.training import TrainConfig
 from lamamba.training.distributed import Processes
 from lamamba.training.draws import draw, image_indices, split_held_out
-from lamamba.training.interrupt import ignore_in_worker
+from lamamba.training.interrupt import ignore_stop_signals
 from lamamba.utils.distributed import part
 
 GPU_THREADS = 4
@@ -135,7 +135,7 @@ class TrainingData:
             return
         loader = torch.utils.data.DataLoader(
             cast(Any, _InWorker(self)), batch_size=None, sampler=cast(Any, keys), num_workers=options.data_workers,
-            prefetch_factor=2, pin_memory=self._pins, worker_init_fn=_begin_worker,
+            prefetch_factor=2, pin_memory=self._pins, worker_init_fn=ignore_stop_signals,
             generator=torch.Generator(),                                        # not the global one: it is saved
         )
         others = set(multiprocessing.active_children())
@@ -178,7 +178,3 @@ def _received(results: Iterator[Batch | Exception]) -> Generator[Batch, None, No
         if isinstance(result, Exception):
             raise result
         yield result
-
-
-def _begin_worker(index: int) -> None:
-    ignore_in_worker()

@@ -180,17 +180,6 @@ def _without_gradient_sync(network: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def computing_threads(threads: int | None) -> Iterator[None]:
-    """Compute with this many threads, where a number is given."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
 def precision_policy(options: PrecisionOptions) -> Iterator[None]:
     """Set PyTorch's global switches as the options say, and restore them."""
     tf32 = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)

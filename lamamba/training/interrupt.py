@@ -67,7 +67,7 @@ def stop_signals() -> Iterator[StopRequest]:
             signal.signal(number, signal.SIG_IGN if is_over else handler)
 
 
-def ignore_in_worker() -> None:
-    """Ignore stop signals in a data worker: schedulers send them to all processes of a job."""
+def ignore_stop_signals(worker: int) -> None:
+    """Ignore stop signals in a data worker, by its number: schedulers send them to all processes of a job."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -42,7 +42,7 @@ from lamamba.training.checkpoint import (
 )
 from lamamba.training.data import Batch, TrainingData, as_training_set
 from lamamba.training.distill import Teacher, VelocityTeacher
-from lamamba.training.distributed import Processes, computing_threads, precision_policy
+from lamamba.training.distributed import Processes, precision_policy
 from lamamba.training.flow_map import FlowMapTask
 from lamamba.training.interrupt import Interrupted, StopRequest, stop_signals
 from lamamba.training.non_finite import find_origin
@@ -51,7 +51,7 @@ from lamamba.training.trackers import MetricsFile
 from lamamba.utils.distributed import local, peak_memory, whole
 from lamamba.utils.errors import RankZeroError
 from lamamba.utils.locks import FolderLock
-from lamamba.utils.repeatable import own_random_state
+from lamamba.utils.repeatable import computing_threads, own_random_state
 
 logger = logging.getLogger("lamamba.training")
 

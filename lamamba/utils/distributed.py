@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lamamba.utils.errors import RankZeroError
+from lamamba.utils.text import first_line
 
 T = TypeVar("T")
 LONGEST_WAIT = timedelta(hours=12)
@@ -37,7 +38,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device {name!r} cannot be used here: {first_line(error)}") from error
     return device
 
 

@@ -17,14 +17,24 @@ def own_random_state() -> Iterator[None]:
 
 
 @contextmanager
-def repeatable(threads: int = 0) -> Iterator[None]:
-    """Deterministic convolutions of cuDNN without a search for the fastest, and a number of threads (0: as it is)."""
-    cudnn, num_threads = torch.backends.cudnn, torch.get_num_threads()
-    before = cudnn.benchmark, cudnn.deterministic
-    cudnn.benchmark, cudnn.deterministic = False, True
-    torch.set_num_threads(threads or num_threads)
+def computing_threads(threads: int | None) -> Iterator[None]:
+    """Compute with this many threads of the CPU; None and 0: with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
     try:
         yield
     finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def repeatable(threads: int = 0) -> Iterator[None]:
+    """Deterministic convolutions of cuDNN without a search for the fastest, and a number of threads (0: as it is)."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        with computing_threads(threads):
+            yield
+    finally:
         cudnn.benchmark, cudnn.deterministic = before
-        torch.set_num_threads(num_threads)

@@ -1,4 +1,4 @@
-"""Words for numbers, and text in columns."""
+"""Words for numbers, text in columns, the first line of an error."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     """Cells padded to their column's width: those of the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's message; its type where it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -11,20 +11,16 @@ from PIL import Image
 
 import lamamba
 from lamamba.diffusion.denoise import samplers_for
-from lamamba.runs.metadata import ModelMetadata
 from lamamba.sampling import generate
 from lamamba.sampling.prepare import with_fast_preset
 from lamamba.sampling.settings import Interpolated, read_image_metadata
-from tests.networks import random_network, two_blocks
+from tests.networks import grey_network, save_model
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     place = tmp_path_factory.mktemp("models") / "flow"
-    random_network(two_blocks(in_channels=1, objective="flow", width=8)).save_pretrained(place)
-    metadata = ModelMetadata(objective="flow", image_size=8, label_names=("ant", "bee", "cat"), guidance=1.5)
-    metadata.save(place / "sampling.json")
-    return place
+    return save_model(place, grey_network(), label_names=("ant", "bee", "cat"), guidance=1.5)
 
 
 def sample(model, **changes):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 
 import pytest
@@ -12,24 +11,19 @@ import lamamba
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.sampling.settings import read_image_metadata
 from tests.autoencoders import make_kl
-from tests.networks import random_network, two_blocks
+from tests.files import hashes
+from tests.networks import grey_network, random_network, save_model, two_blocks
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     place = tmp_path_factory.mktemp("models") / "flow"
-    random_network(two_blocks(in_channels=1, objective="flow", width=8)).save_pretrained(place)
-    ModelMetadata(objective="flow", image_size=8, label_names=("ant", "bee", "cat")).save(place / "sampling.json")
-    return place
+    return save_model(place, grey_network(), label_names=("ant", "bee", "cat"))
 
 
 def make(model, out, **changes):
     values = dict(model=model, out=out, num=5, balanced=True, steps=2, batch_size=2, threads=1, device="cpu")
     return lamamba.SampleFolderOptions(**{**values, **changes})
-
-
-def hashes(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 def test_the_call_fills_a_folder_reports_and_verifies_it_again(model, tmp_path, capsys):

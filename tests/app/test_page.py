@@ -90,11 +90,6 @@ def test_pixels_are_crisp(client):
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"classes": ()}, "No class is chosen"),
-    ({"num": 20, "classes": tuple("0123456789")}, "up to 100 at once"),
-    ({"seed": -1}, "-1"),
-    ({"sampler": "ddpm"}, "ddpm"),
-    ({"height": 10}, "multiple of 4"),
-    ({"steps": 100_000}, "from 1 to 1 000"),
     *(({name: value}, said) for name, said, values in (
         ("num", "whole number from 1 to 100", ("x", None, [1], {}, True, 1.5, 1e300, "1")),
         ("seed", "whole number from 0 to", ("a", 0.5, {}, False, [], -0.5, 2**40)),

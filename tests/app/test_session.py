@@ -18,7 +18,7 @@ from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import Model, fingerprint, open_model, open_network
 from lamamba.sampling import generate
 from lamamba.sampling.settings import ImageMetadata
-from tests.networks import TINY, random_network, two_blocks
+from tests.networks import TINY, grey_network, save_model
 
 REQUEST = Request(classes=("3", "7"), num_images=2, seed=11, sampler="flow-euler", steps=6, guidance=1.75)
 
@@ -26,10 +26,8 @@ REQUEST = Request(classes=("3", "7"), num_images=2, seed=11, sampler="flow-euler
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
     """Of a small network with the digits' classes."""
-    folder = tmp_path_factory.mktemp("model")
-    random_network(two_blocks(in_channels=1, num_classes=10, objective="flow", width=8)).save_pretrained(folder)
-    ModelMetadata(objective="flow", image_size=8, label_names=tuple("0123456789"), guidance=1.75).save(
-        folder / "sampling.json")
+    network = grey_network(num_classes=10)
+    folder = save_model(tmp_path_factory.mktemp("model"), network, label_names=tuple("0123456789"), guidance=1.75)
     return Session(open_model(folder), "digits")
 
 

@@ -8,19 +8,16 @@ import pytest
 from PIL import Image
 
 from lamamba.benchmarking.report import table
-from lamamba.cli.main import main
 
 
 @pytest.mark.slow
-def test_the_file_holds_rows_ratios_and_environment(capsys, tmp_path):
+def test_the_file_holds_rows_ratios_and_environment(lamamba, tmp_path):
     files = [tmp_path / name for name in ("b.json", "b.md", "b.png", "e.png")]
-    status = main([
-        "bench", "--models", "s", "--peers", "dit-s-2", "--image-sizes", "32", "--batch", "1", "--device", "cpu",
-        "--seconds", "0", "--dtype", "bfloat16", "--threads", "1",
-        "--json", str(files[0]), "--markdown", str(files[1]), "--plot", str(files[2]),
-        "--plot-efficiency", str(files[3]),
-    ])
-    out = capsys.readouterr().out
+    status, out, _ = lamamba(
+        "bench", "--models", "s", "--peers", "dit-s-2", "--image-sizes", 32, "--batch", 1, "--device", "cpu",
+        "--seconds", 0, "--dtype", "bfloat16", "--threads", 1,
+        "--json", files[0], "--markdown", files[1], "--plot", files[2], "--plot-efficiency", files[3],
+    )
     assert status == 0
     result = json.loads(files[0].read_text())
     assert result.keys() == {"version", "rows", "ratios", "sets", "left_out", "environment"}
@@ -70,10 +67,8 @@ def test_the_table():
     (["--state-size", "0"], "state_size=0 must be at least 1"),
     (["--json", "nowhere/b.json"], "does not exist"),
 ])
-def test_user_errors_are_one_line(capsys, monkeypatch, tmp_path, arguments, said):
-    monkeypatch.chdir(tmp_path)
-    status = main(["bench", *arguments])
-    err = capsys.readouterr().err
+def test_user_errors_are_one_line(lamamba, tmp_path, arguments, said):
+    status, _, err = lamamba("bench", *arguments)
     assert (status, len(err.strip().splitlines())) == (2, 1), err
     assert said in err
     assert not list(tmp_path.iterdir())

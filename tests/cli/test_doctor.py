@@ -6,21 +6,13 @@ import json
 
 import pytest
 
-from lamamba.cli.main import main
 from lamamba.ops.selective_scan import chunked
 
 
 @pytest.fixture
-def doctor(capsys):
-    def call(*arguments):
-        try:
-            status = main(["doctor", *arguments])
-        except SystemExit as end:
-            status = end.code
-        printed = capsys.readouterr()
-        return status, printed.out
-
-    return call
+def doctor(lamamba):
+    """Run lamamba doctor: (exit status, what it printed)."""
+    return lambda *arguments: lamamba("doctor", *arguments)[:2]
 
 
 @pytest.fixture(autouse=True)

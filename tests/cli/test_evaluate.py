@@ -27,13 +27,13 @@ from lamamba.metrics.digits_network import DigitFeatures
 from lamamba.metrics.inception import Inception, InceptionFeatures
 from lamamba.metrics.scores import softmax
 from lamamba.options.evaluation import EvaluateOptions
-from lamamba.runs.folder import MANIFEST, _hash_of_hashes
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import load_network
 from lamamba.sampling import generate
-from lamamba.utils.files import sha256, write_json
+from lamamba.utils.files import write_json
 from lamamba.viz.curves import evaluation_curves
-from tests.networks import random_network, two_blocks
+from tests.files import write_manifest
+from tests.networks import grey_network
 from tests.training.together import command, command_on, needs_fork_server
 
 SAMPLE = ["--reference", "digits", "--features", "digits", "--num-images", 40, "--steps", 2, "--device", "cpu"]
@@ -45,14 +45,11 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     for step in (10, 20):
         place = folder / "checkpoints" / f"step_{step:08d}"
-        place.mkdir(parents=True)
         for seed, name in enumerate(("model", "ema", "ema_0.9")):
-            config = two_blocks(in_channels=1, num_classes=10, objective="flow")
-            random_network(config, seed=seed + step).save_pretrained(place / name)
+            grey_network(seed + step, num_classes=10, width=16).save_pretrained(place / name)
         ModelMetadata(objective="flow", image_size=8, label_names=Digits.label_names).save(place / "sampling.json")
         write_json(place / "state.json", {"version": 1, "step": step, "ema_decays": [0.99, 0.9]})
-        files = {p.relative_to(place).as_posix(): sha256(p) for p in sorted(place.rglob("*")) if p.is_file()}
-        write_json(place / MANIFEST, {"version": 1, "files": files, "files_sha256": _hash_of_hashes(files)})
+        write_manifest(place)
     return folder
 
 
@@ -199,8 +196,7 @@ def test_one_checkpoint_gives_no_curve_and_a_note(lamamba, run):
     place = Path("one/checkpoints/step_00000010")
     shutil.copy(run / "checkpoints" / "step_00000010" / "sampling.json", place)
     write_json(place / "state.json", {"version": 1, "step": 10, "ema_decays": [0.99]})
-    files = {p.relative_to(place).as_posix(): sha256(p) for p in sorted(place.rglob("*")) if p.is_file()}
-    write_json(place / MANIFEST, {"version": 1, "files": files, "files_sha256": _hash_of_hashes(files)})
+    write_manifest(place)
     status, printed, error = lamamba("evaluate", "one", *SAMPLE, "--every-checkpoint")
     assert status == 0, error
     assert "training keeps more with keep_checkpoints or keep_every" in printed

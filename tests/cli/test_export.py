@@ -14,27 +14,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lamamba import ExportOptions, LaMambaPipeline, export
-from lamamba.cli.main import main
 from lamamba.runs.folder import MANIFEST
-from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import open_network
 from tests.autoencoders import make_kl
-from tests.networks import random_network, two_blocks
+from tests.networks import grey_network, save_model
 
 RUN = Path(__file__).parent.parent / "training" / "version1" / "run"
 
 
-def saved_model(folder, facts=None, seed=0, **changes):
-    network = random_network(two_blocks(**{"in_channels": 1, "objective": "flow", "width": 8, **changes}), seed)
-    network.save_pretrained(folder)
-    (facts or ModelMetadata(objective=network.architecture.objective, image_size=8)).save(folder / "sampling.json")
-    return network
-
-
-def test_a_run_becomes_a_pipeline(tmp_path, capsys):
-    target = tmp_path / "there" / "digits"
-    assert main(["export", str(RUN), str(target), "--steps", "2", "--images", "3", "--licence", "cc-by-4.0"]) == 0
-    assert "a diffusers pipeline" in capsys.readouterr().out
+def test_a_run_becomes_a_pipeline(lamamba):
+    target = Path("there/digits")
+    status, out, _ = lamamba("export", RUN, target, "--steps", 2, "--images", 3, "--licence", "cc-by-4.0")
+    assert (status, "a diffusers pipeline" in out) == (0, True)
     pipe = LaMambaPipeline.from_pretrained(target)
     network, facts = open_network(RUN)
     for one, other in zip(pipe.unet.parameters(), network.parameters(), strict=True):
@@ -54,13 +45,11 @@ def test_a_run_becomes_a_pipeline(tmp_path, capsys):
         assert str(RUN) not in file.read_text()                                 # no places of this disk
     assert str(RUN) not in card
     # and lamamba sample takes it
-    assert main(["sample", str(target), "--classes", "3", "--num", "2", "--steps", "2",
-                 "--out", str(tmp_path / "grid.png")]) == 0
+    assert lamamba("sample", target, "--classes", 3, "--num", 2, "--steps", 2, "--out", "grid.png")[0] == 0
 
 
-def test_the_cards_example_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["export", str(RUN), "digits", "--images", "0"]) == 0
+def test_the_cards_example_runs(lamamba):
+    assert lamamba("export", RUN, "digits", "--images", 0)[0] == 0
     assert not Path("digits/samples.png").exists()
     card = Path("digits/README.md").read_text()
     assert "samples.png" not in card
@@ -69,36 +58,34 @@ def test_the_cards_example_runs(tmp_path, monkeypatch):
     assert names["image"].size == (8, 8)
 
 
-def test_latents_take_their_autoencoder_along(tmp_path):
-    vae = make_kl()
-    vae.save_pretrained(tmp_path / "vae")
-    facts = ModelMetadata(
-        objective="noise", image_size=16, codec="latents", scale=0.3, shift=0.1, autoencoder=str(tmp_path / "vae"))
-    saved_model(tmp_path / "model", facts, objective="noise", in_channels=4)
-    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--images", "2", "--steps", "2",
-                 "--sampler", "dpm++", "--dtype", "bfloat16"]) == 0
-    shutil.rmtree(tmp_path / "vae")
-    pipe = LaMambaPipeline.from_pretrained(tmp_path / "out")
+def test_latents_take_their_autoencoder_along(lamamba):
+    make_kl().save_pretrained("vae")
+    save_model(Path("model"), grey_network(objective="noise", in_channels=4), image_size=16, codec="latents",
+               scale=0.3, shift=0.1, autoencoder=str(Path("vae").absolute()))
+    status, *_ = lamamba(
+        "export", "model", "out", "--images", 2, "--steps", 2, "--sampler", "dpm++", "--dtype", "bfloat16")
+    assert status == 0
+    shutil.rmtree("vae")
+    pipe = LaMambaPipeline.from_pretrained("out")
     assert (pipe.codec_config.scale, pipe.codec_config.shift) == (0.3, 0.1)
     assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
-    weights = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    weights = load_file("out/unet/diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
-    assert open_network(tmp_path / "out")[1].image_size == 16
+    assert open_network("out")[1].image_size == 16
 
 
-def test_names_from_a_file_and_imagenets(tmp_path, capsys):
-    saved_model(tmp_path / "model")
-    (tmp_path / "names.txt").write_text("red panda\nblue bird\ngreen frog\n")
-    source, names = str(tmp_path / "model"), str(tmp_path / "names.txt")
-    assert main(["export", source, str(tmp_path / "out"), "--images", "0", "--labels", names]) == 0
-    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+def test_names_from_a_file_and_imagenets(lamamba):
+    save_model(Path("model"), grey_network())
+    Path("names.txt").write_text("red panda\nblue bird\ngreen frog\n")
+    assert lamamba("export", "model", "out", "--images", 0, "--labels", "names.txt")[0] == 0
+    index = json.loads(Path("out/model_index.json").read_text())
     assert index["id2label"] == {"0": "red panda", "1": "blue bird", "2": "green frog"}
-    assert main(["export", source, str(tmp_path / "two"), "--labels", "imagenet"]) == 2
-    assert "1000 names came for 3 classes" in capsys.readouterr().err
-    saved_model(tmp_path / "large", num_classes=1000)
-    assert main(["export", str(tmp_path / "large"), str(tmp_path / "imagenet"), "--images", "1", "--steps", "1",
-                 "--labels", "imagenet"]) == 0
-    assert LaMambaPipeline.from_pretrained(tmp_path / "imagenet").get_label_ids("tabby") == [281]
+    status, _, err = lamamba("export", "model", "two", "--labels", "imagenet")
+    assert (status, "1000 names came for 3 classes" in err) == (2, True)
+    save_model(Path("large"), grey_network(num_classes=1000))
+    status, *_ = lamamba("export", "large", "imagenet", "--images", 1, "--steps", 1, "--labels", "imagenet")
+    assert status == 0
+    assert LaMambaPipeline.from_pretrained("imagenet").get_label_ids("tabby") == [281]
 
 
 @pytest.mark.parametrize(("content", "said"), [
@@ -107,7 +94,7 @@ def test_names_from_a_file_and_imagenets(tmp_path, capsys):
     (b"\xef\xbb\xbfa\r\nb, c\r\nd\r\n", ("a", "b, c", "d")), (b"a\nb\nc\n\n", ("a", "b", "c")),
 ])
 def test_a_file_of_names_has_a_line_for_each_class(tmp_path, content, said):
-    saved_model(tmp_path / "model")
+    save_model(tmp_path / "model", grey_network())
     file = tmp_path / "names.txt"
     file.write_bytes(content)
     options = ExportOptions(source=tmp_path / "model", target=tmp_path / "out", images=0, labels=str(file))
@@ -120,8 +107,7 @@ def test_a_file_of_names_has_a_line_for_each_class(tmp_path, content, said):
 
 
 def test_the_models_own_guidance_scale_goes_along(tmp_path):
-    metadata = ModelMetadata(objective="flow", image_size=8, guidance=3.5)
-    saved_model(tmp_path / "model", metadata)
+    save_model(tmp_path / "model", grey_network(), guidance=3.5)
     result = export(
         ExportOptions(source=tmp_path / "model", target=tmp_path / "out", images=1, steps=1, device="cpu"),
         progress=None,
@@ -133,21 +119,19 @@ def test_the_models_own_guidance_scale_goes_along(tmp_path):
     assert f"{result.num_bytes / 1e6:.1f} MB" in str(result)
 
 
-def test_one_of_several_averages(tmp_path, capsys):
-    place = tmp_path / "checkpoint"
-    saved_model(place)
+def test_one_of_several_averages(lamamba):
+    place = Path("checkpoint")
+    save_model(place, grey_network())
     for name, seed in (("ema", 1), ("ema_0.99", 2)):
-        saved_model(place / name, seed=seed)
+        save_model(place / name, grey_network(seed))
     (place / "state.json").write_text(json.dumps({"version": 1, "step": 7, "ema_decays": [0.9, 0.99]}))
     for decay, seed in ((None, 1), ("0.9", 1), ("0.99", 2)):
-        target = tmp_path / f"out{decay}"
         extra = [] if decay is None else ["--ema", decay]
-        assert main(["export", str(place), str(target), "--images", "0", *extra]) == 0
-        expected = random_network(two_blocks(in_channels=1, objective="flow", width=8), seed)
-        pipe = LaMambaPipeline.from_pretrained(target)
-        assert torch.equal(pipe.unet.position_embedding, expected.position_embedding)
-    assert main(["export", str(place), str(tmp_path / "none"), "--ema", "0.5"]) == 2
-    assert "has no average 0.5; it has 0.9, 0.99" in capsys.readouterr().err
+        assert lamamba("export", place, f"out{decay}", "--images", 0, *extra)[0] == 0
+        pipe = LaMambaPipeline.from_pretrained(f"out{decay}")
+        assert torch.equal(pipe.unet.position_embedding, grey_network(seed).position_embedding)
+    status, _, err = lamamba("export", place, "none", "--ema", 0.5)
+    assert (status, "has no average 0.5; it has 0.9, 0.99" in err) == (2, True)
 
 
 @pytest.mark.parametrize(("extra", "said"), [
@@ -157,27 +141,27 @@ def test_one_of_several_averages(tmp_path, capsys):
     (["--images", "-1"], "images=-1 must be at least 0"),
     (["--guidance", "nan"], "must be finite"),
 ])
-def test_what_cannot_be_exported_leaves_nothing_behind(extra, said, tmp_path, capsys):
-    saved_model(tmp_path / "model")
-    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), *extra]) == 2
-    assert said in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+def test_what_cannot_be_exported_leaves_nothing_behind(extra, said, lamamba):
+    save_model(Path("model"), grey_network())
+    status, _, err = lamamba("export", "model", "out", *extra)
+    assert (status, said in err) == (2, True), err
+    assert [path.name for path in Path().iterdir()] == ["model"]
 
 
-def test_onnx_without_its_libraries_is_refused_at_once(tmp_path, capsys, monkeypatch):
+def test_onnx_without_its_libraries_is_refused_at_once(lamamba, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    saved_model(tmp_path / "model")
-    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--onnx"]) == 2
-    assert "pip install lamamba-diff[export]" in capsys.readouterr().err
+    save_model(Path("model"), grey_network())
+    status, _, err = lamamba("export", "model", "out", "--onnx")
+    assert (status, "pip install lamamba-diff[export]" in err) == (2, True)
 
 
-def test_nothing_is_overwritten_and_damage_is_seen(tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    assert main(["export", str(RUN), str(tmp_path / "out")]) == 2
-    assert "exists already" in capsys.readouterr().err
-    shutil.copytree(RUN, tmp_path / "run")
-    (weights,) = tmp_path.glob("run/checkpoints/*/ema/*.safetensors")
+def test_nothing_is_overwritten_and_damage_is_seen(lamamba):
+    Path("out").mkdir()
+    status, _, err = lamamba("export", RUN, "out")
+    assert (status, "exists already" in err) == (2, True)
+    shutil.copytree(RUN, "run")
+    (weights,) = Path().glob("run/checkpoints/*/ema/*.safetensors")
     assert (weights.parent.parent / MANIFEST).is_file()
     weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "new")]) == 2
-    assert "is damaged" in capsys.readouterr().err
+    status, _, err = lamamba("export", "run", "new")
+    assert (status, "is damaged" in err) == (2, True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from pathlib import Path
 
@@ -10,53 +9,35 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from lamamba.cli.main import main
-from lamamba.runs.metadata import ModelMetadata
 from lamamba.sampling.settings import Interpolated, read_image_metadata
 from lamamba.viz.films import chosen_frames, save_film
-from tests.networks import random_network, two_blocks
+from tests.files import hashes
+from tests.networks import grey_network, save_model
 from tests.training.together import command, needs_fork_server
 
-
-def save_model(folder: Path, seed: int = 0, names=("ant", "bee", "cat"), **changes) -> None:
-    model = random_network(two_blocks(**{"in_channels": 1, "objective": "flow", "width": 8, **changes}), seed)
-    model.save_pretrained(folder)
-    objective = model.architecture.objective
-    ModelMetadata(objective=objective, image_size=8, label_names=names).save(folder / "sampling.json")
+NAMES = ("ant", "bee", "cat")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     place = tmp_path_factory.mktemp("models")
-    save_model(place / "flow")
-    save_model(place / "early", seed=1)
-    save_model(place / "noise", objective="noise")
-    save_model(place / "free", num_classes=0, names=())
+    save_model(place / "flow", grey_network(), label_names=NAMES)
+    save_model(place / "early", grey_network(1), label_names=NAMES)
+    save_model(place / "noise", grey_network(objective="noise"), label_names=NAMES)
+    save_model(place / "free", grey_network(num_classes=0))
     return place
 
 
 @pytest.fixture
-def sample(capsys, monkeypatch, tmp_path, models):
-    """Run lamamba sample in this process, in an empty folder beside the models: (exit status, out, err)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LAMAMBA_TRACEBACK", raising=False)
+def sample(lamamba, tmp_path, models):
+    """Run lamamba sample in this process, in a folder with the models: (exit status, out, err)."""
     for name in models.iterdir():
         (tmp_path / name.name).symlink_to(name)
-
-    def call(*arguments):
-        status = main(["sample", *map(str, arguments)])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
+    return lambda *arguments: lamamba("sample", *arguments)
 
 
 def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
-
-
-def hashes(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 def test_a_picture_repeats_itself_and_takes_changes(sample):
@@ -83,13 +64,13 @@ def test_a_picture_repeats_itself_and_takes_changes(sample):
 def test_a_picture_of_a_model_that_has_changed_is_not_repeated_in_silence(sample, models, tmp_path):
     assert sample("flow", "--num", 1, "--steps", 1, "--out", "a.png")[0] == 0
     (tmp_path / "flow").unlink()
-    save_model(tmp_path / "flow", seed=5)
+    save_model(tmp_path / "flow", grey_network(5), label_names=NAMES)
     status, _, err = sample("--like", "a.png", "--out", "b.png")
     assert (status, "flow is not the model that made a.png" in err) == (2, True)
     sample("noise", "--num", 1, "--steps", 2, "--sampler", "ddim", "--autoguidance", "noise", "--out", "d.png")
     (tmp_path / "noise").unlink()
-    save_model(tmp_path / "noise", seed=5, objective="noise")
-    save_model(tmp_path / "as_before", objective="noise")
+    save_model(tmp_path / "noise", grey_network(5, objective="noise"), label_names=NAMES)
+    save_model(tmp_path / "as_before", grey_network(objective="noise"), label_names=NAMES)
     status, _, err = sample("as_before", "--like", "d.png", "--autoguidance", "noise", "--out", "b.png")
     assert (status, "noise is not what made d.png: it has changed" in err) == (2, True), err
     Image.open("a.png").save("c.png")                                           # Pillow drops the text
@@ -242,7 +223,7 @@ def test_balanced_labels_of_an_unconditional_model_and_of_chosen_classes(sample)
 def test_mistakes_are_answered_in_one_line_before_any_work(sample, arguments, said, models):
     Path("model.pt").write_bytes(b"\x80\x04.")
     Path("empty").mkdir()
-    save_model(Path("broken"))
+    save_model(Path("broken"), grey_network(), label_names=NAMES)
     weights = Path("broken/diffusion_pytorch_model.safetensors")
     weights.write_bytes(weights.read_bytes()[:500])
     before = {path.name for path in Path().iterdir()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -24,7 +23,7 @@ from lamamba.sampling import generate
 from lamamba.training.interrupt import EXIT_INTERRUPTED, stop_signals
 from tests.cli.test_commands import TINY
 from tests.data.test_images import write_images
-from tests.training.together import command, command_on, free_port, needs_fork_server
+from tests.training.together import command, command_on, free_port, needs_fork_server, read_lines
 
 
 def test_a_number_of_devices_is_for_plans(tmp_path):
@@ -69,10 +68,10 @@ SCORED = ["train", "digits", *TINY, "--out", "run", "--sampling.every", "3", "--
 
 def assert_two_trained(printed: str, run: Path) -> None:
     assert printed.count("done: ") == 1                                         # of rank 0
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    events = read_lines(run, "events.jsonl")
     assert (events[0]["processes"], events[-1]["event"]) == (2, "finished")
     assert (run / "samples" / "step_00000003.png").is_file()
-    assert len((run / "scores.jsonl").read_text().splitlines()) == 1
+    assert len(read_lines(run, "scores.jsonl")) == 1
 
 
 @needs_fork_server
@@ -154,7 +153,7 @@ def test_quick_scores_while_training_are_written_and_drawn(lamamba, tmp_path):
     scoring = ["--score.every", 2, "--score.features", "digits", "--score.images", 20, "--sampling.num-steps", 2]
     status, out, err = lamamba("train", "digits", *TINY, *scoring, "--score.reference", "digits", "--out", "run")
     assert status == 0, err
-    lines = [json.loads(line) for line in (tmp_path / "run" / "scores.jsonl").read_text().splitlines()]
+    lines = read_lines(tmp_path / "run", "scores.jsonl")
     assert [(line["step"], line["name"], line["images"]) for line in lines] == [(k, "FD-digits", 20) for k in (2, 3)]
     network = open_network(tmp_path / "run")[0]
     images = generate(network, [k % 10 for k in range(20)], range(20), num_steps=2, guidance=1.75)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
 import os
 import subprocess
 import sys
@@ -22,7 +20,8 @@ from lamamba.data.latents import LatentSet
 from lamamba.runs.folder import RunFolder
 from tests.autoencoders import make_kl
 from tests.cli.test_commands import TINY
-from tests.training.together import command_on
+from tests.files import hashes
+from tests.training.together import command_on, losses_of, read_lines
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills by POSIX signals")
 
@@ -89,11 +88,8 @@ def latents(place):
 
 def content(run):
     """Hash of every file of a run's last checkpoint, but for what tells of the processes' own history."""
-    newest = RunFolder(run).newest()
-    return {
-        path.relative_to(newest).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in newest.rglob("*") if path.suffix == ".safetensors"
-    }
+    found = hashes(RunFolder(run).newest())
+    return {name: digest for name, digest in found.items() if name.endswith(".safetensors")}
 
 
 @pytest.mark.slow
@@ -110,7 +106,7 @@ def test_check_encode_train_on_two_processes_kill_resume_sample(place, latents):
     assert "resuming at step" in printed
     assert content(place / "killed") == content(place / "whole")                # to the bit
     assert len(content(place / "whole")) == 3                                   # weights, average, optimizer
-    last = [json.loads((place / run / "metrics.jsonl").read_text().splitlines()[-1]) for run in ("whole", "killed")]
+    last = [read_lines(place / run)[-1] for run in ("whole", "killed")]
     assert last[0]["loss"] == last[1]["loss"]
     assert last[0]["held_out_loss"] == last[1]["held_out_loss"]
     with Image.open(place / "killed" / "samples" / "step_00000060.png") as one, \
@@ -127,11 +123,7 @@ def test_images_are_encoded_as_they_are_read_when_an_autoencoder_is_named(place,
     """From the very same latents, to what float16 keeps of them."""
     call(place, *TRAINING, "--data.source", "images", "--data.autoencoder", "kl", "--steps", 3, "--out", "live")
     call(place, *TRAINING, "--steps", 3, "--out", "stored")
-    losses = [
-        [json.loads(line)["loss"] for line in (place / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("live", "stored")
-    ]
-    np.testing.assert_allclose(*losses, rtol=1e-3)
+    np.testing.assert_allclose(losses_of(place / "live"), losses_of(place / "stored"), rtol=1e-3)
 
 
 def test_a_truncated_shard_is_named_and_encoding_again_mends_it(place, latents):

@@ -190,32 +190,6 @@ def test_any_number_of_ancestral_steps_has_both_ends():
         assert (steps[0], steps[-1], len(set(steps))) == (999, 0, num_steps)
 
 
-class Counter:
-    """A model whose output is its label; counts its images."""
-
-    def __init__(self):
-        self.images = 0
-
-    def __call__(self, x, t, labels):
-        self.images += len(x)
-        value = torch.zeros(len(x)) if labels is None else labels.float()
-        return value.view(-1, 1, 1, 1).expand(-1, 4, 2, 2)
-
-
-def test_guidance_is_linear_on_the_prediction_and_leaves_the_variance_alone():
-    model, labels = Counter(), torch.tensor([0, 2])
-    output = guided(model, labels, 3.0, num_classes=5)(torch.zeros(2, 2, 2, 2), torch.zeros(2))
-    assert output[:, 0, 0, 0].tolist() == [5 + 3 * (0 - 5), 5 + 3 * (2 - 5)]
-    assert output[:, 2, 0, 0].tolist() == [0, 2]
-    assert model.images == 4
-
-
-def test_scale_one_costs_one_evaluation():
-    model = Counter()
-    guided(model, torch.tensor([0, 2]), 1.0, num_classes=5)(torch.zeros(2, 2, 2, 2), torch.zeros(2))
-    assert model.images == 2
-
-
 def images(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -236,6 +210,21 @@ X, LABELS = torch.zeros(2, 4, 4, 4), torch.tensor([0, 2])
 
 def at(time):
     return torch.full((2,), float(time))
+
+
+def test_guidance_is_linear_on_the_prediction_and_leaves_the_variance_alone():
+    model = Table()
+    output = guided(model, LABELS, 3.0, num_classes=5)(X, at(500))
+    null, cond = model.outputs[5], model.outputs[LABELS]
+    torch.testing.assert_close(output[:, :4], null[:4] + 3 * (cond[:, :4] - null[:4]))
+    assert torch.equal(output[:, 4:], cond[:, 4:])
+    assert model.images == 4
+
+
+def test_scale_one_costs_one_evaluation():
+    model = Table()
+    guided(model, LABELS, 1.0, num_classes=5)(X, at(500))
+    assert model.images == 2
 
 
 def test_guiding_the_first_three_channels_leaves_the_others_conditional():
@@ -397,13 +386,13 @@ def test_every_sampler_fits_its_objectives():
 
 
 def test_guiding_an_unconditional_model_raises():
-    assert guided(Counter(), None, 1.0, 0)(torch.zeros(1, 2, 2, 2), torch.zeros(1)).shape == (1, 4, 2, 2)
+    assert guided(Table(), None, 1.0, 0)(X, at(500)).shape == (2, 8, 4, 4)
     with pytest.raises(ValueError, match="needs a class-conditional model"):
-        guided(Counter(), None, 2.0, 0)
+        guided(Table(), None, 2.0, 0)
     with pytest.raises(ValueError, match="takes no labels"):
-        guided(Counter(), torch.tensor([0]), 1.0, 0)
+        guided(Table(), torch.tensor([0]), 1.0, 0)
     with pytest.raises(ValueError, match="give labels"):
-        guided(Counter(), None, 2.0, 5)
+        guided(Table(), None, 2.0, 5)
 
 
 def test_labels_are_dropped_with_the_given_probability():

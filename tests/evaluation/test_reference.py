@@ -72,18 +72,3 @@ def test_damaged_features_and_figures_are_made_anew(tmp_path, monkeypatch, caplo
     for entry in Path().glob("e.work/*.entry.json"):
         entry.unlink()
     assert figures() == expected
-
-
-def test_features_that_change_after_they_were_verified_are_not_used(tmp_path):
-    from lamamba.evaluation.extraction import extract
-    from lamamba.evaluation.images import DigitImages
-    from lamamba.metrics.digits_network import DigitFeatures
-
-    features = extract(DigitImages(limit=10), DigitFeatures(), tmp_path, shard_size=5)
-    path = features.path(1)
-    content = bytearray(path.read_bytes())
-    content[-9] ^= 64
-    path.write_bytes(content)
-    assert features.read(0, "features").shape == (5, 64)
-    with pytest.raises(ValueError, match=r"shard_00001\.safetensors is not what was written"):
-        features.rows()

@@ -45,7 +45,7 @@ from lamamba.utils.files import read_json, sha256, write_json
 from lamamba.utils.tensors import read_tensors
 from lamamba.viz.curves import read_metrics
 from tests.autoencoders import make_kl
-from tests.networks import random_network, small_config
+from tests.networks import random_network, save_model, small_config
 
 CONFIG = small_config(width=8, depths=(1, 1, 1, 1), in_channels=1, objective="flow")
 SETTINGS = Settings(model="m", model_sha256="a", sampler="ddim", steps=3, height=8, width=8)
@@ -78,9 +78,7 @@ def _read_protocol(path: Path) -> Reference:
 
 
 def _network(folder: Path, file: str) -> Path:
-    random_network(CONFIG).save_pretrained(folder)
-    ModelMetadata(objective="flow", image_size=8, label_names=("a", "b", "c")).save(folder / "sampling.json")
-    return folder / file
+    return save_model(folder, random_network(CONFIG), label_names=("a", "b", "c")) / file
 
 
 def _pipeline(folder: Path, file: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -11,6 +10,7 @@ import time
 
 from lamamba.runs.folder import RunFolder
 from lamamba.training.loop import train
+from tests.files import hashes
 from tests.training.together import FewDigits, config, pytestmark, start, states_equal  # noqa: F401
 
 FOREVER = 10**6
@@ -23,11 +23,9 @@ def job(folder):
 
 def is_whole(checkpoint) -> bool:
     """By the manifest alone, with nothing of the code under test."""
-    manifest = json.loads((checkpoint / "manifest.json").read_text())["files"]
-    files = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
-    return files - {"manifest.json"} == set(manifest) and all(
-        hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() == digest for name, digest in manifest.items()
-    )
+    found = hashes(checkpoint)
+    del found["manifest.json"]
+    return found == json.loads((checkpoint / "manifest.json").read_text())["files"]
 
 
 def events(folder):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import numpy as np
 
 from tests.training.test_processes import SPLIT, run
-from tests.training.together import config, pytestmark, together  # noqa: F401
+from tests.training.together import config, pytestmark, read_lines, together  # noqa: F401
 
 
 def test_the_number_of_processes_may_change_at_a_restart(tmp_path, tally):
@@ -22,6 +21,6 @@ def test_the_number_of_processes_may_change_at_a_restart(tmp_path, tally):
         np.testing.assert_allclose(first["losses"], alone["losses"][steps - 1 : steps], rtol=2e-5)
     for (p, q) in zip(first["ema"], alone["ema"], strict=True):
         np.testing.assert_allclose(p, q, atol=1e-3)
-    started = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert [line["processes"] for line in started if line["event"] == "resumed"] == [2, 2, 1]
+    started = [event for event in read_lines(folder, "events.jsonl") if event["event"] == "resumed"]
+    assert [event["processes"] for event in started] == [2, 2, 1]
     tally("5 another number of processes at a restart, DDP or split", 3, 3)

@@ -17,7 +17,7 @@ import pytest
 from lamamba.runs.folder import RunFolder
 from lamamba.training.interrupt import EXIT_INTERRUPTED, Interrupted
 from lamamba.training.loop import train
-from tests.training.together import TINY, Failed, FewDigits, config, pytestmark, start, together  # noqa: F401
+from tests.training.together import Failed, FewDigits, config, pytestmark, read_lines, start, together  # noqa: F401
 
 KINDS = {
     "plain, in the middle of an epoch": dict(images=7),
@@ -128,8 +128,7 @@ def test_a_signal_at_any_moment_ends_with_a_checkpoint_and_a_status(name, tmp_pa
                 time.sleep(0.001)
         _, is_well, (kind, text, _) = results.get(timeout=60)
         process.join()
-        events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-        done = int(json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"])
+        events, done = read_lines(folder, "events.jsonl"), int(read_lines(folder)[-1]["step"])
         checkpoint = RunFolder(folder).newest()
         survived += (
             not is_well and kind is SystemExit and text == str(EXIT_INTERRUPTED)
@@ -185,8 +184,8 @@ def test_a_second_job_in_a_folder_is_refused_and_a_dead_one_does_not_block(tmp_p
     folder, refused, freed = tmp_path / "run", 0, 0
     for _ in range(trials := count(1, 10)):
         process, _ = start(until_stopped, folder)
-        before = len(lines) if (lines := read_lines(folder)) else 0
-        while len(read_lines(folder)) == before:
+        before = count_events(folder)
+        while count_events(folder) == before:
             time.sleep(0.002)
         with pytest.raises(BlockingIOError, match=f"another job trains in .*process {process.pid} on "):
             train(config(steps=10**6), FewDigits(7), folder)
@@ -199,16 +198,17 @@ def test_a_second_job_in_a_folder_is_refused_and_a_dead_one_does_not_block(tmp_p
     tally("8 lock of a killed job", trials, freed)
 
 
-def read_lines(folder):
+def count_events(folder):
     path = folder / "events.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def test_a_configuration_that_does_not_fit_the_checkpoint_is_refused_with_the_difference(tmp_path, tally):
     train(config(steps=2), FewDigits(7), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     changes = {
         "train.seed: 0 there, 1 here": dict(seed=1),
-        "train.batch_size: 4 there, 2 here": dict(batch_size=2),
+        "train.batch_size: 4 there, 2 here; train.seed: 0 there, 3 here": dict(batch_size=2, seed=3),
         r"train.ema_decays: \[0.5\] there, \[0.9\] here": dict(ema_decays=(0.9,)),
         "train.precision.autocast: 'none' there, 'bfloat16' here": dict(precision=dict(autocast="bfloat16")),
         "architecture.width: 8 there, 16 here": dict(model=dict(width=16)),
@@ -217,5 +217,5 @@ def test_a_configuration_that_does_not_fit_the_checkpoint_is_refused_with_the_di
     for said, change in changes.items():
         with pytest.raises(ValueError, match=said):
             train(config(**change), FewDigits(7), tmp_path)
-    assert TINY.objective == "flow"
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     tally("8 configuration that does not fit", len(changes), len(changes))

@@ -15,12 +15,11 @@ import lamamba
 from lamamba.cli.main import main
 from lamamba.models.official import load_official, to_official
 from lamamba.models.unet import LaMambaUNet
-from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import fingerprint, open_network
 from lamamba.sampling import generate
 from tests.autoencoders import make_kl
 from tests.faults.test_formats import one_gigabyte
-from tests.networks import random_network, small_config
+from tests.networks import random_network, save_model, small_config
 
 CONFIG = small_config(width=8, depths=(1, 1, 1, 1), in_channels=1, objective="flow")
 FILE = "diffusion_pytorch_model.safetensors"
@@ -28,9 +27,7 @@ FILE = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def saved(tmp_path):
-    random_network(CONFIG).save_pretrained(tmp_path / "m")
-    ModelMetadata(objective="flow", image_size=8).save(tmp_path / "m" / "sampling.json")
-    return tmp_path / "m"
+    return save_model(tmp_path / "m", random_network(CONFIG))
 
 
 def change(path, **values):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import os
 import pickle
 
 import pytest
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 
 from lamamba import load_official, to_official
 from lamamba.models.official import read_official
+from tests.files import Bomb
 from tests.networks import PARITY, load_case, random_network, relative_error, small_config
 
 CHECKPOINT = PARITY / "official_checkpoint.pt"
@@ -44,20 +44,15 @@ def test_names_of_a_data_parallel_network_are_read():
     assert load_official(state, load_case("cond_state1").config).architecture.width == 16
 
 
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch evil_was_here",)
-
-
-def test_nothing_in_the_file_is_executed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model": {}, "args": Evil()}, "evil.pt")
+def test_nothing_in_the_file_is_executed(tmp_path):
+    bomb = Bomb(tmp_path / "executed")
+    torch.save({"model": {}, "args": bomb}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match="nothing from a checkpoint is executed"):
-        load_official("evil.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil()))
+        load_official(tmp_path / "evil.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(bomb))
     with pytest.raises(ValueError, match="not opened|not a PyTorch file"):
-        load_official("plain.pt")
-    assert not (tmp_path / "evil_was_here").exists()
+        load_official(tmp_path / "plain.pt")
+    assert not (tmp_path / "executed").exists()
 
 
 def test_files_that_are_no_checkpoints(tmp_path):

@@ -28,16 +28,6 @@ def _fresh_library():
     native.load.cache_clear()
 
 
-@pytest.fixture(params=native.INSTRUCTION_SETS)
-def instruction_set(request, monkeypatch):
-    monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, request.param)
-    try:
-        assert native.load() is not None
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    return request.param
-
-
 def run_python(program: str) -> str:
     """The output of a new Python process, which must end within two minutes."""
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True,

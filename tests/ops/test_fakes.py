@@ -37,30 +37,14 @@ strides = pytest.mark.parametrize("change", STRIDES.values(), ids=STRIDES)
 images = pytest.mark.parametrize("b", [2, 0])
 
 
-def gated_sum_inputs(b=2, h=3, w=5, c=16):
-    return torch.randn(b, h, w, c), torch.randn(b, h, w, c), torch.randn(b, 3 * c)[:, c : 2 * c]
-
-
-def gated_sum_norm_inputs(b=2):
-    x, *rest = test_layers.modulated_norm_inputs(b=b)
-    return x, torch.randn_like(x), torch.randn(b, x.shape[-1]), *rest
-
-
-def linear_gelu_inputs(b=2):
-    return torch.randn(b, 3, 5, 16), torch.randn(24, 16), torch.randn(24)
-
-
 def layer_inputs(name, b, tokens, weights, change):
     """Arguments of a layer; tokens, and what is computed from them for each image, have the tokens' dtype."""
     torch.manual_seed(0)
     if name == "few_rows_linear":
         given = test_layers.few_rows_linear_inputs(rows=b)
         return [change(x.to(tokens)) for x in given]
-    make = globals().get(f"{name}_inputs") or getattr(test_layers, f"{name}_inputs")
-    if name == "window_attention":
-        given = make((8, 4), (4, 4), b=b)
-    else:
-        given = make(b=b)
+    sizes = ((8, 4), (4, 4)) if name == "window_attention" else ()
+    given = getattr(test_layers, f"{name}_inputs")(*sizes, b=b)
     changed = []
     for x in given:
         if isinstance(x, torch.Tensor) and x.is_floating_point():

@@ -13,29 +13,10 @@ from lamamba.ops import layers, native, use_backend
 from lamamba.ops.layers import cpu, reference
 from tests.ops.test_selective_scan import make_inputs
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 WIDTHS = [16, 48, 100, 7, 1]
 GRIDS = [((8, 16), (8, 8)), ((16, 8), (8, 4)), ((6, 7), (4, 4)), ((9, 4), (4, 2)), ((3, 3), (3, 3)), ((7, 14), (7, 7))]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    torch.use_deterministic_algorithms(True)                    # fills what torch.empty returns with NaN
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=native.INSTRUCTION_SETS)
-def instruction_set(request, monkeypatch):
-    monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, request.param)
-    native.load.cache_clear()
-    try:
-        if native.load() is None:
-            pytest.skip("no compiled kernels")
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    yield request.param
-    monkeypatch.undo()
-    native.load.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +28,19 @@ def modulated_norm_inputs(b=2, h=3, w=5, c=16, affine=True):
     vectors = torch.randn(b, 3 * c)                             # shift and scale come as parts of a wider tensor
     weight, bias = (torch.randn(c), torch.randn(c)) if affine else (None, None)
     return 3 * torch.randn(b, h, w, c) + 1, weight, bias, vectors[:, c : 2 * c], vectors[:, 2 * c :], 1e-5
+
+
+def gated_sum_inputs(b=2, h=3, w=5, c=16):
+    return torch.randn(b, h, w, c), torch.randn(b, h, w, c), torch.randn(b, 3 * c)[:, c : 2 * c]
+
+
+def gated_sum_norm_inputs(b=2, h=3, w=5, c=16, affine=True):
+    x, weight, bias, shift, scale, eps = modulated_norm_inputs(b, h, w, c, affine)
+    return x, torch.randn_like(x), torch.randn(b, 3 * c)[:, c : 2 * c], weight, bias, shift, scale, eps
+
+
+def linear_gelu_inputs(b=2, h=3, w=5, c=16, width=64):
+    return torch.randn(b, h, w, c), torch.randn(width, c) * c**-0.5, torch.randn(width)
 
 
 def gated_norm_inputs(b=2, h=3, w=5, c=16):

@@ -9,19 +9,20 @@ import torch.nn.functional as F
 from lamamba.models.geometry import make_geometry
 from lamamba.ops import layers, use_backend
 from lamamba.ops.layers import reference
+from tests.ops.accuracy import assert_accurate, layer_results
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 NAMES = ["modulated_norm", "gated_norm", "gated_sum", "local_mixing", "window_attention"]
 NUM_HEADS = 16
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory():
+def _with_triton():
     pytest.importorskip("triton", reason="triton is not installed")
-    torch.use_deterministic_algorithms(True, warn_only=True)                    # fills fresh memory with NaN
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make_inputs(name, b, h, w, c, heads=NUM_HEADS, window=(8, 8)):
@@ -56,31 +57,15 @@ def with_types(inputs, tokens, weights):
     return [convert(x) for x in inputs]
 
 
-def run_all(function, inputs, grad_y):
-    y = function(*inputs)
-    differentiable = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
-    return [y.detach(), *torch.autograd.grad(y, differentiable, grad_y.to(y.dtype))]
-
-
-def relative_error(value, exact):
-    norm = exact.norm()
-    return ((value.double() - exact).norm() / norm).item() if norm > 0 else value.double().norm().item()
-
-
 def check(name, inputs, dtype, weights=None):
-    """Every result has at most twice the error of the formula in the same dtype (or a few units in the last place)."""
+    """y and all gradients are as accurate as the formula's."""
     given = with_types(inputs, dtype, weights or dtype)
     grad_y = torch.randn_like(getattr(reference, name)(*inputs)).to(dtype)
     with use_backend("triton"):
-        results = run_all(getattr(layers, name), given, grad_y)
-    plain = run_all(getattr(reference, name), with_types(inputs, dtype, dtype), grad_y)
-    exact = run_all(getattr(reference, name), with_types(given, torch.float64, torch.float64), grad_y)
-    errors = {
-        place: (relative_error(ours, truth), 2 * max(relative_error(theirs, truth), 5e-7))
-        for place, (ours, theirs, truth) in enumerate(zip(results, plain, exact, strict=True))
-    }
-    wrong = {place: pair for place, pair in errors.items() if not pair[0] <= pair[1]}
-    assert not wrong, f"(error, allowed): {wrong}"
+        results = layer_results(getattr(layers, name), given, grad_y)
+    plain = layer_results(getattr(reference, name), with_types(inputs, dtype, dtype), grad_y)
+    exact = layer_results(getattr(reference, name), with_types(given, torch.float64, torch.float64), grad_y)
+    assert_accurate(results, plain, exact, floor=5e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -125,8 +110,8 @@ def test_two_runs_give_the_same_bits(name):
         inputs[2] = inputs[2].detach().bfloat16().requires_grad_()
     grad_y = torch.randn(4, 32, 32, 320, device="cuda", dtype=torch.bfloat16)
     with use_backend("triton"):
-        for first, second in zip(*(run_all(getattr(layers, name), inputs, grad_y) for _ in range(2)), strict=True):
-            assert torch.equal(first, second)
+        runs = [layer_results(getattr(layers, name), inputs, grad_y) for _ in range(2)]
+    assert all(map(torch.equal, *runs))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -149,7 +134,7 @@ def test_trains_inside_a_compiled_network():
         return layers.window_attention(F.linear(x, project), bias, mask, *rest)
 
     grad_y = torch.randn(2, 8, 8, 60, device="cuda")
-    expected = run_all(network, (x, weight), grad_y)
+    expected = layer_results(network, (x, weight), grad_y)
     torch.compiler.reset()
-    for ours, theirs in zip(run_all(torch.compile(network), (x, weight), grad_y), expected, strict=True):
+    for ours, theirs in zip(layer_results(torch.compile(network), (x, weight), grad_y), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)

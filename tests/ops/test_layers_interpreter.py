@@ -20,8 +20,12 @@ from lamamba.ops import layers, use_backend
 from lamamba.ops.layers import gpu, reference
 from lamamba.ops.selective_scan import reference as scan_reference
 from tests.networks import random_inputs, random_network, two_blocks
+from tests.ops.accuracy import assert_accurate, layer_results, relative_error
 from tests.ops.test_layers import (
     gated_norm_inputs,
+    gated_sum_inputs,
+    gated_sum_norm_inputs,
+    linear_gelu_inputs,
     local_mixing_inputs,
     modulated_norm_inputs,
     scan_gated_norm_inputs,
@@ -32,38 +36,26 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_triton_interpreter.py")
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory_and_fixed_numbers():
-    torch.manual_seed(3)
-    torch.use_deterministic_algorithms(True)                    # fills what torch.empty returns with NaN
-    yield
-    torch.use_deterministic_algorithms(False)
+def _same_numbers():
+    torch.manual_seed(3)                                        # errors are compared with those of the reference
 
 
-def gated_sum_inputs(b=2, h=3, w=5, c=16):
-    return torch.randn(b, h, w, c), torch.randn(b, h, w, c), torch.randn(b, 3 * c)[:, c : 2 * c]
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the layers whose kernels run."""
+    names, run = [], gpu._kernels
+    monkeypatch.setattr(gpu, "_kernels", lambda name: (names.append(name), run(name))[1])
+    return names
 
 
 CASES = {
-    "modulated_norm": ("modulated_norm", modulated_norm_inputs),
-    "gated_norm": ("gated_norm", gated_norm_inputs),
-    "gated_sum": ("gated_sum", gated_sum_inputs),
-    "local_mixing": ("local_mixing", local_mixing_inputs),
-    "window_attention": ("window_attention", lambda: window_attention_inputs((6, 4), (4, 4), d=20)),
+    "modulated_norm": modulated_norm_inputs, "gated_norm": gated_norm_inputs, "gated_sum": gated_sum_inputs,
+    "local_mixing": local_mixing_inputs, "window_attention": lambda: window_attention_inputs((6, 4), (4, 4), d=20),
 }
-
-
-def gated_sum_norm_inputs(b=2, h=3, w=5, c=16, affine=True):
-    x, weight, bias, shift, scale, eps = modulated_norm_inputs(b, h, w, c, affine)
-    return x, torch.randn_like(x), torch.randn(b, 3 * c)[:, c : 2 * c], weight, bias, shift, scale, eps
-
-
-def linear_gelu_inputs(b=2, h=3, w=5, c=16, width=64):
-    return torch.randn(b, h, w, c), torch.randn(width, c) * c**-0.5, torch.randn(width)
-
-
 INFERENCE_CASES = {
     "gated_sum_norm": gated_sum_norm_inputs, "linear_gelu": linear_gelu_inputs,
     "scan_gated_norm": scan_gated_norm_inputs,
@@ -98,31 +90,18 @@ def with_type(inputs, dtype, weights=None, tokens=None):
     return [convert(x) for x in inputs]
 
 
-def run_all(function, inputs, grad_y):
-    """y and the gradients of all inputs that require one."""
-    y = function(*inputs)
-    differentiable = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
-    return [y.detach(), *torch.autograd.grad(y, differentiable, grad_y.to(y.dtype))]
-
-
-def relative_error(value, exact):
-    norm = exact.norm()
-    return ((value.double() - exact).norm() / norm).item() if norm > 0 else value.double().norm().item()
-
-
 def check(name, inputs, dtype=torch.float32, weights=None):
-    """Every result has at most twice the error of the formula in the same dtype (or 4 units in the last place)."""
+    """y and all gradients are as accurate as the formula's."""
     grad_y = torch.randn_like(getattr(reference, name)(*inputs)).to(dtype)
     with use_backend("triton"):
-        results = run_all(getattr(layers, name), with_type(inputs, dtype, weights), grad_y)
-    plain = run_all(getattr(reference, name), with_type(inputs, dtype), grad_y)
-    exact = run_all(getattr(reference, name), with_type(inputs, dtype, weights, torch.float64), grad_y)
+        results = layer_results(getattr(layers, name), with_type(inputs, dtype, weights), grad_y)
+    plain = layer_results(getattr(reference, name), with_type(inputs, dtype), grad_y)
+    exact = layer_results(getattr(reference, name), with_type(inputs, dtype, weights, torch.float64), grad_y)
     differentiable = [x for x in with_type(inputs, dtype, weights) if isinstance(x, torch.Tensor) and x.requires_grad]
-    for index, (ours, theirs, truth) in enumerate(zip(results, plain, exact, strict=True)):
+    for index, (ours, truth) in enumerate(zip(results, exact, strict=True)):
         assert ours.shape == truth.shape, index
         assert ours.dtype == (differentiable[index - 1].dtype if index else dtype), index
-        allowed = 2 * max(relative_error(theirs, truth), 2 * torch.finfo(torch.float32).eps)
-        assert relative_error(ours, truth) <= allowed, (index, relative_error(ours, truth), allowed)
+    assert_accurate(results, plain, exact)
 
 
 @interpreted
@@ -153,15 +132,13 @@ class TestAgainstFloat64:
         check("window_attention", (qkv, bias, None, *rest))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("case", CASES)
-    def test_16_bits(self, case, dtype):
-        name, make = CASES[case]
-        check(name, make(), dtype)
+    @pytest.mark.parametrize("name", CASES)
+    def test_16_bits(self, name, dtype):
+        check(name, CASES[name](), dtype)
 
-    @pytest.mark.parametrize("case", [case for case in CASES if case != "gated_sum"])
-    def test_16_bit_tokens_with_float32_parameters(self, case):
-        name, make = CASES[case]
-        check(name, make(), torch.bfloat16, torch.float32)
+    @pytest.mark.parametrize("name", [name for name in CASES if name != "gated_sum"])
+    def test_16_bit_tokens_with_float32_parameters(self, name):
+        check(name, CASES[name](), torch.bfloat16, torch.float32)
 
 
     def test_16_bit_branch_added_to_a_float32_sum(self):
@@ -170,8 +147,8 @@ class TestAgainstFloat64:
         leaves = [x.requires_grad_(), y.bfloat16().requires_grad_(), gate.bfloat16().requires_grad_()]
         grad = torch.randn_like(x)
         with use_backend("triton"):
-            ours = run_all(layers.gated_sum, leaves, grad)
-        exact = run_all(reference.gated_sum, [leaf.detach().double().requires_grad_() for leaf in leaves], grad)
+            ours = layer_results(layers.gated_sum, leaves, grad)
+        exact = layer_results(reference.gated_sum, [leaf.detach().double().requires_grad_() for leaf in leaves], grad)
         for value, truth, dtype, allowed in zip(
             ours, exact, [torch.float32] * 2 + [torch.bfloat16] * 2, [1e-7, 1e-7, 3e-3, 3e-3], strict=True
         ):
@@ -189,11 +166,10 @@ def check_outputs(name, inputs, dtype=torch.float32):
     formula = FORMULAS[name]
     with use_backend("triton"):
         results = outputs(call(name))
-    for ours, theirs, truth in zip(results, outputs(formula), outputs(formula, torch.float64), strict=True):
-        assert ours.shape == truth.shape
-        assert ours.dtype == dtype
-        allowed = 2 * max(relative_error(theirs, truth), 2 * torch.finfo(torch.float32).eps)
-        assert relative_error(ours, truth) <= allowed
+    exact = outputs(formula, torch.float64)
+    for ours, truth in zip(results, exact, strict=True):
+        assert (ours.shape, ours.dtype) == (truth.shape, dtype)
+    assert_accurate(results, outputs(formula), exact)
 
 
 @interpreted
@@ -247,10 +223,7 @@ class TestWithoutGradients:
     def test_linear_gelu(self, sizes, dtype):
         check_outputs("linear_gelu", linear_gelu_inputs(*sizes), dtype)
 
-    def test_gelu_is_in_the_product_where_it_is_worth_it(self, monkeypatch):
-        calls = []
-        run = gpu._kernels
-        monkeypatch.setattr(gpu, "_kernels", lambda name: (calls.append(name), run(name))[1])
+    def test_gelu_is_in_the_product_where_it_is_worth_it(self, calls):
         x, weight, bias = (part.bfloat16() for part in linear_gelu_inputs())
         wide = [part.bfloat16() for part in linear_gelu_inputs(1, 1, 1, gpu.MOST_GELU_DEPTH + 1)]
         with use_backend("triton"):
@@ -261,10 +234,7 @@ class TestWithoutGradients:
                 layers.linear_gelu(x, weight, bias)
         assert calls == ["linear_gelu"]
 
-    def test_with_gradients_the_other_kernels_run(self, monkeypatch):
-        calls = []
-        run = gpu._kernels
-        monkeypatch.setattr(gpu, "_kernels", lambda name: (calls.append(name), run(name))[1])
+    def test_with_gradients_the_other_kernels_run(self, calls):
         inputs = with_type(gated_sum_norm_inputs(), torch.float32)
         with use_backend("triton"):
             total, normed = layers.gated_sum_norm(*inputs)
@@ -274,10 +244,7 @@ class TestWithoutGradients:
         assert calls == ["gated_sum", "modulated_norm", "gated_sum_norm"]
         torch.autograd.grad((total * normed).sum(), inputs[:3])
 
-    def test_a_scan_is_summed_inside_the_norm_without_gradients_alone(self, monkeypatch):
-        calls = []
-        run = gpu._kernels
-        monkeypatch.setattr(gpu, "_kernels", lambda name: (calls.append(name), run(name))[1])
+    def test_a_scan_is_summed_inside_the_norm_without_gradients_alone(self, calls):
         x, z, *rest = with_type(scan_gated_norm_inputs(), torch.float32)
         scan, norm = rest[:8], rest[8:]
         with use_backend("triton"):
@@ -294,32 +261,29 @@ class TestWithoutGradients:
 
 
 @interpreted
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", CASES)
 class TestEveryLayer:
-    def test_is_a_well_formed_operator(self, case):
-        name, make = CASES[case]
+    def test_is_a_well_formed_operator(self, name):
         operator = getattr(torch.ops.lamamba, f"gpu_{name}").default
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(operator, tuple(with_type(make(), torch.float32)), test_utils=tests)
+        torch.library.opcheck(operator, tuple(with_type(CASES[name](), torch.float32)), test_utils=tests)
 
-    def test_two_runs_give_the_same_bits_and_gaps_do_not_matter(self, case):
-        name, make = CASES[case]
-        inputs = make()
+    def test_two_runs_give_the_same_bits_and_gaps_do_not_matter(self, name):
+        inputs = CASES[name]()
         grad_y = torch.randn_like(getattr(reference, name)(*inputs))
         gapped = [x.repeat_interleave(2, -1)[..., ::2] if isinstance(x, torch.Tensor) else x for x in inputs]
         with use_backend("triton"):
-            first = run_all(getattr(layers, name), with_type(inputs, torch.float32), grad_y)
-            again = run_all(getattr(layers, name), with_type(inputs, torch.float32), grad_y.mT.contiguous().mT)
+            first = layer_results(getattr(layers, name), with_type(inputs, torch.float32), grad_y)
+            again = layer_results(getattr(layers, name), with_type(inputs, torch.float32), grad_y.mT.contiguous().mT)
             leaves = [x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
                       for x in gapped]
-            with_gaps = run_all(getattr(layers, name), leaves, grad_y)
+            with_gaps = layer_results(getattr(layers, name), leaves, grad_y)
         for results in zip(first, again, with_gaps, strict=True):
             assert torch.equal(results[0], results[1])
             assert torch.equal(results[0], results[2])
 
-    def test_keeps_nothing_but_its_inputs(self, case):
-        name, make = CASES[case]
-        inputs = with_type(make(), torch.float32)
+    def test_keeps_nothing_but_its_inputs(self, name):
+        inputs = with_type(CASES[name](), torch.float32)
         kept = []
         with use_backend("triton"), saved_tensors_hooks(lambda x: (kept.append(x.data_ptr()), x)[1], lambda x: x):
             getattr(layers, name)(*inputs)
@@ -328,9 +292,8 @@ class TestEveryLayer:
         assert set(kept) <= set(given)
         assert name != "gated_sum" or given[0] not in kept
 
-    def test_runs_on_fake_tensors(self, case):
-        name, make = CASES[case]
-        leaves = with_type(make(), torch.float32)
+    def test_runs_on_fake_tensors(self, name):
+        leaves = with_type(CASES[name](), torch.float32)
         with FakeTensorMode() as mode, use_backend("triton"):
             inputs = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in leaves]
             differentiable = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
@@ -340,9 +303,8 @@ class TestEveryLayer:
         assert [grad.shape for grad in grads] == [x.shape for x in differentiable]
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-    def test_nan_and_infinity_stay_visible(self, case):
-        name, make = CASES[case]
-        inputs = make()
+    def test_nan_and_infinity_stay_visible(self, name):
+        inputs = CASES[name]()
         inputs[0][0, 1, 2, 3] = math.nan
         inputs[0][1, 2, 3, 5] = math.inf
         with use_backend("triton"), torch.enable_grad():
@@ -405,10 +367,7 @@ class TestConstants:
 
 
 @interpreted
-def test_only_the_named_back_end_runs_on_cpus(monkeypatch):
-    calls = []
-    run = gpu._kernels
-    monkeypatch.setattr(gpu, "_kernels", lambda name: (calls.append(name), run(name))[1])
+def test_only_the_named_back_end_runs_on_cpus(calls):
     inputs = with_type(gated_norm_inputs(), torch.float32)
     for backend in ("auto", "torch", "cpu", "reference"):
         with use_backend(backend):

@@ -16,14 +16,8 @@ from torch import Tensor
 from lamamba.ops import scan_paths, selective_scan
 from lamamba.ops.selective_scan import OP, reference
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 NAMES = ("x", "dt", "B", "C", "W_dt", "b_dt", "A", "D")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    torch.use_deterministic_algorithms(True)                    # fills what torch.empty returns with NaN
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

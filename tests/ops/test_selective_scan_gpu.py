@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
-from lamamba.ops.scan_paths import scan_paths
 from lamamba.ops.selective_scan import OP, chunked, reference, selective_scan
+from tests.ops.accuracy import check_scan, scan_inputs, scan_results
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-RESULTS = ("y", "x", "dt", "B", "C", "W_dt", "b_dt", "A", "D")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+make_inputs = functools.partial(scan_inputs, device="cuda", seed=7)
 
 
 @pytest.fixture
@@ -18,51 +22,12 @@ def kernels():
     pytest.importorskip("triton", reason="triton is not installed")
     from lamamba.ops.selective_scan import triton_kernels
 
-    torch.use_deterministic_algorithms(True, warn_only=True)                    # fills fresh memory with NaN
-    yield triton_kernels
-    torch.use_deterministic_algorithms(False)
+    return triton_kernels
 
 
-def make_inputs(b, height, width, c, n, r, dtype, weights=None):
-    """Inputs at the scale of a fresh network: delta log-uniform in [0.001, 0.1], A about -1..-n."""
-    random = torch.Generator("cuda").manual_seed(7)
-    l, g = height * width, 4
-
-    def normal(*shape):
-        return torch.randn(shape, generator=random, device="cuda")
-
-    def uniform(*shape):
-        return torch.rand(shape, generator=random, device="cuda")
-
-    delta = torch.exp(uniform(g, c) * 4.6 - 6.9)
-    b_dt = delta + torch.log(-torch.expm1(-delta))
-    A = -torch.arange(1, n + 1, device="cuda") * (0.5 + uniform(g, c, n))
-    tokens = [normal(b, l, c), normal(b, l, g, r), normal(b, l, g, n), normal(b, l, g, n)]
-    parameters = [(2 * uniform(g, c, r) - 1) / r**0.5, b_dt, A, normal(g, c)]
-    tensors = [t.to(dtype) for t in tokens] + [t.to(weights or dtype) for t in parameters]
-    return [*tensors, scan_paths(height, width, device="cuda")], normal(b, l, c).to(dtype)
-
-
-def run_all(backend, inputs, grad_y, **kwargs):
-    return [backend.forward(*inputs, **kwargs), *backend.backward(grad_y, *inputs, **kwargs)]
-
-
-def relative_error(value, exact):
-    return ((value.double() - exact).norm() / exact.norm()).item()
-
-
-def check_against_float64(kernels, inputs, grad_y, **kwargs):
-    """Every result has at most twice the error of PyTorch's in the same dtype (or a few units in the last place)."""
-    dtype = inputs[0].dtype
-    results = run_all(kernels, inputs, grad_y, **kwargs)
-    plain = run_all(chunked, [t.to(dtype) if t.is_floating_point() else t for t in inputs], grad_y)
-    exact = run_all(chunked, [t.double() if t.is_floating_point() else t for t in inputs], grad_y.double())
-    errors = {
-        name: (relative_error(ours, truth), 2 * max(relative_error(theirs, truth), 5e-7))
-        for name, ours, theirs, truth in zip(RESULTS, results, plain, exact, strict=True)
-    }
-    wrong = {name: pair for name, pair in errors.items() if not pair[0] <= pair[1]}
-    assert not wrong, f"(error, allowed): {wrong}"
+def check_against_float64(kernels, inputs, grad_y, **options):
+    """By PyTorch's chunked scan: the reference takes too long at such sizes."""
+    check_scan(kernels, chunked, inputs, grad_y, floor=5e-7, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -96,7 +61,7 @@ def test_16_bit_tokens_with_float32_parameters(kernels):
 @pytest.mark.parametrize("n", [1, 16])
 def test_two_runs_give_the_same_bits(kernels, n):
     inputs, grad_y = make_inputs(2, 32, 32, 640, n, 20, torch.bfloat16)
-    for first, second in zip(*(run_all(kernels, inputs, grad_y) for _ in range(2)), strict=True):
+    for first, second in zip(*(scan_results(kernels, inputs, grad_y) for _ in range(2)), strict=True):
         assert torch.equal(first, second)
 
 

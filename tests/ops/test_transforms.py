@@ -12,11 +12,11 @@ from tests.networks import random_inputs, random_network, relative_error, small_
 from tests.ops.test_layers import (
     few_rows_linear_inputs,
     gated_norm_inputs,
+    gated_sum_inputs,
     local_mixing_inputs,
     modulated_norm_inputs,
     window_attention_inputs,
 )
-from tests.ops.test_layers_interpreter import gated_sum_inputs
 
 
 def scan_inputs(b=2, l=5, c=2, g=4, n=2, r=1):

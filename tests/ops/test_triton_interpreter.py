@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.ops.accuracy import GRADIENTS, check_scan, relative_error, scan_inputs, scan_results
+
 pytest.importorskip("triton", reason="triton is not installed")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -21,10 +23,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_every
 
 if INTERPRETED:
     from lamamba.ops import use_backend
-    from lamamba.ops.scan_paths import scan_paths
     from lamamba.ops.selective_scan import reference, selective_scan, triton_kernels
-
-GRADIENTS = ("x", "dt", "B", "C", "W_dt", "b_dt", "A", "D")
 
 
 FEW = {
@@ -68,60 +67,12 @@ def test_everything_under_the_interpreter(file):
     run_under_the_interpreter(Path(__file__).parent / file)
 
 
-@pytest.fixture
-def poisoned():
-    """Uninitialised memory is NaN, so that results that a kernel does not write show."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def make_inputs(b, height, width, c, n, r, dtype=torch.float32, weights=None, scan="continuous"):
-    """Inputs at the scale of a fresh network: delta log-uniform in [0.001, 0.1], A about -1..-n."""
-    random = torch.Generator().manual_seed(b + 10 * height + 100 * width + c + n + r)
-    l, g = height * width, 4
-
-    def normal(*shape):
-        return torch.randn(shape, generator=random)
-
-    delta = torch.exp(torch.rand((g, c), generator=random) * 4.6 - 6.9)
-    b_dt = delta + torch.log(-torch.expm1(-delta))
-    A = -torch.arange(1, n + 1) * (0.5 + torch.rand((g, c, n), generator=random))
-    tokens = [normal(b, l, c), normal(b, l, g, r), normal(b, l, g, n), normal(b, l, g, n)]
-    parameters = [(2 * torch.rand((g, c, r), generator=random) - 1) / r**0.5, b_dt, A, normal(g, c)]
-    tensors = [t.to(dtype) for t in tokens] + [t.to(weights or dtype) for t in parameters]
-    return [*tensors, scan_paths(height, width, scan)], normal(b, l, c).to(dtype)
-
-
-def run_all(backend, inputs, grad_y, **kwargs):
-    return [backend.forward(*inputs, **kwargs), *backend.backward(grad_y, *inputs, **kwargs)]
-
-
-def relative_error(value, exact):
-    norm = exact.norm()
-    return ((value.double() - exact).norm() / norm).item() if norm > 0 else value.double().norm().item()
-
-
-def check_against_float64(inputs, grad_y, **kwargs):
-    """Every result has at most twice the error of the reference in the same dtype.
-
-    Where that is exact by chance, two units in float32's last place are allowed.
-    """
-    results = run_all(triton_kernels, inputs, grad_y, **kwargs)
-    dtype = inputs[0].dtype
-    plain = run_all(reference, [t.to(dtype) if t.is_floating_point() else t for t in inputs], grad_y)
-    exact = run_all(reference, [t.double() if t.is_floating_point() else t for t in inputs], grad_y.double())
-    for name, ours, theirs, truth, like in zip(
-        ("y", *GRADIENTS), results, plain, exact, [inputs[0], *inputs[:-1]], strict=True
-    ):
-        assert ours.shape == like.shape, name
-        assert ours.dtype == like.dtype, name
-        allowed = 2 * max(relative_error(theirs, truth), 2 * torch.finfo(torch.float32).eps)
-        assert relative_error(ours, truth) <= allowed, name
+def check_against_float64(inputs, grad_y, **options):
+    check_scan(triton_kernels, reference, inputs, grad_y, **options)
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(
     ("b", "height", "width", "c", "n", "r", "scan"),
     [
@@ -137,85 +88,85 @@ def check_against_float64(inputs, grad_y, **kwargs):
     ],
 )
 def test_float32_matches_float64(b, height, width, c, n, r, scan):
-    check_against_float64(*make_inputs(b, height, width, c, n, r, scan=scan))
+    check_against_float64(*scan_inputs(b, height, width, c, n, r, scan=scan))
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned_memory")
 def test_rates_with_channels_innermost_give_the_same_bits():
-    (x, dt, B, C, W_dt, b_dt, A, D, paths), _ = make_inputs(1, 2, 3, 5, 2, 3)
+    (x, dt, B, C, W_dt, b_dt, A, D, paths), _ = scan_inputs(1, 2, 3, 5, 2, 3)
     with use_backend("triton"), torch.no_grad():
         innermost = selective_scan(x, dt, B, C, W_dt, b_dt, A.mT.contiguous().mT, D, paths)
         assert torch.equal(innermost, selective_scan(x, dt, B, C, W_dt, b_dt, A, D, paths))
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("dtype", "n"), [(torch.bfloat16, 1), (torch.bfloat16, 3), (torch.float16, 1)])
 def test_16_bits_match_float64(dtype, n):
-    check_against_float64(*make_inputs(1, 3, 5, 20, n, 20, dtype=dtype))
+    check_against_float64(*scan_inputs(1, 3, 5, 20, n, 20, dtype=dtype))
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("weights", "r"), [(torch.bfloat16, 40), (torch.float32, 5), (torch.float32, 20)])
 def test_whole_tiles_of_16_bits_match_float64(weights, r):
     """Of weights in one and in three parts, that stay in registers or are too many."""
-    check_against_float64(*make_inputs(1, 2, 8, 64, 1, r, dtype=torch.bfloat16, weights=weights))
+    check_against_float64(*scan_inputs(1, 2, 8, 64, 1, r, dtype=torch.bfloat16, weights=weights))
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("l", [11, 16])
 def test_paths_are_any_permutations_of_views_of_one_projection(l):
-    (x, dt, B, C, *parameters, _), grad_y = make_inputs(2, 1, l, 20, 2, 3)
+    (x, dt, B, C, *parameters, _), grad_y = scan_inputs(2, 1, l, 20, 2, 3)
     dt, B, C = torch.cat([dt, B, C], -1).split([3, 2, 2], -1)
     paths = torch.stack([torch.randperm(l, generator=torch.Generator().manual_seed(k)) for k in range(4)])
     check_against_float64([x, dt, B, C, *parameters, paths], grad_y)
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned_memory")
 def test_16_bit_tokens_with_float32_parameters_lose_nothing_of_the_parameters():
-    inputs, grad_y = make_inputs(1, 3, 5, 20, 2, 5, dtype=torch.bfloat16, weights=torch.float32)
+    inputs, grad_y = scan_inputs(1, 3, 5, 20, 2, 5, dtype=torch.bfloat16, weights=torch.float32)
     check_against_float64(inputs, grad_y)
-    exact = run_all(reference, [t.double() if t.is_floating_point() else t for t in inputs], grad_y.double())
-    gradients = dict(zip(("y", *GRADIENTS), run_all(triton_kernels, inputs, grad_y), strict=True))
+    exact = scan_results(reference, [t.double() if t.is_floating_point() else t for t in inputs], grad_y.double())
+    gradients = dict(zip(("y", *GRADIENTS), scan_results(triton_kernels, inputs, grad_y), strict=True))
     for name, truth in zip(("y", *GRADIENTS), exact, strict=True):
         if name in ("b_dt", "A", "D"):
             assert relative_error(gradients[name], truth) < 2e-6, name
 
 
 @interpreted
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("segments", [2, 5])
 def test_a_path_may_be_cut_into_segments(segments):
-    check_against_float64(*make_inputs(1, 3, 7, 20, 2, 5), segments=segments)
+    check_against_float64(*scan_inputs(1, 3, 7, 20, 2, 5), segments=segments)
 
 
 @interpreted
 def test_reads_inputs_with_gaps():
-    inputs, grad_y = make_inputs(1, 3, 3, 20, 1, 5)
+    inputs, grad_y = scan_inputs(1, 3, 3, 20, 1, 5)
     gapped = [t.repeat_interleave(2, -1)[..., ::2] if t.is_floating_point() else t for t in inputs]
     assert not gapped[0].is_contiguous()
-    expected = run_all(triton_kernels, inputs, grad_y)
-    for ours, theirs in zip(run_all(triton_kernels, gapped, grad_y.mT.contiguous().mT), expected, strict=True):
+    expected = scan_results(triton_kernels, inputs, grad_y)
+    for ours, theirs in zip(scan_results(triton_kernels, gapped, grad_y.mT.contiguous().mT), expected, strict=True):
         assert torch.equal(ours, theirs)
 
 
 @interpreted
 def test_two_runs_give_the_same_bits():
-    inputs, grad_y = make_inputs(1, 3, 3, 40, 1, 5)
-    for first, second in zip(*(run_all(triton_kernels, inputs, grad_y) for _ in range(2)), strict=True):
+    inputs, grad_y = scan_inputs(1, 3, 3, 40, 1, 5)
+    for first, second in zip(*(scan_results(triton_kernels, inputs, grad_y) for _ in range(2)), strict=True):
         assert torch.equal(first, second)
 
 
 @interpreted
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["x", "dt", "B", "C", "W_dt", "b_dt", "A", "D"])
+@pytest.mark.parametrize("name", GRADIENTS)
 def test_nan_and_infinity_stay_visible(value, name):
-    inputs, _ = make_inputs(1, 3, 3, 5, 1, 3)
+    inputs, _ = scan_inputs(1, 3, 3, 5, 1, 3)
     broken = inputs[GRADIENTS.index(name)]
     broken[(0,) * broken.dim()] = value
     y, expected = triton_kernels.forward(*inputs), reference.forward(*inputs)
@@ -225,14 +176,14 @@ def test_nan_and_infinity_stay_visible(value, name):
 @interpreted
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_extreme_time_steps_match_float64():
-    inputs, grad_y = make_inputs(1, 3, 3, 5, 2, 3)
+    inputs, grad_y = scan_inputs(1, 3, 3, 5, 2, 3)
     inputs[5][:, 0], inputs[5][:, 1], inputs[5][:, 2] = 300.0, -60.0, -1000.0
     check_against_float64(inputs, grad_y)
 
 
 @interpreted
 def test_is_the_named_back_end_of_the_op():
-    inputs, grad_y = make_inputs(1, 2, 3, 5, 1, 3)
+    inputs, grad_y = scan_inputs(1, 2, 3, 5, 1, 3)
     inputs[0].requires_grad_()
     y = selective_scan(*inputs, backend="triton")
     y.backward(grad_y)

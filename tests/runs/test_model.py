@@ -12,19 +12,15 @@ import lamamba
 from lamamba import LaMambaPipeline, LaMambaUNet
 from lamamba.data.codec import CodecConfig
 from lamamba.pretrained import shipped_model
-from lamamba.runs.folder import MANIFEST, RUN_VERSION, _hash_of_hashes
 from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import fingerprint, list_averages, open_network
 from lamamba.sampling import generate
-from lamamba.utils.files import sha256, write_json
+from lamamba.utils.files import write_json
 from tests.autoencoders import make_kl
-from tests.networks import random_network, two_blocks
+from tests.files import write_manifest
+from tests.networks import grey_network, largest_difference, save_model
 
 NAMES = ("ant", "bee", "cat")
-
-
-def network(seed=0, **changes):
-    return random_network(two_blocks(**{"in_channels": 1, "objective": "flow", "width": 8, **changes}), seed)
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +30,12 @@ def places(tmp_path_factory):
     metadata = ModelMetadata(objective="flow", image_size=8, label_names=NAMES, guidance=1.5)
     checkpoint = root / "run" / "checkpoints" / "step_00000010"
     for name, seed in (("ema", 1), ("ema_0.9", 2), ("model", 3)):
-        network(seed).save_pretrained(checkpoint / name)
+        grey_network(seed).save_pretrained(checkpoint / name)
     metadata.save(checkpoint / "sampling.json")
     write_json(checkpoint / "state.json", {"step": 10, "ema_decays": [0.99, 0.9]})
-    files = [path for path in checkpoint.rglob("*") if path.is_file()]
-    hashes = {path.relative_to(checkpoint).as_posix(): sha256(path) for path in files}
-    manifest = {"version": RUN_VERSION, "files": hashes, "files_sha256": _hash_of_hashes(hashes)}
-    write_json(checkpoint / MANIFEST, manifest)
-    network(4).save_pretrained(root / "saved")
-    metadata.save(root / "saved" / "sampling.json")
-    network(5).save_pretrained(root / "from_python")
+    write_manifest(checkpoint)
+    save_model(root / "saved", grey_network(4), label_names=NAMES, guidance=1.5)
+    grey_network(5).save_pretrained(root / "from_python")
     pipe = LaMambaPipeline.from_pretrained(root / "saved")
     pipe.save_pretrained(root / "pipeline")
     return root
@@ -58,7 +50,7 @@ CHECKPOINT = "run/checkpoints/step_00000010"
 ])
 def test_every_kind_of_place_is_opened(places, place, ema, seed):
     model = lamamba.open_model(places / place, ema=ema)
-    assert model.sha256 == fingerprint(network(seed))
+    assert model.sha256 == fingerprint(grey_network(seed))
     assert model.name == str(places / place)
     assert (model.metadata.objective, model.metadata.image_size, model.decoder) == ("flow", 8, None)
     named = place != "from_python"
@@ -67,13 +59,12 @@ def test_every_kind_of_place_is_opened(places, place, ema, seed):
     same, metadata = open_network(places / place, ema)
     assert (fingerprint(same), metadata) == (model.sha256, model.metadata)
     pipe = LaMambaPipeline.from_pretrained(places / place, **({} if ema is None else {"ema": ema}))
-    pipe.set_progress_bar_config(disable=True)
     assert pipe.config.guidance_scale == model.metadata.guidance
     seeds = [torch.Generator().manual_seed(k) for k in (3, 4)]
     pictures = pipe([1, 2], num_inference_steps=2, generator=seeds).images
     scale = 1.5 if named else 2.0
     images = generate(model.network, [1, 2], [3, 4], num_steps=2, guidance=scale)[..., 0]
-    assert np.abs(np.stack([np.asarray(picture) for picture in pictures]).astype(int) - images).max() <= 1
+    assert largest_difference([np.asarray(picture) for picture in pictures], images) <= 1
 
 
 @pytest.mark.parametrize("path", [None, "shipped"])
@@ -119,7 +110,7 @@ def test_the_networks_own_loader_says_what_opens_a_run(places, place):
 
 def test_without_metadata_four_channels_are_taken_for_latents(tmp_path, caplog):
     caplog.set_level(logging.INFO, "lamamba")
-    network(in_channels=4).save_pretrained(tmp_path / "latents")
+    grey_network(in_channels=4).save_pretrained(tmp_path / "latents")
     _, metadata = open_network(tmp_path / "latents")
     assert (metadata.codec, metadata.scale, metadata.image_size) == ("latents", 0.18215, 64)
     assert "taken for a model of latents of Stable Diffusion, scale 0.18215" in caplog.text

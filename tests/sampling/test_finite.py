@@ -15,10 +15,9 @@ from lamamba.data.codec import LatentDecoder, to_uint8
 from lamamba.diffusion.denoise import make_scheduler
 from lamamba.evaluation.callbacks import SampleGrid
 from lamamba.options.training import SampleGridOptions
-from lamamba.runs.metadata import ModelMetadata
 from lamamba.sampling import generate
 from tests.autoencoders import make_kl
-from tests.networks import random_network, small_config
+from tests.networks import random_network, save_model, small_config
 
 
 def broken_network(after: int = 0, **changes):
@@ -42,7 +41,6 @@ def test_the_step_that_went_wrong_is_named(after, step):
     with pytest.raises(FloatingPointError, match=f"became NaN or infinite in step {step} of 4"):
         generate(broken_network(after, in_channels=1), [0], [0], num_steps=4)
     pipe = LaMambaPipeline(broken_network(after, in_channels=1), None, make_scheduler("flow-euler", "flow"))
-    pipe.set_progress_bar_config(disable=True)
     for kind in ("pil", "np", "pt", "latent"):
         with pytest.raises(FloatingPointError, match="became NaN or infinite in step"):
             pipe(0, num_inference_steps=4, output_type=kind)
@@ -62,7 +60,6 @@ def test_a_vae_that_overflows_makes_no_picture_or_is_upcast(output_type):
     for upcast in (False, True):
         vae = overflowing(force_upcast=upcast).to(torch.float16)
         pipe = LaMambaPipeline(network, vae, make_scheduler("flow-euler", "flow"))
-        pipe.set_progress_bar_config(disable=True)
         if upcast:
             assert len(pipe(0, num_inference_steps=1, output_type=output_type).images) == 1
             assert vae.dtype == torch.float16
@@ -86,9 +83,7 @@ def test_commands_and_folders_make_none(tmp_path, monkeypatch):
     network = random_network(small_config(width=8, depths=(1, 1, 1, 1), objective="flow", in_channels=1))
     with torch.no_grad():
         network.head.linear.bias.fill_(3e38)
-    network.save_pretrained(tmp_path / "m")
-    ModelMetadata(objective="flow", image_size=8).save(tmp_path / "m" / "sampling.json")
-    options = dict(model=tmp_path / "m", guidance=9.0)
+    options = dict(model=save_model(tmp_path / "m", network), guidance=9.0)
     with pytest.raises(FloatingPointError, match="became NaN or infinite"):
         lamamba.sample(lamamba.SampleOptions(**options, out=tmp_path / "a.png", num=1), progress=None)
     many = lamamba.SampleFolderOptions(**options, out=tmp_path / "many", num=2, balanced=True)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +11,8 @@ from lamamba.app.session import Request, Session
 from lamamba.pipeline import LaMambaPipeline
 from lamamba.runs.model import open_model
 from lamamba.sampling import generate
+from tests.networks import largest_difference
+from tests.test_pipeline import images_by_diffusers_alone, run, seeds
 
 NAME = "shipped-few-steps"
 
@@ -49,7 +47,7 @@ def test_image_k_depends_on_seed_k_alone(model):
     alone = np.concatenate([
         generate(model.network, [label], [seed], num_steps=2, guidance=2.0) for label, seed in ((4, 7), (5, 8), (6, 9))
     ])
-    assert np.abs(together.astype(int) - alone.astype(int)).max() <= 1
+    assert largest_difference(together, alone) <= 1
 
 
 def test_the_scale_changes_the_image(model):
@@ -87,12 +85,11 @@ def test_other_models_are_not_sampled_as_flow_maps():
 
 def test_the_pipeline_makes_the_same_images_and_follows_a_changing_scale(model):
     pipe = LaMambaPipeline.from_pretrained(NAME)
-    pipe.set_progress_bar_config(disable=True)
     assert (type(pipe.scheduler).__name__, pipe.config.guidance_scale) == ("FlowMapScheduler", 1.75)
     seeds = [torch.Generator().manual_seed(5)]
     image = np.asarray(pipe(3, generator=seeds, num_inference_steps=2, guidance_scale=3.0).images[0])
     expected = generate(model.network, [3], [5], num_steps=2, guidance=3.0)[0, ..., 0]
-    assert np.abs(image.astype(int) - expected.astype(int)).max() <= 1
+    assert largest_difference(image, expected) <= 1
 
     def change(pipe, step, time, tensors):
         pipe._guidance_scale = 1.0
@@ -100,7 +97,7 @@ def test_the_pipeline_makes_the_same_images_and_follows_a_changing_scale(model):
 
     changed = np.asarray(pipe(3, generator=[torch.Generator().manual_seed(5)], num_inference_steps=2,
                               guidance_scale=3.0, callback_on_step_end=change).images[0])
-    assert np.abs(image.astype(int) - changed.astype(int)).max() > 0
+    assert largest_difference(image, changed) > 0
     for wrong in (dict(guidance_scale=5.0), dict(guidance_rescale=0.5), dict(guidance_model=pipe.unet)):
         with pytest.raises(ValueError, match="guidance"):
             pipe(3, **wrong)
@@ -110,22 +107,10 @@ def test_the_pipeline_makes_the_same_images_and_follows_a_changing_scale(model):
 
 def test_diffusers_alone_takes_one_two_and_four_steps(tmp_path):
     LaMambaPipeline.from_pretrained(NAME).save_pretrained(tmp_path / "saved")
-    code = (
-        "import sys, torch; from diffusers import DiffusionPipeline; assert 'lamamba' not in sys.modules; "
-        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline='pipeline', trust_remote_code=True); "
-        "images = [pipe(1, num_inference_steps=steps, generator=[torch.Generator().manual_seed(7)], "
-        "output_type='pt').images for steps in (1, 2, 4)]; torch.save(images, sys.argv[2])"
-    )
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", code, str(tmp_path / "saved"), str(tmp_path / "images.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    images = torch.load(tmp_path / "images.pt", weights_only=True)
     pipe = LaMambaPipeline.from_pretrained(tmp_path / "saved")
-    pipe.set_progress_bar_config(disable=True)
-    for steps, image in zip((1, 2, 4), images, strict=True):
-        assert torch.equal(image, pipe(1, num_inference_steps=steps, generator=[torch.Generator().manual_seed(7)],
-                                       output_type="pt").images)
+    steps = (1, 2, 4)
+    for count, image in zip(steps, images_by_diffusers_alone(tmp_path / "saved", steps, tmp_path), strict=True):
+        assert torch.equal(image, run(pipe, label=1, num_inference_steps=count, generator=seeds(7)))
 
 
 def test_the_page_offers_its_range_and_its_sampler(model):

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
-import numpy as np
 import pytest
 import torch
 
 from lamamba.models.unet import LaMambaUNet
-from lamamba.options.training import ProcessOptions
-from lamamba.runs.folder import RunFolder
 from lamamba.training.loop import describe, train
-from tests.networks import random_network
-from tests.training.test_processes import run
-from tests.training.together import FewDigits, config, together
+from tests.training.test_processes import assert_two_processes_make_the_same_run
+from tests.training.together import FewDigits, config, losses_of, read_lines, save_teacher
 
 
 @pytest.fixture(scope="module")
@@ -25,21 +20,12 @@ def data():
 
 @pytest.fixture(scope="module")
 def teacher(data, tmp_path_factory):
-    """A saved network like that of `config`."""
-    folder = tmp_path_factory.mktemp("teacher")
-    architecture, metadata = describe(config(), data)
-    random_network(architecture).save_pretrained(folder)
-    metadata.save(folder / "sampling.json")
-    return folder
-
-
-def lines_of(folder):
-    return [json.loads(line) for line in RunFolder(folder).metrics.read_text().splitlines()]
+    return save_teacher(tmp_path_factory.mktemp("teacher"), data)
 
 
 def test_a_run_of_its_teachers_weights_has_no_distance_to_it(data, teacher, tmp_path):
     train(config(distill=dict(teacher=str(teacher)), start=dict(source=str(teacher)), steps=1), data, tmp_path / "run")
-    line = lines_of(tmp_path / "run")[0]
+    line = read_lines(tmp_path / "run")[0]
     assert max(line["output_loss"], line["feature_loss"]) < 1e-10            # kernels differ with gradients
     assert line["loss"] == pytest.approx(line["task_loss"])
 
@@ -48,11 +34,11 @@ def test_a_run_of_its_teachers_weights_has_no_distance_to_it(data, teacher, tmp_
 def test_the_loss_is_the_weighted_sum_of_its_terms(data, teacher, tmp_path, features):
     options = dict(teacher=str(teacher), task=0.5, output=2.0, feature=0.25, features=features, stages=["decoder.3"])
     train(config(distill=options, watch=dict(held_out=2)), data, tmp_path / "run")
-    for line in lines_of(tmp_path / "run"):
+    for line in read_lines(tmp_path / "run"):
         expected = 0.5 * line["task_loss"] + 2 * line["output_loss"] + 0.25 * line.get("feature_loss", 0.0)
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
         assert ("feature_loss" in line) == (features != "none")
-    assert {"held_out_loss", "held_out_task_loss", "held_out_output_loss"} <= lines_of(tmp_path / "run")[-1].keys()
+    assert {"held_out_loss", "held_out_task_loss", "held_out_output_loss"} <= read_lines(tmp_path / "run")[-1].keys()
 
 
 def test_a_distillation_resumes_to_the_bit(data, teacher, tmp_path):
@@ -62,21 +48,14 @@ def test_a_distillation_resumes_to_the_bit(data, teacher, tmp_path):
     parts = train(run, data, tmp_path / "parts")
     for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    losses = [[line["loss"] for line in lines_of(tmp_path / name)] for name in ("whole", "parts")]
-    assert losses[0] == losses[1]
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "parts")
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_two_processes_make_the_same_run(teacher, tmp_path, sharding):
     """The teacher is whole on each."""
     settings = config(distill=dict(teacher=str(teacher)), optimizer=dict(learning_rate=1e-3))
-    alone = run(settings, tmp_path / "alone")
-    split = dataclasses.replace(settings, processes=ProcessOptions(sharding=sharding))
-    results = together(2, run, split, tmp_path / "run")
-    for result in results:
-        np.testing.assert_allclose(result["losses"], alone["losses"], rtol=2e-4)
-    for p, q in zip(results[0]["ema"], alone["ema"], strict=True):
-        np.testing.assert_allclose(p, q, atol=1e-3)
+    assert_two_processes_make_the_same_run(settings, sharding, tmp_path)
 
 
 def test_another_teacher_is_refused_on_resume(data, teacher, tmp_path):

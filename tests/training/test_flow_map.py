@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,13 +11,11 @@ import lamamba
 from lamamba.diffusion.flow_map import FlowFromNoise
 from lamamba.diffusion.schedule import NoiseSchedule
 from lamamba.options.training import DistillOptions
-from lamamba.runs.folder import RunFolder
 from lamamba.runs.model import open_network
 from lamamba.training.distill import VelocityTeacher
 from lamamba.training.loop import describe, train
-from tests.networks import random_network
-from tests.training.test_processes import run
-from tests.training.together import FewDigits, config, states_equal, together
+from tests.training.test_processes import assert_two_processes_make_the_same_run
+from tests.training.together import FewDigits, config, losses_of, save_teacher, states_equal
 
 MAP = dict(objective="flow-map", guidance_range=(1.0, 4.0))
 OWN = dict(student_share=0.5)
@@ -30,13 +26,6 @@ def data():
     return FewDigits(8)
 
 
-def save_teacher(folder, data, **changes):
-    architecture, metadata = describe(config(model=changes), data)
-    random_network(architecture).save_pretrained(folder)
-    metadata.save(folder / "sampling.json")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def teacher(data, tmp_path_factory):
     return save_teacher(tmp_path_factory.mktemp("teacher"), data)
@@ -45,10 +34,6 @@ def teacher(data, tmp_path_factory):
 def flow_map(teacher, **changes):
     """A run that starts from its teacher."""
     return config(**{**dict(model=MAP, start=dict(source=str(teacher)), distill=dict(teacher=str(teacher))), **changes})
-
-
-def losses_of(folder):
-    return [json.loads(line)["loss"] for line in RunFolder(folder).metrics.read_text().splitlines()]
 
 
 def test_steps_without_length_have_no_loss_at_first(data, teacher, tmp_path):
@@ -82,13 +67,7 @@ def test_targets_come_from_the_average_that_lags_least(data, teacher, tmp_path):
 def test_two_processes_make_the_same_run(teacher, tmp_path, sharding):
     """Three images each, of which some steps have no velocity or no map."""
     settings = flow_map(teacher, flow_map=OWN, batch_size=6, ema_decays=(0.9,), optimizer=dict(learning_rate=1e-3))
-    alone = run(settings, tmp_path / "alone")
-    split = dataclasses.replace(settings, processes=dataclasses.replace(settings.processes, sharding=sharding))
-    results = together(2, run, split, tmp_path / "run")
-    for result in results:
-        np.testing.assert_allclose(result["losses"], alone["losses"], rtol=2e-4)
-    for p, q in zip(results[0]["ema"], alone["ema"], strict=True):
-        np.testing.assert_allclose(p, q, atol=1e-3)
+    assert_two_processes_make_the_same_run(settings, sharding, tmp_path)
 
 
 def test_it_learns_from_data_alone(data, tmp_path):

@@ -17,14 +17,13 @@ from lamamba.benchmarking.memory import training_memory
 from lamamba.models.adapters import LORA_FILE
 from lamamba.options.training import DistillOptions, LoraOptions, StartOptions
 from lamamba.runs.folder import RunFolder
-from lamamba.runs.metadata import ModelMetadata
 from lamamba.runs.model import fingerprint, open_model, open_network
 from lamamba.sampling import generate
 from lamamba.sampling.settings import Interpolated, read_image_metadata
 from lamamba.training.loop import train
 from lamamba.utils.files import read_json, sha256
 from lamamba.utils.tensors import read_tensors
-from tests.networks import random_network
+from tests.networks import largest_difference, random_network, save_model
 from tests.training.together import TINY, FewDigits, config, pytestmark, together  # noqa: F401
 
 pytest.importorskip("peft", reason="needs peft")
@@ -33,11 +32,7 @@ pytest.importorskip("peft", reason="needs peft")
 def save_base(folder, model=TINY, seed=0):
     """A network of digits, of one block in the first and last stages."""
     architecture = model.build(channels=1, num_classes=10, input_size=8)
-    random_network(architecture, seed).save_pretrained(folder)
-    names = tuple(map(str, range(10)))
-    ModelMetadata(objective=architecture.objective, image_size=8, label_names=names, guidance=1.5).save(
-        folder / "sampling.json")
-    return folder
+    return save_model(folder, random_network(architecture, seed), label_names=tuple("0123456789"), guidance=1.5)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +57,15 @@ def run(base, tmp_path_factory):
     """Four long steps: (folder, state)."""
     folder = tmp_path_factory.mktemp("run") / "lora"
     return folder, train(settings(base, LONG, ema_decays=(0.5, 0.9)), FewDigits(5), folder)
+
+
+@pytest.fixture
+def foreign(run, tmp_path):
+    """The run's LoRA as another program keeps it: without lora.json."""
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    shutil.copy(RunFolder(run[0]).newest() / "ema" / LORA_FILE, folder)
+    return folder
 
 
 def test_the_lora_alone_is_trained_averaged_and_kept(base, run):
@@ -171,9 +175,9 @@ def test_samples_are_those_of_the_base_with_the_lora(base, run, tmp_path):
     expected = generate(state.ema, [1, 1, 2, 2], range(4), num_steps=3, guidance=1.5)
     for model, lora in ((base, folder), (None, folder), (base, checkpoint), (base, checkpoint / "ema")):
         result = draw(model, lora=lora)
-        assert np.abs(result.images.astype(int) - expected.astype(int)).max() <= 1
+        assert largest_difference(result.images, expected) <= 1
     assert str(result).endswith(f"LoRA {checkpoint / 'ema'}")
-    assert np.abs(draw(base).images.astype(int) - expected.astype(int)).max() > 1
+    assert largest_difference(draw(base).images, expected) > 1
     again = random_network(open_network(base)[0].architecture)
     again.load_state_dict(open_network(base)[0].state_dict())
     again.load_lora_adapter(checkpoint / "ema")                                 # as diffusers' users do
@@ -182,13 +186,13 @@ def test_samples_are_those_of_the_base_with_the_lora(base, run, tmp_path):
     mixed = draw(base, lora=folder, interpolate="classes:1:2", num=3, classes=None)
     assert Interpolated(1, 2, 0.5) in mixed.labels
     expected = generate(state.ema, mixed.labels, mixed.seeds, num_steps=3, guidance=1.5)
-    assert np.abs(mixed.images.astype(int) - expected.astype(int)).max() <= 1
+    assert largest_difference(mixed.images, expected) <= 1
 
 
 def test_with_bfloat16_caches_and_folders_it_is_the_same_network(base, run, tmp_path):
     folder, _ = run
     plain, cached = draw(base, steps=8, cache=3), draw(base, steps=8, cache=3, lora=folder)
-    assert np.abs(plain.images.astype(int) - cached.images.astype(int)).max() > 1
+    assert largest_difference(plain.images, cached.images) > 1
     half = draw(base, lora=folder, dtype="bfloat16")
     assert np.abs(half.images.astype(int) - draw(base, lora=folder).images.astype(int)).mean() < 8
     options = lamamba.SampleFolderOptions(
@@ -196,7 +200,7 @@ def test_with_bfloat16_caches_and_folders_it_is_the_same_network(base, run, tmp_
         format="npz")
     result = lamamba.sample_folder(options, progress=None)
     images = np.load(result.npz)["arr_0"]
-    assert np.abs(images[0].astype(int) - draw(base, lora=folder).images[0, ..., 0:1].astype(int)).max() <= 1
+    assert largest_difference(images[0], draw(base, lora=folder).images[0, ..., 0:1]) <= 1
     with pytest.raises(ValueError, match="lora"):
         lamamba.sample_folder(dataclasses.replace(options, lora=None), progress=None)
 
@@ -231,12 +235,8 @@ def test_a_lora_whose_numbers_were_changed_is_refused(base, run, tmp_path):
         open_model(base, lora=copy)
 
 
-def test_a_picture_of_a_network_that_is_gone_names_its_lora(run, tmp_path):
-    folder, _ = run
+def test_a_picture_of_a_network_that_is_gone_names_its_lora(foreign, tmp_path):
     base = save_base(tmp_path / "base")
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / LORA_FILE).write_bytes((RunFolder(folder).newest() / "ema" / LORA_FILE).read_bytes())
     draw(base, lora=foreign, out=tmp_path / "a.png")
     base.rename(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="a.png was made by .*base, which is not here: .*MODEL, and .*foreign as lora"):
@@ -264,13 +264,10 @@ def test_the_page_and_evaluation_take_one(base, run, tmp_path):
         lamamba.evaluate(images, progress=None)
 
 
-def test_a_lora_of_another_network_is_refused_in_one_line(run, tmp_path):
+def test_a_lora_of_another_network_is_refused_in_one_line(run, foreign, tmp_path):
     folder, _ = run
     twin = save_base(tmp_path / "twin", seed=5)
     wide = save_base(tmp_path / "wide", dataclasses.replace(TINY, width=16))
-    foreign = tmp_path / "foreign"                                              # of another program: without lora.json
-    foreign.mkdir()
-    (foreign / LORA_FILE).write_bytes((RunFolder(folder).newest() / "ema" / LORA_FILE).read_bytes())
     for model, lora, fault in (
         (twin, folder, "is a LoRA of another network: of .*network with weights .{12}, and this one's are .{12}; give "
          "that network as the model"),

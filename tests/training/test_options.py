@@ -23,29 +23,21 @@ from lamamba.training.draws import draw, split_held_out
 from lamamba.training.loop import train
 from lamamba.training.trackers import Tracker
 from tests.networks import PARITY
-from tests.training.together import FewDigits, config, states_equal
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    return [line["loss"] for line in metrics(folder)]
+from tests.training.together import FewDigits, config, losses_of, read_lines, states_equal
 
 
 def test_activations_made_again_change_the_run_by_rounding_only(tmp_path):
     train(config(), FewDigits(5), tmp_path / "kept")
     state = train(config(processes=dict(checkpoint_activations=True)), FewDigits(5), tmp_path / "again")
     assert all(stage.gradient_checkpointing for stage in (*state.model.encoder, *state.model.decoder))
-    np.testing.assert_allclose(losses(tmp_path / "again"), losses(tmp_path / "kept"), rtol=1e-5)
+    np.testing.assert_allclose(losses_of(tmp_path / "again"), losses_of(tmp_path / "kept"), rtol=1e-5)
 
 
 def test_bfloat16_products_leave_float32_weights_and_nearly_the_same_losses(tmp_path):
     train(config(), FewDigits(5), tmp_path / "float32")
     state = train(config(precision=dict(autocast="bfloat16")), FewDigits(5), tmp_path / "bfloat16")
     assert {p.dtype for p in state.model.parameters()} == {torch.float32}
-    ours, theirs = losses(tmp_path / "bfloat16"), losses(tmp_path / "float32")
+    ours, theirs = losses_of(tmp_path / "bfloat16"), losses_of(tmp_path / "float32")
     assert ours != theirs
     np.testing.assert_allclose(ours, theirs, rtol=0.02)
     recorded = json.loads((RunFolder(tmp_path / "bfloat16").newest() / "state.json").read_text())["precision"]
@@ -94,7 +86,7 @@ def test_held_out_images_are_never_trained_on_and_their_loss_is_a_fixed_measure(
     measured = digits.seen[8:12]                                                # after two steps of four
     assert sorted(measured) == sorted(held_out)
     assert set(digits.seen[:8]) <= set(trained)
-    values = [line["held_out_loss"] for line in metrics(tmp_path / "run") if "held_out_loss" in line]
+    values = [line["held_out_loss"] for line in read_lines(tmp_path / "run") if "held_out_loss" in line]
     assert len(values) == 3
     np.testing.assert_allclose(values, values[0], rtol=1e-5)                    # the network hardly moved
 
@@ -120,7 +112,7 @@ def test_tensorboard_gets_every_line(tmp_path):
     train(config(watch=dict(trackers=("tensorboard",), project="digits")), FewDigits(5), tmp_path)
     events = EventAccumulator(str(tmp_path / "trackers" / "digits"))
     events.Reload()
-    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == list(enumerate(losses(tmp_path), 1))
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == list(enumerate(losses_of(tmp_path), 1))
     assert "grad_norm" in events.Tags()["scalars"]
 
 
@@ -147,7 +139,7 @@ def test_a_tracker_that_cannot_be_reached_does_not_stop_training(tmp_path, monke
     monkeypatch.setattr(
         "lamamba.training.trackers.start_trackers", lambda *_: [Tracker(name, make) for name, make in makers.items()])
     assert train(config(watch=dict(trackers=("wandb",))), FewDigits(5), tmp_path).step == 4
-    assert len(metrics(tmp_path)) == 4
+    assert len(read_lines(tmp_path)) == 4
     assert "refuses is dropped: ConnectionError: no network" in caplog.text
     assert "breaks is dropped: ConnectionError: no route to host" in caplog.text
     assert "hangs did not answer in time" in caplog.text

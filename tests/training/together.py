@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import queue
@@ -10,6 +11,7 @@ import socket
 import sys
 import time
 import traceback
+from typing import Any
 
 import pytest
 
@@ -50,6 +52,23 @@ class FewDigits(Digits):
 
     def files(self, indices):
         return [f"digit-{index}.png" for index in indices]
+
+
+def read_lines(folder, name="metrics.jsonl") -> list[dict[str, Any]]:
+    """The lines of a run's file, as values."""
+    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+
+
+def losses_of(folder) -> list[float]:
+    return [line["loss"] for line in read_lines(folder)]
+
+
+def save_teacher(folder, data, **model):
+    """Save a random network like that of `config`, with other options of the model."""
+    from lamamba.training.loop import describe
+
+    architecture, metadata = describe(config(model=model), data)
+    return networks.save_model(folder, networks.random_network(architecture), **vars(metadata))
 
 
 def states_equal(a, b) -> bool:

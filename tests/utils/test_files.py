@@ -20,7 +20,7 @@ from lamamba.utils.files import (
 )
 from lamamba.viz.films import save_film
 from lamamba.viz.grids import save_picture
-from tests.faults.test_damage import full_disk
+from tests.files import full_disk
 
 
 def test_a_place_for_a_result_is_tried_first(tmp_path):
