@@ -65,7 +65,6 @@ def test_the_table():
     (["--device", "cuda:9"], "device 'cuda:9' cannot be used here"),
     (["--mode", "backward"], "--mode"),
     (["--state-size", "0"], "state_size=0 must be at least 1"),
-    (["--json", "nowhere/b.json"], "does not exist"),
 ])
 def test_user_errors_are_one_line(lamamba, tmp_path, arguments, said):
     status, _, err = lamamba("bench", *arguments)

@@ -79,7 +79,7 @@ def test_a_picture_of_a_model_that_has_changed_is_not_repeated_in_silence(sample
 
 
 def test_rows_have_the_names_of_the_model_that_draws(sample):
-    save_model(Path("renamed"), names=("x", "y", "z"))
+    save_model(Path("renamed"), grey_network(), label_names=("x", "y", "z"))
     assert sample("flow", "--classes", "ant,cat", "--num", 2, "--steps", 1, "--out", "a.png")[0] == 0
     assert sample("renamed", "--like", "a.png", "--out", "b.png")[0] == 0
     assert [read_image_metadata(f"{name}.png").row_names for name in "ab"] == [("ant", "cat"), ("x", "z")]
