@@ -137,6 +137,14 @@ def test_no_module_imports_itself_in_a_circle():
     holds_but_for({name for name in IMPORTS if name in reached(name)}, CIRCULAR)
 
 
+def test_private_parts_of_pytorch_stand_in_one_module():
+    private = {
+        name for name, file in MODULES.items() for node in ast.walk(TREES[file])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.") and "._" in (node.module or "")
+    }
+    assert private == {"lamamba.benchmarking.private_torch"}
+
+
 def test_only_the_command_line_prints_and_exits():
     silent = [file for file in FILES if file.parts[-2] != "cli" and name_of(file) not in PROGRAMS]
     forbidden = {"print", "exit", "quit", "sys.exit", "os._exit", "SystemExit", "sys.stdout.write", "sys.stderr.write"}

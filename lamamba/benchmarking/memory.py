@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lamamba.benchmarking.flops import address, saved_storages
+from lamamba.benchmarking.private_torch import FakeTensorMode
 from lamamba.config import UNetConfig
 from lamamba.models.blocks import LaMambaBlock
 from lamamba.models.unet import GEOMETRY_SCALES, LaMambaUNet

@@ -1,6 +1,6 @@
-"""The private parts of PyTorch that simulations of memory and communication need, but for FakeTensorMode.
+"""The private parts of PyTorch that simulations of memory and communication need; no other module imports them.
 
-No other module imports them. The fake process group's collectives return at once.
+Fake tensors have shapes, strides and dtypes, and no values. The fake process group's collectives return at once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -18,6 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["FakeTensorMode", "MemoryTracker", "Traffic", "begin_fake_group", "ddp_buckets"]
 
 KINDS = {
     "all_gather": ("allgather", "all_gather"), "reduce_scatter": ("reduce_scatter",),

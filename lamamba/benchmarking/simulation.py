@@ -24,9 +24,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lamamba.benchmarking.private_torch import MemoryTracker, Traffic, begin_fake_group, ddp_buckets
+from lamamba.benchmarking.private_torch import FakeTensorMode, MemoryTracker, Traffic, begin_fake_group, ddp_buckets
 from lamamba.config import UNetConfig
 from lamamba.models.unet import LaMambaUNet
 from lamamba.training.distributed import make_mesh, shard_network

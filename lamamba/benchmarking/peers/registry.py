@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lamamba.benchmarking.flops import Operations, operations, saved_bytes
+from lamamba.benchmarking.private_torch import FakeTensorMode
 from lamamba.config import LATENT_SCALE, check_known
 
 ATTENTION = "scaled_dot_product_attention"
