@@ -127,7 +127,7 @@ def test_deleted_images_keep_their_places_are_replaced_and_named(tmp_path):
     assert (again.fingerprint, again.label_names) == (images.fingerprint, ("a", "b", "c"))
     for each in (images, again):
         assert each.read([1, 2, 4])[1].tolist() == [2, 2, 2]
-        assert list(each.bad) == ["a/001.png", "b/000.png", "b/001.png"]
+        assert sorted(each.bad) == ["a/001.png", "b/000.png", "b/001.png"]       # threads meet them in any order
     with pytest.raises(ValueError, match=r"1 file cannot be read .*\(unreadable: No such file"):
         Images(open_source(tmp_path, images.source_files), 8).read([1])
 
