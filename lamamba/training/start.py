@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -147,7 +147,7 @@ def _open_source(options: StartOptions) -> tuple[LaMambaUNet, tuple[str, ...]]:
     assert options.source is not None
     source = Path(options.source)
     if options.mode == "everything":
-        return load_official(_read_training_checkpoint(source), weights="model"), ()
+        return _load_part(_read_training_checkpoint(source), "model", source), ()
     if source.suffix == ".pt":
         return load_official(source), ()
     network, metadata = open_network(source)
@@ -163,6 +163,14 @@ def _read_training_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def _load_part(content: dict[str, Any], part: Literal["model", "ema"], path: Path) -> LaMambaUNet:
+    """Weights or average of an official training checkpoint; errors name its file."""
+    try:
+        return load_official(content, weights=part)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def continue_official(path: Path, state: TrainState) -> None:
     """Continue an official training checkpoint: weights, average, AdamW's state and its number of steps.
 
@@ -173,7 +181,7 @@ def continue_official(path: Path, state: TrainState) -> None:
         ValueError: when it holds another network, or lacks a part.
     """
     content = _read_training_checkpoint(path)
-    networks = {part: load_official(content, weights=part) for part in ("model", "ema")}
+    networks = {part: _load_part(content, part, path) for part in ("model", "ema")}
     _check_same(networks["model"].architecture, state.model.architecture, path, set())
     for network, part in ((state.model, "model"), *(
         (average, "ema" if average is state.ema else "model") for average in state.averages.values()

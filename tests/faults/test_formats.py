@@ -33,7 +33,7 @@ from lamamba.evaluation.images import NpzImages
 from lamamba.evaluation.reference import Reference, load_statistics
 from lamamba.evaluation.results import Entry, read_result, table, write_result
 from lamamba.metrics.features import FeatureNetworkInfo
-from lamamba.models.official import load_official, read_official, to_official
+from lamamba.models.official import load_official, to_official
 from lamamba.options.training import RECIPES, TrainConfig, load_recipe
 from lamamba.runs.folder import CheckpointState, RunFolder, _hash_of_hashes, check_manifest
 from lamamba.runs.metadata import ModelMetadata
@@ -236,7 +236,7 @@ BYTES = {
     "picture": Format(_picture, read_image_metadata),
     "statistics": Format(_statistics, load_statistics),
     "images npz": Format(_samples, lambda path: NpzImages(path).read(range(1))),
-    "official": Format(_official, lambda path: load_official(read_official(path))),
+    "official": Format(_official, load_official),
     "weights": Format(lambda folder: _network(folder, WEIGHTS), _open),
     "autoencoder's weights": Format(lambda folder: _pipeline(folder, f"vae/{WEIGHTS}"), _open_above),
     "latents' shard": Format(lambda folder: _latents(folder, "shard_00000.safetensors"), _read_latents),

@@ -258,6 +258,11 @@ def test_sources_that_do_not_fit(tmp_path):
     torch.save({"model": read_official(OFFICIAL)["model"]}, bare)
     with pytest.raises(ValueError, match=r"lacks ema, opt.*start.mode='weights'"):
         train(config(model=OFFICIAL_MODEL, start=dict(source=str(bare), mode="everything")), Latents(), tmp_path / "b")
+    whole = read_official(OFFICIAL)
+    whole["model"] = {key: value for key, value in whole["model"].items() if "norm2" not in key}
+    torch.save(whole, bad := tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match=r"bad\.pt: the official weights do not fit .*missing .*norm2"):
+        train(config(model=OFFICIAL_MODEL, start=dict(source=str(bad), mode="everything")), Latents(), tmp_path / "d")
     with pytest.raises(ValueError, match=r"latents has 6 classes, data.expected_classes=1000"):
         train(config(model=OFFICIAL_MODEL, data=dict(expected_classes=1000)), Latents(), tmp_path / "classes")
 
