@@ -437,9 +437,7 @@ class LaMambaPipeline(DiffusionPipeline):
             raise ValueError("latents hold NaN or infinities")
         return latents.to(device, torch.float32)
 
-    def _vary(
-        self, noise: Tensor, size: tuple[int, int], generator: Generators, strength: float
-    ) -> Tensor:
+    def _vary(self, noise: Tensor, size: tuple[int, int], generator: Generators, strength: float) -> Tensor:
         """Noise between the given one (strength 0) and the generator's (1), along the sphere."""
         _check_kinds(variation_strength=strength, variation_generator=generator)
         if not strength:

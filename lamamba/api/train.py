@@ -146,9 +146,7 @@ def _pictures(
     sampling, score, device = config.sampling, config.score, local_device(config.device)
     check_sampler(sampling, metadata)
     decoder = open_decoder(metadata, device) if is_rank_zero() and (sampling.every or score.every) else None
-    pictures: list[SampleGrid | QuickScore] = [
-        SampleGrid(sampling, run.samples, metadata.label_names, decoder, report)
-    ]
+    pictures: list[SampleGrid | QuickScore] = [SampleGrid(sampling, run.samples, metadata.label_names, decoder, report)]
     if score.every:
         channels = decoder.autoencoder.out_channels if decoder else architecture.in_channels
         shape = (metadata.image_size, metadata.image_size, channels)
@@ -158,9 +156,7 @@ def _pictures(
     return pictures
 
 
-def _announce(
-    config: TrainConfig, data: TrainingSet, architecture: UNetConfig, run: RunFolder, resumed: int
-) -> None:
+def _announce(config: TrainConfig, data: TrainingSet, architecture: UNetConfig, run: RunFolder, resumed: int) -> None:
     parameters = count(architecture).parameters
     logger.info(
         f"{run.path}: {counted(len(data), 'image')} of {data.name}, {counted(architecture.num_classes, 'class')}, "
@@ -240,9 +236,7 @@ class _LogLines(_ProgressReport):
             return
         self._next = state.seconds + LINE_SECONDS
         left = state.seconds / max(1, state.step - self._resumed) * (state.steps - state.step)
-        logger.info(
-            f"step {state.step}/{state.steps}  {note}  {duration(state.seconds)}, {duration(left)} left"
-        )
+        logger.info(f"step {state.step}/{state.steps}  {note}  {duration(state.seconds)}, {duration(left)} left")
 
 
 @dataclass(frozen=True)

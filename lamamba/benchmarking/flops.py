@@ -61,10 +61,7 @@ class _Counter(FlopCounterMode):
             self.layer_norm += LAYER_NORM_OPERATIONS * prod(x)
             return 0
 
-        mapping = {
-            torch.ops.lamamba.selective_scan: count_scan,
-            torch.ops.aten.native_layer_norm: count_layer_norm,
-        }
+        mapping = {torch.ops.lamamba.selective_scan: count_scan, torch.ops.aten.native_layer_norm: count_layer_norm}
         super().__init__(display=False, custom_mapping=mapping)
 
     def operations(self, model: nn.Module) -> Operations:

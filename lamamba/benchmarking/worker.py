@@ -53,9 +53,7 @@ def _serve(requests: TextIO, replies: TextIO) -> None:
     seconds = time.perf_counter() - began
     if not torch.isfinite(first).all() or not first.any():
         raise RuntimeError(f"{case.model} gave an output that is not finite, or all zero")
-    _reply(
-        replies, ready=True, first_pass_seconds=seconds, weights_bytes=weights_bytes, packed=case.packs_weights
-    )
+    _reply(replies, ready=True, first_pass_seconds=seconds, weights_bytes=weights_bytes, packed=case.packs_weights)
     for line in requests:
         times = []
         for _ in range(json.loads(line)["passes"]):

@@ -14,9 +14,7 @@ import tyro
 T = TypeVar("T")
 
 
-def parse(
-    cls: type[T], arguments: list[str], verb: str, description: str | None, default: T | None = None,
-) -> T:
+def parse(cls: type[T], arguments: list[str], verb: str, description: str | None, default: T | None = None) -> T:
     """Parse arguments into options. For --help, print it and exit with status 0.
 
     Args:

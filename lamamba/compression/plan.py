@@ -145,9 +145,7 @@ def describe(
     )
 
 
-def _costs(
-    scores: Scores | Removable, by: str, times: Mapping[str, float] | None
-) -> tuple[np.ndarray, float]:
+def _costs(scores: Scores | Removable, by: str, times: Mapping[str, float] | None) -> tuple[np.ndarray, float]:
     check_known("by", by, ("parameters", "multiply-adds", "time"))
     if by == "time":
         if times is None:
@@ -217,9 +215,7 @@ def _most(units: Sequence[Unit], costs: np.ndarray, remove: float, free: np.ndar
     most = set(_solve(-costs, units, free, costs / whole, 0, np.inf) or ())
     reached = sum(cost for unit, cost in zip(units, costs, strict=True) if unit.name in most) / whole
     if remove > reached:
-        raise ValueError(
-            f"{remove:.1%} cannot be removed: without every unit that may go, {reached:.1%} are removed"
-        )
+        raise ValueError(f"{remove:.1%} cannot be removed: without every unit that may go, {reached:.1%} are removed")
     return sorted(most)
 
 

@@ -130,9 +130,7 @@ def make_scheduler(name: str, objective: Objective, num_steps: int | None = None
         )
     num_steps = sampler.default_steps if num_steps is None else num_steps
     if not sampler.min_steps <= num_steps <= sampler.max_steps:
-        raise ValueError(
-            f"sampler {name!r} takes {sampler.min_steps} to {sampler.max_steps} steps, not {num_steps}"
-        )
+        raise ValueError(f"sampler {name!r} takes {sampler.min_steps} to {sampler.max_steps} steps, not {num_steps}")
     scheduler = sampler.make(objective)
     set_steps(scheduler, num_steps)
     return scheduler

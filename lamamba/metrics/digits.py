@@ -96,9 +96,7 @@ class DigitScore:
         return self.spread / self.real_spread
 
 
-def score_digits(
-    samples: np.ndarray, labels: np.ndarray, real: np.ndarray, real_labels: np.ndarray
-) -> DigitScore:
+def score_digits(samples: np.ndarray, labels: np.ndarray, real: np.ndarray, real_labels: np.ndarray) -> DigitScore:
     """Compare samples with real digits.
 
     Args:

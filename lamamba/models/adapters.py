@@ -405,8 +405,7 @@ def _expected_shape(module: nn.Module, part: str, shape: tuple[int, ...]) -> tup
         sizes = {"lora_A.weight": (*rank, module.in_channels, *module.kernel_size),
                  "lora_B.weight": (module.out_channels, *rank, 1, 1)}
     elif isinstance(module, nn.Embedding):
-        sizes = {"lora_embedding_A": (*rank, module.num_embeddings),
-                 "lora_embedding_B": (module.embedding_dim, *rank)}
+        sizes = {"lora_embedding_A": (*rank, module.num_embeddings), "lora_embedding_B": (module.embedding_dim, *rank)}
     else:
         return None
     return sizes.get(part, ())

@@ -247,9 +247,7 @@ def load_official(
     return model.eval()
 
 
-def official_optimizer(
-    content: Mapping[str, Any], model: LaMambaUNet
-) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
+def official_optimizer(content: Mapping[str, Any], model: LaMambaUNet) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
     """AdamW's state from an official training checkpoint, under our parameter names.
 
     The file numbers parameters in the order of its weights, buffers not counted.

@@ -21,12 +21,7 @@ from lamamba.config import NUM_STAGES, STAGE_SCALES, STAGES, Grid, UNetConfig, a
 from lamamba.models.adapters import Adapters
 from lamamba.models.blocks import ConditionLinear, LaMambaBlock, ModulatedNorm, initialise_linears
 from lamamba.models.deep_cache import DEEP, DeepFeatureCache, LaMambaCacheConfig
-from lamamba.models.embeddings import (
-    PatchEmbedding,
-    ScalarEmbedding,
-    TimestepEmbedding,
-    position_table,
-)
+from lamamba.models.embeddings import PatchEmbedding, ScalarEmbedding, TimestepEmbedding, position_table
 from lamamba.models.geometry import TABLES, Geometry, make_geometry
 from lamamba.models.resample import PatchExpanding, PatchMerging
 from lamamba.models.weights import check_weights, is_quantized, read_config, saved_folder
@@ -170,9 +165,7 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
         self.gap_embedding = ScalarEmbedding(config.condition_width) if is_flow_map else None
         self.guidance_embedding = ScalarEmbedding(config.condition_width) if has_scale else None
 
-        self.encoder = nn.ModuleList(
-            Stage(config, f"encoder.{s}", s, config.depths[s]) for s in range(NUM_STAGES)
-        )
+        self.encoder = nn.ModuleList(Stage(config, f"encoder.{s}", s, config.depths[s]) for s in range(NUM_STAGES))
         self.merges = nn.ModuleList(PatchMerging(width << s, width << s + 1) for s in range(2))
         self.bottleneck = Stage(config, "bottleneck", NUM_STAGES - 1, config.bottleneck_depth)
         self.expands = nn.ModuleList(PatchExpanding(width << s + 1, width << s, factor=2) for s in reversed(range(2)))

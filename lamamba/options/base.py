@@ -63,9 +63,7 @@ Above0 = Annotated[float, Gt(0)]
 MAX_THREADS = 1024
 Threads = Annotated[int, Ge(1), Le(MAX_THREADS)]
 """Of a process: thousands end it where the system starts no more."""
-OrInfinity = Annotated[
-    float, AllowInfNan(True), BeforeValidator(lambda value: math.inf if value == "inf" else value)
-]
+OrInfinity = Annotated[float, AllowInfNan(True), BeforeValidator(lambda value: math.inf if value == "inf" else value)]
 """A number that may be infinite; JSON files hold "inf"."""
 
 

@@ -491,6 +491,4 @@ def check_manifest(checkpoint: Path) -> None:
         if not (checkpoint / name).is_file():
             raise ValueError(f"{checkpoint} is damaged: {name} is missing; {hint}")
         if sha256(checkpoint / name) != digest:
-            raise ValueError(
-                f"{checkpoint} is damaged: {name} is not what was written (truncated or changed); {hint}"
-            )
+            raise ValueError(f"{checkpoint} is damaged: {name} is not what was written (truncated or changed); {hint}")

@@ -19,16 +19,7 @@ from lamamba.models.unet import LaMambaUNet
 from lamamba.options.sampling import SamplerOptions
 from lamamba.pretrained import is_shipped
 from lamamba.runs.metadata import default_guidance
-from lamamba.runs.model import (
-    FEW_STEPS,
-    SHIPPED,
-    Model,
-    base_of_lora,
-    fingerprint,
-    move,
-    open_model,
-    open_network,
-)
+from lamamba.runs.model import FEW_STEPS, SHIPPED, Model, base_of_lora, fingerprint, move, open_model, open_network
 from lamamba.sampling.generate import ImageGenerator
 from lamamba.sampling.settings import ImageMetadata, Settings, read_image_metadata
 from lamamba.utils.distributed import is_rank_zero, multiplies_bfloat16
@@ -111,8 +102,7 @@ class PreparedModel:
         """
         model, guiding_model, settings = self.model, self.guiding_model, self.settings
         dtype = getattr(torch, settings.dtype)
-        model.prepare(
-            device, dtype, settings.compiled, min(batch_size, num_images or batch_size), settings.quantized)
+        model.prepare(device, dtype, settings.compiled, min(batch_size, num_images or batch_size), settings.quantized)
         if guiding_model is not None:
             move(guiding_model, device, dtype)
             if settings.quantized:

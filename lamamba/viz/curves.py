@@ -69,9 +69,7 @@ LARGEST = 1e100
 """Of them; whole numbers of a file may be beyond all floats."""
 
 
-def read_metrics(
-    path: Path, keys: Sequence[str] = METRICS, *, may_be_empty: bool = False
-) -> list[dict[str, Any]]:
+def read_metrics(path: Path, keys: Sequence[str] = METRICS, *, may_be_empty: bool = False) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a truncated one, as a killed or running process leaves it, is skipped.
 
     Args:
@@ -395,9 +393,7 @@ def _with_spread(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[list[f
     return [entry["figures"][key] for entry in entries], spreads if any(spreads) else None
 
 
-def scaling_curves(
-    rows: Mapping[str, Sequence[tuple[int, float, float, int]]], memory: float, path: Path
-) -> None:
+def scaling_curves(rows: Mapping[str, Sequence[tuple[int, float, float, int]]], memory: float, path: Path) -> None:
     """Draw images per second, the share of time that devices compute, and their memory over the number of devices.
 
     Args:

@@ -46,9 +46,7 @@ class Peer:
         step = self.scale * self.multiple
         if image_size < step or image_size % step:
             below = max(step, image_size // step * step)
-            raise ValueError(
-                f"image_size={image_size} is not a multiple of {step}; use {below} or {below + step}"
-            )
+            raise ValueError(f"image_size={image_size} is not a multiple of {step}; use {below} or {below + step}")
         return image_size // self.scale
 
 
@@ -136,9 +134,7 @@ def find_peer(name: str) -> Peer:
 
 def peers_for(image_size: int) -> tuple[str, ...]:
     """Names of the networks whose configuration was published for images of this size, or is for any."""
-    return tuple(
-        name for name, peer in PEERS.items() if peer.image_sizes is None or image_size in peer.image_sizes
-    )
+    return tuple(name for name, peer in PEERS.items() if peer.image_sizes is None or image_size in peer.image_sizes)
 
 
 def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
