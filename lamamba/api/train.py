@@ -330,8 +330,7 @@ def plan(options: TrainOptions) -> TrainPlan:
     lora_parameters = _check_before_training(options, data, architecture, metadata, is_there=is_there)
     micro_batch = math.ceil(math.ceil(config.batch_size / processes) / config.processes.accumulation_steps)
     memory = training_memory(
-        architecture, micro_batch, num_averages=len(config.ema_decays),
-        processes=shard_size(config, processes),
+        architecture, micro_batch, num_averages=len(config.ema_decays), processes=shard_size(config, processes),
         sharded=config.processes.sharding != "none", bfloat16=config.precision.autocast == "bfloat16",
         checkpoint_activations=config.processes.checkpoint_activations,
         accumulates=config.processes.accumulation_steps > 1, lora_parameters=lora_parameters,

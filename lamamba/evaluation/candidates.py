@@ -197,8 +197,8 @@ def _sampled(
         cache.check_run(evaluations)
     metadata = {
         "name": f"{candidate.path}", "step": candidate.step, "ema": candidate.ema, "weights_sha256": model.sha256,
-        "objective": config.objective, "sampler": sampler,
-        "evaluations": evaluations, "dtype": options.dtype, **({"cache": asdict(cache)} if cache else {}),
+        "objective": config.objective, "sampler": sampler, "evaluations": evaluations, "dtype": options.dtype,
+        **({"cache": asdict(cache)} if cache else {}),
         **({"quantized": options.quantize} if options.quantize else {}),
         **({"lora_sha256": model.lora.sha256} if model.lora else {}),
         "labels": options.labels if classes else "none",

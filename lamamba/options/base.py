@@ -125,9 +125,8 @@ def options(cls: type[T]) -> type[T]:
     """
     _show_plainly(cls)
     made: Any = validated_dataclass(
-        cls, frozen=True, kw_only=True, config=ConfigDict(
-            strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False,
-        )
+        cls, frozen=True, kw_only=True,
+        config=ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False),
     )
     check = made.__init__
 

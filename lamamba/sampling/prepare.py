@@ -109,9 +109,8 @@ class PreparedModel:
                 quantize(guiding_model, settings.quantized, compiled=settings.compiled)
         return ImageGenerator(
             model.network, sampler=settings.sampler, num_steps=settings.steps, guidance=settings.guidance,
-            guiding_model=guiding_model,
-            input_size=model.fit(settings.height, settings.width)[0], batch_size=batch_size, decoder=model.decoder,
-            labels=labels, cache=settings.cache,
+            guiding_model=guiding_model, input_size=model.fit(settings.height, settings.width)[0],
+            batch_size=batch_size, decoder=model.decoder, labels=labels, cache=settings.cache,
         )
 
 
@@ -180,14 +179,12 @@ def resolve_settings(options: SamplerOptions, model: Model, guiding_model: LaMam
     _, (height, width) = model.fit(options.height, options.width)
     return Settings(
         model=model.name, model_sha256=model.sha256, sampler=sampler,
-        steps=options.steps or SAMPLERS[sampler].default_steps, height=height, width=width,
-        guidance=guidance,
+        steps=options.steps or SAMPLERS[sampler].default_steps, height=height, width=width, guidance=guidance,
         autoguidance=None if guiding_model is None else str(options.autoguidance),
         autoguidance_sha256=None if guiding_model is None else fingerprint(guiding_model),
         autoencoder=autoencoder.name if autoencoder else None,
         autoencoder_sha256=autoencoder.sha256 if autoencoder else None,
-        dtype=options.dtype or "float32", compiled=options.compile,
-        quantized=options.quantize, cache=cache,
+        dtype=options.dtype or "float32", compiled=options.compile, quantized=options.quantize, cache=cache,
         lora=model.lora.name if model.lora else None, lora_sha256=model.lora.sha256 if model.lora else None,
     )
 

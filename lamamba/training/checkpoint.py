@@ -106,8 +106,7 @@ def whole_network(network: LaMambaUNet, processes: Processes) -> LaMambaUNet | N
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state under the parameters' names: "exp_avg/head.linear.weight", ..."""
     return {
-        f"{key}/{name}": value
-        for name, parameter in model.named_parameters()
+        f"{key}/{name}": value for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
