@@ -9,18 +9,9 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    HeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 from torch import Tensor
 
 from lamamba.config import Objective, check_known
@@ -60,34 +51,34 @@ _NOISE_AND_V: tuple[Objective, ...] = ("noise", "v")
 _MULTISTEP_MOST = NUM_TIMESTEPS - 1
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(_NOISE_AND_V, lambda objective: DDPMScheduler(
+    "ddpm": Sampler(_NOISE_AND_V, lambda objective: diffusers.DDPMScheduler(
         **_noise_levels(objective), variance_type="learned_range" if objective == "noise" else "fixed_small",
         clip_sample=False, timestep_spacing="linspace"),
         250, "ancestral, the paper's; many steps", min_steps=2, is_stochastic=True),
-    "ddim": Sampler(_NOISE_AND_V, lambda objective: DDIMScheduler(
+    "ddim": Sampler(_NOISE_AND_V, lambda objective: diffusers.DDIMScheduler(
         **_noise_levels(objective), clip_sample=False, set_alpha_to_one=True, steps_offset=0,
         timestep_spacing="leading"), 50, "first order"),
-    "dpm++": Sampler(_NOISE_AND_V, lambda objective: DPMSolverMultistepScheduler(
+    "dpm++": Sampler(_NOISE_AND_V, lambda objective: diffusers.DPMSolverMultistepScheduler(
         **_noise_levels(objective), algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace"),
         25, "DPM-Solver++ 2M, second order", max_steps=_MULTISTEP_MOST),
-    "dpm++-sde": Sampler(_NOISE_AND_V, lambda objective: DPMSolverMultistepScheduler(
+    "dpm++-sde": Sampler(_NOISE_AND_V, lambda objective: diffusers.DPMSolverMultistepScheduler(
         **_noise_levels(objective), algorithm_type="sde-dpmsolver++", solver_order=2, timestep_spacing="linspace"),
         50, "DPM-Solver++ 2M with fresh noise", is_stochastic=True, max_steps=_MULTISTEP_MOST),
-    "unipc": Sampler(_NOISE_AND_V, lambda objective: UniPCMultistepScheduler(
+    "unipc": Sampler(_NOISE_AND_V, lambda objective: diffusers.UniPCMultistepScheduler(
         **_noise_levels(objective), solver_order=2, timestep_spacing="linspace"),
         20, "predictor and corrector, second order", max_steps=_MULTISTEP_MOST),
-    "euler": Sampler(_NOISE_AND_V, lambda objective: EulerDiscreteScheduler(
+    "euler": Sampler(_NOISE_AND_V, lambda objective: diffusers.EulerDiscreteScheduler(
         **_noise_levels(objective), timestep_spacing="linspace"), 50, "first order"),
-    "heun": Sampler(_NOISE_AND_V, lambda objective: HeunDiscreteScheduler(
+    "heun": Sampler(_NOISE_AND_V, lambda objective: diffusers.HeunDiscreteScheduler(
         **_noise_levels(objective), timestep_spacing="linspace"),
         25, "second order, two evaluations per step", min_steps=5),             # with fewer it overshoots by far
-    "flow-euler": Sampler(("flow",), lambda _: FlowMatchEulerDiscreteScheduler(
+    "flow-euler": Sampler(("flow",), lambda _: diffusers.FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=NUM_TIMESTEPS), 28, "first order, straight steps"),
-    "flow-heun": Sampler(("flow",), lambda _: FlowMatchHeunDiscreteScheduler(
+    "flow-heun": Sampler(("flow",), lambda _: diffusers.FlowMatchHeunDiscreteScheduler(
         num_train_timesteps=NUM_TIMESTEPS), 25, "second order, two evaluations per step"),
-    "flow-dpm++": Sampler(("flow",), lambda _: DPMSolverMultistepScheduler(
+    "flow-dpm++": Sampler(("flow",), lambda _: diffusers.DPMSolverMultistepScheduler(
         **_FLOW, algorithm_type="dpmsolver++", solver_order=2), 25, "DPM-Solver++ 2M, second order"),
-    "flow-unipc": Sampler(("flow",), lambda _: UniPCMultistepScheduler(
+    "flow-unipc": Sampler(("flow",), lambda _: diffusers.UniPCMultistepScheduler(
         **_FLOW, solver_order=2), 20, "predictor and corrector, second order"),
     "flow-map": Sampler(("flow-map",), lambda _: FlowMapScheduler(
         num_train_timesteps=NUM_TIMESTEPS), 2, "steps of any length; one to four"),
@@ -150,7 +141,7 @@ def set_steps(scheduler: Any, num_steps: int) -> None:
         # N equal steps from 1 to 0; by default diffusers' last step begins at 1/1000, after N - 1 longer ones
         scheduler.sigma_min = 1 / num_steps
     try:
-        if isinstance(scheduler, DDPMScheduler) and config.timestep_spacing == "linspace" and num_steps > 1:
+        if isinstance(scheduler, diffusers.DDPMScheduler) and config.timestep_spacing == "linspace" and num_steps > 1:
             scheduler.set_timesteps(timesteps=respaced_steps(num_steps))
         else:
             scheduler.set_timesteps(num_steps)
