@@ -427,11 +427,9 @@ class LaMambaPipeline(DiffusionPipeline):
             raise ValueError(f"variation_strength={strength} must lie in 0 .. 1 and needs variation_generator")
         return slerp(noise, self._noise(len(noise), size, generator, None, noise.device), strength)
 
-    def _processor(self, **changes: Any) -> VaeImageProcessor:
-        is_grey = changes.pop("is_grey")
-        return VaeImageProcessor(
-            vae_scale_factor=1, do_convert_rgb=not is_grey, do_convert_grayscale=is_grey, **changes
-        )
+    @staticmethod
+    def _processor(*, is_grey: bool, **more: bool) -> VaeImageProcessor:
+        return VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=not is_grey, do_convert_grayscale=is_grey, **more)
 
     def _encode(self, image: Any, size: tuple[int, int], count: int, device: torch.device) -> Tensor:
         """x0 (count, c, h, w) of images."""

@@ -42,10 +42,10 @@ class LaMambaCacheConfig:
     """So many evaluations at the beginning are full; order 1 needs two."""
 
     def __post_init__(self) -> None:
-        for name, least in (("interval", 1), ("warm_up", 1)):
+        for name in ("interval", "warm_up"):
             value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"cache {name}={value!r} must be a whole number, {least} or more")
+            if type(value) is not int or value < 1:
+                raise ValueError(f"cache {name}={value!r} must be a whole number, 1 or more")
         if type(self.order) is not int or self.order not in (0, 1):
             raise ValueError(f"cache order={self.order!r} must be 1 (linear in the last two full passes) or 0")
 
