@@ -97,10 +97,6 @@ class Head(nn.Module):
         self.norm = ModulatedNorm(width, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(width, config.output_channels)
 
-    def zero_outputs(self) -> None:
-        for linear in (self.modulation, self.linear):
-            nn.init.zeros_(linear.weight)
-
     def modulate(self, c: Tensor) -> Tensor:
         """shift and scale from the condition: (b, condition_width) -> (b, 2 width)."""
         return self.modulation(F.silu(self.condition(c)))
@@ -193,9 +189,9 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
             kind = type(module)                                                 # PyTorch's own layers keep their init
             if module is not self and kind.__module__.startswith("lamamba.") and "reset_parameters" in vars(kind):
                 module.reset_parameters()
-            if isinstance(module, LaMambaBlock):
-                module.zero_modulation()
-        self.head.zero_outputs()
+        for module in self._modulated():
+            nn.init.zeros_(module.modulation.weight)
+        nn.init.zeros_(self.head.linear.weight)
 
     def set_grid(self, grid: int | Grid | None) -> None:
         """Set the token grid that the network runs on; None restores the configuration's.
@@ -367,7 +363,7 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
         for stage, scale in zip(self._stages(), scales, strict=True):
             blocks: Mapping[str, Any] = dict(stage.blocks.items())
             for number, block in blocks.items():
-                constants[f"{stage.name}.{number}"] = block.constants(x, at[scale].to(x.device))
+                constants[f"{stage.name}.{number}"] = block.constants(at[scale].to(x.device))
         return constants
 
     def _embed(
