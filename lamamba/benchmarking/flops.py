@@ -53,11 +53,11 @@ class _Counter(FlopCounterMode):
     def __init__(self) -> None:
         self.scan = self.layer_norm = 0
 
-        def count_scan(x, dt, B, C, W_dt, b_dt, A, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        def count_scan(x, dt, B, C, W_dt, b_dt, A, *rest: Any, **kwargs: Any) -> int:
             self.scan += scan_operations(x, A)
             return 2 * projection_multiply_adds(x, W_dt)
 
-        def count_layer_norm(x, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        def count_layer_norm(x, *rest: Any, **kwargs: Any) -> int:
             self.layer_norm += LAYER_NORM_OPERATIONS * prod(x)
             return 0
 
