@@ -21,7 +21,7 @@ from scipy.sparse import lil_matrix
 from lamamba.compression.scores import Scores
 from lamamba.compression.units import Removable, Unit, ancestors, canonical
 from lamamba.config import check_known
-from lamamba.options.base import read_record, record
+from lamamba.options.base import checked, read_record
 from lamamba.utils.files import write_json
 
 PLAN_VERSION = 1
@@ -29,7 +29,7 @@ MOST_CUTS = 50
 """Sets that miss a bound by the solver's tolerance and are excluded one by one, before the bound is moved."""
 
 
-@record
+@checked
 @dataclass(frozen=True)
 class Plan:
     """Which units to remove, and what that is expected to cost and save."""

@@ -124,7 +124,6 @@ class Scores:
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class _Row(Unit):
     score: float | None
     """None: infinite, never to be removed."""
@@ -133,7 +132,6 @@ class _Row(Unit):
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class _File:
     """scores.json."""
 

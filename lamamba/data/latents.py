@@ -58,7 +58,6 @@ def _renamed(values: Any, names: Mapping[str, str]) -> Any:
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class Plan(ShardPlan):
     """All that decides what the shards hold: equal plans give the same bytes."""
 
@@ -115,7 +114,6 @@ class Plan(ShardPlan):
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class Shard:
     """A finished shard."""
 

@@ -24,7 +24,6 @@ DEEP = "deep"
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class LaMambaCacheConfig:
     """How a network's deep features are kept between steps.
 

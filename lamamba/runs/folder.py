@@ -25,7 +25,6 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,14 +116,12 @@ def _cause(error: BaseException) -> str:
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class _RunData:
     fingerprint: str | None
     left_out: tuple[str, ...] | None = None
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """config.json of a run."""
 
@@ -142,7 +139,6 @@ class RunConfig:
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class CheckpointState:
     """state.json of a checkpoint; entries that older versions did not write have their defaults."""
 
@@ -169,7 +165,6 @@ class CheckpointState:
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class _Manifest:
     version: int
     files: dict[str, str]
