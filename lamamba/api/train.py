@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,16 +117,17 @@ def train(
     config, run = options.config, RunFolder(options.out)
     data = as_training_set(open_data(config, run.path) if data is None else data, config)
     architecture, metadata = describe(config, data)
-    is_logged = progress == "auto" and not is_watched()
-    with reporting("auto" if is_logged and is_rank_zero() else None) as report:
+    shown = progress if is_rank_zero() else None
+    is_logged = shown == "auto" and not is_watched()                            # a line for a step now and then
+    with reporting(shown if is_logged else None) as report, reporting(None if is_logged else shown) as report_step:
         pictures = _pictures(config, architecture, metadata, run, report)
         resumed = max(run.steps(), default=0)
         if is_rank_zero():
             _announce(config, data, architecture, run, resumed)
-        with _showing(progress if is_rank_zero() else None, resumed) as show:
-            state = loop.train(config, data, run.path, [show, *pictures, *callbacks], [
-                functools.partial(picture, if_missing=True) for picture in pictures
-            ])
+        show = _LogLines(resumed) if is_logged else _ProgressReport(report_step, resumed)
+        state = loop.train(config, data, run.path, [show, *pictures, *callbacks], [
+            functools.partial(picture, if_missing=True) for picture in pictures
+        ])
     lines = read_metrics(run.metrics, may_be_empty=True) if run.metrics.is_file() else []
     return TrainResult(
         run.path, state.step, run.checkpoint(state.step), lines[-1] if lines else {},
@@ -190,16 +190,6 @@ def _warnings(config: TrainConfig, data: TrainingSet, architecture: UNetConfig, 
             f"few and is faster{shorter}"
         )
     return found
-
-
-@contextlib.contextmanager
-def _showing(progress: ProgressOption, resumed: int) -> Iterator[Callback]:
-    """A callback that reports progress, or, for "auto" without a terminal or notebook, logs some lines."""
-    if progress == "auto" and not is_watched():
-        yield _LogLines(resumed)
-    else:
-        with reporting(progress) as report:
-            yield _ProgressReport(report, resumed)
 
 
 class _ProgressReport:

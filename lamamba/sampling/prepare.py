@@ -50,8 +50,7 @@ def fill_from_picture(options: Options) -> tuple[Options, ImageMetadata | None]:
         "quantize": settings.quantized,
         "cache": settings.cache and settings.cache.interval, "cache_order": settings.cache and settings.cache.order,
         "model": None if settings.model == SHIPPED else Path(settings.model),
-        "autoguidance": None if settings.autoguidance is None else Path(settings.autoguidance),
-        "lora": None if settings.lora is None else Path(settings.lora),
+        "autoguidance": settings.autoguidance, "lora": settings.lora,
     }
     given = vars(options)
     if given["model"] not in (None, Path(settings.model)):                      # another model: sizes of its own
