@@ -151,7 +151,7 @@ class ConditionedNetwork:
         return self._cache.run(forward, float(timestep[0]), x.shape[0]).to(x.dtype)
 
     def _follow_adapters(self) -> None:
-        """Forget what was computed or recorded before the network's adapters were changed."""
+        """Drop what was computed or recorded before the network's adapters were changed."""
         if self._adapter_changes != self._model.adapter_changes:
             self._adapter_changes, self._rows, self._recorded = self._model.adapter_changes, {}, {}
             self._constants = None

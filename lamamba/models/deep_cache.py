@@ -118,7 +118,7 @@ class DeepFeatureCache:
         self.reset()
 
     def reset(self, images: int | None = None) -> None:
-        """Forget everything: a run begins.
+        """Empty the cache: a run begins.
 
         Args:
             images: rows of the batch that belong to a guidance branch; guidance makes batches of two branches. By
@@ -128,7 +128,7 @@ class DeepFeatureCache:
         self.restart()
 
     def restart(self) -> None:
-        """Forget everything; a guidance branch has as many images as before."""
+        """Empty the cache; a guidance branch has as many images as before."""
         self._branches: dict[int, _Branch] = {}
         self._evaluation, self._time, self._rows = -1, math.inf, 0
 

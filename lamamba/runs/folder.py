@@ -249,10 +249,10 @@ class RunFolder:
                 file.unlink(missing_ok=True)
             if data_files:
                 write_all({self._data_files: gzip.compress("\n".join(data_files).encode(), mtime=0)})
-        if strangers := self.strangers():
+        if unknown := self.unknown_checkpoints():
             logger.warning(
                 "%s: %s were not written by this run; training neither reads nor removes them", self.checkpoints,
-                ", ".join(strangers)
+                ", ".join(unknown)
             )
         self.samples.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
@@ -348,7 +348,7 @@ class RunFolder:
         """Their steps."""
         return sorted(step for step in map(_step_of, self._candidates()) if step is not None)
 
-    def strangers(self) -> list[str]:
+    def unknown_checkpoints(self) -> list[str]:
         """Names like a checkpoint's that training has not written: copies, links, files."""
         return sorted(path.name for path in self._candidates() if _step_of(path) is None)
 

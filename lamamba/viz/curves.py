@@ -171,7 +171,7 @@ def _draw_run(
         if span > 1:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8, label=logged)
         label = mean if span > 1 or not is_alone else logged
-        dot = "o" if len(steps) == 1 else None                                             # no line to see
+        dot = "o" if len(steps) == 1 else None                                  # no line to see
         axes.plot(steps, _running_mean(values, span), color=color, linewidth=1.6, marker=dot, label=label)
     if is_alone:                                                                # of a distillation
         for number, (key, label) in enumerate(DISTILLATION.items(), start=1):
@@ -237,7 +237,7 @@ def efficiency_points(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     several = len({row["image_size"] for row in rows}) > 1
     rows = sorted(rows, key=lambda row: row["multiply_adds"])
     gaps = [math.inf, *np.diff(np.log([row["multiply_adds"] for row in rows])), math.inf]
-    is_right, halo = True, [withStroke(linewidth=3, foreground="white")]       # lines do not cross the names
+    is_right, halo = True, [withStroke(linewidth=3, foreground="white")]        # lines do not cross the names
     for row, before, after in zip(rows, gaps, gaps[1:], strict=False):
         color, marker = (PEER_COLOR, "s") if row["is_peer"] else (OUR_COLOR, "o")
         point = row["multiply_adds"] / 1e9, row["images_per_second"]
