@@ -17,7 +17,7 @@ from torch import Tensor
 from lamamba.config import Objective, check_known
 from lamamba.diffusion.flow_map_scheduler import FlowMapScheduler
 from lamamba.diffusion.guidance import Predict
-from lamamba.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule
+from lamamba.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule, per_image
 
 _BETAS: dict[str, Any] = {
     "num_train_timesteps": NUM_TIMESTEPS, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02
@@ -319,7 +319,7 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     Unlike linear interpolation, it keeps the norm, so that normal noise stays normal.
     """
     direction_a, direction_b = (F.normalize(noise.double().flatten(1)) for noise in (a, b))
-    angle = (direction_a * direction_b).sum(1).clamp(-1, 1).arccos().view(-1, *[1] * (a.dim() - 1))
+    angle = per_image((direction_a * direction_b).sum(1).clamp(-1, 1).arccos(), a)
     straight = angle.sin() < 1e-6                                               # parallel: linear instead
     weight_a, weight_b = (1 - share) * angle, share * angle
     safe = torch.where(straight, torch.ones_like(angle), angle.sin())
