@@ -168,7 +168,7 @@ def time_xl(results: Results) -> None:
         def report(progress: Progress) -> None:
             print(f"\r{progress.task} {progress.done}/{progress.total} {progress.note}", end="", file=sys.stderr)
 
-        times = measure_times(units, forward_of(network, 1), rounds=3, report=report)
+        times = measure_times(units, forward_of(network, 1), report=report)
         plan: Plan = make_plan(by_rule(units, "magnitude", 0, {}), remove=XL_SHARE, by="time", times=times)
         pruned = units.without(plan.removed)
         whole, seconds = measure_pair(

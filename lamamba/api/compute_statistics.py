@@ -52,10 +52,11 @@ def compute_statistics(options: StatisticsOptions, *, progress: ProgressOption =
     name = options.images if isinstance(options.images, str) else "array"
     with launched_group() as group, reporting(progress if group.is_rank_zero else None) as report:
         evaluator = Evaluator(network, options, group, report)
-        reference = evaluator.make_reference(images, name, options.rows)
-        group.wait()                                                            # all have read their features
-        if group.is_rank_zero:
-            reference.save(options.out)
-            evaluator.clear()
+        with evaluator.locked():
+            reference = evaluator.make_reference(images, name, options.rows)
+            group.wait()                                                        # all have read their features
+            if group.is_rank_zero:
+                reference.save(options.out)
+                evaluator.clear()
         group.wait()
     return StatisticsResult(options.out, reference, options.features)

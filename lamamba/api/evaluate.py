@@ -79,6 +79,7 @@ def evaluate(options: EvaluateOptions, *, progress: ProgressOption = "auto") -> 
     returns the result. Where an earlier call was stopped, the same call goes on.
 
     Raises:
+        BlockingIOError: when another job evaluates into the same file.
         FileNotFoundError: when samples or reference are missing.
         ValueError: when samples, reference, feature network and options do not fit each other, or a file is damaged.
         RuntimeError: when a package that the feature network needs is missing.
@@ -93,28 +94,29 @@ def evaluate(options: EvaluateOptions, *, progress: ProgressOption = "auto") -> 
         sample_sets = find_sample_sets(options, device, step_report.on_step)
         network = open_network(options.features, options.weights, device)
         evaluator = Evaluator(network, options, group, step_report)
-        for open_sample_set in sample_sets:
-            sample_set = open_sample_set()
-            image_shape = evaluator.fit(sample_set.runs[0]).shape               # refused before any work
-            if reference is None:
-                reference = evaluator.open_reference(
-                    options.reference, sample_set.runs[0], options.metrics.reference_rows
-                )
-            reference.check(network.info, image_shape)
-            protocol = make_protocol(sample_set, network, reference, options, device)
-            entries.append(evaluator.evaluate(
-                sample_set, reference, options.metrics, protocol, keep_features=options.keep_features
-            ))
+        with evaluator.locked():
+            for open_sample_set in sample_sets:
+                sample_set = open_sample_set()
+                image_shape = evaluator.fit(sample_set.runs[0]).shape           # refused before any work
+                if reference is None:
+                    reference = evaluator.open_reference(
+                        options.reference, sample_set.runs[0], options.metrics.reference_rows
+                    )
+                reference.check(network.info, image_shape)
+                protocol = make_protocol(sample_set, network, reference, options, device)
+                entries.append(evaluator.evaluate(
+                    sample_set, reference, options.metrics, protocol, keep_features=options.keep_features
+                ))
+                if group.is_rank_zero:
+                    write_result(options.out, entries)
+                    if len(sample_sets) > 1:
+                        name, distance = entries[-1].name, entries[-1].figures["frechet"]
+                        logger.info("%s: %s %.4f", name, network.distance_name, distance)
+            assert reference is not None
+            curve = options.out.with_suffix(".png") if len(entries) > 1 else None
+            result = EvaluateResult(tuple(entries), options.out, reference.name, curve)
             if group.is_rank_zero:
-                write_result(options.out, entries)
-                if len(sample_sets) > 1:
-                    name, distance = entries[-1].name, entries[-1].figures["frechet"]
-                    logger.info("%s: %s %.4f", name, network.distance_name, distance)
-        assert reference is not None
-        curve = options.out.with_suffix(".png") if len(entries) > 1 else None
-        result = EvaluateResult(tuple(entries), options.out, reference.name, curve)
-        if group.is_rank_zero:
-            _finish(result, evaluator, options)
+                _finish(result, evaluator, options)
         group.wait()
     return result
 

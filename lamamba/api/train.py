@@ -165,13 +165,20 @@ def _announce(config: TrainConfig, data: TrainingSet, architecture: UNetConfig, 
     )
     if resumed:
         logger.info(f"resuming at step {resumed}")
-    for warning in _warnings(config, data, architecture, parameters):
+    for warning in _warnings(config, data, architecture, parameters, resumed):
         logger.warning(warning)
 
 
-def _warnings(config: TrainConfig, data: TrainingSet, architecture: UNetConfig, parameters: int) -> list[str]:
+def _warnings(
+    config: TrainConfig, data: TrainingSet, architecture: UNetConfig, parameters: int, resumed: int
+) -> list[str]:
     """What is allowed but probably not meant, with what would fit."""
     found = config.warnings()
+    if resumed > config.steps:
+        found.append(
+            f"the run is at step {resumed} already and steps={config.steps} counts from its beginning: nothing is "
+            f"trained; more than {resumed} goes on"
+        )
     if local_device(config.device).type == "cpu" and (
         hint := waiting_threads(config.processes.threads or torch.get_num_threads())
     ):
@@ -331,7 +338,7 @@ def plan(options: TrainOptions) -> TrainPlan:
     if is_there and (free is None or memory.peak < free):
         with computing_threads(config.processes.threads):
             rate = processes * training_rate(architecture, micro_batch, device, config.precision.autocast == "bfloat16")
-    warnings = _warnings(config, data, architecture, cost.parameters)
+    warnings = _warnings(config, data, architecture, cost.parameters, max(run.steps(), default=0))
     if is_there and free is not None and memory.peak >= free:
         warnings.append(f"the run needs about {memory.peak / 2**30:.1f} GiB and {free / 2**30:.1f} are free here")
     return TrainPlan(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+import functools
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from lamamba.benchmarking.private_torch import TorchDispatchMode, tree_leaves
 from lamamba.config import UNetConfig
 from lamamba.models.unet import LaMambaUNet
 from lamamba.ops.selective_scan import projection_multiply_adds, scan_operations
@@ -47,29 +48,70 @@ class Cost(Operations):
     """Saved for the backward pass, without parameters, in float32."""
 
 
-class _Counter(FlopCounterMode):
-    """FlopCounterMode that counts scans and layer norms separately."""
+class _Counter(TorchDispatchMode):
+    """Counts operations of products (by PyTorch's formulas), scans and layer norms.
+
+    A network repeats its blocks, and computing on the meta device is slow Python: an operator that comes again with
+    tensors of the same shapes is counted as before, and returns empty tensors like those of the first time.
+    """
 
     def __init__(self) -> None:
-        self.scan = self.layer_norm = 0
-
-        def count_scan(x, dt, B, C, W_dt, b_dt, A, *rest: Any, **kwargs: Any) -> int:
-            self.scan += scan_operations(x, A)
-            return 2 * projection_multiply_adds(x, W_dt)
-
-        def count_layer_norm(x, *rest: Any, **kwargs: Any) -> int:
-            self.layer_norm += LAYER_NORM_OPERATIONS * prod(x)
-            return 0
-
-        mapping = {torch.ops.lamamba.selective_scan: count_scan, torch.ops.aten.native_layer_norm: count_layer_norm}
-        super().__init__(display=False, custom_mapping=mapping)
+        super().__init__()
+        self.products = self.scan = self.layer_norm = 0
+        self._known: dict[Any, tuple[tuple[int, int, int], Callable[[], Any]]] = {}
 
     def operations(self, model: nn.Module) -> Operations:
         """What was counted in a forward pass of one image."""
         return Operations(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            matrix=self.get_total_flops() // 2, scan=self.scan, layer_norm=self.layer_norm,
+            matrix=self.products // 2, scan=self.scan, layer_norm=self.layer_norm,
         )
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        key = (function, *((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves))
+        if (known := self._known.get(key)) is None:
+            output = function(*args, **kwargs)
+            counts = _counts(function.overloadpacket, args, kwargs, output)
+            if not _has_aliases(function) and (again := _like(output)) is not None:
+                self._known[key] = counts, again
+        else:
+            counts, output = known[0], known[1]()
+        self.products, self.scan, self.layer_norm = (
+            a + b for a, b in zip((self.products, self.scan, self.layer_norm), counts, strict=True))
+        return output
+
+
+def _counts(operator: Any, args: Any, kwargs: Any, output: Any) -> tuple[int, int, int]:
+    """Operations of products, scans and layer norms in a call."""
+    if operator is torch.ops.lamamba.selective_scan:
+        x, _, _, _, W_dt, _, A = args[:7]
+        return 2 * projection_multiply_adds(x.shape, W_dt.shape), scan_operations(x.shape, A.shape), 0
+    if operator is torch.ops.aten.native_layer_norm:
+        return 0, 0, LAYER_NORM_OPERATIONS * args[0].numel()
+    formula = flop_registry.get(operator)
+    return (formula(*args, **kwargs, out_val=output) if formula else 0), 0, 0
+
+
+@functools.cache
+def _has_aliases(function: Any) -> bool:
+    """Whether an operator writes into its arguments or returns views of them."""
+    schema = function._schema
+    return any(each.alias_info is not None for each in (*schema.arguments, *schema.returns))
+
+
+def _like(output: Any) -> Callable[[], Any] | None:
+    """A function that makes meta tensors like an operator's output; None where it is of another kind."""
+    if isinstance(output, tuple | list):
+        parts = [_like(each) for each in output]
+        if None in parts:
+            return None
+        return lambda: type(output)(part() for part in parts if part)
+    if not isinstance(output, Tensor) or not output.is_meta:
+        return None
+    shape, stride, dtype = output.shape, output.stride(), output.dtype
+    return lambda: torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
 def count(config: UNetConfig) -> Cost:
@@ -86,7 +128,7 @@ def lamamba_operations(config: UNetConfig) -> Operations:
     return operations(model, *inputs)
 
 
-def on_meta(config: UNetConfig) -> tuple[LaMambaUNet, tuple[torch.Tensor | None, ...]]:
+def on_meta(config: UNetConfig) -> tuple[LaMambaUNet, tuple[Tensor | None, ...]]:
     """A network on the meta device, and the inputs of its forward pass for one image."""
     with torch.device("meta"):
         model = LaMambaUNet(config)
@@ -127,7 +169,11 @@ def multiply_adds_by_module(model: nn.Module, *inputs: Any, **more: Any) -> dict
         model: a network on the meta device.
         inputs, more: of its forward pass, for one image.
     """
-    with torch.no_grad(), _Counter() as counter:
+    def projections(*shapes: Any, **kwargs: Any) -> int:
+        return 2 * projection_multiply_adds(shapes[0], shapes[4])
+
+    by_module = FlopCounterMode(display=False, custom_mapping={torch.ops.lamamba.selective_scan: projections})
+    with torch.no_grad(), by_module as counter:
         model(*inputs, **more)
     counts = {name.partition(".")[2]: sum(by.values()) // 2 for name, by in counter.get_flop_counts().items()}
     return {**counts, "": counter.get_total_flops() // 2}
@@ -141,7 +187,7 @@ def saved_bytes(model: nn.Module, *inputs: Any) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def address(tensor: torch.Tensor) -> int:
+def address(tensor: Tensor) -> int:
     """Of the storage."""
     return tensor.untyped_storage()._cdata
 
@@ -151,7 +197,7 @@ def saved_storages(own: Set[int]) -> Iterator[dict[int, torch.UntypedStorage]]:
     """The storages that autograd saves for the backward pass, by address, in the order of the layers, without own."""
     kept: dict[int, torch.UntypedStorage] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def keep(tensor: Tensor) -> Tensor:
         if address(tensor) not in own:
             kept.setdefault(address(tensor), tensor.untyped_storage())          # kept alive: its address stays unique
         return tensor

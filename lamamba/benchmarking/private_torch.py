@@ -1,4 +1,4 @@
-"""The private parts of PyTorch that simulations of memory and communication need; no other module imports them.
+"""The private parts of PyTorch that counts and simulations need; no other module imports them.
 
 Fake tensors have shapes, strides and dtypes, and no values. The fake process group's collectives return at once.
 """
@@ -19,8 +19,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["FakeTensorMode", "MemoryTracker", "Traffic", "begin_fake_group", "ddp_buckets"]
+__all__ = [
+    "FakeTensorMode", "MemoryTracker", "TorchDispatchMode", "Traffic", "begin_fake_group", "ddp_buckets", "tree_leaves",
+]
 
 KINDS = {
     "all_gather": ("allgather", "all_gather"), "reduce_scatter": ("reduce_scatter",),

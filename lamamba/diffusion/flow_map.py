@@ -70,6 +70,20 @@ def draw_scale(uniform: Tensor, guidance_range: tuple[float, float], lowest_shar
     return low + (high - low) * v**2
 
 
+def own_share(
+    scale: Tensor | None, guidance_range: tuple[float, float] | None, highest_share: float
+) -> Tensor | float:
+    """How likely x_t of a sample is on the student's own path: (b,), or one number without guidance.
+
+    highest_share (w - low)/(high - low): the higher a path's scale w, the further it leaves the noised images'
+    distribution; at the lowest it does not.
+    """
+    if scale is None or guidance_range is None:
+        return highest_share
+    low, high = guidance_range
+    return highest_share * (scale - low) / (high - low)
+
+
 def step_to(x: Tensor, u: Tensor, t: Tensor, r: Tensor) -> Tensor:
     """x_r = x_t - (t - r) u: (b, c, h, w)."""
     return x - per_image(t - r, x).to(x) * u

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from lamamba.options.evaluation import EvaluateOptions, StatisticsOptions
 from lamamba.options.metrics import MetricOptions
 from lamamba.utils.distributed import ProcessGroup
 from lamamba.utils.files import write_atomically
+from lamamba.utils.locks import FolderLock, LocksUnsupported
 from lamamba.utils.progress import Progress, Report
 
 logger = logging.getLogger("lamamba.evaluation")
@@ -45,6 +48,31 @@ class Evaluator:
     def folder(self) -> Path:
         """Of cached features and finished entries: where a call was stopped, the next one goes on from them."""
         return self.options.out.with_suffix(".work")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """The folder for this call alone, where the file system has locks; an empty one is removed at the end.
+
+        Raises:
+            BlockingIOError: when another job works there.
+        """
+        lock = FolderLock(self.folder, "evaluates")
+
+        def acquire() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(LocksUnsupported):
+                lock.acquire()
+
+        self.group.on_rank_0(acquire)
+        try:
+            yield
+        finally:
+            if self.group.is_rank_zero:
+                with contextlib.suppress(OSError):                              # in use, on Windows
+                    (self.folder / ".lock").unlink(missing_ok=True)
+                lock.release()
+                with contextlib.suppress(OSError):                              # not empty
+                    self.folder.rmdir()
 
     def fit(self, images: Images) -> Images:
         """Images with the network's channels; see `fit_channels`."""
@@ -165,8 +193,6 @@ class Evaluator:
                 shutil.rmtree(path)
             elif path.name.endswith(".entry.json"):
                 path.unlink()
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
 
 
 def _read_entry(path: Path) -> Entry | None:

@@ -187,9 +187,10 @@ class FlowMapOptions:
     """Share of the other samples whose step ends at the image."""
     lowest_share: Share = 0.25
     """Share of the samples with the lowest guidance scale of the range; the others lie all over it."""
-    student_share: Share = 0.0
-    """Share of the samples whose step begins on the student's own path from noise, at their guidance scale, in place of
-    a noised image (backward distillation); it needs distill.teacher."""
+    student_share: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Share of the samples with the highest guidance scale of the range whose step begins on the student's own path
+    from noise, in place of a noised image (backward distillation); none of those with the lowest, in proportion
+    between. Without a range, of all samples. It needs distill.teacher."""
     smallest_gap: Share = 0.04
     """Half steps shorter than this (all time is 1) begin with the velocity itself."""
 

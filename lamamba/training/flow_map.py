@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lamamba.config import UNetConfig
-from lamamba.diffusion.flow_map import TimeShares, draw_scale, flow_map_loss, flow_map_target, student_states
+from lamamba.diffusion.flow_map import TimeShares, draw_scale, flow_map_loss, flow_map_target, own_share, student_states
 from lamamba.diffusion.schedule import NUM_TIMESTEPS, Schedule
 from lamamba.options.training import FlowMapOptions
 from lamamba.training.distill import VelocityTeacher
@@ -61,7 +61,8 @@ class FlowMapTask:
 
         with torch.no_grad():
             if self._student_share:
-                xt = student_states(xt, eps, t, student, uniform[:, 5].to(x0) < self._student_share)
+                share = own_share(scale, self._guidance_range, self._student_share)
+                xt = student_states(xt, eps, t, student, uniform[:, 5].to(x0) < share)
             target = flow_map_target(xt, t, r, student, velocity, self._smallest_gap)
         return flow_map_loss(_call(network, xt, t, r, labels, scale).float(), target)
 

@@ -100,13 +100,17 @@ class _DirectoryLock(FileLock):
 
 
 class FolderLock:
-    """One training job per folder: a record lock on its file `.lock`, and, on local disks, a lock on the folder itself.
+    """One job per folder: a record lock on its file `.lock`, and, on local disks, a lock on the folder itself.
 
     The second one keeps other jobs out when somebody deletes `.lock` while a job runs.
+
+    Args:
+        folder: that exists.
+        task: what the job does there, for messages: "trains".
     """
 
-    def __init__(self, folder: Path):
-        self._folder = folder.resolve()
+    def __init__(self, folder: Path, task: str = "trains"):
+        self._folder, self._task = folder.resolve(), task
         self._file, self._directory = FileLock(self._folder / ".lock"), _DirectoryLock(self._folder)
 
     def acquire(self) -> None:
@@ -141,8 +145,8 @@ class FolderLock:
             with contextlib.suppress(OSError):
                 holder = self._file.path.read_text(encoding="utf-8").strip()
         return BlockingIOError(
-            f"another job trains in {self._folder} ({holder or 'of unknown name'}); wait for it, stop it, or give "
-            "another folder as out"
+            f"another job {self._task} in {self._folder} ({holder or 'of unknown name'}); wait for it, stop it, or "
+            "give another folder as out"
         )
 
 

@@ -10,6 +10,7 @@ import pytest
 import lamamba
 from lamamba.data.digits import Digits
 from lamamba.runs.model import open_network
+from lamamba.utils.locks import FolderLock
 
 NETWORK = {"features": "digits", "device": "cpu"}
 DIGITS = {**NETWORK, "metrics": lamamba.MetricOptions(kernel_subsets=2)}
@@ -60,6 +61,21 @@ def test_a_model_is_evaluated_with_deep_features_kept(tmp_path):
         lamamba.evaluate(
             lamamba.EvaluateOptions(samples="digits", reference="digits", cache=2, out=tmp_path / "x.json", **DIGITS),
             progress=None)
+
+
+def test_a_second_job_into_one_file_is_refused(tmp_path, digits):
+    options = lamamba.EvaluateOptions(samples=digits[::2], reference=digits, out=tmp_path / "result.json", **DIGITS)
+    statistics = lamamba.StatisticsOptions(images=digits, out=tmp_path / "result.npz", **NETWORK)
+    (tmp_path / "result.work").mkdir()
+    lock = FolderLock(tmp_path / "result.work")
+    lock.acquire()
+    for call, arguments in ((lamamba.evaluate, options), (lamamba.compute_statistics, statistics)):
+        with pytest.raises(BlockingIOError, match="another job evaluates in .*result.work"):
+            call(arguments, progress=None)
+    lock.release()
+    lamamba.evaluate(options, progress=None)
+    lamamba.compute_statistics(statistics, progress=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "result.npz"]
 
 
 def test_arrays_are_evaluated_as_files_are(tmp_path, digits):

@@ -142,6 +142,15 @@ def whole(tmp_path_factory):
     return lamamba.train(options(tmp_path_factory.mktemp("whole"), steps=5, sampling=dict(every=0)), progress=None)
 
 
+def test_fewer_steps_than_a_run_has_are_warned_of(whole, tmp_path, caplog):
+    shutil.copytree(whole.folder, tmp_path / "run")
+    shorter = options(tmp_path / "run", steps=3, sampling=dict(every=0))
+    said = "the run is at step 5 already and steps=3 counts from its beginning: nothing is trained"
+    assert any(said in warning for warning in lamamba.plan(shorter).warnings)
+    assert lamamba.train(shorter, progress=None).step == 5
+    assert said in caplog.text
+
+
 @pytest.mark.parametrize(("stop", "checkpoint"), [("signal", "step_00000004"), ("error", "step_00000002")])
 def test_a_stopped_call_goes_on_when_made_again(whole, tmp_path, stop, checkpoint):
     """As after an interrupted cell: a signal leaves a checkpoint of its own, an exception the last one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lamamba.benchmarking.flops import count
+from lamamba.benchmarking.flops import count, multiply_adds_by_module, on_meta, operations, saved_bytes
 from lamamba.config import UNetConfig
 from tests.networks import random_inputs, random_network, small_config
 
@@ -20,6 +20,11 @@ def test_the_papers_total_with_sixteen_states(image_size, printed):
     assert f"{count(config).paper_total / 1e9:.2f}" == printed
 
 
+def test_blocks_that_come_again_are_counted_as_pytorch_counts_them():
+    model, inputs = on_meta(small_config(depths=(3, 2, 1, 2)))
+    assert operations(model, *inputs).matrix == multiply_adds_by_module(model, *inputs)[""]
+
+
 def test_removed_branches_are_not_counted():
     full, without = (count(small_config(removed_blocks=names)) for names in ((), ("encoder.0.0.scan", "decoder.3.1")))
     assert without.parameters < full.parameters
@@ -28,8 +33,6 @@ def test_removed_branches_are_not_counted():
 
 
 def test_activation_memory_is_what_a_real_pass_keeps():
-    from lamamba.benchmarking.flops import saved_bytes
-
     config = small_config(width=64, num_heads=4, grid=16)
     real = saved_bytes(random_network(config).train(), *random_inputs(config, batch=1))
     assert count(config).activation_bytes == pytest.approx(real, rel=0.15)

@@ -15,6 +15,7 @@ from lamamba.diffusion.flow_map import (
     draw_scale,
     flow_map_loss,
     flow_map_target,
+    own_share,
     step_to,
     student_states,
 )
@@ -120,6 +121,12 @@ def test_student_states_lie_on_its_path_from_noise(share):
     assert torch.equal(found[~chosen], x[~chosen])
     assert torch.equal(found[:4][chosen[:4]], eps[:4][chosen[:4]])              # pure noise
     assert len(calls) == 1                                                      # of ranks that wait for one another
+
+
+def test_the_share_of_own_paths_grows_with_the_scale():
+    scale = torch.tensor([1.0, 2.5, 4.0])
+    assert own_share(scale, (1.0, 4.0), 0.5).tolist() == [0, 0.25, 0.5]
+    assert own_share(None, None, 0.5) == 0.5
 
 
 def test_the_loss_is_the_error_over_its_own_root():
