@@ -27,11 +27,14 @@ def test_quick_tests_exist(name):
     assert all(f"def {function}(" in text for function in functions)
 
 
+@pytest.mark.slow
 def test_slow_tests_exist():
-    """Those of slow.txt, which took longest."""
-    for name in (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").splitlines():
-        path, *_, function = name.partition("[")[0].split("::")
-        assert f"def {function}(" in (ROOT / path).read_text(encoding="utf-8"), name
+    """Those of slow.txt, which took longest; a name of none would be run by `make test` again."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", "-o", "addopts=-q"]
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    collected = subprocess.run(command, capture_output=True, text=True, env=outer, cwd=ROOT, check=True).stdout
+    slow = (ROOT / "tests" / "slow.txt").read_text(encoding="utf-8").splitlines()
+    assert not set(slow) - set(collected.splitlines())
 
 
 def test_the_temporary_directory_is_a_folder_that_is_removed_at_the_end():
