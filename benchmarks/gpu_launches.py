@@ -129,7 +129,7 @@ def count_block(model: LaMambaUNet, images: int, stage: int = 0, shifted: bool =
     x = weight.new_empty((images, *geometry.grid, weight.shape[1]))
     modulation = weight.new_empty((images, weight.shape[0]))
     with counted() as counter:
-        constants = block.constants(x, geometry)
+        constants = block.constants(geometry)
         counter.launches.clear()
         block(x, None, geometry, modulation, constants)
     return counter.launches

@@ -20,9 +20,7 @@ BRANCHES = ("scan", "attention", "mlp")
 """The three residual branches of a LaMamba block, in order."""
 
 NUM_STAGES = 4
-STAGES = (
-    *(f"encoder.{s}" for s in range(NUM_STAGES)), "bottleneck", *(f"decoder.{s}" for s in range(NUM_STAGES)),
-)
+STAGES = (*(f"encoder.{s}" for s in range(NUM_STAGES)), "bottleneck", *(f"decoder.{s}" for s in range(NUM_STAGES)))
 """Names of the stages in the order in which the network runs them."""
 STAGE_WIDTHS = (1, 2, 4, 4)
 """Width of each encoder stage in units of the base width; the decoder mirrors it."""

@@ -106,13 +106,8 @@ class LaMambaPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents", "x0"]                                 # noqa: RUF012
 
     def __init__(
-        self,
-        unet: LaMambaUNet,
-        vae: ModelMixin | None = None,
-        scheduler: SchedulerMixin | None = None,
-        id2label: dict | None = None,
-        codec: dict | None = None,
-        guidance_scale: float | None = None,
+        self, unet: LaMambaUNet, vae: ModelMixin | None = None, scheduler: SchedulerMixin | None = None,
+        id2label: dict | None = None, codec: dict | None = None, guidance_scale: float | None = None,
     ):
         super().__init__()
         config = unet.config
@@ -282,28 +277,14 @@ class LaMambaPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(
-        self,
-        class_labels: int | str | Sequence[int | str] | None = None,
-        *,
-        num_images_per_label: int = 1,
-        num_images_per_prompt: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_channels: GuidedChannels = "all",
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        guidance_rescale: float = 0.0,
-        guidance_model: LaMambaUNet | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        variation_generator: Generators = None,
-        variation_strength: float = 0.0,
-        image: Any = None,
-        strength: float = 1.0,
-        mask_image: Any = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
+        self, class_labels: int | str | Sequence[int | str] | None = None, *, num_images_per_label: int = 1,
+        num_images_per_prompt: int | None = None, num_inference_steps: int | None = None,
+        guidance_scale: float | None = None, guidance_channels: GuidedChannels = "all",
+        guidance_interval: tuple[float, float] = (0.0, 1.0), guidance_rescale: float = 0.0,
+        guidance_model: LaMambaUNet | None = None, height: int | None = None, width: int | None = None,
+        generator: Generators = None, latents: Tensor | None = None, variation_generator: Generators = None,
+        variation_strength: float = 0.0, image: Any = None, strength: float = 1.0, mask_image: Any = None,
+        output_type: str = "pil", return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
@@ -437,9 +418,7 @@ class LaMambaPipeline(DiffusionPipeline):
             raise ValueError("latents hold NaN or infinities")
         return latents.to(device, torch.float32)
 
-    def _vary(
-        self, noise: Tensor, size: tuple[int, int], generator: Generators, strength: float
-    ) -> Tensor:
+    def _vary(self, noise: Tensor, size: tuple[int, int], generator: Generators, strength: float) -> Tensor:
         """Noise between the given one (strength 0) and the generator's (1), along the sphere."""
         _check_kinds(variation_strength=strength, variation_generator=generator)
         if not strength:
@@ -448,11 +427,9 @@ class LaMambaPipeline(DiffusionPipeline):
             raise ValueError(f"variation_strength={strength} must lie in 0 .. 1 and needs variation_generator")
         return slerp(noise, self._noise(len(noise), size, generator, None, noise.device), strength)
 
-    def _processor(self, **changes: Any) -> VaeImageProcessor:
-        is_grey = changes.pop("is_grey")
-        return VaeImageProcessor(
-            vae_scale_factor=1, do_convert_rgb=not is_grey, do_convert_grayscale=is_grey, **changes
-        )
+    @staticmethod
+    def _processor(*, is_grey: bool, **more: bool) -> VaeImageProcessor:
+        return VaeImageProcessor(vae_scale_factor=1, do_convert_rgb=not is_grey, do_convert_grayscale=is_grey, **more)
 
     def _encode(self, image: Any, size: tuple[int, int], count: int, device: torch.device) -> Tensor:
         """x0 (count, c, h, w) of images."""

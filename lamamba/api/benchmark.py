@@ -64,9 +64,7 @@ class BenchmarkResult:
         mode, dtype = self.sets[0]["mode"], self.sets[0]["dtype"]
         what = "training step" if mode == "train" else "forward pass"
         notes = "".join(f"- {line}\n" for line in explain(self.rows, self.left_out))
-        return (
-            f"# LaMamba beside its peers: {what}, {dtype}\n\n{lines}\n\n{table(self.rows, self.ratios)}\n\n{notes}"
-        )
+        return f"# LaMamba beside its peers: {what}, {dtype}\n\n{lines}\n\n{table(self.rows, self.ratios)}\n\n{notes}"
 
     def __str__(self) -> str:
         lines = [f"{key:<12}{value}" for key, value in describe(self.environment)]
@@ -189,9 +187,7 @@ def plan(options: BenchmarkOptions) -> list[list[Case]]:
     batches = options.batch * len(options.image_sizes) if len(options.batch) == 1 else options.batch
     return [
         [
-            Case(
-                name, size, batch, options.dtype, device, options.mode, options.compile, options.threads, options.pack
-            )
+            Case(name, size, batch, options.dtype, device, options.mode, options.compile, options.threads, options.pack)
             for name in (*models, *_peers(options.peers, size))
         ]
         for size, batch in zip(options.image_sizes, batches, strict=True)

@@ -79,9 +79,7 @@ autoencoder   {plan.codec.autoencoder} ({str(plan.codec.autoencoder_sha256)[:12]
 
 
 @verb
-def check_data(
-    options: CheckDataOptions, *, progress: ProgressOption = "auto"
-) -> CheckDataResult | CheckLatentsResult:
+def check_data(options: CheckDataOptions, *, progress: ProgressOption = "auto") -> CheckDataResult | CheckLatentsResult:
     """Decode every image and write a manifest of the bad ones; for a folder of latents, verify every shard.
 
     Args:

@@ -15,14 +15,11 @@ from lamamba.api.compress import Teacher, calibrate, open_teacher
 from lamamba.api.evaluate import evaluate
 from lamamba.compression.additivity import SetLoss, measure_sets, rank_correlation, relative_loss
 from lamamba.compression.calibration import Calibration
-from lamamba.compression.find import find_units
 from lamamba.compression.folder import write_pruned
 from lamamba.compression.job import score_in_folder
 from lamamba.compression.pictures import draw_additivity, draw_criteria
 from lamamba.compression.plan import Plan, check_share, in_order, make_plan
 from lamamba.compression.scores import RULES, Scores, by_rule
-from lamamba.compression.units import Removable
-from lamamba.models.unet import LaMambaUNet
 from lamamba.options.base import verb
 from lamamba.options.compress import CompareCriteriaOptions
 from lamamba.options.evaluation import EvaluateOptions
@@ -89,12 +86,11 @@ def compare_criteria(options: CompareCriteriaOptions, *, progress: ProgressOptio
     if launched_processes() > 1:
         raise ValueError("compare runs in one process; score with several (lamamba.score_units), then compare")
     teacher = open_teacher(options.model, local_device(options.device))
-    network = find_units(teacher.network)
-    check_share(network, min(options.shares, default=0))                        # or refuse now
+    check_share(teacher.units, min(options.shares, default=0))                  # or refuse now
     held_out = calibrate(teacher, options, held_out=True)
     with reporting(progress) as report:
         table = _Table(out / "compare.json", {**teacher.about(), **held_out.about})
-        work = _Comparison(options, teacher, network, held_out, table)
+        work = _Comparison(options, teacher, held_out, table)
         whole = work.figures("samples of the whole network", None, report)
         cases = list(work.cases(report))
         measured = []
@@ -138,15 +134,14 @@ class _Comparison:
 
     options: CompareCriteriaOptions
     teacher: Teacher
-    network: Removable
     held_out: Calibration
     table: _Table
 
     def scores(self, criterion: str, report: Report, seed: int = 0) -> Scores:
         if criterion in RULES:
-            return by_rule(self.network, criterion, seed, self.teacher.about())
+            return by_rule(self.teacher.units, criterion, seed, self.teacher.about())
         return score_in_folder(
-            self.network, calibrate(self.teacher, self.options), self.options.out / f"scores_{criterion}",
+            self.teacher.units, calibrate(self.teacher, self.options), self.options.out / f"scores_{criterion}",
             criterion=criterion, about=self.teacher.about(), report=report,
         )
 
@@ -170,7 +165,7 @@ class _Comparison:
         if key not in self.table.entries:
             self.table.put(key, {
                 "criterion": criterion, "share": plan.parameters, "multiply_adds": plan.multiply_adds,
-                "loss": relative_loss(self.network, plan.removed, self.held_out), "predicted": plan.predicted,
+                "loss": relative_loss(self.teacher.units, plan.removed, self.held_out), "predicted": plan.predicted,
                 "predicted_with_cross_terms": plan.predicted_with_cross_terms, "removed": plan.removed,
             })
         return {**self.table.entries[key], **self.figures(f"samples of {key}", plan, report)}
@@ -186,8 +181,7 @@ class _Comparison:
         folder, source = options.out / ".network", options.model
         if plan is not None:
             shutil.rmtree(folder, ignore_errors=True)
-            pruned = self.network.without(plan.removed)
-            assert isinstance(pruned, LaMambaUNet)
+            pruned = self.teacher.units.without(plan.removed)
             write_pruned(folder, pruned, self.teacher.metadata, plan, None)
             source = str(folder)
         result = evaluate(EvaluateOptions(
@@ -207,7 +201,7 @@ class _Comparison:
             return []
         found: list[Any] = self.table.entries.get("sets", [])
         for each in measure_sets(
-            self.network, self.scores("output", report), self.held_out, sets=self.options.sets, first=len(found),
+            self.teacher.units, self.scores("output", report), self.held_out, sets=self.options.sets, first=len(found),
             report=report,
         ):
             found = self.table.put("sets", [*found, dataclasses.asdict(each)])

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,13 @@ from lamamba.benchmarking.environment import device_name
 from lamamba.compression import calibration as calibrations
 from lamamba.compression.additivity import relative_distance, relative_loss
 from lamamba.compression.calibration import Calibration
-from lamamba.compression.find import find_units
 from lamamba.compression.folder import PLAN, write_pruned
 from lamamba.compression.job import SCORES, find_scores, score_in_folder
+from lamamba.compression.lamamba_units import LaMambaUnits
 from lamamba.compression.pictures import draw_units
 from lamamba.compression.plan import Plan, check_share, in_order, make_plan
 from lamamba.compression.scores import RULES, Scores, by_rule
 from lamamba.compression.timing import measure_pair, measure_times
-from lamamba.compression.units import Removable
 from lamamba.models.unet import LaMambaUNet
 from lamamba.options.base import from_dict, verb
 from lamamba.options.compress import (
@@ -70,6 +70,11 @@ class Teacher:
     data: TrainConfig | None
     """Of its training, where that is known."""
     sha256: str
+
+    @cached_property
+    def units(self) -> LaMambaUnits:
+        """The network as removable units."""
+        return LaMambaUnits(self.network)
 
     def about(self) -> dict[str, str]:
         return {"teacher": self.name, "teacher_sha256": self.sha256}
@@ -189,26 +194,23 @@ def score_units(options: ScoreUnitsOptions, *, progress: ProgressOption = "auto"
     """
     check_folder(options.out)
     teacher = open_teacher(options.model, local_device(options.device))
-    network = find_units(teacher.network)
     with reporting(progress if is_rank_zero() else None) as report:
-        scores = _scores(teacher, network, options, options.out, options.criterion, report)
+        scores = _scores(teacher, options, options.out, options.criterion, report)
     picture = options.out / "units.png"
     if is_rank_zero():
         draw_units(scores, picture)
     return ScoreUnitsResult(scores, options.out / SCORES, picture)
 
 
-def _scores(
-    teacher: Teacher, network: Removable, options: CalibrationOptions, folder: Path, criterion: str, report: Report
-) -> Scores:
+def _scores(teacher: Teacher, options: CalibrationOptions, folder: Path, criterion: str, report: Report) -> Scores:
     if criterion in RULES:
         about = {**teacher.about(), "criterion": criterion, "seed": options.seed}
         if (scores := find_scores(folder, about)) is None:
-            scores = by_rule(network, criterion, options.seed, about)
+            scores = by_rule(teacher.units, criterion, options.seed, about)
             scores.save(folder / SCORES)
         return scores
     return score_in_folder(
-        network, calibrate(teacher, options), folder, criterion=criterion, about=teacher.about(),
+        teacher.units, calibrate(teacher, options), folder, criterion=criterion, about=teacher.about(),
         rank=launched_rank(), report=report,
     )
 
@@ -279,7 +281,7 @@ def _plan(
     """The plan of a budget, with what it measures on the samples held out of a calibration set; None: nothing."""
     times = None
     if options.by == "time" and teacher is not None:
-        times = measure_times(find_units(teacher.network), _forward(teacher, teacher.network), report=report)
+        times = measure_times(teacher.units, _forward(teacher, teacher.network), report=report)
     if scores.criterion in ("hand", "random") and options.remove is not None:
         plan = in_order(scores, options.remove, options.by, options.keep, times)
     else:
@@ -288,7 +290,7 @@ def _plan(
         )
     plan = dataclasses.replace(plan, about={**plan.about, "budget": _budget(options)})
     if times is not None and teacher is not None:
-        pruned = find_units(teacher.network).without(plan.removed)
+        pruned = teacher.units.without(plan.removed)
         whole_seconds, seconds = measure_pair(
             _forward(teacher, teacher.network), _forward(teacher, pruned), teacher.network.device)
         found = {"device": device_name(str(teacher.network.device)), "images": 1, "seconds": times}
@@ -299,7 +301,7 @@ def _plan(
     if held_out.about.get("fingerprint") != scores.about.get("fingerprint", held_out.about.get("fingerprint")):
         raise ValueError(
             f"{held_out.about['data']} is not what the units were scored on, or has changed since; score them again")
-    return dataclasses.replace(plan, measured=relative_loss(find_units(teacher.network), plan.removed, held_out))
+    return dataclasses.replace(plan, measured=relative_loss(teacher.units, plan.removed, held_out))
 
 
 def _check_budget(options: BudgetOptions) -> None:
@@ -371,11 +373,9 @@ def remove_units(options: RemoveUnitsOptions) -> RemoveUnitsResult:
 
 
 def _remove(teacher: Teacher, plan: Plan, out: Path) -> RemoveUnitsResult:
-    network = find_units(teacher.network)
-    pruned = network.without(plan.removed)
-    assert isinstance(pruned, LaMambaUNet)
+    pruned = teacher.units.without(plan.removed)
     write_pruned(out, pruned, teacher.metadata, plan, model_folder(teacher.name))
-    return RemoveUnitsResult(out, pruned, pruned.num_parameters(), network.parameters)
+    return RemoveUnitsResult(out, pruned, pruned.num_parameters(), teacher.units.parameters)
 
 
 @dataclass(frozen=True)
@@ -425,8 +425,8 @@ def compress(options: CompressOptions, *, progress: ProgressOption = "auto") -> 
     source = None if options.data == "sampling" else options.data
     if options.heal:
         data_options(teacher, source)                                           # or refuse now
-    network, target, picture = find_units(teacher.network), out / "pruned", out / "units.png"
-    check_share(network, options.remove or 0, options.by, options.keep)         # or refuse now
+    target, picture = out / "pruned", out / "units.png"
+    check_share(teacher.units, options.remove or 0, options.by, options.keep)   # or refuse now
 
     def prune() -> None:
         if _holds(target, {**scores.about, "budget": _budget(options)}):
@@ -437,10 +437,10 @@ def compress(options: CompressOptions, *, progress: ProgressOption = "auto") -> 
         _remove(teacher, plan, target)
 
     with launched_group() as group, reporting(progress if group.is_rank_zero else None) as report:
-        scores = _scores(teacher, network, options, out, "output", report)
+        scores = _scores(teacher, options, out, "output", report)
         group.on_rank_0(prune)
     plan, (pruned, _) = Plan.load(target / PLAN), open_network(target)
-    result = RemoveUnitsResult(target, pruned, pruned.num_parameters(), network.parameters)
+    result = RemoveUnitsResult(target, pruned, pruned.num_parameters(), teacher.units.parameters)
     if not options.heal:
         return CompressResult(plan, result, None, None, picture)
     healed = train(_healing(options, teacher, result, source), progress=progress)

@@ -106,9 +106,7 @@ def demo(options: DemoOptions | None = None, *, progress: ProgressOption = "auto
     return result
 
 
-def _sample(
-    training: TrainResult, recipe: TrainOptions, labels: np.ndarray, progress: ProgressOption
-) -> np.ndarray:
+def _sample(training: TrainResult, recipe: TrainOptions, labels: np.ndarray, progress: ProgressOption) -> np.ndarray:
     sampling, network = recipe.sampling, training.state.ema
     guidance = default_guidance(sampling.guidance, network.architecture.num_classes)
     logger.info(f"sampling {len(labels)} digits: {counted(sampling.steps or 0, 'step')}, guidance {guidance:g}")

@@ -94,8 +94,7 @@ def _choice(op: Any, device: str, dtype: str) -> dict[str, Any]:
 def _layers_choice(device: str, dtype: str) -> dict[str, Any]:
     """Back ends of norms, gates, windows and the convolution, for inference and training."""
     x = torch.zeros((1, 1, 1, 1), device=device, dtype=getattr(torch, dtype))
-    return {"device": device, "dtype": dtype, "inference": backend_for(x),
-            "training": backend_for(x.requires_grad_())}
+    return {"device": device, "dtype": dtype, "inference": backend_for(x), "training": backend_for(x.requires_grad_())}
 
 
 def _missing(devices: dict[str, str], compilers: dict[str, str | None]) -> list[str]:

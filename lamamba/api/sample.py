@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from lamamba.sampling.settings import ImageMetadata, Interpolated, png_text
 from lamamba.sampling.table import Table, describe_seeds, make_table
 from lamamba.utils.distributed import pick_device
 from lamamba.utils.files import check_target
-from lamamba.utils.progress import Progress, ProgressOption, Report, reporting
+from lamamba.utils.progress import Progress, ProgressOption, reporting
 from lamamba.utils.text import counted
 from lamamba.viz.films import FILM_SUFFIXES, check_film, chosen_frames, save_film
 from lamamba.viz.grids import bare_picture, grid_picture, save_picture
@@ -103,8 +102,13 @@ def sample(options: SampleOptions, *, progress: ProgressOption = "auto") -> Samp
         settings=prepared.settings, batch_size=options.batch_size or DEFAULT_BATCH_SIZE, **vars(table)
     )
     film = _DenoisingFilm(prepared) if is_film and options.interpolate is None else None
+    labels = {label for label in metadata.labels or () if isinstance(label, int)}
     with reporting(progress) as report:
-        images = _generate(prepared, metadata, device, film, report)
+        generator = prepared.generator(device, metadata.batch_size, labels, num_images=len(metadata.seeds))
+        images = generator(
+            metadata.labels, metadata.seeds, preview=film,
+            on_step=lambda done, total: report(Progress("sampling", done, total, "steps")),
+        )
     result = SampleResult(images, out, metadata)
     if out is None:
         return result
@@ -114,17 +118,6 @@ def sample(options: SampleOptions, *, progress: ProgressOption = "auto") -> Samp
     frames = _interpolation_frames(images, table) if film is None else film.frames(table)
     save_film(frames, out, options.fps)
     return replace(result, num_frames=len(frames))
-
-
-def _generate(
-    prepared: PreparedModel, metadata: ImageMetadata, device: torch.device, film: _DenoisingFilm | None, report: Report
-) -> np.ndarray:
-    labels = {label for label in metadata.labels or () if isinstance(label, int)}
-    generator = prepared.generator(device, metadata.batch_size, labels, num_images=len(metadata.seeds))
-    return generator(
-        metadata.labels, metadata.seeds, preview=film,
-        on_step=lambda done, total: report(Progress("sampling", done, total, "steps")),
-    )
 
 
 class _DenoisingFilm:

@@ -80,8 +80,7 @@ def sample_folder(options: SampleFolderOptions, *, progress: ProgressOption = "a
             _announce(plan, folder)
         with reporting(progress if is_rank_zero() else None) as report:
             manifest = sample_many(
-                plan, folder, make_images, rank=launched_rank(), machine=_machine(device),
-                report=report,
+                plan, folder, make_images, rank=launched_rank(), machine=_machine(device), report=report,
             )
     return SampleFolderResult(folder, plan.num, plan.files, manifest)
 
@@ -121,8 +120,7 @@ def _labels(options: SampleFolderOptions, model: Model) -> tuple[LabelRule, tupl
     if not model.num_classes:
         if options.balanced or options.random_labels or options.classes:
             raise ValueError(
-                f"{model.name} is unconditional: it knows no classes, leave balanced, random_labels and classes "
-                "out"
+                f"{model.name} is unconditional: it knows no classes, leave balanced, random_labels and classes out"
             )
         return "none", ()
     if not (options.balanced or options.random_labels):

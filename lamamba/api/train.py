@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,16 +117,17 @@ def train(
     config, run = options.config, RunFolder(options.out)
     data = as_training_set(open_data(config, run.path) if data is None else data, config)
     architecture, metadata = describe(config, data)
-    is_logged = progress == "auto" and not is_watched()
-    with reporting("auto" if is_logged and is_rank_zero() else None) as report:
+    shown = progress if is_rank_zero() else None
+    is_logged = shown == "auto" and not is_watched()                            # a line for a step now and then
+    with reporting(shown if is_logged else None) as report, reporting(None if is_logged else shown) as report_step:
         pictures = _pictures(config, architecture, metadata, run, report)
         resumed = max(run.steps(), default=0)
         if is_rank_zero():
             _announce(config, data, architecture, run, resumed)
-        with _showing(progress if is_rank_zero() else None, resumed) as show:
-            state = loop.train(config, data, run.path, [show, *pictures, *callbacks], [
-                functools.partial(picture, if_missing=True) for picture in pictures
-            ])
+        show = _LogLines(resumed) if is_logged else _ProgressReport(report_step, resumed)
+        state = loop.train(config, data, run.path, [show, *pictures, *callbacks], [
+            functools.partial(picture, if_missing=True) for picture in pictures
+        ])
     lines = read_metrics(run.metrics, may_be_empty=True) if run.metrics.is_file() else []
     return TrainResult(
         run.path, state.step, run.checkpoint(state.step), lines[-1] if lines else {},
@@ -146,9 +146,7 @@ def _pictures(
     sampling, score, device = config.sampling, config.score, local_device(config.device)
     check_sampler(sampling, metadata)
     decoder = open_decoder(metadata, device) if is_rank_zero() and (sampling.every or score.every) else None
-    pictures: list[SampleGrid | QuickScore] = [
-        SampleGrid(sampling, run.samples, metadata.label_names, decoder, report)
-    ]
+    pictures: list[SampleGrid | QuickScore] = [SampleGrid(sampling, run.samples, metadata.label_names, decoder, report)]
     if score.every:
         channels = decoder.autoencoder.out_channels if decoder else architecture.in_channels
         shape = (metadata.image_size, metadata.image_size, channels)
@@ -158,9 +156,7 @@ def _pictures(
     return pictures
 
 
-def _announce(
-    config: TrainConfig, data: TrainingSet, architecture: UNetConfig, run: RunFolder, resumed: int
-) -> None:
+def _announce(config: TrainConfig, data: TrainingSet, architecture: UNetConfig, run: RunFolder, resumed: int) -> None:
     parameters = count(architecture).parameters
     logger.info(
         f"{run.path}: {counted(len(data), 'image')} of {data.name}, {counted(architecture.num_classes, 'class')}, "
@@ -203,16 +199,6 @@ def _warnings(
     return found
 
 
-@contextlib.contextmanager
-def _showing(progress: ProgressOption, resumed: int) -> Iterator[Callback]:
-    """A callback that reports progress, or, for "auto" without a terminal or notebook, logs some lines."""
-    if progress == "auto" and not is_watched():
-        yield _LogLines(resumed)
-    else:
-        with reporting(progress) as report:
-            yield _ProgressReport(report, resumed)
-
-
 class _ProgressReport:
     """Reports every step, with loss (a running mean), gradient norm, speed and memory."""
 
@@ -247,9 +233,7 @@ class _LogLines(_ProgressReport):
             return
         self._next = state.seconds + LINE_SECONDS
         left = state.seconds / max(1, state.step - self._resumed) * (state.steps - state.step)
-        logger.info(
-            f"step {state.step}/{state.steps}  {note}  {duration(state.seconds)}, {duration(left)} left"
-        )
+        logger.info(f"step {state.step}/{state.steps}  {note}  {duration(state.seconds)}, {duration(left)} left")
 
 
 @dataclass(frozen=True)
@@ -343,8 +327,7 @@ def plan(options: TrainOptions) -> TrainPlan:
     lora_parameters = _check_before_training(options, data, architecture, metadata, is_there=is_there)
     micro_batch = math.ceil(math.ceil(config.batch_size / processes) / config.processes.accumulation_steps)
     memory = training_memory(
-        architecture, micro_batch, num_averages=len(config.ema_decays),
-        processes=shard_size(config, processes),
+        architecture, micro_batch, num_averages=len(config.ema_decays), processes=shard_size(config, processes),
         sharded=config.processes.sharding != "none", bfloat16=config.precision.autocast == "bfloat16",
         checkpoint_activations=config.processes.checkpoint_activations,
         accumulates=config.processes.accumulation_steps > 1, lora_parameters=lora_parameters,

@@ -83,9 +83,7 @@ def build_page(session: Session) -> Any:
     return page
 
 
-def serve(
-    session: Session, *, host: str, port: int | None, share: bool = False, browser: bool = False
-) -> Any:
+def serve(session: Session, *, host: str, port: int | None, share: bool = False, browser: bool = False) -> Any:
     """Start a server of the page and return the running gradio Blocks; its close() ends it.
 
     Raises:

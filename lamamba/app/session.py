@@ -153,9 +153,7 @@ class Session:
         self.check(request)
         frames: queue.Queue[Frame | BaseException] = queue.Queue()
         stopped = threading.Event()
-        thread = threading.Thread(
-            target=self._sample, args=(request, frames, stopped), name=THREAD_NAME, daemon=True
-        )
+        thread = threading.Thread(target=self._sample, args=(request, frames, stopped), name=THREAD_NAME, daemon=True)
         thread.start()
         try:
             while True:
@@ -254,9 +252,7 @@ class Session:
             frames.put(error)
 
 
-def open_session(
-    path: Path | None, autoencoder: str | None, device_name: str, lora: Path | None = None
-) -> Session:
+def open_session(path: Path | None, autoencoder: str | None, device_name: str, lora: Path | None = None) -> Session:
     """A session of the model in a folder, or of the one that comes with the package for None.
 
     Raises:

@@ -40,9 +40,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "image_size": self.image_size, "rows": [row.to_dict() for row in self.rows], "remarks": list(REMARKS),
-        }
+        return {"image_size": self.image_size, "rows": [row.to_dict() for row in self.rows], "remarks": list(REMARKS)}
 
     def __str__(self) -> str:
         cells: list[tuple[str, ...]] = [HEADINGS]

@@ -412,13 +412,12 @@ def _row(
     return {
         "model": case.model, "image_size": case.image_size, "batch": case.batch, "dtype": case.dtype,
         "device": case.device, "mode": case.mode, "ms": ms, "ms_quartiles": [low, high], "ms_fastest": min(times),
-        "passes": len(times),
-        "images_per_second": 1000 * case.batch / ms, "peak_memory_bytes": peak,
+        "passes": len(times), "images_per_second": 1000 * case.batch / ms, "peak_memory_bytes": peak,
         "activation_bytes_per_image": (peak - stays) / case.batch if peak is not None else None,
         "multiply_adds": cost.matrix, "parameters": cost.parameters, "tokens": case.tokens,
         "multiply_adds_per_second": rate, "product_multiply_adds_per_second": product_rate,
-        "share_of_product": rate / product_rate, "is_peer": case.is_peer,
-        "compiled": case.compile, "packed_weights": facts["packed"], "in_memory_together": together,
+        "share_of_product": rate / product_rate, "is_peer": case.is_peer, "compiled": case.compile,
+        "packed_weights": facts["packed"], "in_memory_together": together,
     }
 
 

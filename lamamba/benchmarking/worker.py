@@ -53,9 +53,7 @@ def _serve(requests: TextIO, replies: TextIO) -> None:
     seconds = time.perf_counter() - began
     if not torch.isfinite(first).all() or not first.any():
         raise RuntimeError(f"{case.model} gave an output that is not finite, or all zero")
-    _reply(
-        replies, ready=True, first_pass_seconds=seconds, weights_bytes=weights_bytes, packed=case.packs_weights
-    )
+    _reply(replies, ready=True, first_pass_seconds=seconds, weights_bytes=weights_bytes, packed=case.packs_weights)
     for line in requests:
         times = []
         for _ in range(json.loads(line)["passes"]):
@@ -75,7 +73,7 @@ def prepare(case: Case, model: torch.nn.Module, device: torch.device) -> tuple[C
         pack_weights(model, case.tokens * case.batch)
     if case.packs_convolutions:
         pack_convolutions(model)
-    _forget_peak()
+    _reset_peak()
     network = torch.compile(model, dynamic=False) if case.compile else model
     if case.mode == "forward":
         model.eval()
@@ -108,7 +106,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _forget_peak() -> None:
+def _reset_peak() -> None:
     """Return freed memory to the system and count the peak from here: packed weights do not include their making."""
     with contextlib.suppress(OSError, AttributeError):                          # Linux with glibc has both
         ctypes.CDLL(None).malloc_trim(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lamamba.cli.parse import parse
+from lamamba.cli.parse import parse, show
 from lamamba.options.compress import (
     CompareCriteriaOptions,
     CompressOptions,
@@ -52,12 +52,9 @@ def main(arguments: list[str]) -> None:
 
     from lamamba.api.compare_criteria import compare_criteria
     from lamamba.api.compress import compress, plan_removal, remove_units, score_units
-    from lamamba.utils.distributed import is_rank_zero
 
     functions: dict[type, Callable[[Any], object]] = {
         ScoreUnitsOptions: score_units, PlanRemovalOptions: plan_removal, RemoveUnitsOptions: remove_units,
         CompareCriteriaOptions: compare_criteria, CompressOptions: compress,
     }
-    result = functions[type(options)](options)
-    if is_rank_zero():
-        print(result)
+    show(functions[type(options)](options))

@@ -14,7 +14,7 @@ same command goes on where they were. At the end every shard is verified."""
 
 from __future__ import annotations
 
-from lamamba.cli.parse import parse
+from lamamba.cli.parse import parse, show
 from lamamba.options.encode import EncodeOptions
 
 
@@ -22,8 +22,5 @@ def main(arguments: list[str]) -> None:
     options = parse(EncodeOptions, arguments, "encode", __doc__)
 
     from lamamba.api.encode import encode
-    from lamamba.utils.distributed import is_rank_zero
 
-    result = encode(options)
-    if is_rank_zero():
-        print(result)
+    show(encode(options))

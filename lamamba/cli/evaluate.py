@@ -21,7 +21,7 @@ Feature networks: inception (FID as published; the weights are downloaded once, 
 
 from __future__ import annotations
 
-from lamamba.cli.parse import parse
+from lamamba.cli.parse import parse, show
 from lamamba.options.evaluation import CompareOptions, EvaluateOptions, StatisticsOptions
 
 STATISTICS_DESCRIPTION = """Save the statistics of reference images for `lamamba evaluate --reference`.
@@ -50,8 +50,5 @@ def main(arguments: list[str]) -> None:
 
     from lamamba.api.compute_statistics import compute_statistics
     from lamamba.api.evaluate import evaluate
-    from lamamba.utils.distributed import is_rank_zero
 
-    result = evaluate(options) if isinstance(options, EvaluateOptions) else compute_statistics(options)
-    if is_rank_zero():
-        print(result)
+    show(evaluate(options) if isinstance(options, EvaluateOptions) else compute_statistics(options))

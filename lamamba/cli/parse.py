@@ -1,4 +1,4 @@
-"""Options from the command line: tyro, with errors in one line."""
+"""Options from the command line (tyro, with errors in one line), and results on standard output."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
 from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
@@ -14,9 +15,7 @@ import tyro
 T = TypeVar("T")
 
 
-def parse(
-    cls: type[T], arguments: list[str], verb: str, description: str | None, default: T | None = None,
-) -> T:
+def parse(cls: type[T], arguments: list[str], verb: str, description: str | None, default: T | None = None) -> T:
     """Parse arguments into options. For --help, print it and exit with status 0.
 
     Args:
@@ -44,6 +43,12 @@ def parse(
         if end.code in (0, None):
             raise
     raise ValueError(f"{_one_line(errors.getvalue())} {hint}")
+
+
+def show(result: object) -> None:
+    """Print a result, on rank 0 of the processes that a launcher has started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(result)
 
 
 def _one_line(message: str) -> str:

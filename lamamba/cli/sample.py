@@ -17,7 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lamamba.cli.parse import parse
+from lamamba.cli.parse import parse, show
 from lamamba.options.base import FilePath, options
 from lamamba.options.sample_folder import FolderOptions, SampleFolderOptions
 from lamamba.options.sampling import PICTURE_SUFFIXES, SampleOptions
@@ -51,11 +51,8 @@ def main(arguments: list[str]) -> None:
     chosen = parse(SampleArguments, arguments, "sample", __doc__)
     if chosen.is_folder:
         from lamamba.api.sample_folder import sample_folder
-        from lamamba.utils.distributed import is_rank_zero
 
-        result = sample_folder(_select(SampleFolderOptions, chosen, out=chosen.out or Path("samples")))
-        if is_rank_zero():
-            print(result)
+        show(sample_folder(_select(SampleFolderOptions, chosen, out=chosen.out or Path("samples"))))
     else:
         from lamamba.api.sample import sample
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from lamamba.cli.parse import parse
+from lamamba.cli.parse import parse, show
 from lamamba.options.base import Ge, options
 from lamamba.options.scaling import SimulateOptions
 from lamamba.options.training import recipe_names
@@ -56,5 +56,4 @@ def main(arguments: list[str]) -> None:
         result = train(chosen)
     finally:
         end_processes()
-    if is_rank_zero():
-        print(result)
+    show(result)

@@ -18,9 +18,7 @@ from lamamba.compression.scores import Scores
 from lamamba.compression.units import ancestors
 from lamamba.viz.curves import save_figure, set_log, tidy
 
-COLORS = {
-    "output": "#1f6fb4", "task": "#b4641f", "magnitude": "#2f8f5b", "hand": "#8a4fa3", "random": "#777777",
-}
+COLORS = {"output": "#1f6fb4", "task": "#b4641f", "magnitude": "#2f8f5b", "hand": "#8a4fa3", "random": "#777777"}
 """Of the criteria."""
 
 

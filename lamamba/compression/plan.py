@@ -21,7 +21,7 @@ from scipy.sparse import lil_matrix
 from lamamba.compression.scores import Scores
 from lamamba.compression.units import Removable, Unit, ancestors, canonical
 from lamamba.config import check_known
-from lamamba.options.base import read_record, record
+from lamamba.options.base import checked, read_record
 from lamamba.utils.files import write_json
 
 PLAN_VERSION = 1
@@ -29,7 +29,7 @@ MOST_CUTS = 50
 """Sets that miss a bound by the solver's tolerance and are excluded one by one, before the bound is moved."""
 
 
-@record
+@checked
 @dataclass(frozen=True)
 class Plan:
     """Which units to remove, and what that is expected to cost and save."""
@@ -145,9 +145,7 @@ def describe(
     )
 
 
-def _costs(
-    scores: Scores | Removable, by: str, times: Mapping[str, float] | None
-) -> tuple[np.ndarray, float]:
+def _costs(scores: Scores | Removable, by: str, times: Mapping[str, float] | None) -> tuple[np.ndarray, float]:
     check_known("by", by, ("parameters", "multiply-adds", "time"))
     if by == "time":
         if times is None:
@@ -217,9 +215,7 @@ def _most(units: Sequence[Unit], costs: np.ndarray, remove: float, free: np.ndar
     most = set(_solve(-costs, units, free, costs / whole, 0, np.inf) or ())
     reached = sum(cost for unit, cost in zip(units, costs, strict=True) if unit.name in most) / whole
     if remove > reached:
-        raise ValueError(
-            f"{remove:.1%} cannot be removed: without every unit that may go, {reached:.1%} are removed"
-        )
+        raise ValueError(f"{remove:.1%} cannot be removed: without every unit that may go, {reached:.1%} are removed")
     return sorted(most)
 
 

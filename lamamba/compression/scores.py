@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,10 +27,8 @@ from lamamba.options.compress import Criterion
 from lamamba.utils.files import write_atomically
 from lamamba.utils.progress import Progress, Report
 
-CRITERIA = {
-    "output": "change of the output (LAPTOP-Diff)", "task": "change of the training loss",
-    "magnitude": "sum of squared weights", "random": "random order", "hand": "last blocks of the stages first (BK-SDM)",
-}
+RULES = ("magnitude", "random", "hand")
+"""Criteria without samples: the sum of squared weights, random order, last blocks of the stages first (BK-SDM)."""
 SCORES_VERSION = 1
 WHOLE_BLOCKS = ("block", "bottleneck", "transformer", "resnet")
 """Kinds of units that are removed by hand."""
@@ -124,7 +122,6 @@ class Scores:
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class _Row(Unit):
     score: float | None
     """None: infinite, never to be removed."""
@@ -133,7 +130,6 @@ class _Row(Unit):
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class _File:
     """scores.json."""
 
@@ -237,7 +233,7 @@ def score(
     Args:
         network: by `find_units`.
         calibration: not read by "magnitude", "random" and "hand".
-        criterion: a key of CRITERIA.
+        criterion: see `lamamba.ScoreUnitsOptions`.
         seed: of "random".
 
     Raises:
@@ -259,17 +255,7 @@ def energy_of(outputs: list[Tensor]) -> float:
     return float(torch.cat([output.flatten().double().cpu() for output in outputs]).square().mean())
 
 
-# criteria that look at no sample
-
-def _magnitude(network: Removable, unit: Unit, generator: np.random.Generator) -> float:
-    return sum(float(weight.detach().double().square().sum()) for weight in network.own_parameters(unit.name))
-
-
-def _random(network: Removable, unit: Unit, generator: np.random.Generator) -> float:
-    return float(generator.random())
-
-
-def _by_hand(network: Removable, unit: Unit, generator: np.random.Generator) -> float:
+def _by_hand(network: Removable, unit: Unit) -> float:
     """The place of a block, counted from the end of its stage; only whole blocks go, and the bottleneck as a whole."""
     around = ancestors({each.name: each for each in network.units}, unit.name)
     if unit.kind not in WHOLE_BLOCKS or any(network[name].kind in WHOLE_BLOCKS for name in around):
@@ -278,16 +264,16 @@ def _by_hand(network: Removable, unit: Unit, generator: np.random.Generator) -> 
     return float(len(blocks) - blocks.index(unit.name))
 
 
-RULES: dict[str, Callable[[Removable, Unit, np.random.Generator], float]] = {
-    "magnitude": _magnitude, "random": _random, "hand": _by_hand,
-}
-
-
 def by_rule(network: Removable, criterion: str, seed: int, about: Mapping[str, Any]) -> Scores:
-    """Scores by a criterion that looks at no sample: "magnitude", "random" or "hand"."""
+    """Scores by one of RULES."""
     check_units(network)
-    generator = np.random.default_rng(seed)
-    values = np.array([RULES[criterion](network, unit, generator) for unit in network.units])
+    if criterion == "random":
+        values = np.random.default_rng(seed).random(len(network.units))
+    elif criterion == "hand":
+        values = np.array([_by_hand(network, unit) for unit in network.units])
+    else:
+        weights = (network.own_parameters(unit.name) for unit in network.units)
+        values = np.array([sum(float(each.detach().double().square().sum()) for each in own) for own in weights])
     nothing = np.full((len(values), TIME_BINS), np.nan)
     return Scores(
         criterion, network.units, values, np.zeros(len(values)), nothing, None, 1.0, network.parameters,

@@ -62,7 +62,7 @@ def stock_model(model: UNet, names: Iterable[str] = ()) -> UNet:
     for name in gone:
         check_known("unit", name, kinds)
     stock, weights = _on_meta(model, _configuration(whole, kinds, gone)), model.state_dict()
-    return filled(stock, {new: weights[old] for new, old in _renumbered(whole, weights, gone).items()}, model)
+    return filled(stock, {new: weights[old] for new, old in _renumbered(weights, gone).items()}, model)
 
 
 def zero_filled(model: UNet, names: Iterable[str]) -> UNet:
@@ -201,7 +201,7 @@ def _layer_numbers(whole: UNet, gone: Collection[str], config: Mapping[str, Any]
     }
 
 
-def _renumbered(whole: UNet, weights: Iterable[str], gone: Collection[str]) -> dict[str, str]:
+def _renumbered(weights: Iterable[str], gone: Collection[str]) -> dict[str, str]:
     """The name of every weight that is left, by its name among the blocks that are left."""
     found = {}
     for old in weights:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -52,7 +51,6 @@ def to_pixels(images: np.ndarray, mirror: np.ndarray | None = None) -> Tensor:
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class CodecConfig:
     """How x0 is made of pixels or latents, and so how to decode it.
 

@@ -123,9 +123,7 @@ class _EncodingJob(ShardedJob[Plan]):
         batches = [range(start, min(start + plan.batch_size, indices.stop)) for start in starts]
         moments = torch.zeros((len(indices), plan.views, plan.parts, *plan.shape), dtype=STORAGE[plan.storage])
         kept, bad = [], dict[str, str]()
-        for batch, (pictures, faults) in zip(
-            batches, read_ahead(self._decode, batches, threads=READERS), strict=True
-        ):
+        for batch, (pictures, faults) in zip(batches, read_ahead(self._decode, batches, threads=READERS), strict=True):
             bad |= faults
             self._check_bad(bad)
             moments[batch.start - indices.start : batch.stop - indices.start] = self._moments(pictures, batch)

@@ -58,7 +58,6 @@ def _renamed(values: Any, names: Mapping[str, str]) -> Any:
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class Plan(ShardPlan):
     """All that decides what the shards hold: equal plans give the same bytes."""
 
@@ -115,7 +114,6 @@ class Plan(ShardPlan):
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class Shard:
     """A finished shard."""
 
@@ -344,13 +342,16 @@ class LatentSet:
             raise ValueError(f"{path} ends before image {row}: it is truncated. {_MEND}")
         return found.reshape(shape)
 
-    def moments(self, indices: Sequence[int] | np.ndarray, mirror: np.ndarray | None = None) -> Tensor:
-        """Moments (b, parts, c, h, w) as stored, of images or, where mirror (b,) bool is true, their mirror images."""
+    def _places(self, indices: Sequence[int] | np.ndarray) -> tuple[list[int], list[int]]:
+        """Shards of images, and their rows in these."""
         chosen = np.asarray(indices, dtype=np.int64)
         numbers = np.searchsorted(self._starts, chosen, side="right") - 1
-        rows = chosen - self._starts[numbers]
-        views = np.zeros(len(chosen), dtype=np.int64) if mirror is None else mirror.astype(np.int64)
-        places = zip(numbers.tolist(), rows.tolist(), views.tolist(), strict=True)
+        return numbers.tolist(), (chosen - self._starts[numbers]).tolist()
+
+    def moments(self, indices: Sequence[int] | np.ndarray, mirror: np.ndarray | None = None) -> Tensor:
+        """Moments (b, parts, c, h, w) as stored, of images or, where mirror (b,) bool is true, their mirror images."""
+        views = [0] * len(indices) if mirror is None else mirror.astype(np.int64).tolist()
+        places = zip(*self._places(indices), views, strict=True)
         return torch.from_numpy(np.stack([self._read(*place) for place in places]))
 
     def read(self, indices: Sequence[int], draws: SampleDraws) -> tuple[Tensor, Tensor]:
@@ -363,8 +364,7 @@ class LatentSet:
         return self.codec.to_x0(latents), torch.from_numpy(self._labels[np.asarray(indices)])
 
     def files(self, indices: Sequence[int]) -> list[str]:
-        """File names of images; the index is read for them at each call."""
-        shards = Index.load(self._folder).shards
-        numbers = np.searchsorted(self._starts, np.asarray(indices), side="right") - 1
-        return [shards[n].files[index - self._starts[n]] for n, index in zip(numbers, indices, strict=True)]
+        """File names of images."""
+        numbers, rows = self._places(indices)
+        return [self._shards[number].files[row] for number, row in zip(numbers, rows, strict=True)]
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from lamamba.data.images import MIN_SIDE, BadImage, read_image
 from lamamba.data.sources import MANIFEST_NAME, Source, fingerprint
-from lamamba.options.base import read_record, record
+from lamamba.options.base import checked, read_record, record
 from lamamba.utils.files import write_json
 
 MANIFEST_VERSION = 1
@@ -25,7 +25,7 @@ NAMED_CONVERTED = 1000
 """Converted files that a manifest lists."""
 
 
-@record
+@checked
 @dataclass(frozen=True)
 class FoundFile:
     """A bad or converted file, and what was found."""
@@ -36,7 +36,6 @@ class FoundFile:
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What `lamamba data check` found in a source."""
 

@@ -55,9 +55,7 @@ def image_formats() -> tuple[str, ...]:
 @functools.cache
 def image_extensions() -> frozenset[str]:
     """Endings of their files, in lower case."""
-    return frozenset(
-        ending for ending, name in Image.registered_extensions().items() if name in image_formats()
-    )
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in image_formats())
 
 
 def is_junk(name: str) -> bool:

@@ -9,24 +9,15 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    HeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 from torch import Tensor
 
 from lamamba.config import Objective, check_known
 from lamamba.diffusion.flow_map_scheduler import FlowMapScheduler
 from lamamba.diffusion.guidance import Predict
-from lamamba.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule
+from lamamba.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule, per_image
 
 _BETAS: dict[str, Any] = {
     "num_train_timesteps": NUM_TIMESTEPS, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02
@@ -60,34 +51,34 @@ _NOISE_AND_V: tuple[Objective, ...] = ("noise", "v")
 _MULTISTEP_MOST = NUM_TIMESTEPS - 1
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(_NOISE_AND_V, lambda objective: DDPMScheduler(
+    "ddpm": Sampler(_NOISE_AND_V, lambda objective: diffusers.DDPMScheduler(
         **_noise_levels(objective), variance_type="learned_range" if objective == "noise" else "fixed_small",
         clip_sample=False, timestep_spacing="linspace"),
         250, "ancestral, the paper's; many steps", min_steps=2, is_stochastic=True),
-    "ddim": Sampler(_NOISE_AND_V, lambda objective: DDIMScheduler(
+    "ddim": Sampler(_NOISE_AND_V, lambda objective: diffusers.DDIMScheduler(
         **_noise_levels(objective), clip_sample=False, set_alpha_to_one=True, steps_offset=0,
         timestep_spacing="leading"), 50, "first order"),
-    "dpm++": Sampler(_NOISE_AND_V, lambda objective: DPMSolverMultistepScheduler(
+    "dpm++": Sampler(_NOISE_AND_V, lambda objective: diffusers.DPMSolverMultistepScheduler(
         **_noise_levels(objective), algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace"),
         25, "DPM-Solver++ 2M, second order", max_steps=_MULTISTEP_MOST),
-    "dpm++-sde": Sampler(_NOISE_AND_V, lambda objective: DPMSolverMultistepScheduler(
+    "dpm++-sde": Sampler(_NOISE_AND_V, lambda objective: diffusers.DPMSolverMultistepScheduler(
         **_noise_levels(objective), algorithm_type="sde-dpmsolver++", solver_order=2, timestep_spacing="linspace"),
         50, "DPM-Solver++ 2M with fresh noise", is_stochastic=True, max_steps=_MULTISTEP_MOST),
-    "unipc": Sampler(_NOISE_AND_V, lambda objective: UniPCMultistepScheduler(
+    "unipc": Sampler(_NOISE_AND_V, lambda objective: diffusers.UniPCMultistepScheduler(
         **_noise_levels(objective), solver_order=2, timestep_spacing="linspace"),
         20, "predictor and corrector, second order", max_steps=_MULTISTEP_MOST),
-    "euler": Sampler(_NOISE_AND_V, lambda objective: EulerDiscreteScheduler(
+    "euler": Sampler(_NOISE_AND_V, lambda objective: diffusers.EulerDiscreteScheduler(
         **_noise_levels(objective), timestep_spacing="linspace"), 50, "first order"),
-    "heun": Sampler(_NOISE_AND_V, lambda objective: HeunDiscreteScheduler(
+    "heun": Sampler(_NOISE_AND_V, lambda objective: diffusers.HeunDiscreteScheduler(
         **_noise_levels(objective), timestep_spacing="linspace"),
         25, "second order, two evaluations per step", min_steps=5),             # with fewer it overshoots by far
-    "flow-euler": Sampler(("flow",), lambda _: FlowMatchEulerDiscreteScheduler(
+    "flow-euler": Sampler(("flow",), lambda _: diffusers.FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=NUM_TIMESTEPS), 28, "first order, straight steps"),
-    "flow-heun": Sampler(("flow",), lambda _: FlowMatchHeunDiscreteScheduler(
+    "flow-heun": Sampler(("flow",), lambda _: diffusers.FlowMatchHeunDiscreteScheduler(
         num_train_timesteps=NUM_TIMESTEPS), 25, "second order, two evaluations per step"),
-    "flow-dpm++": Sampler(("flow",), lambda _: DPMSolverMultistepScheduler(
+    "flow-dpm++": Sampler(("flow",), lambda _: diffusers.DPMSolverMultistepScheduler(
         **_FLOW, algorithm_type="dpmsolver++", solver_order=2), 25, "DPM-Solver++ 2M, second order"),
-    "flow-unipc": Sampler(("flow",), lambda _: UniPCMultistepScheduler(
+    "flow-unipc": Sampler(("flow",), lambda _: diffusers.UniPCMultistepScheduler(
         **_FLOW, solver_order=2), 20, "predictor and corrector, second order"),
     "flow-map": Sampler(("flow-map",), lambda _: FlowMapScheduler(
         num_train_timesteps=NUM_TIMESTEPS), 2, "steps of any length; one to four"),
@@ -130,9 +121,7 @@ def make_scheduler(name: str, objective: Objective, num_steps: int | None = None
         )
     num_steps = sampler.default_steps if num_steps is None else num_steps
     if not sampler.min_steps <= num_steps <= sampler.max_steps:
-        raise ValueError(
-            f"sampler {name!r} takes {sampler.min_steps} to {sampler.max_steps} steps, not {num_steps}"
-        )
+        raise ValueError(f"sampler {name!r} takes {sampler.min_steps} to {sampler.max_steps} steps, not {num_steps}")
     scheduler = sampler.make(objective)
     set_steps(scheduler, num_steps)
     return scheduler
@@ -152,7 +141,7 @@ def set_steps(scheduler: Any, num_steps: int) -> None:
         # N equal steps from 1 to 0; by default diffusers' last step begins at 1/1000, after N - 1 longer ones
         scheduler.sigma_min = 1 / num_steps
     try:
-        if isinstance(scheduler, DDPMScheduler) and config.timestep_spacing == "linspace" and num_steps > 1:
+        if isinstance(scheduler, diffusers.DDPMScheduler) and config.timestep_spacing == "linspace" and num_steps > 1:
             scheduler.set_timesteps(timesteps=respaced_steps(num_steps))
         else:
             scheduler.set_timesteps(num_steps)
@@ -330,7 +319,7 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     Unlike linear interpolation, it keeps the norm, so that normal noise stays normal.
     """
     direction_a, direction_b = (F.normalize(noise.double().flatten(1)) for noise in (a, b))
-    angle = (direction_a * direction_b).sum(1).clamp(-1, 1).arccos().view(-1, *[1] * (a.dim() - 1))
+    angle = per_image((direction_a * direction_b).sum(1).clamp(-1, 1).arccos(), a)
     straight = angle.sin() < 1e-6                                               # parallel: linear instead
     weight_a, weight_b = (1 - share) * angle, share * angle
     safe = torch.where(straight, torch.ones_like(angle), angle.sin())
@@ -340,15 +329,9 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 @torch.no_grad()
 def denoise(
-    predict: Predict,
-    scheduler: Any,
-    noise: Tensor,
-    *,
-    generators: Sequence[torch.Generator] | torch.Generator | None = None,
-    first: int = 0,
-    start: Tensor | None = None,
-    known: Known | None = None,
-    on_step: Callable[[Step], Tensor | None] | None = None,
+    predict: Predict, scheduler: Any, noise: Tensor, *,
+    generators: Sequence[torch.Generator] | torch.Generator | None = None, first: int = 0,
+    start: Tensor | None = None, known: Known | None = None, on_step: Callable[[Step], Tensor | None] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Tensor:
     """Sample clean images: run the scheduler's reverse process from noise to x0.

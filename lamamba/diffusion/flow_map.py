@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lamamba.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule
+from lamamba.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule, per_image
 
 MeanVelocity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(x, t, r, rows) -> u(x, t, r), for the images with these indices of the batch."""
@@ -86,7 +86,7 @@ def own_share(
 
 def step_to(x: Tensor, u: Tensor, t: Tensor, r: Tensor) -> Tensor:
     """x_r = x_t - (t - r) u: (b, c, h, w)."""
-    return x - (t - r).view(-1, *[1] * (x.dim() - 1)).to(x) * u
+    return x - per_image(t - r, x).to(x) * u
 
 
 def student_states(x: Tensor, eps: Tensor, t: Tensor, student: MeanVelocity, chosen: Tensor) -> Tensor:
@@ -138,17 +138,13 @@ def flow_map_target(
 
 def _put(target: Tensor, rows: Tensor, chosen: Tensor, values: Tensor) -> None:
     """Replace the chosen images among rows, (b, c, h, w); the first one may be there without being chosen."""
-    target[rows] = torch.where(_like(chosen[rows], target), values.to(target), target[rows])
+    target[rows] = torch.where(per_image(chosen[rows], target), values.to(target), target[rows])
 
 
 def _rows(chosen: Tensor) -> Tensor:
     """Indices of the chosen images; the first one's where there is none, so that a batch is never empty."""
     rows = chosen.nonzero()[:, 0]
     return rows if len(rows) else rows.new_zeros(1)
-
-
-def _like(mask: Tensor, x: Tensor) -> Tensor:
-    return mask.view(-1, *[1] * (x.dim() - 1))
 
 
 def flow_map_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -186,7 +182,7 @@ class FlowFromNoise:
         above = torch.searchsorted(self._log_ratio, log_ratio).clamp(1, NUM_TIMESTEPS - 1)
         low, high = self._log_ratio[above - 1], self._log_ratio[above]
         timestep = above - 1 + (log_ratio - low) / (high - low)
-        return x / _like((1 - t).square() + t.square(), x).sqrt().to(x), timestep.to(x.device, torch.float32)
+        return x / per_image((1 - t).square() + t.square(), x).sqrt().to(x), timestep.to(x.device, torch.float32)
 
     def velocity(self, output: Tensor, y: Tensor, t: Tensor) -> Tensor:
         """v = eps - x0: (b, c, h, w).
@@ -198,7 +194,7 @@ class FlowFromNoise:
         """
         output = output[:, : y.shape[1]].float()
         log_ratio = torch.logit(t.double().cpu(), eps=1e-9).clamp(self._log_ratio[0], self._log_ratio[-1])
-        image, noise = (_like(torch.sigmoid(sign * 2 * log_ratio).sqrt(), y).to(y) for sign in (-1, 1))
+        image, noise = (per_image(torch.sigmoid(sign * 2 * log_ratio).sqrt(), y).to(y) for sign in (-1, 1))
         if self._objective == "v":
             eps, x0 = image * output + noise * y, image * y - noise * output
         else:

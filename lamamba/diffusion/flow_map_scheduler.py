@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from lamamba.diffusion.schedule import NUM_TIMESTEPS
+from lamamba.diffusion.schedule import NUM_TIMESTEPS, per_image
 
 
 @dataclass
@@ -134,7 +134,7 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
             noise: (b, c, h, w), eps; by default fresh.
         """
         noise = torch.randn_like(sample) if noise is None else noise
-        t = (timestep.to(sample) / self.config.num_train_timesteps).view(-1, *[1] * (sample.dim() - 1))
+        t = per_image(timestep.to(sample) / self.config.num_train_timesteps, sample)
         return (1 - t) * sample + t * noise
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

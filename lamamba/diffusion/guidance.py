@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lamamba.config import UNetConfig, check_known
 from lamamba.diffusion.schedule import NUM_TIMESTEPS
-from lamamba.options.base import record
+from lamamba.options.base import checked
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x (b, c, h, w), timestep (b,)) -> the network's output."""
@@ -36,7 +36,7 @@ def drop_labels(labels: Tensor, uniform: Tensor, probability: float, null_label:
     return torch.where(uniform.to(labels.device) < probability, null_label, labels)
 
 
-@record
+@checked
 @dataclass(frozen=True)
 class Guidance:
     """Settings of guidance: scale, channels, interval of timesteps, rescaling.

@@ -14,8 +14,9 @@ from lamamba.config import Objective
 NUM_TIMESTEPS = 1000
 
 
-def _per_image(values: Tensor, x: Tensor) -> Tensor:
-    return values.to(x.device, x.dtype).view(-1, *[1] * (x.dim() - 1))
+def per_image(values: Tensor, x: Tensor) -> Tensor:
+    """Values of images (b,), broadcastable with x (b, ...)."""
+    return values.view(-1, *[1] * (x.dim() - 1))
 
 
 def logit_normal(uniform: Tensor, mean: float = 0.0, deviation: float = 1.0) -> Tensor:
@@ -51,7 +52,7 @@ class NoiseSchedule:
 
     def at(self, values: Tensor, t: Tensor, x: Tensor) -> Tensor:
         """Gather a table's entries at t (b,), broadcastable with x: (b, 1, 1, 1)."""
-        return _per_image(values[t.cpu()], x)
+        return per_image(values[t.cpu()].to(x), x)
 
     def timestep(self, uniform: Tensor) -> Tensor:
         """Draw timesteps 0 .. 999 from uniform numbers in [0, 1): (b,) int64."""
@@ -111,7 +112,7 @@ class FlowSchedule:
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """xt = (1 - t/1000) x0 + t/1000 eps."""
-        share = _per_image(t / NUM_TIMESTEPS, x0)
+        share = per_image((t / NUM_TIMESTEPS).to(x0), x0)
         return (1 - share) * x0 + share * eps
 
 

@@ -168,7 +168,9 @@ def find_sample_sets(
                 candidate.folder, ema=candidate.ema, autoencoder=options.autoencoder, device=device, lora=options.lora)
             model.prepare(device, dtype, compiled=False, images=options.batch_size, quantized=options.quantize)
             for each in options.guidance:                                       # before the first is sampled
-                _check_guidance(model, candidate, each)
+                if each != 1 and not model.num_classes:
+                    raise ValueError(f"{candidate.path} is unconditional: guidance needs classes, leave it out")
+                model.network.architecture.check_guidance(each)
             models[candidate] = model
         name = f"guidance {scale:g}" if len(options.guidance) > 1 else candidate.name
         runs = _sampled(models[candidate], candidate, options, scale, on_step)
@@ -176,12 +178,6 @@ def find_sample_sets(
         return SampleSet(name, runs, candidate.step, candidate.ema, scale, architecture)
 
     return [functools.partial(open_samples, candidate, scale) for candidate in candidates for scale in options.guidance]
-
-
-def _check_guidance(model: Model, candidate: Candidate, guidance: float) -> None:
-    if guidance != 1 and not model.num_classes:
-        raise ValueError(f"{candidate.path} is unconditional: guidance needs classes, leave it out")
-    model.network.architecture.check_guidance(guidance)
 
 
 def _sampled(
@@ -197,8 +193,8 @@ def _sampled(
         cache.check_run(evaluations)
     metadata = {
         "name": f"{candidate.path}", "step": candidate.step, "ema": candidate.ema, "weights_sha256": model.sha256,
-        "objective": config.objective, "sampler": sampler,
-        "evaluations": evaluations, "dtype": options.dtype, **({"cache": asdict(cache)} if cache else {}),
+        "objective": config.objective, "sampler": sampler, "evaluations": evaluations, "dtype": options.dtype,
+        **({"cache": asdict(cache)} if cache else {}),
         **({"quantized": options.quantize} if options.quantize else {}),
         **({"lora_sha256": model.lora.sha256} if model.lora else {}),
         "labels": options.labels if classes else "none",

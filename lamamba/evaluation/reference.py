@@ -27,7 +27,6 @@ Moments = tuple[np.ndarray, np.ndarray]
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class _Protocol:
     """What a statistics file of ours says of itself."""
 

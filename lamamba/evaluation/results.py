@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +36,6 @@ WITHIN = {"inception_score": "inception_score_spread", "kernel": "kernel_spread"
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class Entry:
     """Figures of one set of weights at one guidance scale, or of existing images."""
 
@@ -57,7 +56,6 @@ class Entry:
 
 
 @record
-@dataclass(frozen=True)
 class _Result:
     version: int
     entries: Annotated[tuple[Entry, ...], MinLen(1)]

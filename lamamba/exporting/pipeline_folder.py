@@ -45,13 +45,6 @@ def write_pipeline_folder(
     Raises:
         ValueError: when sampler, autoencoder, names or guidance do not fit the network.
     """
-    with replacing(options.target) as folder:
-        return _write(options, model, folder, report)
-
-
-def _write(
-    options: ExportOptions, model: Model, folder: Path, report: Report
-) -> tuple[Image.Image | None, float | None]:
     config = model.network.architecture
     sampler = options.sampler or samplers_for(config.objective)[0]
     names = _label_names(options.labels, model.metadata.label_names, config.num_classes)
@@ -60,21 +53,21 @@ def _write(
     if guidance is None:
         guidance = default_guidance(model.metadata.guidance, config.num_classes)
     grid, onnx_error = None, None
-    if options.images:
-        grid = sample_grid(pipe, options.images, options.steps, guidance, options.seed, options.device, report)
-        save_picture(grid, folder / "samples.png")
-    if options.onnx:
-        onnx_error = export_onnx(torch.nn.Module.float(model.network).cpu(), folder / "onnx" / "unet.onnx", report)
-        logger.info("onnx/unet.onnx: relative error against PyTorch in onnxruntime: %.1e", onnx_error)
-    for part in (pipe.unet, pipe.vae):
-        if part is not None:
+    with replacing(options.target) as folder:
+        if options.images:
+            grid = sample_grid(pipe, options.images, options.steps, guidance, options.seed, options.device, report)
+            save_picture(grid, folder / "samples.png")
+        if options.onnx:
+            onnx_error = export_onnx(torch.nn.Module.float(model.network).cpu(), folder / "onnx" / "unet.onnx", report)
+            logger.info("onnx/unet.onnx: relative error against PyTorch in onnxruntime: %.1e", onnx_error)
+        for part in filter(None, (pipe.unet, pipe.vae)):
             torch.nn.Module.to(part, "cpu", getattr(torch, options.dtype))
-    pipe.save_pretrained(folder)
-    card = model_card(
-        options.name or options.target.name, pipe, sampler=sampler, guidance=guidance, licence=options.licence,
-        training=_training_info(options), has_grid=grid is not None,
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+        pipe.save_pretrained(folder)
+        card = model_card(
+            options.name or options.target.name, pipe, sampler=sampler, guidance=guidance, licence=options.licence,
+            training=_training_info(options), has_grid=grid is not None,
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return grid, onnx_error
 
 

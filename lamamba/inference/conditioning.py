@@ -151,7 +151,7 @@ class ConditionedNetwork:
         return self._cache.run(forward, float(timestep[0]), x.shape[0]).to(x.dtype)
 
     def _follow_adapters(self) -> None:
-        """Forget what was computed or recorded before the network's adapters were changed."""
+        """Drop what was computed or recorded before the network's adapters were changed."""
         if self._adapter_changes != self._model.adapter_changes:
             self._adapter_changes, self._rows, self._recorded = self._model.adapter_changes, {}, {}
             self._constants = None
@@ -231,8 +231,7 @@ class UnpreparedNetwork:
     def __call__(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
         inputs = {name: values.to(x.device).expand(len(x)) for name, values in self._flow_map.at(
             [float(timestep[0])]).items()}
-        forward = functools.partial(
-            self._model, x.to(self._model.dtype), timestep.to(x.device), class_labels, **inputs)
+        forward = functools.partial(self._model, x.to(self._model.dtype), timestep.to(x.device), class_labels, **inputs)
         if self._cache is None:
             return forward().to(x.dtype)
         if self._adapter_changes != self._model.adapter_changes:                # features of other weights

@@ -129,20 +129,16 @@ def quantize(network: nn.Module, kind: Quantization, *, compiled: bool = False) 
     """
     weight = next(network.parameters())
     if _has_kernels(kind, weight.device, weight.dtype, compiled):
-        _replace_linears(network)
+        for name, module in list(network.named_modules()):
+            if is_quantized(module, name):
+                parent, _, child = name.rpartition(".")
+                setattr(network.get_submodule(parent), child, Int8Linear(module))
+                module.weight = None                                            # freed at once
         return
     settings = _settings(kind)
     from torchao.quantization import quantize_
 
     quantize_(network, settings, filter_fn=is_quantized)
-
-
-def _replace_linears(network: nn.Module) -> None:
-    for name, module in list(network.named_modules()):
-        if is_quantized(module, name):
-            parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, Int8Linear(module))
-            module.weight = None                                                # freed at once
 
 
 def is_quantized(module: nn.Module, name: str) -> bool:

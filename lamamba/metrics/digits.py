@@ -96,9 +96,7 @@ class DigitScore:
         return self.spread / self.real_spread
 
 
-def score_digits(
-    samples: np.ndarray, labels: np.ndarray, real: np.ndarray, real_labels: np.ndarray
-) -> DigitScore:
+def score_digits(samples: np.ndarray, labels: np.ndarray, real: np.ndarray, real_labels: np.ndarray) -> DigitScore:
     """Compare samples with real digits.
 
     Args:
@@ -108,8 +106,7 @@ def score_digits(
     classifier = DigitClassifier(real, real_labels)
     return DigitScore(
         held_out_accuracy=classifier.held_out_accuracy,
-        recognised=int((classifier.classify(samples) == labels).sum()),
-        num_samples=len(samples),
+        recognised=int((classifier.classify(samples) == labels).sum()), num_samples=len(samples),
         spread=mean_distance_within_classes(samples, labels),
         real_spread=mean_distance_within_classes(real, real_labels),
         nearest_to_real=float(np.median(nearest_distances(samples, real))),

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamamba.options.base import record
+from lamamba.options.base import checked
 
 Outputs = dict[str, np.ndarray]
 """By name, each (n, ...) float32: "features" always; "spatial" and "logits" where the network has them."""
 
 
-@record
+@checked
 @dataclass(frozen=True)
 class FeatureNetworkInfo:
     """Identity of a feature network: results compare only where all of it is equal."""

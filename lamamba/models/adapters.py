@@ -405,8 +405,7 @@ def _expected_shape(module: nn.Module, part: str, shape: tuple[int, ...]) -> tup
         sizes = {"lora_A.weight": (*rank, module.in_channels, *module.kernel_size),
                  "lora_B.weight": (module.out_channels, *rank, 1, 1)}
     elif isinstance(module, nn.Embedding):
-        sizes = {"lora_embedding_A": (*rank, module.num_embeddings),
-                 "lora_embedding_B": (module.embedding_dim, *rank)}
+        sizes = {"lora_embedding_A": (*rank, module.num_embeddings), "lora_embedding_B": (module.embedding_dim, *rank)}
     else:
         return None
     return sizes.get(part, ())
@@ -432,19 +431,15 @@ def find_targets(modules: Mapping[str, nn.Module], names: Iterable[str]) -> list
 
 def largest_rank(module: nn.Module) -> int:
     """The rank of a layer's weight matrix: a LoRA of more rows adds nothing."""
-    assert isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d)
-    return min(module.weight.shape[0], module.weight[0].numel())
+    return min(_matrix_sides(module))
 
 
 def count_parameters(modules: Mapping[str, nn.Module], targets: Iterable[str], rank: int) -> int:
     """Parameters of a LoRA of these layers."""
-    count = 0
-    for name in targets:
-        module = modules[name]
-        if isinstance(module, nn.Linear):
-            count += rank * (module.in_features + module.out_features)
-        elif isinstance(module, nn.Embedding):
-            count += rank * (module.num_embeddings + module.embedding_dim)
-        elif isinstance(module, nn.Conv2d):
-            count += rank * (module.weight[0].numel() + module.out_channels)
-    return count
+    return rank * sum(sum(_matrix_sides(modules[name])) for name in targets)
+
+
+def _matrix_sides(module: nn.Module) -> tuple[int, int]:
+    """Rows and columns of a layer's weight as a matrix; a convolution's kernel lies along the columns."""
+    assert isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d)
+    return module.weight.shape[0], module.weight[0].numel()

@@ -37,7 +37,7 @@ class WindowAttention(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.bias_table, std=0.02)
 
-    def constants(self, x: Tensor, geometry: Geometry) -> Tensor:
+    def constants(self, geometry: Geometry) -> Tensor:
         """The relative position bias that `forward` gathers, (heads, tokens, tokens)."""
         return self._bias(geometry).contiguous()
 

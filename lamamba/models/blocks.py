@@ -55,7 +55,7 @@ class MLP(nn.Module):
         self.gelu = nn.GELU()
         self.linear_out = nn.Linear(hidden, width)
 
-    def constants(self, x: Tensor, geometry: Geometry) -> None:
+    def constants(self, geometry: Geometry) -> None:
         """Nothing: `forward` reads its weights as they are."""
 
     def forward(self, x: Tensor, geometry: Geometry, constants: None = None) -> Tensor:
@@ -101,16 +101,13 @@ class LaMambaBlock(nn.Module):
         self.norms = nn.ModuleDict({branch: ModulatedNorm(width) for branch in branches})
         self.branches = nn.ModuleDict({branch: build[branch]() for branch in branches})
 
-    def zero_modulation(self) -> None:
-        nn.init.zeros_(self.modulation.weight)
-
     def modulate(self, c: Tensor) -> Tensor:
         """shift, scale and gate of every branch from the condition: (b, condition_width) -> (b, 3 branches width)."""
         return self.modulation(F.silu(self.condition(c)))
 
-    def constants(self, x: Tensor, geometry: Geometry) -> dict[str, Any]:
-        """What the branches compute from weights and grid alone, for tokens like x."""
-        return {name: branch.constants(x, geometry) for name, branch in self.branches.items()}  # type: ignore[operator]
+    def constants(self, geometry: Geometry) -> dict[str, Any]:
+        """What the branches compute from weights and grid alone."""
+        return {name: branch.constants(geometry) for name, branch in self.branches.items()}  # type: ignore[operator]
 
     def forward(
         self, x: Tensor, c: Tensor | None, geometry: Geometry, modulation: Tensor | None = None,

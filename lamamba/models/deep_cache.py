@@ -24,7 +24,6 @@ DEEP = "deep"
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class LaMambaCacheConfig:
     """How a network's deep features are kept between steps.
 
@@ -42,10 +41,10 @@ class LaMambaCacheConfig:
     """So many evaluations at the beginning are full; order 1 needs two."""
 
     def __post_init__(self) -> None:
-        for name, least in (("interval", 1), ("warm_up", 1)):
+        for name in ("interval", "warm_up"):
             value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"cache {name}={value!r} must be a whole number, {least} or more")
+            if type(value) is not int or value < 1:
+                raise ValueError(f"cache {name}={value!r} must be a whole number, 1 or more")
         if type(self.order) is not int or self.order not in (0, 1):
             raise ValueError(f"cache order={self.order!r} must be 1 (linear in the last two full passes) or 0")
 
@@ -119,7 +118,7 @@ class DeepFeatureCache:
         self.reset()
 
     def reset(self, images: int | None = None) -> None:
-        """Forget everything: a run begins.
+        """Empty the cache: a run begins.
 
         Args:
             images: rows of the batch that belong to a guidance branch; guidance makes batches of two branches. By
@@ -129,7 +128,7 @@ class DeepFeatureCache:
         self.restart()
 
     def restart(self) -> None:
-        """Forget everything; a guidance branch has as many images as before."""
+        """Empty the cache; a guidance branch has as many images as before."""
         self._branches: dict[int, _Branch] = {}
         self._evaluation, self._time, self._rows = -1, math.inf, 0
 

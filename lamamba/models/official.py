@@ -147,19 +147,13 @@ def derive_config(state: Mapping[str, Tensor], scan: Literal["continuous", "cros
     scan_width = need("layers.0.blocks.0.op.out_proj.weight", 2)[1]
     projection = need("patch_embed.proj.weight", 4)
     return UNetConfig(
-        width=width,
-        num_heads=table[1],
+        width=width, num_heads=table[1],
         depths=tuple(count(rf"layers\.{s}\.blocks\.(\d+)\.") for s in range(NUM_STAGES)),
-        bottleneck_depth=count(r"mid_layer\.blocks\.(\d+)\."),
-        window_size=(math.isqrt(table[0]) + 1) // 2,
-        state_size=need("layers.0.blocks.0.op.A_logs", 2)[1],
-        ssm_ratio=scan_width / max(width, 1),
-        mlp_ratio=need("layers.0.blocks.0.mlp.fc1.weight", 2)[0] / max(width, 1),
-        patch_size=projection[2],
-        in_channels=projection[1],
-        num_classes=need("y_embedder.embedding_table.weight", 2)[0] - 1,
-        grid=(height, grid_width),
-        scan=scan,
+        bottleneck_depth=count(r"mid_layer\.blocks\.(\d+)\."), window_size=(math.isqrt(table[0]) + 1) // 2,
+        state_size=need("layers.0.blocks.0.op.A_logs", 2)[1], ssm_ratio=scan_width / max(width, 1),
+        mlp_ratio=need("layers.0.blocks.0.mlp.fc1.weight", 2)[0] / max(width, 1), patch_size=projection[2],
+        in_channels=projection[1], num_classes=need("y_embedder.embedding_table.weight", 2)[0] - 1,
+        grid=(height, grid_width), scan=scan,
     )
 
 
@@ -205,9 +199,7 @@ def _scan_kind(content: Mapping[str, Any]) -> Literal["continuous", "cross"] | N
 
 
 def load_official(
-    source: str | Path | Mapping[str, Any],
-    config: UNetConfig | None = None,
-    *,
+    source: str | Path | Mapping[str, Any], config: UNetConfig | None = None, *,
     weights: Literal["ema", "model"] | None = None,
 ) -> LaMambaUNet:
     """Load an official checkpoint as a LaMambaUNet in evaluation mode.
@@ -247,9 +239,7 @@ def load_official(
     return model.eval()
 
 
-def official_optimizer(
-    content: Mapping[str, Any], model: LaMambaUNet
-) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
+def official_optimizer(content: Mapping[str, Any], model: LaMambaUNet) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
     """AdamW's state from an official training checkpoint, under our parameter names.
 
     The file numbers parameters in the order of its weights, buffers not counted.

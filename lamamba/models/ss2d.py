@@ -71,7 +71,7 @@ class SS2D(nn.Module):
         self.A_log.copy_(rates.log().expand_as(self.A_log))
         self.D.fill_(1.0)
 
-    def constants(self, x: Tensor, geometry: Geometry) -> Tensor:
+    def constants(self, geometry: Geometry) -> Tensor:
         """The rates A that `forward` computes from weights alone, (g, c, n), channels innermost as Triton has them."""
         return self._rates().mT.contiguous().mT
 

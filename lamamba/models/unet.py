@@ -21,12 +21,7 @@ from lamamba.config import NUM_STAGES, STAGE_SCALES, STAGES, Grid, UNetConfig, a
 from lamamba.models.adapters import Adapters
 from lamamba.models.blocks import ConditionLinear, LaMambaBlock, ModulatedNorm, initialise_linears
 from lamamba.models.deep_cache import DEEP, DeepFeatureCache, LaMambaCacheConfig
-from lamamba.models.embeddings import (
-    PatchEmbedding,
-    ScalarEmbedding,
-    TimestepEmbedding,
-    position_table,
-)
+from lamamba.models.embeddings import PatchEmbedding, ScalarEmbedding, TimestepEmbedding, position_table
 from lamamba.models.geometry import TABLES, Geometry, make_geometry
 from lamamba.models.resample import PatchExpanding, PatchMerging
 from lamamba.models.weights import check_weights, is_quantized, read_config, saved_folder
@@ -102,10 +97,6 @@ class Head(nn.Module):
         self.norm = ModulatedNorm(width, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(width, config.output_channels)
 
-    def zero_outputs(self) -> None:
-        for linear in (self.modulation, self.linear):
-            nn.init.zeros_(linear.weight)
-
     def modulate(self, c: Tensor) -> Tensor:
         """shift and scale from the condition: (b, condition_width) -> (b, 2 width)."""
         return self.modulation(F.silu(self.condition(c)))
@@ -170,9 +161,7 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
         self.gap_embedding = ScalarEmbedding(config.condition_width) if is_flow_map else None
         self.guidance_embedding = ScalarEmbedding(config.condition_width) if has_scale else None
 
-        self.encoder = nn.ModuleList(
-            Stage(config, f"encoder.{s}", s, config.depths[s]) for s in range(NUM_STAGES)
-        )
+        self.encoder = nn.ModuleList(Stage(config, f"encoder.{s}", s, config.depths[s]) for s in range(NUM_STAGES))
         self.merges = nn.ModuleList(PatchMerging(width << s, width << s + 1) for s in range(2))
         self.bottleneck = Stage(config, "bottleneck", NUM_STAGES - 1, config.bottleneck_depth)
         self.expands = nn.ModuleList(PatchExpanding(width << s + 1, width << s, factor=2) for s in reversed(range(2)))
@@ -200,9 +189,9 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
             kind = type(module)                                                 # PyTorch's own layers keep their init
             if module is not self and kind.__module__.startswith("lamamba.") and "reset_parameters" in vars(kind):
                 module.reset_parameters()
-            if isinstance(module, LaMambaBlock):
-                module.zero_modulation()
-        self.head.zero_outputs()
+        for module in self._modulated():
+            nn.init.zeros_(module.modulation.weight)
+        nn.init.zeros_(self.head.linear.weight)
 
     def set_grid(self, grid: int | Grid | None) -> None:
         """Set the token grid that the network runs on; None restores the configuration's.
@@ -374,7 +363,7 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
         for stage, scale in zip(self._stages(), scales, strict=True):
             blocks: Mapping[str, Any] = dict(stage.blocks.items())
             for number, block in blocks.items():
-                constants[f"{stage.name}.{number}"] = block.constants(x, at[scale].to(x.device))
+                constants[f"{stage.name}.{number}"] = block.constants(at[scale].to(x.device))
         return constants
 
     def _embed(

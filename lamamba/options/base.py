@@ -1,6 +1,6 @@
 """How options are declared: frozen dataclasses, checked when made, in Python, from TOML, JSON or a command line.
 
-Dataclasses of files have `@record` above them, and are checked by `from_dict` when they are read.
+What files hold is a `@record`, or a dataclass with `@checked` above it, and is checked by `from_dict` when it is read.
 
     @options
     class Resize:
@@ -63,9 +63,7 @@ Above0 = Annotated[float, Gt(0)]
 MAX_THREADS = 1024
 Threads = Annotated[int, Ge(1), Le(MAX_THREADS)]
 """Of a process: thousands end it where the system starts no more."""
-OrInfinity = Annotated[
-    float, AllowInfNan(True), BeforeValidator(lambda value: math.inf if value == "inf" else value)
-]
+OrInfinity = Annotated[float, AllowInfNan(True), BeforeValidator(lambda value: math.inf if value == "inf" else value)]
 """A number that may be infinite; JSON files hold "inf"."""
 
 
@@ -111,7 +109,7 @@ Labels = Annotated[tuple[int | str, ...], _splits(str), Strict(False), _word(str
 
 __all__ = [
     "MAX_THREADS", "Above0", "FilePath", "Ge", "Gt", "Labels", "Le", "Lt", "Name", "Numbers", "OrInfinity", "Positive",
-    "PositiveInts", "Threads", "Words", "from_dict", "options", "read_record", "read_toml", "record", "verb",
+    "PositiveInts", "Threads", "Words", "checked", "from_dict", "options", "read_record", "read_toml", "record", "verb",
 ]
 
 
@@ -127,9 +125,8 @@ def options(cls: type[T]) -> type[T]:
     """
     _show_plainly(cls)
     made: Any = validated_dataclass(
-        cls, frozen=True, kw_only=True, config=ConfigDict(
-            strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False,
-        )
+        cls, frozen=True, kw_only=True,
+        config=ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False),
     )
     check = made.__init__
 
@@ -168,15 +165,21 @@ def _metavar(hint: Any) -> str:
     return "|".join(_metavar(part) for part in parts) if parts else hint.__name__.upper()
 
 
-record = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+checked = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 """Of a dataclass that files hold: `from_dict` refuses unknown entries, other types and infinities, at any depth."""
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
+def record(cls: type[T]) -> type[T]:
+    """Make a class a frozen, keyword-only dataclass that files hold, `checked`."""
+    return checked(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
 
 
 def from_dict(cls: type[T], values: Any, where: str | Path = "") -> T:
     """Options or a record from nested plain values, as TOML and JSON files hold them; missing ones keep their defaults.
 
     Args:
-        cls: made by `options`, or a dataclass with `record` above it.
+        cls: made by `options` or `record`, or `checked`.
         values: lists serve as tuples, whole numbers as floats.
         where: the file that they come from, for messages.
 

@@ -25,7 +25,6 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,14 +116,12 @@ def _cause(error: BaseException) -> str:
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class _RunData:
     fingerprint: str | None
     left_out: tuple[str, ...] | None = None
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """config.json of a run."""
 
@@ -142,7 +139,6 @@ class RunConfig:
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class CheckpointState:
     """state.json of a checkpoint; entries that older versions did not write have their defaults."""
 
@@ -169,7 +165,6 @@ class CheckpointState:
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class _Manifest:
     version: int
     files: dict[str, str]
@@ -254,10 +249,10 @@ class RunFolder:
                 file.unlink(missing_ok=True)
             if data_files:
                 write_all({self._data_files: gzip.compress("\n".join(data_files).encode(), mtime=0)})
-        if strangers := self.strangers():
+        if unknown := self.unknown_checkpoints():
             logger.warning(
                 "%s: %s were not written by this run; training neither reads nor removes them", self.checkpoints,
-                ", ".join(strangers)
+                ", ".join(unknown)
             )
         self.samples.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
@@ -353,7 +348,7 @@ class RunFolder:
         """Their steps."""
         return sorted(step for step in map(_step_of, self._candidates()) if step is not None)
 
-    def strangers(self) -> list[str]:
+    def unknown_checkpoints(self) -> list[str]:
         """Names like a checkpoint's that training has not written: copies, links, files."""
         return sorted(path.name for path in self._candidates() if _step_of(path) is None)
 
@@ -491,6 +486,4 @@ def check_manifest(checkpoint: Path) -> None:
         if not (checkpoint / name).is_file():
             raise ValueError(f"{checkpoint} is damaged: {name} is missing; {hint}")
         if sha256(checkpoint / name) != digest:
-            raise ValueError(
-                f"{checkpoint} is damaged: {name} is not what was written (truncated or changed); {hint}"
-            )
+            raise ValueError(f"{checkpoint} is damaged: {name} is not what was written (truncated or changed); {hint}")

@@ -23,7 +23,6 @@ LORA_VERSION = 1
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class LoraBase:
     """The network that a LoRA is for; saved as lora.json."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 
 from lamamba.config import LATENT_SCALE, Objective, UNetConfig
@@ -18,7 +17,6 @@ SAMPLING_VERSION = 3
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class ModelMetadata(CodecConfig):
     """What a sampler must know of a trained network besides its weights; saved with them as sampling.json."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +22,6 @@ FileKind = Literal["png", "npz", "both"]
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class Plan(ShardPlan):
     """All that decides the images: equal plans on the same kind of machine give the same bytes.
 

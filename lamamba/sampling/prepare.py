@@ -19,16 +19,7 @@ from lamamba.models.unet import LaMambaUNet
 from lamamba.options.sampling import SamplerOptions
 from lamamba.pretrained import is_shipped
 from lamamba.runs.metadata import default_guidance
-from lamamba.runs.model import (
-    FEW_STEPS,
-    SHIPPED,
-    Model,
-    base_of_lora,
-    fingerprint,
-    move,
-    open_model,
-    open_network,
-)
+from lamamba.runs.model import FEW_STEPS, SHIPPED, Model, base_of_lora, fingerprint, move, open_model, open_network
 from lamamba.sampling.generate import ImageGenerator
 from lamamba.sampling.settings import ImageMetadata, Settings, read_image_metadata
 from lamamba.utils.distributed import is_rank_zero, multiplies_bfloat16
@@ -59,8 +50,7 @@ def fill_from_picture(options: Options) -> tuple[Options, ImageMetadata | None]:
         "quantize": settings.quantized,
         "cache": settings.cache and settings.cache.interval, "cache_order": settings.cache and settings.cache.order,
         "model": None if settings.model == SHIPPED else Path(settings.model),
-        "autoguidance": None if settings.autoguidance is None else Path(settings.autoguidance),
-        "lora": None if settings.lora is None else Path(settings.lora),
+        "autoguidance": settings.autoguidance, "lora": settings.lora,
     }
     given = vars(options)
     if given["model"] not in (None, Path(settings.model)):                      # another model: sizes of its own
@@ -111,17 +101,15 @@ class PreparedModel:
         """
         model, guiding_model, settings = self.model, self.guiding_model, self.settings
         dtype = getattr(torch, settings.dtype)
-        model.prepare(
-            device, dtype, settings.compiled, min(batch_size, num_images or batch_size), settings.quantized)
+        model.prepare(device, dtype, settings.compiled, min(batch_size, num_images or batch_size), settings.quantized)
         if guiding_model is not None:
             move(guiding_model, device, dtype)
             if settings.quantized:
                 quantize(guiding_model, settings.quantized, compiled=settings.compiled)
         return ImageGenerator(
             model.network, sampler=settings.sampler, num_steps=settings.steps, guidance=settings.guidance,
-            guiding_model=guiding_model,
-            input_size=model.fit(settings.height, settings.width)[0], batch_size=batch_size, decoder=model.decoder,
-            labels=labels, cache=settings.cache,
+            guiding_model=guiding_model, input_size=model.fit(settings.height, settings.width)[0],
+            batch_size=batch_size, decoder=model.decoder, labels=labels, cache=settings.cache,
         )
 
 
@@ -190,14 +178,12 @@ def resolve_settings(options: SamplerOptions, model: Model, guiding_model: LaMam
     _, (height, width) = model.fit(options.height, options.width)
     return Settings(
         model=model.name, model_sha256=model.sha256, sampler=sampler,
-        steps=options.steps or SAMPLERS[sampler].default_steps, height=height, width=width,
-        guidance=guidance,
+        steps=options.steps or SAMPLERS[sampler].default_steps, height=height, width=width, guidance=guidance,
         autoguidance=None if guiding_model is None else str(options.autoguidance),
         autoguidance_sha256=None if guiding_model is None else fingerprint(guiding_model),
         autoencoder=autoencoder.name if autoencoder else None,
         autoencoder_sha256=autoencoder.sha256 if autoencoder else None,
-        dtype=options.dtype or "float32", compiled=options.compile,
-        quantized=options.quantize, cache=cache,
+        dtype=options.dtype or "float32", compiled=options.compile, quantized=options.quantize, cache=cache,
         lora=model.lora.name if model.lora else None, lora_sha256=model.lora.sha256 if model.lora else None,
     )
 

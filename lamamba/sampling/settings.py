@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +33,6 @@ class Interpolated(NamedTuple):
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class Settings:
     """All that makes a picture of a seed and a label."""
 
@@ -87,7 +86,6 @@ class Settings:
 
 
 @record
-@dataclass(frozen=True, kw_only=True)
 class ImageMetadata:
     """What is in one PNG: settings, and the seed and label of each image on it.
 

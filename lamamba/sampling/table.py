@@ -112,9 +112,7 @@ def class_table(model: Model, classes: Sequence[int | str] | None, num: int, see
     return Table(tuple(range(seed, seed + len(labels))), labels, num, names)
 
 
-def interpolation_table(
-    model: Model, text: str, classes: Sequence[int | str] | None, num: int, seed: int
-) -> Table:
+def interpolation_table(model: Model, text: str, classes: Sequence[int | str] | None, num: int, seed: int) -> Table:
     """An interpolation in `num` columns: "seeds:3:7" for each class, "classes:3:8" for each of a few seeds.
 
     Raises:

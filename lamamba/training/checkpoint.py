@@ -15,6 +15,7 @@ All of it is safetensors and JSON: nothing is ever unpickled.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -106,8 +107,7 @@ def whole_network(network: LaMambaUNet, processes: Processes) -> LaMambaUNet | N
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state under the parameters' names: "exp_avg/head.linear.weight", ..."""
     return {
-        f"{key}/{name}": value
-        for name, parameter in model.named_parameters()
+        f"{key}/{name}": value for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
@@ -153,19 +153,15 @@ def write_checkpoint(
     processes.on_rank_0(write_rank_0_files)
     for decay, place in average_folders(folder, state.averages).items():
         network = whole_network(state.averages[decay], processes)
-
-        def write_average(network: LaMambaUNet | None = network, place: Path = place) -> None:
-            assert network is not None
-            _save_network(network, place, state.base)
-
-        processes.on_rank_0(write_average)
+        processes.on_rank_0(functools.partial(_save_network, network, place, state.base))
     if processes.is_sharded:
         writer = HuggingFaceStorageWriter(str(folder / "shards"), save_distributed=True)
         dcp.save(_shards(state), storage_writer=writer)
 
 
-def _save_network(network: LaMambaUNet, folder: Path, base: LoraBase | None) -> None:
+def _save_network(network: LaMambaUNet | None, folder: Path, base: LoraBase | None) -> None:
     """Save a network, or the LoRA alone of one that has a base."""
+    assert network is not None                                                  # on rank 0
     if base is None:
         network.save_pretrained(folder)
     else:

@@ -94,9 +94,7 @@ class TrainingData:
         return self[key].pin_memory() if self._pins else self[key]
 
     def _read(self, positions: Sequence[int], indices: np.ndarray, *, held_out: bool = False) -> Batch:
-        draws = draw(
-            self._config.seed, positions, self._shape, latent=self._samples.draws_latents, held_out=held_out
-        )
+        draws = draw(self._config.seed, positions, self._shape, latent=self._samples.draws_latents, held_out=held_out)
         x0, labels = self._samples.read(indices.tolist(), draws)
         return Batch(indices.tolist(), x0, labels, draws.time, draws.label, draws.eps, draws.flow_map)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lamamba.config import STAGES, UNetConfig
 from lamamba.diffusion.distillation import feature_losses, output_loss
 from lamamba.diffusion.flow_map import FlowFromNoise
-from lamamba.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule
+from lamamba.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule, per_image
 from lamamba.options.training import DistillOptions
 from lamamba.runs.metadata import ModelMetadata, check_same_data
 from lamamba.runs.model import fingerprint, open_network
@@ -125,7 +125,7 @@ class VelocityTeacher:
             return self._velocity(x, t, labels)
         both = torch.cat([labels, torch.full_like(labels, self._null_label)])
         cond, uncond = self._velocity(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return uncond + scale.view(-1, *[1] * (x.dim() - 1)) * (cond - uncond)
+        return uncond + per_image(scale, x) * (cond - uncond)
 
     def _velocity(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         if self._conversion is None:

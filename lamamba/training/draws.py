@@ -69,8 +69,7 @@ def draw(
         flow_map.append(generator.random(6))                                    # last: the others are as they were
     return Draws(
         torch.tensor(time), torch.tensor(label), np.array(mirror), torch.from_numpy(np.stack(eps)), np.stack(crop),
-        torch.from_numpy(np.stack(flow_map)),
-        torch.from_numpy(np.stack(posterior)) if latent else None,
+        torch.from_numpy(np.stack(flow_map)), torch.from_numpy(np.stack(posterior)) if latent else None,
     )
 
 

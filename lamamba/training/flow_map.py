@@ -71,7 +71,5 @@ def _at(values: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if values is None else values[rows]
 
 
-def _call(
-    network: nn.Module, x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None, scale: Tensor | None
-) -> Tensor:
+def _call(network: nn.Module, x: Tensor, t: Tensor, r: Tensor, labels: Tensor | None, scale: Tensor | None) -> Tensor:
     return network(x, t * NUM_TIMESTEPS, labels, end_timestep=r * NUM_TIMESTEPS, guidance_scale=scale)

@@ -235,9 +235,7 @@ class _Trainer:
         )
         self._state = TrainState(model, averages, optimizer, base and base[1])
 
-    def _initial_network(
-        self, architecture: UNetConfig, base: tuple[LaMambaUNet, LoraBase] | None
-    ) -> LaMambaUNet:
+    def _initial_network(self, architecture: UNetConfig, base: tuple[LaMambaUNet, LoraBase] | None) -> LaMambaUNet:
         """The network before the first step, or one to read a checkpoint into."""
         if base is not None:
             network, _ = base
@@ -250,9 +248,7 @@ class _Trainer:
             return LaMambaUNet(architecture)
         return start_network(start, architecture, self._metadata.label_names)
 
-    def run(
-        self, callbacks: Sequence[Callback], on_resume: Sequence[Callback], request: StopRequest
-    ) -> TrainState:
+    def run(self, callbacks: Sequence[Callback], on_resume: Sequence[Callback], request: StopRequest) -> TrainState:
         """Train from the newest checkpoint, or from the start, to the last step."""
         config, state = self._config, self._state
         is_resumed = self._begin()
@@ -327,9 +323,7 @@ class _Trainer:
             learned = {} if self._teacher is None else self._teacher.terms(xt, t, labels, output, features)
         return {"task": training_loss(output.float(), x0, xt, t, eps, self._schedule, self._gamma), **learned}
 
-    def _flow_map_losses(
-        self, task: FlowMapTask, batch: Batch, network: nn.Module, x0: Tensor, eps: Tensor
-    ) -> Tensor:
+    def _flow_map_losses(self, task: FlowMapTask, batch: Batch, network: nn.Module, x0: Tensor, eps: Tensor) -> Tensor:
         """Each sample's loss, (b,), against targets of the average that lags least."""
         average = self._state.averages[min(self._state.averages)]
         labels = batch.labels.to(x0.device) if self._null_label else None
@@ -370,9 +364,7 @@ class _Trainer:
         state.step += 1
         self._clock.tick(state.step, {"loss": result.loss, **result.terms})
 
-    def _after_step(
-        self, result: _StepResult, callbacks: Sequence[Callback], metrics: MetricsFile
-    ) -> Path | None:
+    def _after_step(self, result: _StepResult, callbacks: Sequence[Callback], metrics: MetricsFile) -> Path | None:
         """Measure, log, save and call back, each when it is due; returns the checkpoint, if one was written."""
         config, state, clock, checkpoint = self._config, self._state, self._clock, None
         is_last = state.step == config.steps
@@ -473,9 +465,7 @@ class _Trainer:
             self._log_event("started", processes=processes.world_size)
             return False
         read_checkpoint(checkpoint, self._state, processes)
-        self._log_event(
-            "resumed", step=self._state.step, checkpoint=checkpoint.name, processes=processes.world_size
-        )
+        self._log_event("resumed", step=self._state.step, checkpoint=checkpoint.name, processes=processes.world_size)
         return True
 
     def _save(self, *, must: bool) -> Path | None:

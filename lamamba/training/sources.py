@@ -49,9 +49,7 @@ def open_data(config: TrainConfig, out: Path | None = None) -> TrainingSet:
             raise ValueError(f"{data.source} holds latents, and data.kind='images'; leave data.kind out")
         if data.crop != "centre":
             raise ValueError(f"data.crop={data.crop!r} does not fit {data.source}: its latents are of centre crops")
-        return LatentSet(
-            data.source, mirror=data.mirror, image_size=data.image_size, autoencoder=data.autoencoder
-        )
+        return LatentSet(data.source, mirror=data.mirror, image_size=data.image_size, autoencoder=data.autoencoder)
     images = _open_images(data, None if out is None else RunFolder(out))
     if data.autoencoder is None:
         return PixelSet(images, data.mirror)

@@ -47,9 +47,7 @@ def with_network_of_source(options: TrainOptions) -> TrainOptions:
     return dataclasses.replace(options, model=model)
 
 
-def start_network(
-    options: StartOptions, architecture: UNetConfig, label_names: tuple[str, ...] = ()
-) -> LaMambaUNet:
+def start_network(options: StartOptions, architecture: UNetConfig, label_names: tuple[str, ...] = ()) -> LaMambaUNet:
     """A network with the averaged weights of the source, and a fresh label table where requested.
 
     A fresh table keeps the row of the null label. A flow map may start from a flow, whose outputs are its own at first.

@@ -246,8 +246,7 @@ class ShardedJob(ABC, Generic[P]):
         foreign = [name for name in names if not name.startswith(self.own)]
         if foreign and not self.work.is_dir() and not self.is_finished():       # others may be making them just now
             raise FileExistsError(
-                f"{self.folder} exists and holds something else ({', '.join(foreign[:3])}); give another folder "
-                "as out"
+                f"{self.folder} exists and holds something else ({', '.join(foreign[:3])}); give another folder as out"
             )
         with self._locked("plan"):
             path = self.work / PLAN

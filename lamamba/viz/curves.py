@@ -69,9 +69,7 @@ LARGEST = 1e100
 """Of them; whole numbers of a file may be beyond all floats."""
 
 
-def read_metrics(
-    path: Path, keys: Sequence[str] = METRICS, *, may_be_empty: bool = False
-) -> list[dict[str, Any]]:
+def read_metrics(path: Path, keys: Sequence[str] = METRICS, *, may_be_empty: bool = False) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a truncated one, as a killed or running process leaves it, is skipped.
 
     Args:
@@ -173,7 +171,7 @@ def _draw_run(
         if span > 1:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8, label=logged)
         label = mean if span > 1 or not is_alone else logged
-        dot = "o" if len(steps) == 1 else None                                             # no line to see
+        dot = "o" if len(steps) == 1 else None                                  # no line to see
         axes.plot(steps, _running_mean(values, span), color=color, linewidth=1.6, marker=dot, label=label)
     if is_alone:                                                                # of a distillation
         for number, (key, label) in enumerate(DISTILLATION.items(), start=1):
@@ -239,7 +237,7 @@ def efficiency_points(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     several = len({row["image_size"] for row in rows}) > 1
     rows = sorted(rows, key=lambda row: row["multiply_adds"])
     gaps = [math.inf, *np.diff(np.log([row["multiply_adds"] for row in rows])), math.inf]
-    is_right, halo = True, [withStroke(linewidth=3, foreground="white")]       # lines do not cross the names
+    is_right, halo = True, [withStroke(linewidth=3, foreground="white")]        # lines do not cross the names
     for row, before, after in zip(rows, gaps, gaps[1:], strict=False):
         color, marker = (PEER_COLOR, "s") if row["is_peer"] else (OUR_COLOR, "o")
         point = row["multiply_adds"] / 1e9, row["images_per_second"]
@@ -395,9 +393,7 @@ def _with_spread(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[list[f
     return [entry["figures"][key] for entry in entries], spreads if any(spreads) else None
 
 
-def scaling_curves(
-    rows: Mapping[str, Sequence[tuple[int, float, float, int]]], memory: float, path: Path
-) -> None:
+def scaling_curves(rows: Mapping[str, Sequence[tuple[int, float, float, int]]], memory: float, path: Path) -> None:
     """Draw images per second, the share of time that devices compute, and their memory over the number of devices.
 
     Args:

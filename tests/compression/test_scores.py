@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from lamamba.compression.additivity import measure_sets, rank_correlation, relat
 from lamamba.compression.calibration import from_data, from_sampling
 from lamamba.compression.find import find_units
 from lamamba.compression.job import score_in_folder
-from lamamba.compression.scores import CRITERIA, RULES, energy_of, score
+from lamamba.compression.scores import RULES, energy_of, score
 from lamamba.data.digits import Digits
 from lamamba.data.sets import PixelSet
+from lamamba.options.compress import Criterion
 from tests.networks import random_network, small_config
 
 REMOVED = ("encoder.1.0", "encoder.2.0", "encoder.3.0", *(f"decoder.{s}.{k}" for s in range(3) for k in range(2)))
@@ -105,7 +107,7 @@ def test_states_of_sampling_serve_where_there_is_no_data(network):
         from_sampling(network.model, samples=2, times=(999.5, 999.6), steps=5)
 
 
-@pytest.mark.parametrize("criterion", list(CRITERIA))
+@pytest.mark.parametrize("criterion", get_args(Criterion))
 def test_every_criterion_scores_every_unit(network, calibration, criterion):
     found = score(network, calibration, criterion=criterion, seed=3)
     assert len(found.values) == len(network.units)

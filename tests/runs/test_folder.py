@@ -56,7 +56,7 @@ def copy(path):
 def test_a_stranger_beside_the_checkpoints_is_neither_read_nor_removed(run, make, name):
     make(run.checkpoints / name)
     assert run.names() == ["step_00000002", NEWEST]
-    assert run.strangers() == ([name] if name.startswith("step_") else [])
+    assert run.unknown_checkpoints() == ([name] if name.startswith("step_") else [])
     assert model_folder(run.path).name == NEWEST
     for step in (5, 6):
         assert save(run, step) == run.newest() == run.checkpoint(step)
@@ -65,7 +65,7 @@ def test_a_stranger_beside_the_checkpoints_is_neither_read_nor_removed(run, make
     assert os.path.lexists(run.checkpoints / (f"damaged_{name}" if is_moved else name))
 
 
-def test_training_names_strangers(tmp_path, caplog):
+def test_training_names_what_it_has_not_written(tmp_path, caplog):
     train(config(), FewDigits(5), tmp_path)
     for name in ("step_best", "step_99999999"):
         copy(tmp_path / "checkpoints" / name)

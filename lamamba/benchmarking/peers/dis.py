@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamamba.benchmarking.peers.mamba import SelectiveBranch
-from lamamba.benchmarking.peers.tokens import Patches, TokenTable, timestep_features, to_image
+from lamamba.benchmarking.peers.tokens import Patches, TokenTable, run_with_skips, timestep_features, to_image
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,5 @@ class DiS(nn.Module):
         if self.num_conditions == 2:
             assert class_labels is not None
             tokens.insert(1, self.label(self.labels(class_labels))[:, None])
-        x, skips = self.positions(torch.cat(tokens, dim=1)), []
-        for block in self.encoder:
-            x = block(x)
-            skips.append(x)
-        x = self.middle(x)
-        for block in self.decoder:
-            x = block(x, skips.pop())
+        x = run_with_skips(self.positions(torch.cat(tokens, dim=1)), self.encoder, self.middle, self.decoder)
         return to_image(self.head(self.norm(x))[:, self.num_conditions:], grid, p)

@@ -27,9 +27,7 @@ class DiTSize:
     num_heads: int
 
 
-SIZES = {
-    "s": DiTSize(384, 12, 6), "b": DiTSize(768, 12, 12), "l": DiTSize(1024, 24, 16), "xl": DiTSize(1152, 28, 16),
-}
+SIZES = {"s": DiTSize(384, 12, 6), "b": DiTSize(768, 12, 12), "l": DiTSize(1024, 24, 16), "xl": DiTSize(1152, 28, 16)}
 
 
 class _Identity(nn.Module):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -46,23 +46,17 @@ class Peer:
         step = self.scale * self.multiple
         if image_size < step or image_size % step:
             below = max(step, image_size // step * step)
-            raise ValueError(
-                f"image_size={image_size} is not a multiple of {step}; use {below} or {below + step}"
-            )
+            raise ValueError(f"image_size={image_size} is not a multiple of {step}; use {below} or {below + step}")
         return image_size // self.scale
 
 
 # The families are imported when one of them is built: diffusers' networks take a second.
 
 
-def _adm(image_size: int) -> Peer:
-    def build(side: int) -> nn.Module:
-        from lamamba.benchmarking.peers.adm import ADM, SIZES
+def _adm(image_size: int, side: int) -> nn.Module:
+    from lamamba.benchmarking.peers.adm import ADM, SIZES
 
-        return ADM(SIZES[image_size], side)
-
-    multiple = image_size // 8                                                  # attention at 8 px is the coarsest
-    return Peer(build, 3, 1, multiple, token=multiple // 4, image_sizes=(image_size,), care=CONVOLUTIONS)
+    return ADM(SIZES[image_size], side)
 
 
 def _adm_u(side: int) -> nn.Module:
@@ -71,31 +65,22 @@ def _adm_u(side: int) -> nn.Module:
     return ADMU(side)
 
 
-def _ldm(factor: int) -> Callable[[int], nn.Module]:
-    def build(side: int) -> nn.Module:
-        from lamamba.benchmarking.peers.ldm import LDM, SIZES
+def _ldm(factor: int, side: int) -> nn.Module:
+    from lamamba.benchmarking.peers.ldm import LDM, SIZES
 
-        return LDM(SIZES[factor], side)
-
-    return build
+    return LDM(SIZES[factor], side)
 
 
-def _dit(size: str, patch: int) -> Peer:
-    def build(side: int) -> nn.Module:
-        from lamamba.benchmarking.peers.dit import SIZES, DiT
+def _dit(size: str, patch: int, side: int) -> nn.Module:
+    from lamamba.benchmarking.peers.dit import SIZES, DiT
 
-        return DiT(SIZES[size], side, patch_size=patch)
-
-    return Peer(build, multiple=patch, token=patch)
+    return DiT(SIZES[size], side, patch_size=patch)
 
 
-def _u_vit(patch: int) -> Callable[[int], nn.Module]:
-    def build(side: int) -> nn.Module:
-        from lamamba.benchmarking.peers.u_vit import H, UViT
+def _u_vit(patch: int, side: int) -> nn.Module:
+    from lamamba.benchmarking.peers.u_vit import H, UViT
 
-        return UViT(replace(H, patch_size=patch), side)
-
-    return build
+    return UViT(replace(H, patch_size=patch), side)
 
 
 def _dis(side: int) -> nn.Module:
@@ -111,14 +96,15 @@ def _dim(side: int) -> nn.Module:
 
 
 PEERS = {
-    "adm-256": _adm(256),
-    "adm-512": _adm(512),
+    "adm-256": Peer(partial(_adm, 256), 3, 1, multiple=32, token=8, image_sizes=(256,), care=CONVOLUTIONS),
+    "adm-512": Peer(partial(_adm, 512), 3, 1, multiple=64, token=16, image_sizes=(512,), care=CONVOLUTIONS),
     "adm-u-256": Peer(_adm_u, 3, 1, multiple=32, token=8, image_sizes=(256,), care=CONVOLUTIONS),
-    "ldm-4": Peer(_ldm(4), 3, 4, multiple=8, token=2, image_sizes=(256,), care=CONVOLUTIONS),
-    "ldm-8": Peer(_ldm(8), 4, 8, multiple=4, token=1, image_sizes=(256,), care=CONVOLUTIONS),
-    **{f"dit-{size}-{patch}": _dit(size, patch) for patch in (2, 4) for size in ("s", "b", "l", "xl")},
-    "u-vit-h-2": Peer(_u_vit(2), image_sizes=(256,)),
-    "u-vit-h-4": Peer(_u_vit(4), multiple=4, token=4, image_sizes=(512,)),
+    "ldm-4": Peer(partial(_ldm, 4), 3, 4, multiple=8, token=2, image_sizes=(256,), care=CONVOLUTIONS),
+    "ldm-8": Peer(partial(_ldm, 8), 4, 8, multiple=4, token=1, image_sizes=(256,), care=CONVOLUTIONS),
+    **{f"dit-{size}-{patch}": Peer(partial(_dit, size, patch), multiple=patch, token=patch)
+       for patch in (2, 4) for size in ("s", "b", "l", "xl")},
+    "u-vit-h-2": Peer(partial(_u_vit, 2), image_sizes=(256,)),
+    "u-vit-h-4": Peer(partial(_u_vit, 4), multiple=4, token=4, image_sizes=(512,)),
     "dis-h-2": Peer(_dis, care=SCANS),
     "dim-huge": Peer(_dim, care=SCANS),
 }
@@ -136,9 +122,7 @@ def find_peer(name: str) -> Peer:
 
 def peers_for(image_size: int) -> tuple[str, ...]:
     """Names of the networks whose configuration was published for images of this size, or is for any."""
-    return tuple(
-        name for name, peer in PEERS.items() if peer.image_sizes is None or image_size in peer.image_sizes
-    )
+    return tuple(name for name, peer in PEERS.items() if peer.image_sizes is None or image_size in peer.image_sizes)
 
 
 def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -175,13 +159,13 @@ def _inputs(name: str, image_size: int, device: str) -> tuple[Tensor, Tensor, Te
     )
 
 
-@functools.cache
+@cache
 def peer_operations(name: str, image_size: int) -> Operations:
     """Parameters and operations of one image, counted on the meta device."""
     return operations(_on_meta(name, image_size), *_inputs(name, image_size, "meta"))
 
 
-@functools.cache
+@cache
 def peer_activation_bytes(name: str, image_size: int) -> int:
     """Bytes saved for the backward pass of one image in float32, counted on fake tensors: nothing is computed."""
     model = _on_meta(name, image_size)

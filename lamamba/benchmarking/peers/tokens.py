@@ -19,6 +19,18 @@ def to_image(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, h * p, w * p)
 
 
+def run_with_skips(x: Tensor, encoder: nn.ModuleList, middle: nn.Module, decoder: nn.ModuleList) -> Tensor:
+    """Blocks with long skips: the decoder's take the outputs of the encoder's, the last one first."""
+    skips = []
+    for block in encoder:
+        x = block(x)
+        skips.append(x)
+    x = middle(x)
+    for block in decoder:
+        x = block(x, skips.pop())
+    return x
+
+
 class Patches(nn.Conv2d):
     """Non-overlapping patches, projected: (b, c, h p, w p) -> (b, h w, width)."""
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lamamba.benchmarking.peers.tokens import Patches, TokenTable, timestep_features, to_image
+from lamamba.benchmarking.peers.tokens import Patches, TokenTable, run_with_skips, timestep_features, to_image
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,5 @@ class UViT(nn.Module):
         grid = x.shape[2] // p, x.shape[3] // p
         time = timestep_features(timestep, self.size.width, x.dtype)[:, None]
         x = torch.cat([self.labels(class_labels)[:, None], time, self.patches(x)], dim=1)
-        x, skips = self.positions(x), []                                        # (b, 2 + h w / p^2, width)
-        for block in self.encoder:
-            x = block(x)
-            skips.append(x)
-        x = self.middle(x)
-        for block in self.decoder:
-            x = block(x, skips.pop())
+        x = run_with_skips(self.positions(x), self.encoder, self.middle, self.decoder)              # (b, 2 + l, width)
         return to_image(self.head(self.norm(x))[:, 2:], grid, p)

@@ -234,29 +234,29 @@ for _name in ("modulated_norm", "gated_norm", "local_mixing", "window_attention"
 
 
 @register_flop_formula(torch.ops.lamamba.gpu_linear_gelu)
-def _linear_gelu_flops(x_shape, weight_shape, *rest, out_shape=None, **kwargs) -> int:
+def _linear_gelu_flops(x_shape, weight_shape, *rest, **kwargs) -> int:
     return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 @register_flop_formula(torch.ops.lamamba.gpu_scan_gated_norm)
-def _scan_gated_norm_flops(x_shape, z, dt, B, C, W_dt_shape, b_dt, A_shape, *rest, out_shape=None, **kwargs) -> int:
+def _scan_gated_norm_flops(x_shape, z, dt, B, C, W_dt_shape, b_dt, A_shape, *rest, **kwargs) -> int:
     b, h, w, c = x_shape
     return scan_flops((b, h * w, c), dt, B, C, W_dt_shape, b_dt, A_shape)
 
 
 @register_flop_formula(torch.ops.lamamba.few_rows_linear)
-def _few_rows_linear_flops(x_shape, weight_shape, *rest, out_shape=None, **kwargs) -> int:
+def _few_rows_linear_flops(x_shape, weight_shape, *rest, **kwargs) -> int:
     return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
 
 
 @register_flop_formula([torch.ops.lamamba.local_mixing, torch.ops.lamamba.gpu_local_mixing])
-def _local_mixing_flops(x_shape, weight_shape, *rest, out_shape=None, **kwargs) -> int:
+def _local_mixing_flops(x_shape, weight_shape, *rest, **kwargs) -> int:
     b, h, w, c = x_shape
     return 2 * 9 * b * h * w * c
 
 
 @register_flop_formula(torch.ops.lamamba.gpu_local_mixing_backward)
-def _local_mixing_backward_flops(grad_shape, *shapes, out_shape=None, **kwargs) -> int:
+def _local_mixing_backward_flops(grad_shape, *shapes, **kwargs) -> int:
     return 3 * _local_mixing_flops(*shapes)                                     # s again, gradients of x and weight
 
 
@@ -268,5 +268,5 @@ def _window_attention_flops(qkv_shape, bias_shape, mask, num_heads, window, *res
 
 
 @register_flop_formula(torch.ops.lamamba.gpu_window_attention_backward)
-def _window_attention_backward_flops(grad_shape, *inputs, out_shape=None, **kwargs) -> int:
+def _window_attention_backward_flops(grad_shape, *inputs, **kwargs) -> int:
     return 5 * _window_attention_flops(*inputs) // 2                            # five products instead of two

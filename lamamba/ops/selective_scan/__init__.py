@@ -144,10 +144,10 @@ def scan_operations(x_shape, A_shape) -> int:
 
 
 @register_flop_formula(torch.ops.lamamba.selective_scan)
-def scan_flops(x_shape, dt, B, C, W_dt_shape, b_dt, A_shape, *rest, out_shape=None, **kwargs) -> int:
+def scan_flops(x_shape, dt, B, C, W_dt_shape, b_dt, A_shape, *rest, **kwargs) -> int:
     return 2 * projection_multiply_adds(x_shape, W_dt_shape) + scan_operations(x_shape, A_shape)
 
 
 @register_flop_formula(torch.ops.lamamba.selective_scan_backward)
-def _backward_flops(grad_shape, *shapes, out_shape=None, **kwargs) -> int:
+def _backward_flops(grad_shape, *shapes, **kwargs) -> int:
     return 3 * scan_flops(*shapes)
