@@ -27,8 +27,8 @@ from lamamba.sampling.prepare import cache_config
 from lamamba.utils.text import counted
 
 OF_MODELS = (
-    "repeats", "every_checkpoint", "ema", "guidance", "seed", "sampler", "steps", "autoencoder", "cache", "cache_order",
-    "quantize", "lora",
+    "repeats", "every_checkpoint", "ema", "guidance", "seed", "labels", "sampler", "steps", "autoencoder", "cache",
+    "cache_order", "dtype", "quantize", "lora",
 )
 """Options that only a model has."""
 
