@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from lamamba.benchmarking.private_torch import TorchDispatchMode, tree_leaves
+from lamamba.benchmarking.private_torch import TorchDispatchMode, tree_flatten
 from lamamba.config import UNetConfig
 from lamamba.models.unet import LaMambaUNet
 from lamamba.ops.selective_scan import projection_multiply_adds, scan_operations
@@ -69,8 +69,10 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
-        key = (function, *((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves))
+        leaves, structure = tree_flatten((args, kwargs))
+        key = (function, structure, *(
+            (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else (type(x), x) for x in leaves
+        ))
         if (known := self._known.get(key)) is None:
             output = function(*args, **kwargs)
             counts = _counts(function.overloadpacket, args, kwargs, output)

@@ -19,10 +19,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 __all__ = [
-    "FakeTensorMode", "MemoryTracker", "TorchDispatchMode", "Traffic", "begin_fake_group", "ddp_buckets", "tree_leaves",
+    "FakeTensorMode", "MemoryTracker", "TorchDispatchMode", "Traffic", "begin_fake_group", "ddp_buckets",
+    "tree_flatten",
 ]
 
 KINDS = {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from lamamba.benchmarking.flops import count, multiply_adds_by_module, on_meta, operations, saved_bytes
+from lamamba.benchmarking.flops import _Counter, count, multiply_adds_by_module, on_meta, operations, saved_bytes
 from lamamba.config import UNetConfig
 from tests.networks import random_inputs, random_network, small_config
 
@@ -23,6 +24,17 @@ def test_the_papers_total_with_sixteen_states(image_size, printed):
 def test_blocks_that_come_again_are_counted_as_pytorch_counts_them():
     model, inputs = on_meta(small_config(depths=(3, 2, 1, 2)))
     assert operations(model, *inputs).matrix == multiply_adds_by_module(model, *inputs)[""]
+
+
+def test_calls_are_alike_only_with_arguments_of_the_same_types_and_names():
+    def dtypes_and_shapes():
+        x = torch.ones(2, 2, dtype=torch.int64, device="meta")
+        results = x + 1, x + 1.0, x + True, x.sum(0), x.sum(0, keepdim=True), torch.cat([x, x]), torch.cat([x], 0)
+        return [(result.dtype, result.shape) for result in results]
+
+    expected = dtypes_and_shapes()
+    with _Counter():
+        assert dtypes_and_shapes() == dtypes_and_shapes() == expected
 
 
 def test_removed_branches_are_not_counted():
