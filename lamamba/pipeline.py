@@ -106,8 +106,13 @@ class LaMambaPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents", "x0"]                                 # noqa: RUF012
 
     def __init__(
-        self, unet: LaMambaUNet, vae: ModelMixin | None = None, scheduler: SchedulerMixin | None = None,
-        id2label: dict | None = None, codec: dict | None = None, guidance_scale: float | None = None,
+        self,
+        unet: LaMambaUNet,
+        vae: ModelMixin | None = None,
+        scheduler: SchedulerMixin | None = None,
+        id2label: dict | None = None,
+        codec: dict | None = None,
+        guidance_scale: float | None = None,
     ):
         super().__init__()
         config = unet.config
@@ -277,14 +282,28 @@ class LaMambaPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(
-        self, class_labels: int | str | Sequence[int | str] | None = None, *, num_images_per_label: int = 1,
-        num_images_per_prompt: int | None = None, num_inference_steps: int | None = None,
-        guidance_scale: float | None = None, guidance_channels: GuidedChannels = "all",
-        guidance_interval: tuple[float, float] = (0.0, 1.0), guidance_rescale: float = 0.0,
-        guidance_model: LaMambaUNet | None = None, height: int | None = None, width: int | None = None,
-        generator: Generators = None, latents: Tensor | None = None, variation_generator: Generators = None,
-        variation_strength: float = 0.0, image: Any = None, strength: float = 1.0, mask_image: Any = None,
-        output_type: str = "pil", return_dict: bool = True,
+        self,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        *,
+        num_images_per_label: int = 1,
+        num_images_per_prompt: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_channels: GuidedChannels = "all",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        guidance_model: LaMambaUNet | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        variation_generator: Generators = None,
+        variation_strength: float = 0.0,
+        image: Any = None,
+        strength: float = 1.0,
+        mask_image: Any = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:

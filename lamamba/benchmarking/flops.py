@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from lamamba.benchmarking.private_torch import TorchDispatchMode, tree_flatten
+from lamamba.benchmarking.private_torch import TorchDispatchMode, has_aliases, tree_flatten
 from lamamba.config import UNetConfig
 from lamamba.models.unet import LaMambaUNet
 from lamamba.ops.selective_scan import projection_multiply_adds, scan_operations
@@ -76,7 +75,7 @@ class _Counter(TorchDispatchMode):
         if (known := self._known.get(key)) is None:
             output = function(*args, **kwargs)
             counts = _counts(function.overloadpacket, args, kwargs, output)
-            if not _has_aliases(function) and (again := _like(output)) is not None:
+            if not has_aliases(function) and (again := _like(output)) is not None:
                 self._known[key] = counts, again
         else:
             counts, output = known[0], known[1]()
@@ -94,13 +93,6 @@ def _counts(operator: Any, args: Any, kwargs: Any, output: Any) -> tuple[int, in
         return 0, 0, LAYER_NORM_OPERATIONS * args[0].numel()
     formula = flop_registry.get(operator)
     return (formula(*args, **kwargs, out_val=output) if formula else 0), 0, 0
-
-
-@functools.cache
-def _has_aliases(function: Any) -> bool:
-    """Whether an operator writes into its arguments or returns views of them."""
-    schema = function._schema
-    return any(each.alias_info is not None for each in (*schema.arguments, *schema.returns))
 
 
 def _like(output: Any) -> Callable[[], Any] | None:

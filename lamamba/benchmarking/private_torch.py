@@ -6,6 +6,7 @@ Fake tensors have shapes, strides and dtypes, and no values. The fake process gr
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_flatten
 
 __all__ = [
     "FakeTensorMode", "MemoryTracker", "TorchDispatchMode", "Traffic", "begin_fake_group", "ddp_buckets",
-    "tree_flatten",
+    "has_aliases", "tree_flatten",
 ]
 
 KINDS = {
@@ -42,6 +43,13 @@ CATEGORIES = {
 """What the trackers' categories are called here."""
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """Bytes of DDP's buckets, by default."""
+
+
+@cache
+def has_aliases(operator: Any) -> bool:
+    """Whether an operator writes into its arguments or returns views of them."""
+    schema = operator._schema
+    return any(each.alias_info is not None for each in (*schema.arguments, *schema.returns))
 
 
 def begin_fake_group(world_size: int) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import os
 import re
 from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
@@ -47,7 +46,9 @@ def parse(cls: type[T], arguments: list[str], verb: str, description: str | None
 
 def show(result: object) -> None:
     """Print a result, on rank 0 of the processes that a launcher has started."""
-    if os.environ.get("RANK", "0") == "0":
+    from lamamba.utils.distributed import is_rank_zero
+
+    if is_rank_zero():
         print(result)
 
 

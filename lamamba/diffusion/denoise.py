@@ -329,9 +329,15 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 @torch.no_grad()
 def denoise(
-    predict: Predict, scheduler: Any, noise: Tensor, *,
-    generators: Sequence[torch.Generator] | torch.Generator | None = None, first: int = 0,
-    start: Tensor | None = None, known: Known | None = None, on_step: Callable[[Step], Tensor | None] | None = None,
+    predict: Predict,
+    scheduler: Any,
+    noise: Tensor,
+    *,
+    generators: Sequence[torch.Generator] | torch.Generator | None = None,
+    first: int = 0,
+    start: Tensor | None = None,
+    known: Known | None = None,
+    on_step: Callable[[Step], Tensor | None] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Tensor:
     """Sample clean images: run the scheduler's reverse process from noise to x0.

@@ -199,7 +199,9 @@ def _scan_kind(content: Mapping[str, Any]) -> Literal["continuous", "cross"] | N
 
 
 def load_official(
-    source: str | Path | Mapping[str, Any], config: UNetConfig | None = None, *,
+    source: str | Path | Mapping[str, Any],
+    config: UNetConfig | None = None,
+    *,
     weights: Literal["ema", "model"] | None = None,
 ) -> LaMambaUNet:
     """Load an official checkpoint as a LaMambaUNet in evaluation mode.

@@ -229,11 +229,20 @@ class ImageGenerator:
 
 
 def generate(
-    model: LaMambaUNet, labels: Sequence[int | Interpolated] | None, seeds: Sequence[int | Interpolated], *,
-    sampler: str | None = None, num_steps: int | None = None, guidance: Guidance | float = 1.0,
-    guiding_model: LaMambaUNet | None = None, input_size: Grid | None = None, batch_size: int = DEFAULT_BATCH_SIZE,
-    decoder: Decoder | None = None, cache: LaMambaCacheConfig | None = None,
-    on_step: Callable[[int, int], None] | None = None, preview: Preview | None = None,
+    model: LaMambaUNet,
+    labels: Sequence[int | Interpolated] | None,
+    seeds: Sequence[int | Interpolated],
+    *,
+    sampler: str | None = None,
+    num_steps: int | None = None,
+    guidance: Guidance | float = 1.0,
+    guiding_model: LaMambaUNet | None = None,
+    input_size: Grid | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    decoder: Decoder | None = None,
+    cache: LaMambaCacheConfig | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    preview: Preview | None = None,
 ) -> np.ndarray:
     """Sample one image per seed: uint8 (len(seeds), h, w, c). Image k depends on seed k alone.
 
