@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 
 import pytest
@@ -26,6 +27,11 @@ WAYS = {
 def setup(way, **changes):
     kind, world_size, shard_size = WAYS[way]
     return Setup(ARCHITECTURE.to_dict(), kind, world_size, shard_size, (2, 5), **changes)
+
+
+@functools.cache
+def simulated(way, **changes):
+    return finish(begin(setup(way, **changes), SAME_BACKEND))
 
 
 def run(given):
@@ -61,15 +67,16 @@ def run(given):
 def test_a_simulated_step_is_a_real_one(way, changes):
     """Categories of memory, counts and bytes of collectives."""
     given = setup(way, **changes)
-    process = begin(given, SAME_BACKEND)
-    real = together(given.world_size, run, given)[0]
-    for simulated, measured in zip(finish(process), real, strict=True):
-        assert simulated.collectives == measured.collectives
-        assert simulated.bytes == measured.bytes
-        if not given.bfloat16:
-            assert simulated.memory == measured.memory
-        # the CPU's own kernels keep the statistics of norms in other types than fake ones
-        assert simulated.memory == pytest.approx(measured.memory, rel=0.01)
+    tolerance = 0.01 if given.bfloat16 else 0.0     # the CPU's kernels keep norms' statistics in other types than fakes
+    for last in (False, True):          # gloo's threads hold tensors until they are sent: on a busy machine, too long
+        real = together(given.world_size, run, given)[0]
+        memory = [pytest.approx(step.memory, rel=tolerance, abs=0) for step in real]
+        if last or [step.memory for step in simulated(way, **changes)] == memory:
+            break
+    for step, measured, expected in zip(simulated(way, **changes), real, memory, strict=True):
+        assert step.collectives == measured.collectives
+        assert step.bytes == measured.bytes
+        assert step.memory == expected
 
 
 def train_traffic(settings, folder):
@@ -96,11 +103,10 @@ def test_a_simulated_step_has_the_collectives_of_a_training(tmp_path, way):
     kind, world_size, shard_size = WAYS[way]
     sharding = {"ddp": {}, "fsdp": dict(sharding="full"), "hsdp": dict(sharding="hybrid", shard_size=shard_size)}[kind]
     settings = config(batch_size=12, steps=4, checkpoint_every=4, model=MODEL, processes=sharding)
-    process = begin(setup(way), SAME_BACKEND)
     counts, sizes = together(world_size, train_traffic, settings, tmp_path / "run")[0]
-    simulated = finish(process)[0]
-    assert {key: number for key, number in counts.items() if number} == simulated.collectives
-    assert {key: number for key, number in sizes.items() if number} == simulated.bytes
+    step = simulated(way)[0]
+    assert {key: number for key, number in counts.items() if number} == step.collectives
+    assert {key: number for key, number in sizes.items() if number} == step.bytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs triton")
@@ -133,6 +139,7 @@ def test_padding_is_what_shards_on_the_first_dimension_need():
 def result(tmp_path_factory):
     return simulate(SimulateOptions.from_recipe(
         "digits", world_size=16, device="h200", precision={"autocast": "bfloat16"},
+        model={"depths": (1, 1, 1, 1), "bottleneck_depth": 1},
         cluster={"picture": tmp_path_factory.mktemp("picture") / "scaling.png"},
     ))
 

@@ -43,8 +43,8 @@ def layer_inputs(name, b, tokens, weights, change):
     if name == "few_rows_linear":
         given = test_layers.few_rows_linear_inputs(rows=b)
         return [change(x.to(tokens)) for x in given]
-    sizes = ((8, 4), (4, 4)) if name == "window_attention" else ()
-    given = getattr(test_layers, f"{name}_inputs")(*sizes, b=b)
+    sizes = dict(grid=(8, 4), window=(4, 4)) if name == "window_attention" else dict(h=2, w=3)
+    given = getattr(test_layers, f"{name}_inputs")(**sizes, b=b)
     changed = []
     for x in given:
         if isinstance(x, torch.Tensor) and x.is_floating_point():
