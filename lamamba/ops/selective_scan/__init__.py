@@ -50,7 +50,12 @@ def selective_scan(
     B and C stay in grid order. docs/layers.md has examples.
 
     Args:
-        x, dt, B, C, W_dt, b_dt, A, D, paths: as in the notation above; paths are int64, on x's device.
+        x: (b, l, c) tokens in grid order; u_t of path k is x[:, paths[k, t]].
+        dt: (b, l, g, r) low-rank time steps of each path.
+        B, C: (b, l, g, n) input and output maps of the state.
+        W_dt, b_dt: (g, c, r) projects dt to all channels, and its bias (g, c).
+        A, D: (g, c, n) decay rates, negative; (g, c) skip weights.
+        paths: (g, l) int64, on x's device; that each is a permutation of 0 .. l - 1 is not checked.
         backend: name of a back end; by default the requested or automatic one (see lamamba.ops.dispatch).
 
     Returns:
