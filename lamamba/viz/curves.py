@@ -256,7 +256,7 @@ def _efficiency_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.plot(*point, marker, color=color, markersize=6, zorder=above)
     size = f"{first['image_size']} px, " if len(sizes) == 1 else ""
     axes.set(
-        xlabel="G multiply-adds of an image", ylabel="images / s",
+        xlabel="G multiply-adds of an image, forward pass", ylabel="images / s",
         title=f"{first['mode']}, {size}{first['dtype']}, {first['device']}, batch {first['batch']}; "
               "lines: share of one large product's multiply-adds/s",
     )
