@@ -2,8 +2,8 @@
 
     python benchmarks/profile_network.py --models xl dit-xl-2 --image-size 256 --batch 8 --dtype bfloat16
 
-The bound is the time of the network's multiply-adds at the speed of one large square product (packed, for bfloat16),
-measured in the same run. The scan's is that of its exponentials (benchmarks/scan_cpu.py).
+The bound is the time of the network's multiply-adds at the speed of the large matrix product of `lamamba bench`, packed
+as it is, measured in the same run. The scan's is that of its exponentials (benchmarks/scan_cpu.py).
 """
 
 from __future__ import annotations
@@ -55,15 +55,6 @@ def profiled(case: Case, passes: int) -> tuple[float, dict[str, float]]:
     return 1000 * seconds, dict(kinds)
 
 
-def products_per_second(dtype: torch.dtype, side: int = 2048) -> float:
-    """Multiply-adds per second of one large packed product."""
-    x = torch.randn(side, side, dtype=dtype)
-    network = torch.nn.Sequential(torch.nn.Linear(side, side, bias=False, dtype=dtype))
-    pack_weights(network, side)
-    with torch.no_grad():
-        return side**3 / medians({"product": lambda: network(x)}, 7)["product"]
-
-
 def main() -> None:
     keep_freed_memory()
     parser = argparse.ArgumentParser(description="CPU time of a network by kind of operation")
@@ -75,18 +66,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
-    speed = products_per_second(getattr(torch, options.dtype))
+    cases = [Case(name, options.image_size, options.batch, options.dtype, "cpu", "forward") for name in options.models]
+    large = cases[0].product()
+    speed = 1000 * large.multiply_adds / profiled(large, 7)[0]
     print(f"{options.dtype}: {speed / 1e9:.0f} G multiply-adds a second in one large product")
     found = {"dtype": options.dtype, "multiply_adds_per_second": speed, "networks": {}}
-    for name in options.models:
-        case = Case(name, options.image_size, options.batch, options.dtype, "cpu", "forward")
+    for case in cases:
         ms, kinds = profiled(case, options.passes)
         total, floor = sum(kinds.values()), 1000 * case.multiply_adds / speed
-        print(f"\n{name}, {options.image_size} px, batch {options.batch}: {ms:.0f} ms a pass; its "
+        print(f"\n{case.model}, {options.image_size} px, batch {options.batch}: {ms:.0f} ms a pass; its "
               f"{case.multiply_adds / 1e9:.0f} G multiply-adds alone would take {floor:.0f} ms")
         for kind, share in sorted(kinds.items(), key=lambda item: -item[1]):
             print(f"  {kind:<28} {share:8.1f} ms {share / total:6.1%}")
-        found["networks"][name] = {"ms": ms, "floor_ms": floor, "kinds_ms": kinds}
+        found["networks"][case.model] = {"ms": ms, "floor_ms": floor, "kinds_ms": kinds}
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

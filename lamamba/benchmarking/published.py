@@ -30,7 +30,8 @@ class Published:
     """What is wrong with the published figures, and why."""
 
 
-_NO_CODE = "published figures: there is no code, and the descriptions do not agree (7.5 L D^2 a layer gives 296 G)"
+_NO_CODE = ("published figures: there is no code, and the descriptions do not agree (7.5 L D^2 a layer of L tokens of "
+            "width D gives 296 G at 256 px)")
 _LDM_4 = "391 M could not be derived: LDM-4's configuration has 400.92 M, and 0.51 M for its table of labels"
 _LDM_8 = "79 is its Inception Score; 394.98 M of the parameters are the network, 0.51 M its table of labels"
 _U_VIT = "the paper repeats LDM-4's IS, precision and recall here; elsewhere 263.88, 0.82 and 0.57 are printed"

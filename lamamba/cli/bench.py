@@ -6,15 +6,21 @@
   lamamba bench --models s --peers dit-s-2 --mode train --image-sizes 256 --batch 16
   lamamba bench --models s --peers dit-s-2 --image-sizes 256,512,1024,2048 --batch 1 --plot cost.png
 
-ADM, LDM and DiT are diffusers' networks, U-ViT, DiS and DiM small ones after their papers, each with its exact count
-(lamamba info --compare). All use scaled_dot_product_attention; DiS and DiM our selective scan; convolutions have their
-channels last; on CPUs weights of Linear layers and convolutions are packed for oneDNN. Every network has a process of
-its own; on Linux CPUs these start with the same MALLOC_ settings. Where not all fit into memory together, LaMamba takes
-turns with one peer after the other; what does not fit alone is left out and named. Times are medians with quartiles.
-Peak memory is that of the GPU's allocator, or what the process occupies more than before the network was built; "MiB an
-image" is the peak less weights (in training, gradients and moments, too), divided by the batch. "of a product" is the
-network's multiply-adds a second as a share of one large matrix product's, timed in the same turns; a training step
-counts as three forward passes. A training step in bfloat16 has float32 weights and runs under autocast."""
+  networks        ADM, LDM and DiT are diffusers', U-ViT, DiS and DiM small ones after their papers, each with its exact
+                  count (lamamba info --compare).
+  same care       All use scaled_dot_product_attention, DiS and DiM our selective scan; convolutions have their channels
+                  last; on CPUs weights of Linear layers and convolutions are packed for oneDNN.
+  processes       Every network has its own; on Linux CPUs these start with the same MALLOC_ settings. Where not all
+                  fit into memory together, LaMamba takes turns with one peer after the other, so that it is timed
+                  beside each; what does not fit alone is left out and named.
+  training        In bfloat16, a training step has float32 weights and runs under autocast.
+
+  ms a pass       Median, with quartiles.
+  peak MiB        Of the GPU's allocator, or what the process occupies more than before the network was built.
+  MiB an image    The peak less weights (in training, gradients and moments, too), divided by the batch.
+  of a product    Multiply-adds a second as a share of one large matrix product's, timed in the same turns; a training
+                  step counts as three forward passes.
+  times as fast   As each peer, both timed in the same turns."""
 
 from __future__ import annotations
 

@@ -41,7 +41,12 @@ class SS2DLayer(SS2D):
     """
 
     def __init__(
-        self, width: int, *, scan_width: int | None = None, state_size: int = 1, dt_rank: int | None = None,
+        self,
+        width: int,
+        *,
+        scan_width: int | None = None,
+        state_size: int = 1,
+        dt_rank: int | None = None,
         scan: Scan = "continuous",
     ):
         _check_sizes(width=width)
@@ -90,8 +95,16 @@ class LaMambaLayer(nn.Module):
     """
 
     def __init__(
-        self, width: int, num_heads: int, *, window_size: int = 8, shifted: bool = False,
-        condition_width: int | None = None, state_size: int = 1, mlp_ratio: float = 4.0, scan: Scan = "continuous",
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        window_size: int = 8,
+        shifted: bool = False,
+        condition_width: int | None = None,
+        state_size: int = 1,
+        mlp_ratio: float = 4.0,
+        scan: Scan = "continuous",
     ):
         super().__init__()
         _check_sizes(width=width, num_heads=num_heads, window_size=window_size)
@@ -117,7 +130,7 @@ class LaMambaLayer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Linear weights Xavier-uniform, biases and modulation zero, the rest as in the network."""
+        """Initialise as the network does: Linear weights Xavier-uniform, biases and modulation zero."""
         initialise_linears(self)
         for branch in ("scan", "attention"):
             self.branches[branch].reset_parameters()  # type: ignore[operator]

@@ -6,7 +6,6 @@ Figures are made without pyplot: nothing here changes the backend or the open fi
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogFormatter
+from matplotlib.transforms import Bbox
 
 from lamamba.config import LATENT_SCALE
 from lamamba.utils.files import parse_json, read_text, replacing
@@ -28,6 +28,11 @@ DISTILLATION = {
 }
 """Terms of a distillation's loss in metrics.jsonl."""
 OUR_COLOR, PEER_COLOR = "#1f6fb4", "#b4641f"
+NAME_PLACES = (
+    ((6, 4), "left"), ((-6, -12), "right"), ((6, -12), "left"), ((-6, 4), "right"), ((0, 10), "center"),
+    ((0, -20), "center"), ((6, 16), "left"), ((-6, -24), "right"),
+)
+"""Of a name beside its point, the first one that is free: offset in points, horizontal alignment."""
 
 
 def _colors() -> list[str]:
@@ -41,10 +46,13 @@ class _PlainLogFormatter(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def set_log(axes: Axes) -> None:
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(_PlainLogFormatter())
-    axes.yaxis.set_minor_formatter(_PlainLogFormatter(minor_thresholds=(1, 0.4)))
+def set_log(axes: Axes, names: str = "y") -> None:
+    """Logarithmic axes ("y", "x" or both) with plain numbers."""
+    for name in names:
+        axes.set(**{f"{name}scale": "log"})
+        axis = getattr(axes, f"{name}axis")
+        axis.set_major_formatter(_PlainLogFormatter())
+        axis.set_minor_formatter(_PlainLogFormatter(minor_thresholds=(1, 0.4)))
 
 
 def tidy(panels: Sequence[Axes]) -> None:
@@ -202,12 +210,15 @@ def cost_curves(
 
     figure = Figure(figsize=(10, 4.6))
     left, right = figure.subplots(1, 2)
+    further = itertools.cycle(_colors()[2:])
+    ours, peers = (itertools.chain([color], further) for color in (OUR_COLOR, PEER_COLOR))
     for model, points in multiply_adds.items():
         is_peer = any(row["is_peer"] for row in rows if row["model"] == model)
-        color, style = (PEER_COLOR, "s--") if is_peer else (OUR_COLOR, "o-")
+        color, style = (next(peers), "s--") if is_peer else (next(ours), "o-")
+        name = _network_name(model, is_peer)
         mine = sorted((row["image_size"], row["ms"] / row["batch"]) for row in rows if row["model"] == model)
-        left.plot([tokens(size) for size, _ in mine], [ms for _, ms in mine], style, color=color, label=model)
-        right.plot([tokens(size) for size, _ in points], [n / 1e9 for _, n in points], style, color=color, label=model)
+        left.plot([tokens(size) for size, _ in mine], [ms for _, ms in mine], style, color=color, label=name)
+        right.plot([tokens(size) for size, _ in points], [n / 1e9 for _, n in points], style, color=color, label=name)
     left.set(title=f"time of an image ({rows[0]['mode']}, {rows[0]['dtype']}, {rows[0]['device']})", ylabel="ms")
     right.set(title="multiply-adds of an image", ylabel="G multiply-adds")
     timed = sorted({row["image_size"] for row in rows})
@@ -232,47 +243,64 @@ def efficiency_points(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         rows: of a benchmark's result.
         path: a PNG.
     """
+    save_figure(_efficiency_figure(rows), path)
+
+
+def _efficiency_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(9.5, 6.5))
     axes = figure.subplots()
-    several = len({row["image_size"] for row in rows}) > 1
-    rows = sorted(rows, key=lambda row: row["multiply_adds"])
-    gaps = [math.inf, *np.diff(np.log([row["multiply_adds"] for row in rows])), math.inf]
-    is_right, halo = True, [withStroke(linewidth=3, foreground="white")]        # lines do not cross the names
-    for row, before, after in zip(rows, gaps, gaps[1:], strict=False):
-        color, marker = (PEER_COLOR, "s") if row["is_peer"] else (OUR_COLOR, "o")
+    first, sizes = rows[0], {row["image_size"] for row in rows}
+    for row in rows:
+        color, marker, above = (PEER_COLOR, "s", 2) if row["is_peer"] else (OUR_COLOR, "o", 3)
         point = row["multiply_adds"] / 1e9, row["images_per_second"]
-        axes.plot(*point, marker, color=color, markersize=6)
-        name = row["model"] if row["is_peer"] else f"LaMamba-{row['model'].upper()}"
-        name += f", {row['image_size']} px" if several else ""
-        is_right = not is_right if before < 0.25 else before <= after           # names of neighbours on either side
-        offset, side = ((6, 4), "left") if is_right else ((-6, -12), "right")
-        axes.annotate(
-            name, point, offset, textcoords="offset points", fontsize="small", color=color, ha=side, path_effects=halo
-        )
-    axes.set(xscale="log", yscale="log", xlabel="G multiply-adds of an image", ylabel="images / s")
+        axes.plot(*point, marker, color=color, markersize=6, zorder=above)
+    size = f"{first['image_size']} px, " if len(sizes) == 1 else ""
+    axes.set(
+        xlabel="G multiply-adds of an image, forward pass", ylabel="images / s",
+        title=f"{first['mode']}, {size}{first['dtype']}, {first['device']}, batch {first['batch']}; "
+              "lines: share of one large product's multiply-adds/s",
+    )
+    set_log(axes, "xy")
     axes.margins(0.12)
     limits = axes.get_xlim(), axes.get_ylim()
-    passes = 3 if rows[0]["mode"] == "train" else 1                             # as lamamba.benchmarking counts a step
-    rate = float(np.median([row["product_multiply_adds_per_second"] for row in rows])) / 1e9 / passes
+    products = [row["images_per_second"] * row["multiply_adds"] / row["share_of_product"] for row in rows]
     for share in (1.0, 0.5, 0.25, 0.125):
-        ends = np.asarray(limits[0])
-        axes.plot(ends, share * rate / ends, ":", color="grey", linewidth=1, zorder=0)
-        left = max(ends[0], share * rate / limits[1][1])                        # where the line enters the picture
+        ends, rate = np.asarray(limits[0]), share * float(np.median(products)) / 1e9
+        axes.plot(ends, rate / ends, ":", color="grey", linewidth=1, zorder=0)
+        left = max(ends[0], rate / limits[1][1])                                # where the line enters the picture
         axes.annotate(
-            f"{100 * share:g} %", (left, share * rate / left), (4, -12),
-            textcoords="offset points", color="grey", fontsize="small", path_effects=halo,
+            f"{100 * share:g} %", (left, rate / left), (4, -12), textcoords="offset points", color="grey",
+            fontsize="small", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
     axes.set(xlim=limits[0], ylim=limits[1])
-    axes.xaxis.set_major_formatter(_PlainLogFormatter())
-    axes.yaxis.set_major_formatter(_PlainLogFormatter())
-    first = rows[0]
-    size = "" if several else f"{first['image_size']} px, "
-    axes.set_title(
-        f"{first['mode']}, {size}{first['dtype']}, {first['device']}, batch {first['batch']}; "
-        "lines: share of one large product's multiply-adds/s"
-    )
     tidy([axes])
-    save_figure(figure, path)
+    figure.tight_layout()
+    _name_points(axes, rows, with_size=len(sizes) > 1)
+    return figure
+
+
+def _name_points(axes: Axes, rows: Sequence[Mapping[str, Any]], with_size: bool) -> None:
+    """Write names beside their points, at the first place that neither another name nor a point has."""
+    points = [(row["multiply_adds"] / 1e9, row["images_per_second"]) for row in rows]
+    taken = [Bbox([at - 5, at + 5]) for at in axes.transData.transform(points)]
+    for row, point in sorted(zip(rows, points, strict=True), key=lambda pair: pair[1]):
+        text = _network_name(row["model"], row["is_peer"]) + (f", {row['image_size']} px" if with_size else "")
+        for offset, side in NAME_PLACES:
+            name = axes.annotate(
+                text, point, offset, textcoords="offset points", fontsize="small", ha=side,
+                color=PEER_COLOR if row["is_peer"] else OUR_COLOR,
+                path_effects=[withStroke(linewidth=3, foreground="white")],     # lines do not cross the names
+            )
+            if not any(name.get_window_extent().overlaps(box) for box in taken):
+                break
+            name.remove()
+        else:
+            axes.add_artist(name)                                               # crowded: over its neighbours
+        taken.append(name.get_window_extent())
+
+
+def _network_name(model: str, is_peer: bool) -> str:
+    return model if is_peer else f"LaMamba-{model.upper()}"
 
 
 def _power_lines(axes: Axes, tokens: Sequence[float]) -> None:

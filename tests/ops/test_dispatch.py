@@ -71,6 +71,8 @@ def test_shapes_that_do_not_fit_are_named():
     empty = {name: inputs[name][:, :0] for name in ("x", "dt", "B", "C", "paths")}
     with pytest.raises(ValueError, match="no tokens"):
         selective_scan(**{**inputs, **empty})
+    with pytest.raises(ValueError, match="paths is torch.int32; it holds numbers of tokens, torch.int64"):
+        selective_scan(**{**inputs, "paths": inputs["paths"].int()})
 
 
 def test_the_operator_runs_on_the_meta_device_and_counts_its_operations():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from lamamba.viz.curves import efficiency_points, read_metrics, run_curves
+from lamamba.viz import curves
+from lamamba.viz.curves import _efficiency_figure, cost_curves, read_metrics, run_curves
 
 
 def lines(steps, **more):
@@ -61,15 +63,47 @@ def test_a_truncated_line_is_skipped_and_a_file_without_lines_named(tmp_path):
         read_metrics(path)
 
 
-def test_a_network_more_is_a_point_more(tmp_path):
-    def row(model, giga, share):
-        return {"model": model, "image_size": 256, "batch": 1, "mode": "forward", "dtype": "float32", "device": "cpu",
-                "is_peer": model != "xl", "multiply_adds": giga * 1e9, "images_per_second": share * 80 / giga,
-                "product_multiply_adds_per_second": 80e9}
+def timed(model, giga, images_per_second, size=256):
+    return {"model": model, "image_size": size, "batch": 1, "mode": "forward", "dtype": "float32", "device": "cpu",
+            "is_peer": model != "xl", "multiply_adds": giga * 1e9, "images_per_second": images_per_second,
+            "share_of_product": images_per_second * giga / 200}
 
-    rows = [row("xl", 45, 0.8), row("ldm-8", 57, 0.4), row("dit-xl-2", 118, 0.8)]
-    efficiency_points(rows, tmp_path / "some.png")
-    efficiency_points([*rows, row("adm-256", 1120, 0.8)], tmp_path / "more.png")
-    some, more = (matplotlib.image.imread(tmp_path / name) for name in ("some.png", "more.png"))
-    assert some.shape == more.shape
-    assert np.abs(some - more).max() > 0.5
+
+CLOSE = [timed("dit-b-2", 106.38, 1.29), timed("dit-xl-4", 118.66, 1.38), timed("u-vit-h-4", 133.23, 1.32),
+         timed("xl", 107, 1.2), timed("adm-512", 1982, 0.1), timed("dit-s-4", 6, 18)]
+
+
+@pytest.mark.parametrize("rows", [CLOSE, CLOSE[:2], [*CLOSE[3:], timed("xl", 430, 0.3, size=512)]])
+def test_names_of_networks_lie_over_no_other_name_and_no_point(rows):
+    (axes,) = _efficiency_figure(rows).axes
+    names = [text for text in axes.texts if not text.get_text().endswith(" %")]
+    found = {text.get_text().partition(",")[0] for text in names}
+    assert found == {"LaMamba-XL" if row["model"] == "xl" else row["model"] for row in rows}
+    assert len(names) == len(rows)
+    boxes = [text.get_window_extent() for text in names]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    points = axes.transData.transform([(row["multiply_adds"] / 1e9, row["images_per_second"]) for row in rows])
+    assert not any(box.contains(*point) for box in boxes for point in points)
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_the_line_of_a_product_is_its_multiply_adds_per_second(mode):
+    """One pass of a product's 200 G multiply-adds/s; a training step is three."""
+    passes = 3 if mode == "train" else 1
+    rows = [{**row, "mode": mode, "share_of_product": passes * row["share_of_product"]} for row in CLOSE]
+    (axes,) = _efficiency_figure(rows).axes
+    line = next(line for line in axes.lines if line.get_linestyle() == ":")
+    x, y = line.get_data()
+    assert x * y == pytest.approx(200 / passes)
+    labels = [label.get_text() for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels(which="both")]
+    assert all(float(label) > 0 for label in labels if label)                   # plain numbers
+
+
+def test_every_network_has_a_color_of_its_own(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(curves, "save_figure", lambda figure, path: figures.append(figure))
+    rows = [{**row, "ms": 1000 / row["images_per_second"]} for row in CLOSE[:4]]
+    cost_curves(rows, {row["model"]: [(256, 1e9), (512, 5e9)] for row in rows}, tmp_path / "cost.png")
+    legend = figures[0].axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["dit-b-2", "dit-xl-4", "u-vit-h-4", "LaMamba-XL"]
+    assert len({line.get_color() for line in legend.get_lines()}) == 4

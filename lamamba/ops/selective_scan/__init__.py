@@ -34,8 +34,17 @@ OP = Op(
 
 
 def selective_scan(
-    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, W_dt: Tensor, b_dt: Tensor, A: Tensor, D: Tensor, paths: Tensor,
-    *, backend: str | None = None,
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    W_dt: Tensor,
+    b_dt: Tensor,
+    A: Tensor,
+    D: Tensor,
+    paths: Tensor,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """Selective state-space scan along each path, summed over the paths: (b, l, c).
 
@@ -50,14 +59,19 @@ def selective_scan(
     B and C stay in grid order. docs/layers.md has examples.
 
     Args:
-        x, dt, B, C, W_dt, b_dt, A, D, paths: as in the notation above; paths are int64, on x's device.
+        x: (b, l, c) tokens in grid order; u_t of path k is x[:, paths[k, t]].
+        dt: (b, l, g, r) low-rank time steps of each path.
+        B, C: (b, l, g, n) input and output maps of the state.
+        W_dt, b_dt: (g, c, r) projects dt to all channels, and its bias (g, c).
+        A, D: (g, c, n) decay rates, negative; (g, c) skip weights.
+        paths: (g, l) int64, on x's device, permutations of 0 .. l - 1; a token that comes twice is not looked for.
         backend: name of a back end; by default the requested or automatic one (see lamamba.ops.dispatch).
 
     Returns:
         y (b, l, c), in grid order, in x's dtype.
 
     Raises:
-        ValueError: when shapes do not fit or the back end's name is unknown.
+        ValueError: when shapes do not fit, paths are not int64, or the back end's name is unknown.
         RuntimeError: when the requested back end does not support these inputs.
     """
     check_shapes(x, dt, B, C, W_dt, b_dt, A, D, paths)
@@ -72,7 +86,7 @@ def selective_scan(
 
 
 def check_shapes(x, dt, B, C, W_dt, b_dt, A, D, paths) -> None:
-    """Raise ValueError for shapes that `selective_scan` does not take."""
+    """Raise ValueError for shapes, or a dtype of paths, that `selective_scan` does not take."""
     if x.dim() != 3 or A.dim() != 3:
         raise ValueError(f"x has shape {tuple(x.shape)} and A {tuple(A.shape)}; they are (b, l, c) and (g, c, n)")
     (b, l, c), (g, _, n) = x.shape, A.shape
@@ -86,6 +100,8 @@ def check_shapes(x, dt, B, C, W_dt, b_dt, A, D, paths) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)} where x {tuple(x.shape)} and A {tuple(A.shape)} need {shape}"
             )
+    if paths.dtype != torch.int64:
+        raise ValueError(f"paths is {paths.dtype}; it holds numbers of tokens, torch.int64")
     if l == 0:
         raise ValueError("x has no tokens; a path must be at least one token long")
 
