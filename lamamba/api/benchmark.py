@@ -14,6 +14,7 @@ from lamamba.benchmarking.peers.registry import find_peer, peers_for
 from lamamba.benchmarking.report import describe, explain, table
 from lamamba.benchmarking.throughput import Case, OutOfMemory, cost_of, measure, parse_model, ratios
 from lamamba.benchmarking.turns import leave_out, left_out, merge, sets_in_turns
+from lamamba.config import UNetConfig
 from lamamba.options.base import verb
 from lamamba.options.benchmark import BenchmarkOptions
 from lamamba.utils.distributed import pick_device
@@ -88,13 +89,12 @@ def benchmark(options: BenchmarkOptions, *, progress: ProgressOption = "auto") -
         ValueError: for unknown networks or sizes that do not fit, before anything is built.
         RuntimeError: when a network cannot be built or run, with the reason.
     """
-    paths = tuple(path for path in (options.json, options.markdown, options.plot, options.plot_efficiency) if path)
-    for path in paths:
+    for path in options.paths:
         check_target(path)
     groups = plan(options)
     where = environment(groups[0][0], seconds=options.seconds, processes=options.processes)
     plan_text = [asdict(case) for cases in groups for case in cases]
-    result = BenchmarkResult(_interrupted(options.json, where, plan_text), where, paths=paths)
+    result = BenchmarkResult(_interrupted(options.json, where, plan_text), where, paths=options.paths)
     with reporting(progress) as report:
         def note(text: str) -> None:
             done = len({(row["image_size"], row["model"]) for row in result.sets}) + len(result.left_out)
@@ -175,8 +175,10 @@ def plan(options: BenchmarkOptions) -> list[list[Case]]:
         ValueError: for an unknown network, or a size that does not fit.
     """
     for size in options.image_sizes:
+        networks: dict[UNetConfig, str] = {}
         for name in options.models:
-            parse_model(name, size, options.state_size)
+            if (other := networks.setdefault(parse_model(name, size, options.state_size), name)) != name:
+                raise ValueError(f"models {other} and {name} are one network; name it once")
         for name in _peers(options.peers, size):
             find_peer(name).side(size)
     models = options.models

@@ -64,5 +64,4 @@ def scan_paths(height: int, width: int, scan: str = "continuous", device: torch.
 
 def inverse_paths(paths: Tensor) -> Tensor:
     """Return the inverse permutations: inverse[k, paths[k, t]] = t, (g, l) like paths."""
-    times = torch.arange(paths.shape[1], device=paths.device).expand_as(paths)
-    return torch.empty_like(paths).scatter_(1, paths, times)
+    return paths.argsort(1)

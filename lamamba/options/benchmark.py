@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from lamamba.options.base import FilePath, Ge, Positive, PositiveInts, Threads, Words, options
@@ -56,8 +57,15 @@ class BenchmarkOptions:
         for name in ("plot", "plot_efficiency"):
             if (path := getattr(self, name)) is not None and path.suffix.lower() != ".png":
                 raise ValueError(f"{name}={path}: the picture is a .png")
+        if len({path.absolute() for path in self.paths}) < len(self.paths):
+            raise ValueError("json, markdown, plot and plot_efficiency name one file twice: give each its own")
         if len(self.batch) not in (1, len(self.image_sizes)):
             raise ValueError(
                 f"batch has {len(self.batch)} numbers for {len(self.image_sizes)} image sizes; give one, or one for "
                 "each"
             )
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Of all files that are written."""
+        return tuple(path for path in (self.json, self.markdown, self.plot, self.plot_efficiency) if path)

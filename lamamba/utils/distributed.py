@@ -39,6 +39,8 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {first_line(error)}") from error
+    if device.type == "meta":
+        raise ValueError("device 'meta' has shapes without numbers: give cpu, a GPU such as cuda:1, or auto")
     return device
 
 

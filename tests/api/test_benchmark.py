@@ -68,12 +68,15 @@ def test_cases_are_models_and_peers_for_each_size():
     ({"models": "s", "peers": "adm-512", "image_sizes": 96}, "image_size=96 is not a multiple of 64; use 64 or 128"),
     ({"plot": "a.jpg"}, "plot=a.jpg: the picture is a .png"),
     ({"models": "s,s"}, "models: 's,s' has s twice; once is enough"),
+    ({"models": "s-n16,s", "state_size": 16}, "models s-n16 and s are one network; name it once"),
+    ({"json": "a.png", "plot": "a.png"}, "plot_efficiency name one file twice: give each its own"),
+    ({"device": "meta"}, "device 'meta' has shapes without numbers: give cpu, a GPU such as cuda:1, or auto"),
     ({"image_sizes": (256, 256)}, r"image_sizes=\(256, 256\) has a size twice"),
 ])
 def test_errors_come_before_anything_is_built(changes, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
-        lamamba.benchmark(lamamba.BenchmarkOptions(device="cpu", **changes), progress=None)
+        lamamba.benchmark(lamamba.BenchmarkOptions(**{"device": "cpu", **changes}), progress=None)
     assert not list(tmp_path.iterdir())
 
 

@@ -71,8 +71,29 @@ def test_shapes_that_do_not_fit_are_named():
     empty = {name: inputs[name][:, :0] for name in ("x", "dt", "B", "C", "paths")}
     with pytest.raises(ValueError, match="no tokens"):
         selective_scan(**{**inputs, **empty})
-    with pytest.raises(ValueError, match="paths is torch.int32; it holds numbers of tokens, torch.int64"):
-        selective_scan(**{**inputs, "paths": inputs["paths"].int()})
+
+
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("paths", torch.Tensor.int, "paths is torch.int32 on cpu; it holds numbers of tokens, torch.int64 on cpu"),
+    ("paths", lambda paths: paths.to("meta"), "paths is torch.int64 on meta; .* torch.int64 on cpu as x"),
+    ("x", torch.Tensor.long, "x is torch.int64; it holds real numbers"),
+    ("A", lambda A: A.to(torch.complex64), "A is torch.complex64; it holds real numbers"),
+    ("W_dt", torch.Tensor.sum, r"and W_dt \(\); they are \(b, l, c\), \(g, c, n\) and \(g, c, r\)"),
+])
+def test_what_no_scan_takes_is_named(name, change, message):
+    inputs = make_inputs()
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**{**inputs, name: change(inputs[name])})
+
+
+@pytest.mark.parametrize("name", ["cpu", "torch", "reference"])
+def test_tokens_outside_the_grid_are_an_error(name):
+    inputs = make_inputs()
+    if reason := OP.get(name).unsupported_reason("cpu", torch.float32, 1):
+        pytest.skip(reason)
+    inputs["paths"] = inputs["paths"] + 10**6
+    with pytest.raises((ValueError, IndexError)):
+        selective_scan(**inputs, backend=name)
 
 
 def test_the_operator_runs_on_the_meta_device_and_counts_its_operations():

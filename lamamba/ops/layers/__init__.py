@@ -21,7 +21,7 @@ from lamamba.config import Grid
 from lamamba.ops import native
 from lamamba.ops.dispatch import needs_formula, requested_backend
 from lamamba.ops.layers import cpu, gpu, reference
-from lamamba.ops.selective_scan import OP, check_shapes, scan_flops, selective_scan
+from lamamba.ops.selective_scan import OP, check_inputs, scan_flops, selective_scan
 
 FEW_ROWS = {torch.float32: 8, torch.bfloat16: 2}
 MANY_WEIGHTS = 2**18
@@ -81,7 +81,7 @@ def scan_gated_norm(
     parameters: list[Tensor | None] = [*scan[:-1], weight, bias]
     if not _needs_gradients(x, z, *parameters) and _runs_on_gpu("scan_gated_norm", [x, z], parameters) \
             and OP.choose(tokens, A.shape[2]) == "triton":
-        check_shapes(tokens, *scan)
+        check_inputs(tokens, *scan)
         return torch.ops.lamamba.gpu_scan_gated_norm(x, z, *scan, weight, bias, eps)
     return gated_norm(selective_scan(tokens, *scan).unflatten(1, x.shape[1:3]), z, weight, bias, eps)
 

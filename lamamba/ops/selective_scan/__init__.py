@@ -71,10 +71,10 @@ def selective_scan(
         y (b, l, c), in grid order, in x's dtype.
 
     Raises:
-        ValueError: when shapes do not fit, paths are not int64, or the back end's name is unknown.
+        ValueError: when shapes, dtypes or devices do not fit, or the back end's name is unknown.
         RuntimeError: when the requested back end does not support these inputs.
     """
-    check_shapes(x, dt, B, C, W_dt, b_dt, A, D, paths)
+    check_inputs(x, dt, B, C, W_dt, b_dt, A, D, paths)
     chosen = OP.choose(x, A.shape[2], backend)
     if needs_formula():
         if chosen not in ("torch", "reference") and (backend or requested_backend()) == chosen:
@@ -85,12 +85,15 @@ def selective_scan(
     return _selective_scan(x, dt, B, C, W_dt, b_dt, A, D, paths, chosen)
 
 
-def check_shapes(x, dt, B, C, W_dt, b_dt, A, D, paths) -> None:
-    """Raise ValueError for shapes, or a dtype of paths, that `selective_scan` does not take."""
-    if x.dim() != 3 or A.dim() != 3:
-        raise ValueError(f"x has shape {tuple(x.shape)} and A {tuple(A.shape)}; they are (b, l, c) and (g, c, n)")
+def check_inputs(x, dt, B, C, W_dt, b_dt, A, D, paths) -> None:
+    """Raise ValueError for shapes, dtypes and devices that `selective_scan` does not take."""
+    if not x.dim() == A.dim() == W_dt.dim() == 3:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, A {tuple(A.shape)} and W_dt {tuple(W_dt.shape)}; they are (b, l, c), "
+            "(g, c, n) and (g, c, r)"
+        )
     (b, l, c), (g, _, n) = x.shape, A.shape
-    r = W_dt.shape[-1]
+    r = W_dt.shape[2]
     expected = {
         "dt": (dt, (b, l, g, r)), "B": (B, (b, l, g, n)), "C": (C, (b, l, g, n)), "W_dt": (W_dt, (g, c, r)),
         "b_dt": (b_dt, (g, c)), "A": (A, (g, c, n)), "D": (D, (g, c)), "paths": (paths, (g, l)),
@@ -100,8 +103,14 @@ def check_shapes(x, dt, B, C, W_dt, b_dt, A, D, paths) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)} where x {tuple(x.shape)} and A {tuple(A.shape)} need {shape}"
             )
-    if paths.dtype != torch.int64:
-        raise ValueError(f"paths is {paths.dtype}; it holds numbers of tokens, torch.int64")
+    numbers = {"x": x, **{name: tensor for name, (tensor, _) in expected.items() if name != "paths"}}
+    for name, tensor in numbers.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}; it holds real numbers, such as torch.float32")
+    if paths.dtype != torch.int64 or paths.device != x.device:
+        raise ValueError(
+            f"paths is {paths.dtype} on {paths.device}; it holds numbers of tokens, torch.int64 on {x.device} as x"
+        )
     if l == 0:
         raise ValueError("x has no tokens; a path must be at least one token long")
 
