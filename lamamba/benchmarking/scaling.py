@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from lamamba.benchmarking.flops import lamamba_operations
-from lamamba.benchmarking.private_torch import ddp_buckets
+from lamamba.benchmarking.private_distributed import ddp_buckets
 from lamamba.benchmarking.simulation import Kind, Setup, Step, begin, finish
 from lamamba.config import UNetConfig, check_known
 from lamamba.models.blocks import LaMambaBlock

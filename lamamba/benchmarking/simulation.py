@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lamamba.benchmarking.private_torch import FakeTensorMode, MemoryTracker, Traffic, begin_fake_group, ddp_buckets
+from lamamba.benchmarking.private_distributed import MemoryTracker, Traffic, begin_fake_group, ddp_buckets
+from lamamba.benchmarking.private_torch import FakeTensorMode
 from lamamba.config import UNetConfig
 from lamamba.models.unet import LaMambaUNet
 from lamamba.training.distributed import make_mesh, shard_network

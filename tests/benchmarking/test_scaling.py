@@ -81,7 +81,7 @@ def test_a_simulated_step_is_a_real_one(way, changes):
 
 def train_traffic(settings, folder):
     """Collectives of the third step of a training: all until the fourth's, without the callbacks' own."""
-    from lamamba.benchmarking.private_torch import Traffic
+    from lamamba.benchmarking.private_distributed import Traffic
     from lamamba.training.loop import train
 
     seen, traffic = [], Traffic()
