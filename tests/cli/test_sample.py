@@ -215,6 +215,8 @@ def test_balanced_labels_of_an_unconditional_model_and_of_chosen_classes(sample)
     (["flow", "--num", "1000000000"], "3,000,000,000 images of 8 x 8 pixels are too many for one picture"),
     (["flow", "--balanced", "--num", "3", "--threads", "100000"], "threads=100000 must be at most 1024"),
     (["flow", "--interpolate", "seeds:\u00b2:4"], "write seeds:3:7 or classes:3:8"),
+    ([""], "model: an empty path; leave it out"),
+    (["flow", "--out", ""], "out: an empty path; leave it out"),
     (["--like", "nowhere.png"], "nowhere.png does not exist"),
     (["model.pt"], "a pickled checkpoint can run code, so it is not opened here: lamamba convert model.pt DIR"),
     (["broken"], "broken/diffusion_pytorch_model.safetensors is damaged"),
