@@ -148,7 +148,7 @@ def _pictures(
     check_sampler(sampling, metadata)
     if sampling.every:
         count = len(metadata.label_names[:MAX_GRID_CLASSES] or ("",)) * sampling.per_class
-        check_grid(count, metadata.image_size, metadata.image_size, " (sampling.per_class is of each class): take fewer")
+        check_grid(count, metadata.image_size, metadata.image_size, " (sampling.per_class is of a class): take fewer")
     decoder = open_decoder(metadata, device) if is_rank_zero() and (sampling.every or score.every) else None
     pictures: list[SampleGrid | QuickScore] = [SampleGrid(sampling, run.samples, metadata.label_names, decoder, report)]
     if score.every:

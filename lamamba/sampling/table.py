@@ -68,8 +68,8 @@ def make_table(options: SampleOptions, picture: ImageMetadata | None, model: Mod
     num, seed = num or DEFAULT_COLUMNS, seed or 0
     if options.out is not None:
         count = num * len(classes or range(min(DEFAULT_CLASSES, model.num_classes)) or (None,))
-        advice = " (num is of each class): take fewer, or fill a folder, as in lamamba sample -n 50000 --balanced --out "
-        check_grid(count, *model.fit(options.height, options.width)[1], f"{advice}FOLDER")
+        advice = " (num is of each class): take fewer, or fill a folder, as in lamamba sample -n 50000 --balanced "
+        check_grid(count, *model.fit(options.height, options.width)[1], f"{advice}--out FOLDER")
     if options.interpolate:
         return interpolation_table(model, options.interpolate, classes, num, seed)
     return class_table(model, classes, num, seed)
