@@ -26,7 +26,7 @@ from torch import Tensor
 from lamamba.config import check_known
 from lamamba.data.autoencoder import pixels_per_latent
 from lamamba.data.codec import CodecConfig, check_pixels, to_uint8
-from lamamba.data.images import opaque, upright
+from lamamba.data.images import eight_bits, opaque
 from lamamba.data.labels import as_names, find_label
 from lamamba.diffusion.denoise import (
     SAMPLERS,
@@ -553,8 +553,8 @@ def _shares(images: Any, *, is_mask: bool = False) -> Any:
             raise ValueError("image or mask_image is an empty list: give one for all images, or one for each")
         return [_shares(image, is_mask=is_mask) for image in images]
     kind = str(images.dtype).removeprefix("torch.") if isinstance(images, np.ndarray | Tensor) else "float"
-    if "float" in kind:
-        return images
+    if "float" in kind:                                                         # bfloat16 has no numbers just above 1
+        return images.float() if isinstance(images, Tensor) else images
     if kind not in ("uint8", "bool"):
         raise ValueError(f"images of {kind} are ambiguous: arrays and tensors hold shares, 0 to 1, or bytes (uint8)")
     scale = 255 if kind == "uint8" and (not is_mask or images.max() > 1) else 1
@@ -562,10 +562,10 @@ def _shares(images: Any, *, is_mask: bool = False) -> Any:
 
 
 def _flat(images: Any, background: str) -> Any:
-    """PIL images upright and without transparency; others unchanged."""
+    """PIL images upright, of 8 bits and without transparency; others unchanged."""
     if isinstance(images, list | tuple):
         return [_flat(image, background) for image in images]
-    return opaque(upright(images), background) if isinstance(images, Image.Image) else images
+    return opaque(eight_bits(images)[0], background) if isinstance(images, Image.Image) else images
 
 
 def _repeated(images: Tensor, count: int, name: str) -> Tensor:

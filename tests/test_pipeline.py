@@ -604,6 +604,15 @@ def test_a_cache_of_deep_features_is_the_sampler_s_and_afresh_in_every_call(pipe
         run(pipe, image=picture(), strength=0.1)
 
 
+def test_grey_levels_of_16_bits_and_bfloat16_are_the_picture_s_own(pipe):
+    plain = run(pipe, image=picture(), strength=0.5)
+    levels = np.asarray(picture()).astype(np.uint16) * 257
+    assert torch.equal(run(pipe, image=Image.fromarray(levels), strength=0.5), plain)
+    assert run(pipe, image=torch.zeros(1, 1, 8, 8, dtype=torch.bfloat16), strength=0.5).isfinite().all()
+    with pytest.raises(ValueError, match="32-bit: its range is unknown"):
+        run(pipe, image=Image.fromarray(levels.astype(np.float32)), strength=0.5)
+
+
 @pytest.mark.parametrize(("given", "said"), [
     (dict(generator=5), "generator=5 must be a torch.Generator"), (dict(generator=[None]), "torch.Generator"),
     (dict(latents=np.zeros((1, 1, 8, 8))), "must be a tensor"), (dict(guidance_model="shipped"), "must be a network"),
