@@ -277,8 +277,8 @@ class LaMambaPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a number out of range or an unknown name; near ones are named.
         """
-        are_several = isinstance(labels, Sequence) and not isinstance(labels, str | bytes)
-        wanted = labels if are_several else np.ravel(labels).tolist()
+        is_one = isinstance(labels, str | bytes) or not isinstance(labels, Sequence)
+        wanted: Any = np.ravel(labels).tolist() if is_one else labels
         return [find_label(label, self._names, self.unet.config["num_classes"]) for label in wanted]
 
     @torch.no_grad()
