@@ -4,7 +4,7 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor
 from lamamba.config import check_known
 from lamamba.data.autoencoder import pixels_per_latent
 from lamamba.data.codec import CodecConfig, check_pixels, to_uint8
-from lamamba.data.images import opaque, upright
+from lamamba.data.images import eight_bits, opaque
 from lamamba.data.labels import as_names, find_label
 from lamamba.diffusion.denoise import (
     SAMPLERS,
@@ -77,7 +77,7 @@ def _check_kinds(**given: Any) -> None:
     for name, value in given.items():
         kind, fits = KINDS[name]
         values = value if kind is torch.Generator and isinstance(value, list) else [value]
-        if not all(isinstance(each, kind) for each in values) and not (value is None and kind is not Real):
+        if not all(isinstance(each, kind) for each in values) and not (value is None and kind not in (Real, Integral)):
             raise ValueError(f"{name}={value!r:.60} must be {fits}")
 
 
@@ -277,7 +277,8 @@ class LaMambaPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a number out of range or an unknown name; near ones are named.
         """
-        wanted = labels if isinstance(labels, Sequence) and not isinstance(labels, str) else np.ravel(labels).tolist()
+        is_one = isinstance(labels, str | bytes) or not isinstance(labels, Sequence)
+        wanted: Any = np.ravel(labels).tolist() if is_one else labels
         return [find_label(label, self._names, self.unet.config["num_classes"]) for label in wanted]
 
     @torch.no_grad()
@@ -381,6 +382,8 @@ class LaMambaPipeline(DiffusionPipeline):
         _check_kinds(callback_on_step_end=callback)
         if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
             names = callback.tensor_inputs
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise ValueError(f"callback_on_step_end_tensor_inputs={names!r:.60} must be a list of names")
         for name in names:
             check_known("callback tensor", name, self._callback_tensor_inputs)
         return names
@@ -398,7 +401,10 @@ class LaMambaPipeline(DiffusionPipeline):
             return None
         tensors = {"latents": step.x, "x0": step.x0}
         given = {name: tensors[name] for name in names}
-        return (callback(self, step.done - 1, step.timestep, given) or {}).get("latents")
+        returned = callback(self, step.done - 1, step.timestep, given) or {}
+        if not isinstance(returned, Mapping):
+            raise ValueError(f"callback_on_step_end returned {returned!r:.60}: give a dict of tensors, or nothing")
+        return returned.get("latents")
 
     def _find_labels(
         self, class_labels: Any, per_label: int, generator: Generators, latents: Tensor | None
@@ -551,10 +557,12 @@ def _shares(images: Any, *, is_mask: bool = False) -> Any:
     if isinstance(images, list | tuple):
         if not images:
             raise ValueError("image or mask_image is an empty list: give one for all images, or one for each")
+        if not any(all(isinstance(image, kind) for image in images) for kind in (Image.Image, np.ndarray, Tensor)):
+            raise ValueError("image or mask_image must be a list of one kind: PIL images, arrays or tensors")
         return [_shares(image, is_mask=is_mask) for image in images]
     kind = str(images.dtype).removeprefix("torch.") if isinstance(images, np.ndarray | Tensor) else "float"
-    if "float" in kind:
-        return images
+    if "float" in kind:                                                         # bfloat16 has no numbers just above 1
+        return images.float() if isinstance(images, Tensor) else images
     if kind not in ("uint8", "bool"):
         raise ValueError(f"images of {kind} are ambiguous: arrays and tensors hold shares, 0 to 1, or bytes (uint8)")
     scale = 255 if kind == "uint8" and (not is_mask or images.max() > 1) else 1
@@ -562,10 +570,10 @@ def _shares(images: Any, *, is_mask: bool = False) -> Any:
 
 
 def _flat(images: Any, background: str) -> Any:
-    """PIL images upright and without transparency; others unchanged."""
+    """PIL images upright, of 8 bits and without transparency; others unchanged."""
     if isinstance(images, list | tuple):
         return [_flat(image, background) for image in images]
-    return opaque(upright(images), background) if isinstance(images, Image.Image) else images
+    return opaque(eight_bits(images)[0], background) if isinstance(images, Image.Image) else images
 
 
 def _repeated(images: Tensor, count: int, name: str) -> Tensor:

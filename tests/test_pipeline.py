@@ -604,6 +604,15 @@ def test_a_cache_of_deep_features_is_the_sampler_s_and_afresh_in_every_call(pipe
         run(pipe, image=picture(), strength=0.1)
 
 
+def test_grey_levels_of_16_bits_and_bfloat16_are_the_picture_s_own(pipe):
+    plain = run(pipe, image=picture(), strength=0.5)
+    levels = np.asarray(picture()).astype(np.uint16) * 257
+    assert torch.equal(run(pipe, image=Image.fromarray(levels), strength=0.5), plain)
+    assert run(pipe, image=torch.zeros(1, 1, 8, 8, dtype=torch.bfloat16), strength=0.5).isfinite().all()
+    with pytest.raises(ValueError, match="32-bit: its range is unknown"):
+        run(pipe, image=Image.fromarray(levels.astype(np.float32)), strength=0.5)
+
+
 @pytest.mark.parametrize(("given", "said"), [
     (dict(generator=5), "generator=5 must be a torch.Generator"), (dict(generator=[None]), "torch.Generator"),
     (dict(latents=np.zeros((1, 1, 8, 8))), "must be a tensor"), (dict(guidance_model="shipped"), "must be a network"),
@@ -611,6 +620,12 @@ def test_a_cache_of_deep_features_is_the_sampler_s_and_afresh_in_every_call(pipe
     (dict(variation_strength="0.5"), "must be a number"), (dict(height="8"), "must be a whole number"),
     (dict(width=8.5), "must be a whole number"), (dict(num_images_per_prompt=1.5), "must be a whole number"),
     (dict(guidance_interval=0.3), "must be two numbers"), (dict(guidance_interval=("a", "b")), "must be two numbers"),
+    (dict(guidance_rescale="x"), "rescale 'x' must lie in 0"), (dict(class_labels=b"1"), "neither a class number"),
+    (dict(num_images_per_label=None), "must be a whole number"),
+    (dict(callback_on_step_end=lambda *_: 3), "returned 3"),
+    (dict(callback_on_step_end_tensor_inputs="x0"), "must be a list of names"),
+    (dict(callback_on_step_end_tensor_inputs=None), "must be a list of names"),
+    (dict(image=[picture(), np.zeros((8, 8))]), "a list of one kind"), (dict(image=["a.png"]), "a list of one kind"),
     (dict(latents=torch.full((1, 1, 8, 8), float("nan"))), "NaN"), (dict(class_labels=True), "neither a class number"),
 ])
 def test_arguments_of_other_kinds_are_refused_by_name(pipe, given, said):

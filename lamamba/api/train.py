@@ -18,7 +18,7 @@ from lamamba.benchmarking.throughput import free_memory, training_rate
 from lamamba.config import UNetConfig
 from lamamba.data.images import ImageSet, read_bad_files
 from lamamba.data.sets import TrainingSet
-from lamamba.evaluation.callbacks import QuickScore, SampleGrid, check_sampler, open_decoder
+from lamamba.evaluation.callbacks import MAX_GRID_CLASSES, QuickScore, SampleGrid, check_sampler, open_decoder
 from lamamba.models.adapters import count_parameters
 from lamamba.options.base import verb
 from lamamba.options.training import TrainConfig, TrainOptions
@@ -38,6 +38,7 @@ from lamamba.utils.progress import Progress, ProgressOption, Report, duration, i
 from lamamba.utils.repeatable import computing_threads
 from lamamba.utils.text import counted
 from lamamba.viz.curves import read_metrics
+from lamamba.viz.grids import check_grid
 
 logger = logging.getLogger("lamamba.api")
 
@@ -145,6 +146,9 @@ def _pictures(
     """
     sampling, score, device = config.sampling, config.score, local_device(config.device)
     check_sampler(sampling, metadata)
+    if sampling.every:
+        count = len(metadata.label_names[:MAX_GRID_CLASSES] or ("",)) * sampling.per_class
+        check_grid(count, metadata.image_size, metadata.image_size, " (sampling.per_class is of a class): take fewer")
     decoder = open_decoder(metadata, device) if is_rank_zero() and (sampling.every or score.every) else None
     pictures: list[SampleGrid | QuickScore] = [SampleGrid(sampling, run.samples, metadata.label_names, decoder, report)]
     if score.every:

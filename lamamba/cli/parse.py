@@ -60,7 +60,12 @@ def _one_line(message: str) -> str:
     last = next((number for number in rules if number > first), len(lines))
     text = re.sub(r"^Error parsing [A-Z]\w*: ", "", " ".join(lines[first:last]))
     text = re.sub(r"^Error parsing ([\w.]+): (?=\w+(\[\d+\])?=)", r"\1.", text)    # of a section
-    text = re.sub(r"no type matching .*(?=invalid literal for int|could not convert string)", "", text)   # of X | None
+    wrong = "no type matching .*"                                               # of X | None and of tuples
+    text = re.sub(wrong + r"float: (\S+) - typing\.Literal\[(.*?)\].*", r"\1 is neither a number nor \2", text)
+    text = re.sub(wrong + r"input length (\d+) did not match expected argument count (\d+).*",
+                  r"takes \2 values with spaces between them, not \1", text)
+    text = re.sub(wrong + r"Could not parse arguments \[(.*?)\] into tuple.*", r"\1 are not all numbers", text)
+    text = re.sub(wrong + r"(?=invalid literal for int|could not convert string)", "", text)
     text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", text)
     text = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", text)
     return text.removeprefix("Error parsing ")

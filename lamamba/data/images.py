@@ -13,13 +13,13 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from lamamba.data.sources import FolderSource, Source, fingerprint, image_formats, printable
 
@@ -154,20 +154,38 @@ def read_image(
 
 
 def _convert(image: Image.Image, content: bytes, channels: int | None) -> tuple[Image.Image, str]:
-    turned, is_grey = upright(image), image.mode in ("1", "L", "LA", "La")
+    turned, is_deep = eight_bits(image)
+    note = "16-bit" if is_deep else "CMYK" if image.mode == "CMYK" else _deep_colour(content)
+    flat = opaque(turned)
+    grey = is_deep or image.mode in ("1", "L", "LA", "La") if channels is None else channels == 1
+    return flat.convert("L" if grey else "RGB"), note or ("" if flat is turned else "transparent")
+
+
+def eight_bits(image: Image.Image) -> tuple[Image.Image, bool]:
+    """An upright image with grey levels of 8 bits, and whether they were of 16.
+
+    Raises:
+        BadImage: for levels of 32 bits.
+    """
+    turned = upright(image)
     # "I" of PNG: Pillow before 11.3; of PGM: levels that Pillow has spread over 16 bits
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         levels, hidden = np.asarray(turned), image.info.get("transparency")
-        turned, note, is_grey = Image.fromarray(np.round(levels / 257).astype(np.uint8)), "16-bit", True
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            levels = _full_range(levels, image.tag_v2)
+        turned = Image.fromarray(np.round(levels / 257).astype(np.uint8))
         if hidden is not None:
             turned.putalpha(Image.fromarray(np.where(levels == hidden, 0, 255).astype(np.uint8)))
-    elif image.mode in ("I", "F"):
+        return turned, True
+    if image.mode in ("I", "F"):
         raise BadImage("32-bit", "its range is unknown; save it with 8 or 16 bits")
-    else:
-        note = "CMYK" if image.mode == "CMYK" else _deep_colour(content)
-    flat = opaque(turned)
-    grey = is_grey if channels is None else channels == 1
-    return flat.convert("L" if grey else "RGB"), note or ("" if flat is turned else "transparent")
+    return turned, False
+
+
+def _full_range(levels: np.ndarray, tags: Mapping[int, Any]) -> np.ndarray:
+    """Grey levels of a TIFF over 16 bits, 0 black: Pillow gives those of 12 bits as they are, and leaves white at 0."""
+    levels = levels * (65535 / (2 ** tags[TiffImagePlugin.BITSPERSAMPLE][0] - 1))
+    return 65535 - levels if tags[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] == 0 else levels
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -55,7 +55,8 @@ def image_formats() -> tuple[str, ...]:
 @functools.cache
 def image_extensions() -> frozenset[str]:
     """Endings of their files, in lower case."""
-    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in image_formats())
+    formats = {*image_formats(), "MPO"}                                         # which Pillow opens as JPEG
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
 
 
 def is_junk(name: str) -> bool:

@@ -69,8 +69,8 @@ class Guidance:
         is_pair = isinstance(self.interval, tuple) and [isinstance(x, Real) for x in self.interval] == [True, True]
         if not is_pair or not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise ValueError(f"guidance interval {self.interval} must be two numbers, 0 <= low <= high <= 1 (noise)")
-        if not 0 <= self.rescale <= 1:
-            raise ValueError(f"guidance rescale {self.rescale} must lie in 0 (off) .. 1")
+        if not isinstance(self.rescale, Real) or not 0 <= self.rescale <= 1:
+            raise ValueError(f"guidance rescale {self.rescale!r:.40} must lie in 0 (off) .. 1")
 
     def is_on_at(self, t: Tensor) -> bool:
         """Whether guidance applies at the images' common timestep (b,)."""

@@ -19,10 +19,11 @@ from lamamba.pipeline import build_pipeline
 from lamamba.runs.folder import CheckpointState, RunFolder
 from lamamba.runs.metadata import default_guidance
 from lamamba.runs.model import Model, model_folder
+from lamamba.sampling.settings import MAX_SEED
 from lamamba.utils.distributed import pick_device
 from lamamba.utils.files import read_text, replacing
 from lamamba.utils.progress import Progress, Report
-from lamamba.viz.grids import grid_picture, save_picture
+from lamamba.viz.grids import check_grid, grid_picture, save_picture
 
 logger = logging.getLogger("lamamba.exporting")
 
@@ -52,6 +53,10 @@ def write_pipeline_folder(
     guidance = options.guidance
     if guidance is None:
         guidance = default_guidance(model.metadata.guidance, config.num_classes)
+    rows = min(config.num_classes, MAX_GRID_CLASSES) or 1
+    check_grid(rows * options.images, *model.fit(None, None)[1], advice=" (images is of each class): take fewer")
+    if options.seed + options.images - 1 > MAX_SEED:
+        raise ValueError(f"seed {options.seed} + {options.images} images goes beyond the largest seed, {MAX_SEED}")
     grid, onnx_error = None, None
     with replacing(options.target) as folder:
         if options.images:

@@ -53,7 +53,12 @@ def not_empty(value: Any) -> Any:
     return value
 
 
-FilePath = Annotated[Path, Strict(False), BeforeValidator(not_empty)]
+# the command line leaves text, so that not_empty sees it: Path("") is the current folder
+_AS_TEXT = PrimitiveConstructorSpec[Any](
+    nargs=1, metavar="PATH", instance_from_str=lambda words: words[0],
+    is_instance=lambda value: isinstance(value, Path), str_from_instance=lambda value: [str(value)],
+)
+FilePath = Annotated[Path, Strict(False), BeforeValidator(not_empty), _AS_TEXT]
 """A Path; text is taken for one."""
 Name = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else not_empty(value))]
 """A name or a path as text, such as a folder or a hub id; a Path is taken for one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 import tyro
@@ -44,3 +45,7 @@ class ExportOptions:
     "export"."""
     device: str = "auto"
     """Where the grid is made: "auto" (a GPU where there is one), or a PyTorch device."""
+
+    def __post_init__(self) -> None:
+        if self.licence is not None and not re.fullmatch(r"[A-Za-z][\w.+-]+", self.licence):
+            raise ValueError(f"licence={self.licence!r:.60}: give its short name, such as apache-2.0 or cc-by-4.0")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lamamba.options.base import FilePath, Ge, Gt, Labels, Le, Name, Positive, options
+from lamamba.options.base import FilePath, Ge, Labels, Le, Name, Positive, options
 
 PICTURE_SUFFIXES = (".png", ".gif", ".mp4")
 
@@ -89,7 +89,7 @@ class SampleOptions(SamplerOptions):
     """Images of each class (or in all, for an unconditional model). By default 8."""
     interpolate: str | None = None
     """seeds:A:B or classes:A:B: --num images on the way from one seed to another, or from one class to another."""
-    fps: Annotated[float, Gt(0), Le(50)] = 12
+    fps: Annotated[float, Ge(0.1), Le(50)] = 12
     """Frames per second of a film."""
 
     def __post_init__(self) -> None:

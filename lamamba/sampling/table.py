@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lamamba.data.images import MAX_PIXELS
 from lamamba.data.labels import find_label
 from lamamba.options.sampling import SampleOptions
 from lamamba.runs.model import Model
 from lamamba.sampling.settings import ImageMetadata, Interpolated
-from lamamba.viz.grids import CELL_PIXELS
+from lamamba.viz.grids import check_grid
 
 DEFAULT_COLUMNS, DEFAULT_CLASSES, INTERPOLATION_ROWS = 8, 10, 4
 
@@ -68,24 +67,12 @@ def make_table(options: SampleOptions, picture: ImageMetadata | None, model: Mod
         seed = first if seed is None and isinstance(first, int) else seed
     num, seed = num or DEFAULT_COLUMNS, seed or 0
     if options.out is not None:
-        _check_size(options, model, num * len(classes or range(min(DEFAULT_CLASSES, model.num_classes)) or (None,)))
+        count = num * len(classes or range(min(DEFAULT_CLASSES, model.num_classes)) or (None,))
+        advice = " (num is of each class): take fewer, or fill a folder, as in lamamba sample -n 50000 --balanced "
+        check_grid(count, *model.fit(options.height, options.width)[1], f"{advice}--out FOLDER")
     if options.interpolate:
         return interpolation_table(model, options.interpolate, classes, num, seed)
     return class_table(model, classes, num, seed)
-
-
-def _check_size(options: SampleOptions, model: Model, count: int) -> None:
-    """Check before any work that a picture of so many images can be opened again.
-
-    Raises:
-        ValueError: when it would have more pixels than Pillow opens.
-    """
-    _, (height, width) = model.fit(options.height, options.width)
-    if count * max(height, CELL_PIXELS) * max(width, CELL_PIXELS) > MAX_PIXELS:
-        raise ValueError(
-            f"{count:,} images of {height} x {width} pixels are too many for one picture (num is of each class): take "
-            "fewer, or fill a folder, as in lamamba sample -n 50000 --balanced --out FOLDER"
-        )
 
 
 def _row_names(picture: ImageMetadata, model: Model) -> tuple[str, ...]:

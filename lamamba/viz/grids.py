@@ -8,11 +8,22 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from lamamba.data.images import MAX_PIXELS
 from lamamba.utils.files import replacing
 
 CELL_PIXELS = 48
 """Small images are enlarged (bicubic, which eyes read far better than blocks) until a cell is about this wide."""
 GAP, BACKGROUND, INK = 6, 255, 60
+
+
+def check_grid(count: int, height: int, width: int, advice: str) -> None:
+    """Check before any work that a grid of so many images can be opened again; `advice` ends the message.
+
+    Raises:
+        ValueError: when it would have more pixels than Pillow opens.
+    """
+    if count * max(height, CELL_PIXELS) * max(width, CELL_PIXELS) > MAX_PIXELS:
+        raise ValueError(f"{count:,} images of {height} x {width} pixels are too many for one picture{advice}")
 
 
 def grid_picture(

@@ -181,6 +181,7 @@ def no_features(images):
 
 
 REFUSED = {
+    "a grid that nothing opens": (dict(sampling=dict(per_class=10**9)), "images of 8 x 8 pixels are too many for one"),
     "a sampler of other models": (dict(sampling=dict(sampler="ddim")), "sampling: sampler 'ddim' is for noise and v"),
     "even where no grid is made": (dict(sampling=dict(every=0, sampler="ddim")), "sampler 'ddim' is for noise and v"),
     "an unknown sampler": (dict(sampling=dict(sampler="eulr")), "sampling: sampler 'eulr' is unknown; did you mean"),

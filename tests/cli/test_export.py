@@ -140,6 +140,10 @@ def test_one_of_several_averages(lamamba):
     (["--labels", "nowhere.txt"], "neither \"imagenet\" nor a text file"),
     (["--images", "-1"], "images=-1 must be at least 0"),
     (["--guidance", "nan"], "must be finite"),
+    (["--licence", "a: [b"], "licence='a: [b': give its short name"),
+    (["--images", "1000000000"], "3,000,000,000 images of 8 x 8 pixels are too many for one picture"),
+    (["--images", "2", "--seed", str(2**63 - 1)], "goes beyond the largest seed"),
+    (["--ema", "x"], "--ema: 'x' is neither a number nor 'none' (lamamba export --help"),
 ])
 def test_what_cannot_be_exported_leaves_nothing_behind(extra, said, lamamba):
     save_model(Path("model"), grey_network())

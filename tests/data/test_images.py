@@ -123,6 +123,20 @@ def encoded(image, kind, **options):
     return held.getvalue()
 
 
+@pytest.mark.parametrize(("bits", "white"), [(16, 65535), (16, 0), (12, 65535)])
+def test_grey_tiffs_of_12_bits_and_with_white_at_0(bits, white):
+    greys = np.arange(0, 256, 17)
+    levels = abs(greys * 257 - (65535 - white)).astype("<u2") >> (16 - bits)
+    packed = levels.tobytes()
+    if bits == 12:                                                              # two pixels in three bytes
+        packed = b"".join((int(a) << 12 | int(b)).to_bytes(3, "big") for a, b in levels.reshape(-1, 2)) + bytes(8)
+    content = encoded(Image.frombytes("I;16", (8, 2), packed), "TIFF")
+    for tag, old, new in ((258, 16, bits), (262, 1, int(white > 0))):
+        content = content.replace(struct.pack("<HHII", tag, 3, 1, old), struct.pack("<HHII", tag, 3, 1, new))
+    image, note = decode(content, channels=1)
+    assert (np.asarray(image).ravel().tolist(), note) == (greys.tolist(), "16-bit")
+
+
 def transparent_images():
     """Files whose left half is transparent, with two hidden colours, and black beside it."""
     def halves(mode, hidden, seen):

@@ -67,7 +67,7 @@ def test_what_systems_put_beside_images_is_no_class_and_no_image(tmp_path, caplo
 def test_all_endings_that_pillow_opens_are_taken_and_the_others_counted(tmp_path, caplog):
     picture = Image.new("RGB", (16, 16), (200, 0, 0))
     endings = sorted(ending for ending in image_extensions() if Image.EXTENSION[ending] in Image.SAVE)
-    assert {".jfif", ".jpe", ".ppm", ".jpg", ".tga", ".ico"} < {*endings}
+    assert {".jfif", ".jpe", ".ppm", ".jpg", ".mpo", ".tga", ".ico"} < {*endings}
     assert not {".eps", ".ps", ".mpg", ".h5", ".pdf"} & image_extensions()
     for ending in endings:
         mode = {".msp": "1", ".xbm": "1", ".blp": "P"}.get(ending, "RGB")
