@@ -13,6 +13,7 @@ from lamamba.config import UNetConfig
 from lamamba.models.official import load_official, to_official
 from lamamba.options.base import verb
 from lamamba.options.convert import ConvertOptions
+from lamamba.pretrained import is_shipped
 from lamamba.runs.metadata import assumed_metadata
 from lamamba.runs.model import open_network
 from lamamba.utils.files import check_folder, replacing
@@ -55,6 +56,8 @@ def convert(options: ConvertOptions) -> ConvertResult:
     """
     source, target = options.source, options.target
     check_folder(target, is_new=True)
+    if is_shipped(source):
+        return _to_official(source, target)
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist; give an official .pt file or a model folder")
     if not source.is_dir():

@@ -114,7 +114,10 @@ def find_candidates(path: Path, ema: EMA | None = None, *, every: bool = False) 
         folders = [shipped_model(str(path)) if is_shipped(path) else path]
     found = []
     for folder in folders:
-        averages = [average for average in list_averages(folder) if average != "none"]
+        weights = list_averages(folder)
+        if every and not weights:
+            raise ValueError(f"{folder} is no whole checkpoint: move it out, every_checkpoint scores all of a run")
+        averages = [average for average in weights if average != "none"]
         if not averages:
             found.append(Candidate(path.name or str(path), path, folder, ema=ema))
             continue

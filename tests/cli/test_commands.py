@@ -178,6 +178,7 @@ MISTAKES = [
     (["info", "xxl"], "did you mean 'xl'?"),
     (["info", "xl", "--image-size", "100"], "the nearest is 96"),
     (["convert", "nowhere.pt", "model"], "nowhere.pt does not exist"),
+    (["convert", "shipped", "model.pt"], "this model has objective='flow'"),
 ]
 
 

@@ -201,6 +201,9 @@ def test_one_checkpoint_gives_no_curve_and_a_note(lamamba, run):
     assert status == 0, error
     assert "training keeps more with keep_checkpoints or keep_every" in printed
     assert not Path("evaluation.png").exists()
+    (place.parent / "step_00000020").mkdir()
+    status, _, error = lamamba("evaluate", "one", *SAMPLE, "--every-checkpoint", "--out", "two.json")
+    assert (status, "step_00000020 is no whole checkpoint" in error) == (2, True), error
 
 
 def test_changed_files_are_evaluated_again(lamamba, colour):
