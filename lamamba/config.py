@@ -177,7 +177,7 @@ class UNetConfig:
             if not is_number or not 0 < ratio < MAX_SIZE or (ratio * self.width) % 1:
                 raise ValueError(f"{name}={ratio} times width={self.width} must be a whole number of channels")
         expected = self.in_channels * (2 if self.objective == "noise" else 1)
-        if self.out_channels != expected:
+        if type(self.out_channels) is not int or self.out_channels != expected:        # True is 1
             raise ValueError(
                 f"out_channels={self.out_channels} does not fit objective={self.objective!r} with "
                 f"in_channels={self.in_channels}; it needs {expected}"

@@ -63,6 +63,7 @@ def test_output_channels_follow_the_objective():
     ({"state_size": 0}, "state_size=0"),
     ({"num_classes": -1}, "num_classes=-1"),
     ({"out_channels": 4}, "it needs 8"),
+    ({"in_channels": 1, "objective": "flow", "out_channels": True}, "out_channels=True does not fit"),
     ({"mlp_ratio": 0.001}, "mlp_ratio=0.001"),
     ({"removed_blocks": ("encoder.0.7",)}, "encoder.0.7"),
     ({"removed_blocks": ("encoder.0.1.scam",)}, "did you mean 'encoder.0.1.scan'"),
