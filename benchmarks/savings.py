@@ -1,7 +1,8 @@
 r"""A guided picture as cheap as it gets: each saving alone and all together, on the digits, and their times for XL.
 
     lamamba compress shipped --remove 0.5 --by multiply-adds --heal 300 --out runs/half
-    lamamba train digits_few_steps --start.source runs/half/healed --out runs/half_few
+    lamamba train digits_few_steps --start.source runs/half/healed --steps 5000 --flow-map.student-share 0 \
+        --out runs/half_few
     python benchmarks/savings.py --half runs/half/healed --half-few runs/half_few --json benchmarks/results/savings.json
     python benchmarks/savings.py --xl 256 512 --json benchmarks/results/savings.json          (only times; added)
 

@@ -56,11 +56,10 @@ def convert(options: ConvertOptions) -> ConvertResult:
     """
     source, target = options.source, options.target
     check_folder(target, is_new=True)
-    if is_shipped(source):
-        return _to_official(source, target)
-    if not source.exists():
+    is_shipped_model = is_shipped(source)
+    if not source.exists() and not is_shipped_model:
         raise FileNotFoundError(f"{source} does not exist; give an official .pt file or a model folder")
-    if not source.is_dir():
+    if not source.is_dir() and not is_shipped_model:
         return _from_official(options)
     if options.weights:
         raise ValueError("weights chooses among an official checkpoint's; a folder has one set: leave it out")

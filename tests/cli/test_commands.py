@@ -179,6 +179,7 @@ MISTAKES = [
     (["info", "xl", "--image-size", "100"], "the nearest is 96"),
     (["convert", "nowhere.pt", "model"], "nowhere.pt does not exist"),
     (["convert", "shipped", "model.pt"], "this model has objective='flow'"),
+    (["convert", "shipped", "model.pt", "--weights", "ema"], "a folder has one set: leave it out"),
 ]
 
 
