@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lamamba.benchmarking.private_torch import TorchDispatchMode
+from lamamba.benchmarking.private_torch import FakeTensor, TorchDispatchMode
 
 __all__ = ["MemoryTracker", "Traffic", "begin_fake_group", "ddp_buckets"]
 
@@ -61,6 +61,8 @@ class Traffic(TorchDispatchMode):
         self.bytes: Counter[tuple[str, int]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device                                          # asked so often that it takes seconds
         if any(kind is DTensor for kind in types):
             return NotImplemented                                               # DTensor comes back with local tensors
         result = func(*args, **(kwargs or {}))

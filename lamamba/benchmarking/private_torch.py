@@ -8,11 +8,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-__all__ = ["FakeTensorMode", "TorchDispatchMode", "has_aliases", "tree_flatten"]
+__all__ = ["FakeTensor", "FakeTensorMode", "TorchDispatchMode", "has_aliases", "tree_flatten"]
 
 
 @cache

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lamamba.benchmarking.private_distributed import MemoryTracker, Traffic, begin_fake_group, ddp_buckets
 from lamamba.benchmarking.private_torch import FakeTensorMode
@@ -166,9 +167,9 @@ def measure(model: LaMambaUNet, network: nn.Module | None, setup: Setup) -> list
                 _forward_backward(network or model, setup.bfloat16, *inputs)
         peaks.append(memory.peak())
     with traffic:
-        norm: Any = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
-        if setup.kind != "ddp":
-            norm.full_tensor()
+        if setup.kind != "ddp":                                                 # gradients' norms, without DTensor's seconds
+            norms = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+            dist.all_reduce(torch.zeros(len(norms)), group=norms[0].device_mesh.get_group(-1))
         if dist.is_initialized():
             dist.all_reduce(torch.zeros(SCALARS, dtype=torch.float64))
     counts, sizes = ({f"{kind} {ranks}": number for (kind, ranks), number in sorted(found.items())}
