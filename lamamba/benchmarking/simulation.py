@@ -167,7 +167,7 @@ def measure(model: LaMambaUNet, network: nn.Module | None, setup: Setup) -> list
                 _forward_backward(network or model, setup.bfloat16, *inputs)
         peaks.append(memory.peak())
     with traffic:
-        if setup.kind != "ddp":                                                 # gradients' norms, without DTensor's seconds
+        if setup.kind != "ddp":                                                 # of norms; DTensor takes seconds more
             norms = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
             dist.all_reduce(torch.zeros(len(norms)), group=norms[0].device_mesh.get_group(-1))
         if dist.is_initialized():
