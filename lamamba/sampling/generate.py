@@ -167,12 +167,11 @@ class ImageGenerator:
         self._model, self._guiding_model, self._batch_size = model, guiding_model, batch_size
         self._sampler, self._num_steps = sampler or samplers_for(config.objective)[0], num_steps
         self._input_size, self._decoder = input_size or config.input_size, decoder or PixelDecoder()
-        self._guidance = guidance if isinstance(guidance, Guidance) else Guidance(float(guidance))
-        self._labels, self._cache = labels, cache
-        self._guided: GuidedModel | None = None
-        check_guidance(config, self._guidance, has_guiding_model=guiding_model is not None)
-        if guiding_model is not None:
-            check_guiding_model(config, guiding_model.architecture)
+        timesteps = make_scheduler(self._sampler, config.objective, num_steps).timesteps.tolist()
+        self._guided = GuidedModel(
+            model, timesteps, guidance if isinstance(guidance, Guidance) else Guidance(float(guidance)),
+            guiding_model=guiding_model, labels=labels, cache=cache,
+        )
 
     def __call__(
         self, labels: Sequence[int | Interpolated] | None, seeds: Sequence[int | Interpolated], *,
@@ -214,15 +213,10 @@ class ImageGenerator:
         config, device = self._model.architecture, self._model.device
         shape = (config.in_channels, *self._input_size)
         noise = torch.stack([noise_of(seed, shape) for seed in seeds]).to(device)
-        scheduler = make_scheduler(self._sampler, config.objective, self._num_steps)
-        if self._guided is None:
-            self._guided = GuidedModel(
-                self._model, scheduler.timesteps.tolist(), self._guidance, guiding_model=self._guiding_model,
-                labels=self._labels, cache=self._cache,
-            )
         numbers, mixtures = _as_numbers(labels, config.num_classes)
         x0 = denoise(
-            self._guided.predictor(numbers, device, mixtures), scheduler, noise,
+            self._guided.predictor(numbers, device, mixtures),
+            make_scheduler(self._sampler, config.objective, self._num_steps), noise,
             generators=[_generator_after(seed, shape) for seed in seeds], on_step=on_step,
         )
         return self._decoder.decode(x0)
