@@ -174,7 +174,7 @@ def _draw_run(
     name = _verbatim(name)
     logged, mean, held_out = ("as logged", "running mean", "held-out images") if is_alone else (
         None, name, f"{name}, held out")
-    for axes, key in zip(panels, ("loss", "grad_norm", "images_per_second"), strict=False):
+    for axes, key in zip(panels, METRICS, strict=False):
         values = [float(line[key]) for line in lines]
         if span > 1:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8, label=logged)
