@@ -42,7 +42,7 @@ from lamamba._version import __version__
 from lamamba.benchmarking.flops import count, operations
 from lamamba.benchmarking.peers.dit import DiT, DiTSize
 from lamamba.config import BRANCHES, UNetConfig
-from lamamba.data.codec import PixelDecoder, to_pixels
+from lamamba.data.codec import to_pixels, to_uint8
 from lamamba.data.digits import Digits
 from lamamba.diffusion.denoise import denoise, make_scheduler
 from lamamba.diffusion.guidance import drop_labels, guided
@@ -158,7 +158,7 @@ def draw_digits(network: nn.Module, labels: np.ndarray, seed: int, batch_size: i
         noise = draw(seed, range(start, start + len(chosen)), (1, SIDE, SIDE), held_out=True).eps
         predict = guided(network, chosen, 1.0, NUM_CLASSES)
         x0 = denoise(predict, make_scheduler(SAMPLER, OBJECTIVE, NUM_STEPS), noise)
-        pictures.append(PixelDecoder().decode(x0))
+        pictures.append(to_uint8(x0))
     return np.concatenate(pictures)
 
 

@@ -19,7 +19,7 @@ from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 from PIL import Image
 
 from lamamba import LaMambaCacheConfig, LaMambaPipeline, LaMambaUNet
-from lamamba.data.codec import CodecConfig, LatentDecoder
+from lamamba.data.codec import CodecConfig, LatentDecoder, to_uint8
 from lamamba.diffusion.denoise import SAMPLERS, make_scheduler, samplers_for
 from lamamba.ops import scan_paths
 from lamamba.runs.model import open_network
@@ -419,8 +419,8 @@ def test_a_saved_pipeline_makes_the_same_images(vae, tmp_path):
     assert facts.label_names == ("cat", "dog", "bird")
     assert (facts.scale, facts.shift) == ((0.3, 0.1) if vae else (1.0, 0.0))
     assert facts.image_size == (16 if vae else 8)
-    decoder = LatentDecoder(facts.autoencoder, facts) if vae else None
-    pictures = generate(network, [2], [7], sampler="ddim", num_steps=6, guidance=2.0, decoder=decoder)
+    decode = LatentDecoder(facts.autoencoder, facts).decode if vae else to_uint8
+    pictures = generate(network, [2], [7], sampler="ddim", num_steps=6, guidance=2.0, decode=decode)
     same = levels(run(pipe, label="bird", generator=seeds(7), output_type="pil"))
     assert np.abs(pictures.astype(int) - same.reshape(pictures.shape)).max() <= 1
 

@@ -12,6 +12,7 @@ import numpy as np
 from lamamba.api.train import TrainResult, train
 from lamamba.data.digits import Digits
 from lamamba.metrics.digits import DigitScore, score_digits
+from lamamba.models.unet import LaMambaUNet
 from lamamba.options.base import verb
 from lamamba.options.demo import SHOWN_PER_DIGIT, DemoOptions
 from lamamba.options.training import TrainOptions
@@ -19,7 +20,7 @@ from lamamba.runs.metadata import default_guidance
 from lamamba.runs.model import FEW_STEPS, open_network
 from lamamba.sampling import generate
 from lamamba.utils.files import write_atomically, write_json
-from lamamba.utils.progress import Progress, ProgressOption, reporting
+from lamamba.utils.progress import Progress, ProgressOption, Report, reporting
 from lamamba.utils.text import counted
 from lamamba.viz.curves import read_metrics, run_curves
 from lamamba.viz.grids import grid_picture, save_picture
@@ -89,15 +90,19 @@ def demo(options: DemoOptions | None = None, *, progress: ProgressOption = "auto
     began = time.perf_counter()
     digits = Digits(recipe.data.image_size)
     training = train(recipe, data=digits, progress=progress)
-    trained = time.perf_counter()
-    labels = np.repeat(np.arange(10), options.per_digit)
-    samples = _sample(training, recipe, labels, progress)
-    sampled = time.perf_counter()
-    _draw(out, samples, labels, digits)
-    one_step = _draw_in_one_step(out, digits)
-    score = score_digits(samples, labels, digits.images.transpose(0, 2, 3, 1), digits.labels)
-    seconds = {"training": trained - began, "sampling": sampled - trained, "one_step": one_step,
-               "all": time.perf_counter() - began}
+    seconds = {"training": time.perf_counter() - began}
+    sampling, real = recipe.sampling, digits.images.transpose(0, 2, 3, 1)
+    with reporting(progress) as report:
+        samples, labels, seconds["sampling"] = _sample(
+            training.state.ema, sampling.guidance, sampling.steps, options.per_digit, report)
+    network, metadata = open_network(FEW_STEPS)                                 # to train one takes half an hour
+    few, few_labels, seconds["one_step"] = _sample(network, metadata.guidance, 1, SHOWN_PER_DIGIT)
+    _draw(out / "digits.png", samples, labels)
+    _draw(out / "real.png", real, digits.labels)
+    _draw(out / "one-step.png", few, few_labels)
+    run_curves({RECIPE: read_metrics(out / "run" / "metrics.jsonl")}, out / "loss.png")
+    score = score_digits(samples, labels, real, digits.labels)
+    seconds["all"] = time.perf_counter() - began
     result = DemoResult(out, score, seconds, training, samples, labels)
     figures = {"asked" if name == "num_samples" else name: value for name, value in asdict(score).items()}
     values = {"score": figures, "seconds": seconds, "config": recipe.config.to_dict()}
@@ -106,39 +111,25 @@ def demo(options: DemoOptions | None = None, *, progress: ProgressOption = "auto
     return result
 
 
-def _sample(training: TrainResult, recipe: TrainOptions, labels: np.ndarray, progress: ProgressOption) -> np.ndarray:
-    sampling, network = recipe.sampling, training.state.ema
-    guidance = default_guidance(sampling.guidance, network.architecture.num_classes)
-    logger.info(f"sampling {len(labels)} digits: {counted(sampling.steps or 0, 'step')}, guidance {guidance:g}")
-    with reporting(progress) as report:
-        return generate(
-            network, labels.tolist(), range(FIRST_SEED, FIRST_SEED + len(labels)), sampler=sampling.sampler,
-            num_steps=sampling.steps, guidance=guidance, batch_size=100,
-            on_step=lambda done, total: report(Progress("sampling", done, total, unit="steps")),
-        )
-
-
-def _draw(out: Path, samples: np.ndarray, labels: np.ndarray, digits: Digits) -> None:
-    """Write digits.png, real.png and loss.png."""
-    real = digits.images.transpose(0, 2, 3, 1)
-    for name, images, classes in (("digits", samples, labels), ("real", real, digits.labels)):
-        shown = np.concatenate([np.flatnonzero(classes == digit)[:SHOWN_PER_DIGIT] for digit in range(10)])
-        save_picture(grid_picture(images[shown], SHOWN_PER_DIGIT, list(digits.label_names)), out / f"{name}.png")
-    run_curves({RECIPE: read_metrics(out / "run" / "metrics.jsonl")}, out / "loss.png")
-
-
-def _draw_in_one_step(out: Path, digits: Digits) -> float:
-    """Write one-step.png, guided digits of one evaluation each by the package's flow map; returns its seconds."""
-    network, metadata = open_network(FEW_STEPS)                                 # to train one takes half an hour
-    labels = np.repeat(np.arange(10), SHOWN_PER_DIGIT).tolist()
-    began = time.perf_counter()
+def _sample(
+    network: LaMambaUNet, guidance: float | None, steps: int | None, per_digit: int,
+    report: Report = lambda progress: None,
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Images (10 per_digit, h, w, 1) of all digits, which digits they are to be, and the seconds that they took."""
+    labels, began = np.repeat(np.arange(10), per_digit), time.perf_counter()
+    scale = default_guidance(guidance, network.architecture.num_classes)
+    logger.info(f"sampling {len(labels)} digits: {counted(steps or 0, 'step')}, guidance {scale:g}")
     samples = generate(
-        network, labels, range(FIRST_SEED, FIRST_SEED + len(labels)), num_steps=1, batch_size=100,
-        guidance=default_guidance(metadata.guidance, network.architecture.num_classes),
+        network, labels.tolist(), range(FIRST_SEED, FIRST_SEED + len(labels)), num_steps=steps, guidance=scale,
+        batch_size=100, on_step=lambda done, total: report(Progress("sampling", done, total, unit="steps")),
     )
-    seconds = time.perf_counter() - began
-    save_picture(grid_picture(samples, SHOWN_PER_DIGIT, list(digits.label_names)), out / "one-step.png")
-    return seconds
+    return samples, labels, time.perf_counter() - began
+
+
+def _draw(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """A row of the first images of each digit."""
+    shown = np.concatenate([np.flatnonzero(labels == digit)[:SHOWN_PER_DIGIT] for digit in range(10)])
+    save_picture(grid_picture(images[shown], SHOWN_PER_DIGIT, Digits.label_names), path)
 
 
 def _report(summary: str, steps: int, seed: int) -> str:

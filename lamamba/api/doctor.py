@@ -10,16 +10,22 @@ import torch
 
 from lamamba._version import __version__
 from lamamba.benchmarking.checks import MAX_ERROR, check_backend, check_layers, unsupported_reason
-from lamamba.benchmarking.environment import commit, device_name, variables, version_of, versions
+from lamamba.benchmarking.environment import commit, device_name, variables, versions
 from lamamba.inference.compiling import C_COMPILERS, CXX_COMPILERS, find_compiler
 from lamamba.ops import native
 from lamamba.ops.layers import backend_for
 from lamamba.ops.selective_scan import OP
 from lamamba.options.base import verb
 from lamamba.options.doctor import DoctorOptions
+from lamamba.utils.versions import version_of
 
 DTYPES = ("float32", "bfloat16")
 PACKAGES = ("diffusers", "accelerate", "safetensors", "numpy", "triton")
+ABSENCES = {
+    "triton": "not installed: only GPUs need it", "cuda": "none: this build of torch has no CUDA",
+    "commit": "not a checkout",
+}
+"""Text in place of a missing version."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +81,17 @@ def _choice(op: Any, device: str, dtype: str) -> dict[str, Any]:
     """The back end that an operator uses, and the reasons of those that cannot run."""
     precision = getattr(torch, dtype)
     refusals = {backend.name: unsupported_reason(backend, device, precision) for backend in op.backends}
-    found: dict[str, Any] = {"op": op.name, "device": device, "dtype": dtype, "refusals": refusals}
+    found = {"op": op.name, "device": device, "dtype": dtype, "refusals": refusals}
     try:
-        found["backend"] = op.choose(torch.empty(0, device=device, dtype=precision), 1)
+        backend = op.choose(torch.empty(0, device=device, dtype=precision), 1)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        found |= {"backend": None, "error": str(error)}
-        return found
-    automatic = next((name for name, reason in refusals.items() if reason is None), None)
+        return {**found, "backend": None, "error": str(error)}
+    reason = "the fastest that can run here"
     if forced := os.environ.get("LAMAMBA_BACKEND"):
-        found["reason"] = f"LAMAMBA_BACKEND={forced} selects it" + (
-            f"; by itself it would be {automatic}" if automatic != found["backend"] else ""
-        )
-    else:
-        found["reason"] = "the fastest that can run here"
-    return found
+        automatic = next((name for name, refusal in refusals.items() if refusal is None), None)
+        other = f"; by itself it would be {automatic}" if automatic != backend else ""
+        reason = f"LAMAMBA_BACKEND={forced} selects it{other}"
+    return {**found, "backend": backend, "reason": reason}
 
 
 def _layers_choice(device: str, dtype: str) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def _missing(devices: dict[str, str], compilers: dict[str, str | None]) -> list[
 def _report(findings: dict[str, Any]) -> str:
     versions, kernels = findings["versions"], findings["cpu_kernels"]
     lines = ["versions"]
-    lines += [f"  {name:<13}{value or _absence(name)}" for name, value in versions.items()]
+    lines += [f"  {name:<13}{value or ABSENCES.get(name, 'not installed')}" for name, value in versions.items()]
     lines += ["", "devices"] + [f"  {name:<13}{what}" for name, what in findings["devices"].items()]
     lines += ["", f"CPU kernels    {kernels['note']}"]
     lines += [f"{language + ' compiler':<15}{path or 'none'}" for language, path in findings["compilers"].items()]
@@ -150,12 +153,3 @@ def _report(findings: dict[str, Any]) -> str:
         lines.append(f"  {check['op']:<14} {check['backend']:<10} {check['device']:<7} {verdict}: {detail}")
     lines += ["", "all is well" if findings["healthy"] else "something is wrong: see the lines above"]
     return "\n".join(lines)
-
-
-def _absence(package: str) -> str:
-    """Text in place of a missing version."""
-    if package == "triton":
-        return "not installed: only GPUs need it"
-    if package == "cuda":
-        return "none: this build of torch has no CUDA"
-    return "not a checkout" if package == "commit" else "not installed"

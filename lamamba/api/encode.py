@@ -82,7 +82,7 @@ def encode(options: EncodeOptions, *, progress: ProgressOption = "auto") -> Enco
         _announce(options.out, plan, autoencoder, len(newly_excluded))
     with reporting(progress if is_rank_zero() else None) as report:
         index = encode_shards(
-            source, autoencoder, options.out, plan, excluded=excluded, newly_excluded=newly_excluded,
+            source, autoencoder, options.out, plan, newly_excluded=newly_excluded,
             max_bad_images=options.max_bad_images, rank=launched_rank(), report=report,
         )
     return EncodeResult(options.out, index)

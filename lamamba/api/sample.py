@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from lamamba.data.codec import PixelDecoder
 from lamamba.diffusion.denoise import make_scheduler
 from lamamba.options.base import verb
 from lamamba.options.sampling import SampleOptions
@@ -126,12 +125,12 @@ class _DenoisingFilm:
     def __init__(self, prepared: PreparedModel):
         settings, objective = prepared.settings, prepared.model.network.architecture.objective
         evaluations = len(make_scheduler(settings.sampler, objective, settings.steps).timesteps)
-        self._decoder = prepared.model.decoder or PixelDecoder()
+        self._decode = prepared.model.decode
         self._images: dict[int, list[np.ndarray]] = {step: [] for step in chosen_frames(evaluations)}
 
     def __call__(self, batch: range, step: int, x0: Tensor) -> None:
         if step in self._images:
-            self._images[step].append(self._decoder.decode(x0))
+            self._images[step].append(self._decode(x0))
 
     def frames(self, table: Table) -> list[Image.Image]:
         """A table of all images for each step."""

@@ -10,12 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
-import PIL
 import torch
 
-from lamamba._version import __version__
 from lamamba.options.base import verb
 from lamamba.options.sample_folder import SampleFolderOptions
 from lamamba.runs.model import Model
@@ -30,6 +27,7 @@ from lamamba.utils.distributed import is_rank_zero, launched_rank, local_device
 from lamamba.utils.progress import ProgressOption, reporting
 from lamamba.utils.repeatable import repeatable
 from lamamba.utils.text import counted
+from lamamba.utils.versions import package_versions
 
 logger = logging.getLogger("lamamba.api")
 
@@ -145,10 +143,7 @@ def _announce(plan: Plan, folder: Path) -> None:
         logger.warning(f"that takes up to {needed / 2**30:.3g} GiB, and {there} has {free / 2**30:.3g} GiB left")
 
 
-def _machine(device: torch.device) -> dict[str, str]:
+def _machine(device: torch.device) -> dict[str, str | None]:
     """Device and versions, which may change how results are rounded."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
-    return {
-        "device": name, "lamamba": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
-        "numpy": np.__version__, "pillow": PIL.__version__, "python": platform.python_version(),
-    }
+    return {"device": name, **package_versions("torch", "diffusers", "numpy", "pillow")}

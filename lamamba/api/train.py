@@ -16,6 +16,7 @@ from lamamba.benchmarking.flops import Cost, count
 from lamamba.benchmarking.memory import TrainingMemory, training_memory
 from lamamba.benchmarking.throughput import free_memory, training_rate
 from lamamba.config import UNetConfig
+from lamamba.data.codec import to_uint8
 from lamamba.data.images import ImageSet, read_bad_files
 from lamamba.data.sets import TrainingSet
 from lamamba.evaluation.callbacks import MAX_GRID_CLASSES, QuickScore, SampleGrid, check_sampler, open_decoder
@@ -150,12 +151,13 @@ def _pictures(
         count = len(metadata.label_names[:MAX_GRID_CLASSES] or ("",)) * sampling.per_class
         check_grid(count, metadata.image_size, metadata.image_size, " (sampling.per_class is of a class): take fewer")
     decoder = open_decoder(metadata, device) if is_rank_zero() and (sampling.every or score.every) else None
-    pictures: list[SampleGrid | QuickScore] = [SampleGrid(sampling, run.samples, metadata.label_names, decoder, report)]
+    decode = decoder.decode if decoder else to_uint8
+    pictures: list[SampleGrid | QuickScore] = [SampleGrid(sampling, run.samples, metadata.label_names, decode, report)]
     if score.every:
         channels = decoder.autoencoder.out_channels if decoder else architecture.in_channels
         shape = (metadata.image_size, metadata.image_size, channels)
         pictures.append(
-            QuickScore(score, sampling, run.scores, shape, decoder, device, is_rank_zero=is_rank_zero(), report=report)
+            QuickScore(score, sampling, run.scores, shape, decode, device, is_rank_zero=is_rank_zero(), report=report)
         )
     return pictures
 

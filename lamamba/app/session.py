@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lamamba.config import check_known
-from lamamba.data.codec import PixelDecoder
 from lamamba.diffusion.denoise import SAMPLERS, samplers_for
 from lamamba.options.sampling import SamplerOptions
 from lamamba.pretrained import DESCRIPTION
@@ -218,7 +217,6 @@ class Session:
     def _sample(self, request: Request, frames: queue.Queue[Frame | BaseException], stopped: threading.Event) -> None:
         """Put frames into the queue, or the exception that ended sampling; the target of a thread."""
         began, last_frame, settings = time.perf_counter(), 0.0, self.settings_of(request)
-        decoder = self.model.decoder or PixelDecoder()
         images = np.full((self._count(request), settings.height, settings.width, self.channels), BLANK, np.uint8)
         progress = (0, 1)
 
@@ -233,7 +231,7 @@ class Session:
             now = time.perf_counter()
             if progress[0] > 1 and now - last_frame < 1 / FRAMES_PER_SECOND:
                 return
-            images[batch.start : batch.stop] = decoder.decode(x0)
+            images[batch.start : batch.stop] = self.model.decode(x0)
             decoded = time.perf_counter()
             last_frame = decoded + 2 * (decoded - now)                          # decoding: a third of the time at most
             frames.put(Frame(images.copy(), *progress, False, decoded - began))
@@ -244,7 +242,7 @@ class Session:
                     self.model.network, self._labels(request), range(request.seed, request.seed + len(images)),
                     sampler=settings.sampler, num_steps=settings.steps, guidance=settings.guidance,
                     input_size=self.model.fit(settings.height, settings.width)[0],
-                    batch_size=self._batch_size(request), decoder=self.model.decoder, cache=settings.cache,
+                    batch_size=self._batch_size(request), decode=self.model.decode, cache=settings.cache,
                     on_step=on_step, preview=preview,
                 )
             frames.put(Frame(samples, progress[1], progress[1], True, time.perf_counter() - began))

@@ -7,15 +7,14 @@ import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lamamba._version import __version__
 from lamamba.benchmarking.throughput import MALLOC, Case, Processes, parse_model
 from lamamba.ops.selective_scan import OP
+from lamamba.utils.versions import package_versions
 
 
 def device_name(device: str) -> str:
@@ -30,20 +29,9 @@ def device_name(device: str) -> str:
     return f"{name} ({os.cpu_count()} CPUs, {torch.backends.cpu.get_cpu_capability()})"
 
 
-def version_of(package: str) -> str | None:
-    """Version of an installed package; None where it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def versions(*packages: str) -> dict[str, str | None]:
     """Of lamamba, Python, torch, CUDA, packages and the system."""
-    return {
-        "lamamba": __version__, "python": platform.python_version(), "torch": torch.__version__,
-        "cuda": torch.version.cuda, **{name: version_of(name) for name in packages}, "system": platform.platform(),
-    }
+    return {**package_versions("torch", *packages), "cuda": torch.version.cuda, "system": platform.platform()}
 
 
 def variables() -> dict[str, str]:

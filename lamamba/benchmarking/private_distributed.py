@@ -6,6 +6,7 @@ The fake process group's collectives return at once.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lamamba.benchmarking.private_torch import FakeTensor, TorchDispatchMode
 
-__all__ = ["MemoryTracker", "Traffic", "begin_fake_group", "ddp_buckets"]
+__all__ = ["Traffic", "begin_fake_group", "ddp_buckets", "memory_tracker", "peak_by_category"]
 
 KINDS = {
     "all_gather": ("allgather", "all_gather"), "reduce_scatter": ("reduce_scatter",),
@@ -96,43 +97,27 @@ class _WholeTracker(_OnlyTotals, MemTracker):
     pass
 
 
-class MemoryTracker:
-    """Bytes by category while it is entered, of a network that is sharded, or whole.
+def memory_tracker(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Sequence[Tensor]) -> MemTracker:
+    """Tracks memory while it is entered. Before each further forward pass its `reset_mod_stats` must be called.
 
     Args:
-        model: sharded by FSDP2, or not.
+        model: sharded by FSDP2, or whole.
         optimizer: of its parameters.
+        inputs: of the model; they were made before, and count, too.
     """
+    if isinstance(model, FSDPModule):
+        sharded = _ShardedTracker(model, optimizer)
+        sharded.track_inputs(tuple(inputs))
+        return sharded
+    whole = _WholeTracker()
+    whole.track_external(model, optimizer, *inputs)
+    return whole
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
-        if isinstance(model, FSDPModule):
-            self._tracker: MemTracker = _ShardedTracker(model, optimizer)
-        else:
-            self._tracker = _WholeTracker()
-            self._tracker.track_external(model, optimizer)
 
-    def __enter__(self) -> MemoryTracker:
-        self._tracker.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._tracker.__exit__(*error)
-
-    def track_inputs(self, *inputs: Tensor) -> None:
-        """Count these tensors, which were made before."""
-        if isinstance(self._tracker, FSDPMemTracker):
-            self._tracker.track_inputs(inputs)
-        else:
-            self._tracker.track_external(*inputs)
-
-    def begin_pass(self) -> None:
-        """Before each further forward pass: forget what belongs to the modules in the last one."""
-        self._tracker.reset_mod_stats()
-
-    def peak(self) -> dict[str, int]:
-        """Bytes of each category when most were in use."""
-        found: Counter[str] = Counter()
-        for snapshot in self._tracker.get_tracker_snapshot("peak").values():
-            for name, number in snapshot.items():
-                found[name if isinstance(name, str) else name.value] += number
-        return {ours: sum(found[name] for name in names) for ours, names in CATEGORIES.items()}
+def peak_by_category(tracker: MemTracker) -> dict[str, int]:
+    """Bytes of each category when most were in use."""
+    found: Counter[str] = Counter()
+    for snapshot in tracker.get_tracker_snapshot("peak").values():
+        for name, number in snapshot.items():
+            found[name if isinstance(name, str) else name.value] += number
+    return {ours: sum(found[name] for name in names) for ours, names in CATEGORIES.items()}

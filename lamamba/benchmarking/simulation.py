@@ -26,7 +26,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lamamba.benchmarking.private_distributed import MemoryTracker, Traffic, begin_fake_group, ddp_buckets
+from lamamba.benchmarking.private_distributed import (
+    Traffic,
+    begin_fake_group,
+    ddp_buckets,
+    memory_tracker,
+    peak_by_category,
+)
 from lamamba.benchmarking.private_torch import FakeTensorMode
 from lamamba.config import UNetConfig
 from lamamba.models.unet import LaMambaUNet
@@ -156,16 +162,16 @@ def measure(model: LaMambaUNet, network: nn.Module | None, setup: Setup) -> list
         optimizer.zero_grad(set_to_none=setup.kind != "ddp")                    # DDP's buckets hold them always
         for parameter in model.parameters() if setup.kind == "ddp" else ():
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        inputs, memory, traffic = _inputs(model.architecture, images), MemoryTracker(model, optimizer), Traffic()
-        memory.track_inputs(*inputs)
+        inputs, traffic = _inputs(model.architecture, images), Traffic()
+        memory = memory_tracker(model, optimizer, inputs)
         with memory, traffic:
             for number in range(setup.accumulation_steps):
-                memory.begin_pass()
+                memory.reset_mod_stats()
                 if setup.kind != "ddp":
                     sharded: Any = model
                     sharded.set_requires_gradient_sync(number == setup.accumulation_steps - 1)
                 _forward_backward(network or model, setup.bfloat16, *inputs)
-        peaks.append(memory.peak())
+        peaks.append(peak_by_category(memory))
     with traffic:
         if setup.kind != "ddp":                                                 # of norms; DTensor takes seconds more
             norms = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]

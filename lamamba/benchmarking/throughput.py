@@ -288,13 +288,10 @@ class Runner:
         self.close()
 
     def close(self) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._log):
-            if stream is not None and not stream.closed:
-                with contextlib.suppress(BrokenPipeError):
-                    stream.close()
+        """End the process, if it still runs."""
+        self._process.kill()
+        with contextlib.suppress(BrokenPipeError), self._process:               # closes its pipes and waits for it
+            self._log.close()
 
 
 def free_memory(device: str) -> int | None:
@@ -381,10 +378,7 @@ def measure(
 
 def _take_turns(cases: Sequence[Case], seconds: float, on_progress: Callable[[str], None]) -> Iterator[Runner]:
     with contextlib.ExitStack() as stack:
-        runners = []
-        for case in cases:
-            runners.append(Runner(case))                                        # they build at the same time
-            stack.callback(runners[-1].close)
+        runners = [stack.enter_context(contextlib.closing(Runner(case))) for case in cases]  # build at the same time
         for runner in runners:
             on_progress(f"{runner.case.model} {runner.case.image_size} px: building and warming up")
             runner.wait_until_built()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -118,19 +118,8 @@ class CodecConfig:
         return x0 / scale + shift
 
 
-class Decoder(Protocol):
-    """Decodes x0 to images."""
-
-    def decode(self, x0: Tensor) -> np.ndarray:
-        """uint8 images (b, H, W, channels) of x0 (b, c, h, w)."""
-        ...
-
-
-class PixelDecoder:
-    """Decodes x0 that are pixels scaled to [-1, 1]."""
-
-    def decode(self, x0: Tensor) -> np.ndarray:
-        return to_uint8(x0)
+Decode = Callable[[Tensor], np.ndarray]
+"""x0 (b, c, h, w) to uint8 images (b, H, W, channels): `to_uint8` of pixels, `LatentDecoder.decode` of latents."""
 
 
 class LatentDecoder:

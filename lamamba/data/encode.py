@@ -71,8 +71,8 @@ def excluded_at_start(folder: str | Path) -> tuple[str, ...] | None:
 
 
 def encode(
-    source: Source, autoencoder: Autoencoder, folder: str | Path, plan: Plan, *, excluded: tuple[str, ...] = (),
-    newly_excluded: Collection[str] = (), max_bad_images: int = 0, rank: int = 0, report: Report | None = None,
+    source: Source, autoencoder: Autoencoder, folder: str | Path, plan: Plan, *, newly_excluded: Collection[str] = (),
+    max_bad_images: int = 0, rank: int = 0, report: Report | None = None,
 ) -> Index:
     """Encode what is not encoded yet, together with any other processes that do the same.
 
@@ -81,8 +81,7 @@ def encode(
         autoencoder: frozen, on the device where it shall work.
         folder: for the latents; new, or with what an earlier call or another process has made by the same plan.
         plan: from `make_plan` with the same source and autoencoder.
-        excluded: files known to be bad when this was begun (see `excluded_at_start`).
-        newly_excluded: files found to be bad since then: missing from their shards, and not counted below.
+        newly_excluded: files found to be bad since this was begun: missing from their shards, and not counted below.
         max_bad_images: how many other files may turn out to be bad; they are missing from their shards, too.
         rank: of this process among those that start together, so that they begin at different shards.
         report: called with the progress of "encoding" and "verifying".
@@ -96,7 +95,7 @@ def encode(
             their names.
         OSError: when the disk is full or broken; finished shards stay.
     """
-    images = Images(source, plan.image_size, autoencoder.in_channels, excluded=excluded, caches=False)
+    images = Images(source, plan.image_size, autoencoder.in_channels, excluded=plan.excluded or (), caches=False)
     job = _EncodingJob(
         Path(folder), plan, images, autoencoder, frozenset(newly_excluded), max_bad_images, rank=rank, report=report
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lamamba.data.codec import Decoder, LatentDecoder
+from lamamba.data.codec import Decode, LatentDecoder, to_uint8
 from lamamba.diffusion.denoise import make_scheduler, samplers_for
 from lamamba.evaluation.candidates import open_images
 from lamamba.evaluation.figures import moments
@@ -56,7 +56,7 @@ def open_decoder(metadata: ModelMetadata, device: torch.device) -> LatentDecoder
 
 
 def _sample(
-    network: LaMambaUNet, labels: list[int] | None, num: int, options: DenoisingOptions, decoder: Decoder | None,
+    network: LaMambaUNet, labels: list[int] | None, num: int, options: DenoisingOptions, decode: Decode,
     report: Report,
 ) -> np.ndarray | None:
     """Images of seeds 0 .. num - 1, (num, h, w, c) uint8; unconditional networks are sampled without guidance.
@@ -67,7 +67,7 @@ def _sample(
     try:
         return generate(
             network, labels, range(num), sampler=options.sampler, num_steps=options.steps, guidance=guidance,
-            batch_size=BATCH_SIZE, decoder=decoder,
+            batch_size=BATCH_SIZE, decode=decode,
             on_step=lambda done, total: report(Progress("sampling", done, total, unit="steps")),
         )
     except FloatingPointError as error:
@@ -102,15 +102,15 @@ class SampleGrid:
         options: how often, how many images of a class, and how they are sampled.
         folder: gets step_00000500.png, ...
         label_names: of the classes, of which the first ten are shown.
-        decoder: of latents.
+        decode: makes images of x0.
         report: gets the progress of the sampling.
     """
 
     def __init__(
-        self, options: SampleGridOptions, folder: Path, label_names: tuple[str, ...], decoder: Decoder | None = None,
+        self, options: SampleGridOptions, folder: Path, label_names: tuple[str, ...], decode: Decode = to_uint8,
         report: Report = lambda progress: None,
     ):
-        self._options, self._folder, self._decoder, self._report = options, folder, decoder, report
+        self._options, self._folder, self._decode, self._report = options, folder, decode, report
         self._names = label_names[:MAX_GRID_CLASSES]
 
     def __call__(self, state: StepState, *, if_missing: bool = False) -> None:
@@ -123,7 +123,7 @@ class SampleGrid:
             return
         rows = max(1, len(self._names))
         labels = [row for row in range(rows) for _ in range(options.per_class)] if self._names else None
-        images = _sample(network, labels, rows * options.per_class, options, self._decoder, self._report)
+        images = _sample(network, labels, rows * options.per_class, options, self._decode, self._report)
         if images is not None:
             _write(path, lambda: save_picture(grid_picture(images, options.per_class, self._names), path))
 
@@ -139,7 +139,7 @@ class QuickScore:
         sampling: sampler, steps and guidance.
         path: of scores.jsonl.
         shape: of an image: height, width, channels.
-        decoder: of latents.
+        decode: makes images of x0.
         device: of the feature network.
         is_rank_zero: whether this is rank 0.
         report: gets the progress of the sampling.
@@ -150,9 +150,9 @@ class QuickScore:
 
     def __init__(
         self, options: ScoreOptions, sampling: DenoisingOptions, path: Path, shape: tuple[int, int, int],
-        decoder: Decoder | None, device: torch.device, *, is_rank_zero: bool, report: Report = lambda progress: None,
+        decode: Decode, device: torch.device, *, is_rank_zero: bool, report: Report = lambda progress: None,
     ):
-        self._options, self._sampling, self._path, self._decoder = options, sampling, path, decoder
+        self._options, self._sampling, self._path, self._decode = options, sampling, path, decode
         self._report = report
         self._evaluator: tuple[FeatureNetwork, Moments] | None = None
         if is_rank_zero:
@@ -194,7 +194,7 @@ class QuickScore:
         features, reference = self._evaluator
         classes = network.architecture.num_classes
         labels = [k % classes for k in range(options.images)] if classes else None
-        images = _sample(network, labels, options.images, self._sampling, self._decoder, self._report)
+        images = _sample(network, labels, options.images, self._sampling, self._decode, self._report)
         if images is None:
             return
         score = frechet_distance(*moments(_statistics(features, images)), *reference)

@@ -205,7 +205,7 @@ def _sampled(
     }
     generator = ImageGenerator(
         model.network, sampler=sampler, num_steps=options.steps, guidance=guidance, batch_size=options.batch_size,
-        decoder=decoder, labels=classes, cache=cache,
+        decode=model.decode, labels=classes, cache=cache,
     )
 
     def make(seeds: range, labels: Sequence[int] | None) -> np.ndarray:

@@ -128,7 +128,7 @@ class NpzImages(Images):
             raise ValueError(f"{path} has {what} under 'arr_0'; samples are uint8 images (n, height, width, 3)")
         self.count, self.shape = min(shape[0], limit or shape[0]), shape[1:]
         self._stream: Any = None
-        self._at = 0
+        self._first = 0                                                         # byte of image 0 in the stream
         with zipfile.ZipFile(path) as archive:
             checksum = archive.getinfo("arr_0.npy").CRC
             with archive.open("arr_0.npy") as stream:
@@ -140,20 +140,16 @@ class NpzImages(Images):
             return np.ascontiguousarray(self._whole[indices.start : indices.stop])
         size = int(np.prod(self.shape))
         try:
-            if self._stream is None or self._at > indices.start:
+            if self._stream is None:
                 self._stream = zipfile.ZipFile(self._path).open("arr_0.npy")    # noqa: SIM115 (kept for the next range)
                 _header(self._stream)
-                self._at = 0
-            while self._at < indices.start:                                      # compressed: no random access
-                skipped = min(indices.start - self._at, 256)
-                self._stream.read(skipped * size)
-                self._at += skipped
+                self._first = self._stream.tell()
+            self._stream.seek(self._first + indices.start * size)               # of compressed ones, by reading
             content = self._stream.read(len(indices) * size)
         except _DAMAGE as error:
-            raise ValueError(f"{self._path} is damaged near image {self._at} ({error}); fetch it again") from error
+            raise ValueError(f"{self._path} is damaged near image {indices.start} ({error}); fetch it again") from error
         if len(content) != len(indices) * size:
             raise ValueError(f"{self._path} ends before image {indices.stop}; make or fetch it again")
-        self._at = indices.stop
         return np.frombuffer(bytearray(content), dtype=np.uint8).reshape(len(indices), *self.shape)
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import asdict
-from importlib import metadata
 from typing import Any
 
-import numpy as np
 import torch
 
-from lamamba._version import __version__
 from lamamba.evaluation.candidates import SampleSet
 from lamamba.evaluation.reference import Reference
 from lamamba.metrics.features import FeatureNetwork
 from lamamba.options.evaluation import EvaluateOptions
+from lamamba.utils.versions import package_versions
 
 
 def make_protocol(
@@ -39,10 +36,6 @@ def make_protocol(
         "seeds": [run.metadata["seeds"] for run in sample_set.runs if "seeds" in run.metadata],
         "repeats": len(sample_set.runs),
         "pixels": "127.5 x + 128, clamped, truncated" if is_sampled else "as stored",
-        "versions": {
-            "lamamba": __version__, "torch": torch.__version__, "numpy": np.__version__,
-            **{name: metadata.version(name) for name in ("diffusers", "pillow")},
-            "python": platform.python_version(),
-        },
+        "versions": package_versions("torch", "numpy", "diffusers", "pillow"),
         "device": device.type,
     }

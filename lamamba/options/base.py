@@ -53,12 +53,18 @@ def not_empty(value: Any) -> Any:
     return value
 
 
+def one_word(
+    metavar: str, kind: type, read: Callable[[str], Any] = str, write: Callable[[Any], str] = str
+) -> PrimitiveConstructorSpec[Any]:
+    """How the command line reads an option from one word, which is checked later, and writes its default."""
+    return PrimitiveConstructorSpec(
+        nargs=1, metavar=metavar, instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: isinstance(value, kind), str_from_instance=lambda value: [write(value)],
+    )
+
+
 # the command line leaves text, so that not_empty sees it: Path("") is the current folder
-_AS_TEXT = PrimitiveConstructorSpec[Any](
-    nargs=1, metavar="PATH", instance_from_str=lambda words: words[0],
-    is_instance=lambda value: isinstance(value, Path), str_from_instance=lambda value: [str(value)],
-)
-FilePath = Annotated[Path, Strict(False), BeforeValidator(not_empty), _AS_TEXT]
+FilePath = Annotated[Path, Strict(False), BeforeValidator(not_empty), one_word("PATH", Path)]
 """A Path; text is taken for one."""
 Name = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else not_empty(value))]
 """A name or a path as text, such as a folder or a hub id; a Path is taken for one."""
@@ -100,10 +106,8 @@ def _splits(item: type) -> BeforeValidator:
 def _word(item: type) -> PrimitiveConstructorSpec[Any]:
     """On the command line: one word with commas."""
     name = {int: "INT", float: "FLOAT", str: "NAME"}[item]
-    return PrimitiveConstructorSpec(
-        nargs=1, metavar=f"{name},{name},..", instance_from_str=lambda words: _split(item, words[0]),
-        is_instance=lambda value: isinstance(value, tuple), str_from_instance=lambda value: [",".join(map(str, value))],
-    )
+    return one_word(
+        f"{name},{name},..", tuple, functools.partial(_split, item), lambda value: ",".join(map(str, value)))
 
 
 PositiveInts = Annotated[tuple[Positive, ...], _splits(int), Strict(False), _word(int)]

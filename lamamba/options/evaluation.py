@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import BeforeValidator
-from tyro.constructors import PrimitiveConstructorSpec
 
-from lamamba.options.base import FilePath, Ge, Lt, Name, Numbers, Positive, not_empty, options
+from lamamba.options.base import FilePath, Ge, Lt, Name, Numbers, Positive, not_empty, one_word, options
 from lamamba.options.metrics import MetricOptions
 
 
@@ -25,10 +24,7 @@ def _check_images(value: Any) -> Any:
     raise ValueError(f"{what} must be a name, a path, or uint8 images (n, height, width, 1 or 3)")
 
 
-ImageSet = Annotated[Any, BeforeValidator(_check_images), PrimitiveConstructorSpec(
-    nargs=1, metavar="STR", instance_from_str=lambda words: words[0],
-    is_instance=lambda value: isinstance(value, str), str_from_instance=lambda value: [value],
-)]
+ImageSet = Annotated[Any, BeforeValidator(_check_images), one_word("STR", str)]
 """Images by name or path (on the command line), or in Python also a NumPy array (n, h, w, c), uint8."""
 
 

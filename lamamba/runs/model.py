@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lamamba.data.autoencoder import Autoencoder, pixels_per_latent
-from lamamba.data.codec import CodecConfig, LatentDecoder
+from lamamba.data.codec import CodecConfig, Decode, LatentDecoder, to_uint8
 from lamamba.data.labels import as_names, short_names
 from lamamba.inference.compiling import compile_network
 from lamamba.inference.packing import PACKED_DTYPES, pack_weights
@@ -295,6 +295,11 @@ class Model:
     def factor(self) -> int:
         """Side in image pixels of one pixel of the network's input."""
         return max(1, self.metadata.image_size // self.network.architecture.input_size[0]) if self.decoder else 1
+
+    @property
+    def decode(self) -> Decode:
+        """x0 to images."""
+        return self.decoder.decode if self.decoder else to_uint8
 
     @property
     def image_channels(self) -> int:

@@ -35,7 +35,7 @@ MakeImages = Callable[[range, Callable[[float], None]], np.ndarray]
 
 
 def sample_many(
-    plan: Plan, folder: str | Path, make_images: MakeImages, *, rank: int = 0, machine: Mapping[str, str] | None = None,
+    plan: Plan, folder: str | Path, make_images: MakeImages, *, rank: int = 0, machine: Mapping[str, Any] | None = None,
     report: Report | None = None,
 ) -> dict[str, Any]:
     """Make the images of a plan that are missing, together with any other processes that do the same.
@@ -65,7 +65,7 @@ class _SamplingJob(ShardedJob[Plan]):
     task, what, digits = "sampling", "images", 6
 
     def __init__(
-        self, folder: Path, plan: Plan, make_images: MakeImages, machine: dict[str, str], *, rank: int,
+        self, folder: Path, plan: Plan, make_images: MakeImages, machine: dict[str, Any], *, rank: int,
         report: Report | None,
     ):
         super().__init__(folder, plan, rank=rank, report=report)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lamamba.config import Grid, UNetConfig
-from lamamba.data.codec import Decoder, PixelDecoder
+from lamamba.data.codec import Decode, to_uint8
 from lamamba.diffusion.denoise import SAMPLERS, Step, denoise, make_scheduler, samplers_for, slerp
 from lamamba.diffusion.guidance import Guidance, Predict, check_guidance, check_guiding_model, guided
 from lamamba.inference.conditioning import conditioned
@@ -146,7 +146,7 @@ class ImageGenerator:
         guiding_model: a second network to guide by, in place of the first one with the null label (autoguidance).
         input_size: height and width of the network's input; by default what it was made for.
         batch_size: images at a time; changes nothing but speed and memory.
-        decoder: makes images of the network's clean output; by default that is the image's pixels.
+        decode: makes images of the network's clean output; by default that is the image's pixels.
         labels: all labels of the calls, where they are known: their conditioning is kept between batches and calls.
         cache: how deep features are kept between steps; by default as `LaMambaUNet.enable_cache` has set it.
 
@@ -158,7 +158,7 @@ class ImageGenerator:
     def __init__(
         self, model: LaMambaUNet, *, sampler: str | None = None, num_steps: int | None = None,
         guidance: Guidance | float = 1.0, guiding_model: LaMambaUNet | None = None, input_size: Grid | None = None,
-        batch_size: int = DEFAULT_BATCH_SIZE, decoder: Decoder | None = None, labels: Iterable[int] = (),
+        batch_size: int = DEFAULT_BATCH_SIZE, decode: Decode = to_uint8, labels: Iterable[int] = (),
         cache: LaMambaCacheConfig | None = None,
     ):
         if batch_size < 1:
@@ -166,13 +166,12 @@ class ImageGenerator:
         config = model.architecture
         self._model, self._guiding_model, self._batch_size = model, guiding_model, batch_size
         self._sampler, self._num_steps = sampler or samplers_for(config.objective)[0], num_steps
-        self._input_size, self._decoder = input_size or config.input_size, decoder or PixelDecoder()
-        self._guidance = guidance if isinstance(guidance, Guidance) else Guidance(float(guidance))
-        self._labels, self._cache = labels, cache
-        self._guided: GuidedModel | None = None
-        check_guidance(config, self._guidance, has_guiding_model=guiding_model is not None)
-        if guiding_model is not None:
-            check_guiding_model(config, guiding_model.architecture)
+        self._input_size, self._decode = input_size or config.input_size, decode
+        timesteps = make_scheduler(self._sampler, config.objective, num_steps).timesteps.tolist()
+        self._guided = GuidedModel(
+            model, timesteps, guidance if isinstance(guidance, Guidance) else Guidance(float(guidance)),
+            guiding_model=guiding_model, labels=labels, cache=cache,
+        )
 
     def __call__(
         self, labels: Sequence[int | Interpolated] | None, seeds: Sequence[int | Interpolated], *,
@@ -214,18 +213,13 @@ class ImageGenerator:
         config, device = self._model.architecture, self._model.device
         shape = (config.in_channels, *self._input_size)
         noise = torch.stack([noise_of(seed, shape) for seed in seeds]).to(device)
-        scheduler = make_scheduler(self._sampler, config.objective, self._num_steps)
-        if self._guided is None:
-            self._guided = GuidedModel(
-                self._model, scheduler.timesteps.tolist(), self._guidance, guiding_model=self._guiding_model,
-                labels=self._labels, cache=self._cache,
-            )
         numbers, mixtures = _as_numbers(labels, config.num_classes)
         x0 = denoise(
-            self._guided.predictor(numbers, device, mixtures), scheduler, noise,
+            self._guided.predictor(numbers, device, mixtures),
+            make_scheduler(self._sampler, config.objective, self._num_steps), noise,
             generators=[_generator_after(seed, shape) for seed in seeds], on_step=on_step,
         )
-        return self._decoder.decode(x0)
+        return self._decode(x0)
 
 
 def generate(
@@ -239,7 +233,7 @@ def generate(
     guiding_model: LaMambaUNet | None = None,
     input_size: Grid | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
-    decoder: Decoder | None = None,
+    decode: Decode = to_uint8,
     cache: LaMambaCacheConfig | None = None,
     on_step: Callable[[int, int], None] | None = None,
     preview: Preview | None = None,
@@ -251,7 +245,7 @@ def generate(
     numbers = {label for label in labels or () if not isinstance(label, Interpolated)}
     images = ImageGenerator(
         model, sampler=sampler, num_steps=num_steps, guidance=guidance, guiding_model=guiding_model,
-        input_size=input_size, batch_size=batch_size, decoder=decoder, labels=numbers, cache=cache,
+        input_size=input_size, batch_size=batch_size, decode=decode, labels=numbers, cache=cache,
     )
     return images(labels, seeds, on_step=on_step, preview=preview)
 

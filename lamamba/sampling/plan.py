@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,12 +60,11 @@ class Plan(ShardPlan):
     def seed_of(self, k: int) -> int:
         return self.seed + k
 
-    def label_of(self, k: int) -> int | None:
-        return None if self.rule == "none" else label_of(self.rule, k, self.seed_of(k), self.classes)
-
-    def labels_of(self, images: range) -> list[int] | None:
+    def labels_of(self, images: Iterable[int]) -> list[int] | None:
         """One per image; None for an unconditional model."""
-        return None if self.rule == "none" else [label for k in images if (label := self.label_of(k)) is not None]
+        if self.rule == "none":
+            return None
+        return [label_of(self.rule, k, self.seed_of(k), self.classes) for k in images]
 
     def file_of(self, k: int) -> str:
         """An image's PNG."""
@@ -72,9 +72,9 @@ class Plan(ShardPlan):
 
     def metadata_of(self, k: int) -> ImageMetadata:
         """The settings that an image's PNG carries."""
-        label = self.label_of(k)
+        labels = self.labels_of([k])
         return ImageMetadata(
-            settings=self.settings, seeds=(self.seed_of(k),), labels=None if label is None else (label,),
+            settings=self.settings, seeds=(self.seed_of(k),), labels=tuple(labels) if labels else None,
             batch_size=self.batch_size,
         )
 

@@ -109,7 +109,7 @@ class PreparedModel:
         return ImageGenerator(
             model.network, sampler=settings.sampler, num_steps=settings.steps, guidance=settings.guidance,
             guiding_model=guiding_model, input_size=model.fit(settings.height, settings.width)[0],
-            batch_size=batch_size, decoder=model.decoder, labels=labels, cache=settings.cache,
+            batch_size=batch_size, decode=model.decode, labels=labels, cache=settings.cache,
         )
 
 

@@ -49,14 +49,10 @@ def read_json(path: Path, newest_version: int | None = None) -> dict[str, Any]:
         ValueError: when it is missing, damaged or of a newer format.
     """
     try:
-        text = read_text(path)
+        values = parse_json(read_text(path))
     except PermissionError:
         raise
-    except OSError as error:
-        raise ValueError(f"{path} is missing or damaged: {error}") from error
-    try:
-        values = parse_json(text)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is missing or damaged: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged: it holds no JSON object")

@@ -78,11 +78,9 @@ def reporting(progress: ProgressOption = "auto") -> Iterator[Report]:
         yield progress
     elif progress != "auto":
         raise ValueError(f"progress={progress!r} must be \"auto\", a function of Progress values, or None")
-    elif is_watched():
-        with closing(_Bars()) as bars:
-            yield bars
     else:
-        with _LogLines() as lines:
+        lines: _Bars | _LogLines = _Bars() if is_watched() else _LogLines()
+        with closing(lines):
             yield lines
 
 
@@ -100,20 +98,15 @@ class _Bars:
     def __call__(self, state: Progress) -> None:
         if self._bar is None or state.task != self._task or state.done < self._bar.n:
             self.close()
-            self._task, self._bar = state.task, self._open(state)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                                 # a notebook without ipywidgets
+                from tqdm.auto import tqdm
+            self._task, self._bar = state.task, tqdm(
+                desc=state.task, total=state.total, initial=state.resumed, unit=f" {state.unit}", dynamic_ncols=True,
+                leave=False,
+            )
         self._bar.set_postfix_str(state.note, refresh=False)
         self._bar.update(state.done - self._bar.n)
-
-    @staticmethod
-    def _open(state: Progress) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                                     # a notebook without ipywidgets
-            from tqdm.auto import tqdm
-
-        return tqdm(
-            desc=state.task, total=state.total, initial=state.resumed, unit=f" {state.unit}", dynamic_ncols=True,
-            leave=False,
-        )
 
 
 class _LogLines:
@@ -123,12 +116,9 @@ class _LogLines:
         self._state: Progress | None = None
         self._began = self._logged = 0.0
         self._is_over = threading.Event()
-
-    def __enter__(self) -> _LogLines:
         threading.Thread(target=self._watch, daemon=True).start()
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
         self._is_over.set()
 
     def __call__(self, state: Progress) -> None:

@@ -105,9 +105,9 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         return [folder / SAFETENSORS_WEIGHTS_NAME]
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file() and any(pickles := [file for ending in PICKLES for file in folder.glob(f"*{ending}")]):
-        raise ValueError(f"{pickles[0]}: weights {PICKLE_ADVICE}")
     if not index.is_file():
+        if pickles := [file for ending in PICKLES for file in folder.glob(f"*{ending}")]:
+            raise ValueError(f"{pickles[0]}: weights {PICKLE_ADVICE}")
         raise FileNotFoundError(f"{folder} holds no weights: there is no {SAFETENSORS_WEIGHTS_NAME} in it")
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):

@@ -174,7 +174,7 @@ def _draw_run(
     name = _verbatim(name)
     logged, mean, held_out = ("as logged", "running mean", "held-out images") if is_alone else (
         None, name, f"{name}, held out")
-    for axes, key in zip(panels, ("loss", "grad_norm", "images_per_second"), strict=False):
+    for axes, key in zip(panels, METRICS, strict=False):
         values = [float(line[key]) for line in lines]
         if span > 1:
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8, label=logged)
@@ -376,10 +376,7 @@ def _ring_best(axes: Axes, x: float, entries: Sequence[Mapping[str, Any]]) -> No
     lowest, highest = min(distances), max(distances)
     axes.plot([x], [lowest], "o", markersize=12, markerfacecolor="none", markeredgecolor="black")
     if lowest > 0 and highest > 20 * lowest:                                    # the beginning would hide the end
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
+        set_log(axes)
     else:
         axes.set_ylim(0, 1.15 * max(e["figures"]["frechet"] + e["spread"].get("frechet", 0) for e in entries))
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from lamamba.data.codec import PixelDecoder, to_pixels
+from lamamba.data.codec import to_pixels, to_uint8
 from lamamba.data.digits import Digits
 from lamamba.data.images import BadImage, Images, centre_crop, decode, random_crop
 from lamamba.data.sources import FolderSource, image_formats
@@ -357,7 +357,7 @@ def test_digits_are_the_real_ones():
 
 def test_pixels_come_back_unchanged_and_mirrored_on_request():
     images = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(2, axis=0)
-    x0, decode = to_pixels(images, mirror=np.array([False, True])), PixelDecoder().decode
+    x0, decode = to_pixels(images, mirror=np.array([False, True])), to_uint8
     assert (float(x0.min()), float(x0.max())) == (-1, 1)
     back = decode(x0)[..., 0]
     assert np.array_equal(back[0], images[0, 0])

@@ -49,7 +49,7 @@ def run_encode(place, out, autoencoder="kl", **changes):
     max_bad, excluded = changes.pop("max_bad_images", 0), changes.pop("excluded", ())
     options = dict(batch_size=2, shard_size=4, image_size=16, excluded=excluded)
     plan = make_plan(source, network, **{**options, **changes})
-    return encode(source, network, out, plan, excluded=excluded, max_bad_images=max_bad)
+    return encode(source, network, out, plan, max_bad_images=max_bad)
 
 
 @pytest.fixture(scope="module")

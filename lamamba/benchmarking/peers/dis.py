@@ -38,7 +38,7 @@ H_2 = DiSSize(1536, 48)
 
 
 class DiSBlock(nn.Module):
-    """Two Mamba directions under one gate; with a skip, Linear of tokens and skip first: (b, l, width) -> same.
+    """Two Mamba directions under one gate: (b, l, width) -> same; with a skip, Linear of (b, l, 2 width) first.
 
         x, z = split(Linear(RMSNorm(x)))
         x = x + Linear((forward(x) + backward(x)) SiLU(z))
@@ -47,7 +47,7 @@ class DiSBlock(nn.Module):
     def __init__(self, size: DiSSize, has_skip: bool):
         super().__init__()
         width, inner = size.width, 2 * size.width
-        self.skip = nn.Linear(2 * width, width) if has_skip else None
+        self.skip = nn.Linear(2 * width, width) if has_skip else nn.Identity()
         self.norm = nn.RMSNorm(width, eps=1e-5)
         self.in_proj = nn.Linear(width, 2 * inner, bias=False)
         self.first, self.last = (
@@ -55,10 +55,8 @@ class DiSBlock(nn.Module):
         )
         self.out_proj = nn.Linear(inner, width, bias=False)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        if self.skip is not None:
-            assert skip is not None
-            x = self.skip(torch.cat([x, skip], dim=-1))
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.skip(x)
         u, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)                      # (b, l, 2 width) each
         y = self.first(u) + self.last(u, reverse=True)
         return x + self.out_proj(y * F.silu(z))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +24,10 @@ SCANS = "our selective scan; depthwise convolutions with channels last"
 class Peer:
     """A network of the paper's tables."""
 
-    build: Callable[[int], nn.Module]
-    """Makes it for a side of its input."""
+    family: str
+    """Its module in this package, imported when it is built: diffusers' networks take a second."""
+    make: Callable[[Any, int], nn.Module]
+    """Makes it from the module, for a side of its input."""
     channels: int = 4
     """Of its input and of what it estimates."""
     scale: int = LATENT_SCALE
@@ -50,63 +54,28 @@ class Peer:
         return image_size // self.scale
 
 
-# The families are imported when one of them is built: diffusers' networks take a second.
-
-
-def _adm(image_size: int, side: int) -> nn.Module:
-    from lamamba.benchmarking.peers.adm import ADM, SIZES
-
-    return ADM(SIZES[image_size], side)
-
-
-def _adm_u(side: int) -> nn.Module:
-    from lamamba.benchmarking.peers.adm import ADMU
-
-    return ADMU(side)
-
-
-def _ldm(factor: int, side: int) -> nn.Module:
-    from lamamba.benchmarking.peers.ldm import LDM, SIZES
-
-    return LDM(SIZES[factor], side)
-
-
-def _dit(size: str, patch: int, side: int) -> nn.Module:
-    from lamamba.benchmarking.peers.dit import SIZES, DiT
-
-    return DiT(SIZES[size], side, patch_size=patch)
-
-
-def _u_vit(patch: int, side: int) -> nn.Module:
-    from lamamba.benchmarking.peers.u_vit import H, UViT
-
-    return UViT(replace(H, patch_size=patch), side)
-
-
-def _dis(side: int) -> nn.Module:
-    from lamamba.benchmarking.peers.dis import H_2, DiS
-
-    return DiS(H_2, side)
-
-
-def _dim(side: int) -> nn.Module:
-    from lamamba.benchmarking.peers.dim import HUGE, DiM
-
-    return DiM(HUGE, side)
+def _dit(size: str, patch: int, module: Any, side: int) -> nn.Module:
+    return module.DiT(module.SIZES[size], side, patch_size=patch)
 
 
 PEERS = {
-    "adm-256": Peer(partial(_adm, 256), 3, 1, multiple=32, token=8, image_sizes=(256,), care=CONVOLUTIONS),
-    "adm-512": Peer(partial(_adm, 512), 3, 1, multiple=64, token=16, image_sizes=(512,), care=CONVOLUTIONS),
-    "adm-u-256": Peer(_adm_u, 3, 1, multiple=32, token=8, image_sizes=(256,), care=CONVOLUTIONS),
-    "ldm-4": Peer(partial(_ldm, 4), 3, 4, multiple=8, token=2, image_sizes=(256,), care=CONVOLUTIONS),
-    "ldm-8": Peer(partial(_ldm, 8), 4, 8, multiple=4, token=1, image_sizes=(256,), care=CONVOLUTIONS),
-    **{f"dit-{size}-{patch}": Peer(partial(_dit, size, patch), multiple=patch, token=patch)
+    "adm-256": Peer("adm", lambda m, side: m.ADM(m.SIZES[256], side), 3, 1, multiple=32, token=8,
+                    image_sizes=(256,), care=CONVOLUTIONS),
+    "adm-512": Peer("adm", lambda m, side: m.ADM(m.SIZES[512], side), 3, 1, multiple=64, token=16,
+                    image_sizes=(512,), care=CONVOLUTIONS),
+    "adm-u-256": Peer("adm", lambda m, side: m.ADMU(side), 3, 1, multiple=32, token=8,
+                      image_sizes=(256,), care=CONVOLUTIONS),
+    "ldm-4": Peer("ldm", lambda m, side: m.LDM(m.SIZES[4], side), 3, 4, multiple=8, token=2,
+                  image_sizes=(256,), care=CONVOLUTIONS),
+    "ldm-8": Peer("ldm", lambda m, side: m.LDM(m.SIZES[8], side), 4, 8, multiple=4, token=1,
+                  image_sizes=(256,), care=CONVOLUTIONS),
+    **{f"dit-{size}-{patch}": Peer("dit", partial(_dit, size, patch), multiple=patch, token=patch)
        for patch in (2, 4) for size in ("s", "b", "l", "xl")},
-    "u-vit-h-2": Peer(partial(_u_vit, 2), image_sizes=(256,)),
-    "u-vit-h-4": Peer(partial(_u_vit, 4), multiple=4, token=4, image_sizes=(512,)),
-    "dis-h-2": Peer(_dis, care=SCANS),
-    "dim-huge": Peer(_dim, care=SCANS),
+    "u-vit-h-2": Peer("u_vit", lambda m, side: m.UViT(m.H, side), image_sizes=(256,)),
+    "u-vit-h-4": Peer("u_vit", lambda m, side: m.UViT(replace(m.H, patch_size=4), side), multiple=4, token=4,
+                      image_sizes=(512,)),
+    "dis-h-2": Peer("dis", lambda m, side: m.DiS(m.H_2, side), care=SCANS),
+    "dim-huge": Peer("dim", lambda m, side: m.DiM(m.HUGE, side), care=SCANS),
 }
 
 
@@ -146,8 +115,9 @@ def build_peer(name: str, image_size: int, device: torch.device, dtype: torch.dt
 
 def _on_meta(name: str, image_size: int) -> nn.Module:
     peer = find_peer(name)
+    module = import_module(f"lamamba.benchmarking.peers.{peer.family}")
     with torch.device("meta"):
-        return nn.Module.to(peer.build(peer.side(image_size)), "meta")          # diffusers' own imports for seconds
+        return nn.Module.to(peer.make(module, peer.side(image_size)), "meta")   # diffusers' own imports for seconds
 
 
 def _inputs(name: str, image_size: int, device: str) -> tuple[Tensor, Tensor, Tensor]:

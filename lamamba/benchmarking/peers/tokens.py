@@ -20,14 +20,15 @@ def to_image(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
 
 
 def run_with_skips(x: Tensor, encoder: nn.ModuleList, middle: nn.Module, decoder: nn.ModuleList) -> Tensor:
-    """Blocks with long skips: the decoder's take the outputs of the encoder's, the last one first."""
+    """Blocks with long skips: the decoder's take the outputs of the encoder's, the last one first, as further channels.
+    """
     skips = []
     for block in encoder:
         x = block(x)
         skips.append(x)
     x = middle(x)
     for block in decoder:
-        x = block(x, skips.pop())
+        x = block(torch.cat([x, skips.pop()], dim=-1))
     return x
 
 

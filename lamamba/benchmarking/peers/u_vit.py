@@ -28,21 +28,19 @@ H = UViTSize(1152, 28, 16)
 
 
 class UViTBlock(nn.Module):
-    """Pre-norm attention and MLP; with a skip, Linear of tokens and skip first: (b, l, width) -> (b, l, width)."""
+    """Pre-norm attention and MLP: (b, l, width) -> (b, l, width); with a skip, Linear of (b, l, 2 width) first."""
 
     def __init__(self, width: int, num_heads: int, has_skip: bool):
         super().__init__()
         self.num_heads = num_heads
-        self.skip = nn.Linear(2 * width, width) if has_skip else None
+        self.skip = nn.Linear(2 * width, width) if has_skip else nn.Identity()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out_proj = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        if self.skip is not None:
-            assert skip is not None
-            x = self.skip(torch.cat([x, skip], dim=-1))
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.skip(x)
         b, l, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(b, l, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v)                             # (b, heads, l, width / heads)

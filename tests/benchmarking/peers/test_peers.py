@@ -212,7 +212,7 @@ def test_bfloat16_weights_are_packed_without_changing_the_output(name):
 def test_activations_counted_without_computing_are_those_of_a_real_pass(name, monkeypatch):
     channels, _, side, build = SMALL[name]
     monkeypatch.setitem(PEERS, name, dataclasses.replace(
-        PEERS["dit-s-2"], build=build, channels=channels, scale=1))
+        PEERS["dit-s-2"], make=lambda module, side: build(side), channels=channels, scale=1))
     model, x = small(name)
     real = saved_bytes(model.train(), x[:1], torch.tensor([10.0]), torch.tensor([3]))
     assert peer_activation_bytes.__wrapped__(name, side) == pytest.approx(real, rel=0.1)
