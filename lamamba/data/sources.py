@@ -176,7 +176,7 @@ def _open(text: str, path: Path, files: Collection[str]) -> Source:
             f"{text} is not a folder; give a folder with images or with one subfolder per class, WebDataset tars "
             "(shards-{000..099}.tar, or their folder), or datasets:ID for a Hugging Face data set"
         )
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+    if is_saved_dataset(text):
         return DatasetSource(DATASETS_PREFIX + text)
     if tars := sorted(entry.name for entry in os.scandir(path) if _is_tar(entry.name)):
         if image := _first_image(path):
@@ -452,6 +452,20 @@ def _key(name: str) -> str:
     return folder + slash + file.partition(".")[0]
 
 
+def is_saved_dataset(place: str) -> bool:
+    """Whether a folder was written by save_to_disk of the package `datasets`."""
+    return bool(place) and any((Path(place) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
+
+
+def dataset_place(name: str) -> tuple[str, str]:
+    """Folder or hub id, and split, of datasets:PLACE@SPLIT. A saved folder may have @ in its name."""
+    place = name.removeprefix(DATASETS_PREFIX)
+    if is_saved_dataset(place) or "@" not in place:
+        return place, "train"
+    place, _, split = place.rpartition("@")
+    return place, split or "train"
+
+
 _FAULTS = (OSError, ValueError, LookupError, TypeError, AttributeError)
 """What the package datasets raises for a folder whose files are damaged or missing."""
 
@@ -473,13 +487,11 @@ class DatasetSource:
         except ModuleNotFoundError as error:
             raise RuntimeError(f"{name} needs the package datasets: pip install 'lamamba-diff[datasets]'") from error
         self.name, self.left_out = name, LeftOut()
-        place, _, split = name.removeprefix(DATASETS_PREFIX).partition("@")
-        split = split or "train"
+        place, split = dataset_place(name)
         if not place:
             raise ValueError(f"{name!r} names no data set: write datasets:ID or datasets:ID@SPLIT")
-        saved = any((Path(place) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
         try:
-            loaded: Any = datasets.load_from_disk(place) if saved else datasets.load_dataset(place)
+            loaded: Any = (datasets.load_from_disk if is_saved_dataset(place) else datasets.load_dataset)(place)
         except (*_FAULTS, datasets.exceptions.DatasetsError) as error:
             raise RuntimeError(f"{name} cannot be had: {type(error).__name__}: {error}") from error
         if isinstance(loaded, dict):

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,6 +239,22 @@ def test_tars_of_one_folder_have_manifests_of_their_own(tmp_path):
     assert excluded_files(open_source(names[0])) == ((), None)                  # that one is not of these
 
 
+def test_the_manifest_of_a_saved_data_set_lies_in_its_folder(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    monkeypatch.chdir(tmp_path)
+    rows = {"image": [{"bytes": b"x", "path": None}]}
+    held = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
+    datasets.DatasetDict({"train": held, "test": held}).save_to_disk("splits")
+    for name, file in (("splits", "lamamba-manifest.json"), ("datasets:splits@test", "test-lamamba-manifest.json")):
+        source = open_source(name)
+        assert manifest_path(source.name) == Path("splits") / file
+        make_manifest(source, check_files(source, 1)).save(manifest_path(source.name))
+        assert excluded_files(open_source(name))[0] == (source.file(0),)
+    Path("splits/test-lamamba-manifest.json").rename("datasets-splits-test-lamamba-manifest.json")     # as once
+    assert excluded_files(open_source("datasets:splits@test"))[0] == ("test/0",)
+    assert manifest_path("datasets:user/set@test") == Path("datasets-user-set-test-lamamba-manifest.json")
+
+
 def test_names_with_dots_and_names_that_come_twice_keep_their_own_class(tmp_path, caplog):
     pytest.importorskip("webdataset", reason="needs webdataset")
     picture = encoded(Image.new("RGB", (4, 4)), "PNG")
@@ -298,6 +315,8 @@ def test_hugging_face_data_sets_hold_the_same_images(tmp_path):
         open_source(f"datasets:{tmp_path / 'nowhere'}")
     with pytest.raises(ValueError, match="'datasets:@train' names no data set"):
         open_source("datasets:@train")
+    held.save_to_disk(tmp_path / "me@home")                                     # which is no split
+    assert len(open_source(tmp_path / "me@home")) == 4
     for file in ("state.json", "dataset_info.json"):
         whole = (tmp_path / "saved" / file).read_bytes()
         for content in ("[]", "null", '{"_data_files": 3, "features": 3}'):
