@@ -20,7 +20,9 @@ import functools
 import inspect
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
@@ -113,8 +115,9 @@ Labels = Annotated[tuple[int | str, ...], _splits(str), Strict(False), _word(str
 """Several values; the command line reads them from one word with commas: 256,512."""
 
 __all__ = [
-    "MAX_THREADS", "Above0", "FilePath", "Ge", "Gt", "Labels", "Le", "Lt", "Name", "Numbers", "OrInfinity", "Positive",
-    "PositiveInts", "Threads", "Words", "checked", "from_dict", "options", "read_record", "read_toml", "record", "verb",
+    "MAX_THREADS", "Above0", "FilePath", "Ge", "Gt", "Labels", "Le", "Lt", "Name", "Numbers", "OrInfinity",
+    "Positive", "PositiveInts", "Threads", "Words", "checked", "from_dict", "joint_checks_later", "options",
+    "read_record", "read_toml", "record", "verb",
 ]
 
 
@@ -129,6 +132,8 @@ def options(cls: type[T]) -> type[T]:
         ValueError: in one line: field, what came, what fits.
     """
     _show_plainly(cls)
+    if "__post_init__" in vars(cls):
+        cls.__post_init__ = _unless_later(cls.__post_init__)  # type: ignore[attr-defined]
     made: Any = validated_dataclass(
         cls, frozen=True, kw_only=True,
         config=ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False),
@@ -144,6 +149,31 @@ def options(cls: type[T]) -> type[T]:
 
     made.__init__ = __init__
     return made
+
+
+_later = ContextVar("later", default=False)
+
+
+@contextmanager
+def joint_checks_later() -> Iterator[None]:
+    """Options that are made here are checked one by one only, not whether they go together (`__post_init__`).
+
+    For those of a file which others are still to replace: what is made of both is checked.
+    """
+    token = _later.set(True)
+    try:
+        yield
+    finally:
+        _later.reset(token)
+
+
+def _unless_later(check: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(check)
+    def __post_init__(self: Any) -> None:
+        if not _later.get():
+            check(self)
+
+    return __post_init__
 
 
 def _show_plainly(cls: type) -> None:

@@ -24,6 +24,7 @@ from lamamba.options.training import (
 )
 from lamamba.training.loop import describe
 from lamamba.training.sources import PlannedData
+from lamamba.training.start import with_network_of_source
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -177,6 +178,28 @@ def test_options_from_a_recipe_with_changes():
     assert TrainOptions.from_recipe("digits").out.as_posix() == "runs/digits"
     with pytest.raises(ValueError, match=r"option 'optimizer.lr' is unknown"):
         TrainOptions.from_recipe("digits", optimizer={"lr": 1.0})
+
+
+def test_changes_may_mend_what_does_not_go_together_in_a_recipe(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("keep_every = 700\n[optimizer]\nschedule = 'cosine'\ncooldown_share = 0.5")
+    with pytest.raises(ValueError, match=r"mine.toml: optimizer: cooldown_share is for constant"):
+        TrainOptions.from_recipe(path)
+    with pytest.raises(ValueError, match="keep_every=700 must be a multiple"):
+        TrainOptions.from_recipe(path, optimizer={"cooldown_share": 0.0})
+    options = TrainOptions.from_recipe(path, optimizer={"cooldown_share": 0.0}, keep_every=0)
+    assert (options.keep_every, options.optimizer.schedule) == (0, "cosine")
+    path.write_text("steps = 0")
+    with pytest.raises(ValueError, match="steps=0 must be at least 1"):
+        TrainOptions.from_recipe(path, keep_every=0)
+
+
+@pytest.mark.parametrize(("objective", "expected"), [(None, "flow"), ("flow-map", "flow-map"), ("noise", "noise")])
+def test_the_objective_is_the_sources_where_none_is_given(objective, expected, tmp_path):
+    options = TrainOptions(
+        out=tmp_path / "run", start=StartOptions(source="shipped"), model=ModelOptions(objective=objective),
+        ema_decays=(0.9,))
+    assert with_network_of_source(options).model.objective == expected
 
 
 @pytest.mark.parametrize(("options", "expected"), [
