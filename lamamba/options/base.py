@@ -142,8 +142,10 @@ def options(cls: type[T]) -> type[T]:
 
     @functools.wraps(check)
     def __init__(self: Any, **values: Any) -> None:
+        plain = {name: _plain(value) for name, value in values.items()}
+        _check_whole_numbers(plain)
         try:
-            check(self, **{name: _plain(value) for name, value in values.items()})
+            check(self, **plain)
         except ValidationError as error:
             raise ValueError(_explain(made, error)) from None
 
@@ -222,7 +224,12 @@ def from_dict(cls: type[T], values: Any, where: str | Path = "") -> T:
         ValueError: for an unknown entry (the nearest is named) or a value that does not fit, with its path.
     """
     try:
+        _check_whole_numbers(values)
         return _adapter(cls).validate_json(json.dumps(values, default=_jsonable))
+    except RecursionError:
+        raise ValueError(f"{where or cls.__name__} is nested too deeply") from None
+    except _TooLarge as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from None
     except ValidationError as error:
         raise ValueError(f"{where}: {_explain(cls, error)}" if where else _explain(cls, error)) from None
 
@@ -235,6 +242,20 @@ def read_record(cls: type[T], path: Path, newest_version: int | None = None) -> 
         ValueError: when it is missing, damaged, of a newer format, or a value does not fit.
     """
     return from_dict(cls, read_json(path, newest_version), path)
+
+
+class _TooLarge(ValueError):
+    """A whole number that no option and no file holds."""
+
+
+def _check_whole_numbers(values: Any, path: str = "") -> None:
+    """Check that whole numbers, at any depth, have 64 bits at most: others are in nobody's reach, and no floats."""
+    if isinstance(values, int) and not -(2**63) <= values < 2**64:
+        raise _TooLarge(f"{path}={str(values)[:20]}... is too large: whole numbers are below 2^64 here")
+    is_list = isinstance(values, list | tuple)
+    for key, value in enumerate(values) if is_list else values.items() if isinstance(values, dict) else ():
+        if isinstance(value, dict | list | tuple) or (isinstance(value, int) and not -(2**63) <= value < 2**64):
+            _check_whole_numbers(value, f"{path}[{key}]" if is_list else f"{path}.{key}" if path else str(key))
 
 
 _adapter: Any = functools.cache(TypeAdapter)

@@ -591,7 +591,8 @@ def load_recipe(name_or_path: str) -> TrainConfig:
         path = RECIPES / f"{name_or_path}.toml"
     if not path.is_file():
         known = ", ".join(recipe_names())
-        raise FileNotFoundError(f"recipe {path} does not exist; give a .toml file or one of {known}")
+        what = "is a folder" if path.is_dir() else "is no file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"recipe {path} {what}; give a .toml file or one of {known}")
     return TrainConfig.from_dict(read_toml(path), path)
 
 

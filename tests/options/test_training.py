@@ -65,6 +65,9 @@ def test_a_file_of_ones_own(tmp_path):
     ("[optimizer]\nlearning_rate = 0", "optimizer.learning_rate=0 must be above 0"),
     ("[optimizer]\nschedule = 'cosine'\ncooldown_share = 0.5", "optimizer: cooldown_share is for constant"),
     ("steps = = 3", "is not a TOML file"),
+    (f"steps = {'9' * 400}", r"mine.toml: steps=9{20}\.\.\. is too large"),
+    (f"[model]\ndepths = [1, 1, 1, {'9' * 400}]", r"model.depths\[3\]=9{20}\.\.\. is too large"),
+    (f"[{'.'.join('a' * 3_000)}]", "mine.toml is nested too deeply"),
     ("steps = 0", "steps=0 must be at least 1"),
     ("ema_decay = 1.0", r"ema_decays\[0\]=1.0 must be below 1"),
     ("ema_decays = [0.9, 0.9]", "one number or several different ones"),
@@ -88,11 +91,14 @@ def test_a_file_that_does_not_fit(tmp_path, text, said):
         load_recipe(str(tmp_path / "mine.toml"))
 
 
-def test_unknown_recipes():
+def test_unknown_recipes(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'digits'"):
         load_recipe("digts")
     with pytest.raises(FileNotFoundError, match=r"nowhere/x\.toml does not exist"):
         load_recipe("nowhere/x.toml")
+    (tmp_path / "x.toml").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"x\.toml is a folder; give a .toml file"):
+        load_recipe(str(tmp_path / "x.toml"))
 
 
 def test_a_model_that_does_not_fit_its_images():
@@ -155,6 +161,7 @@ def test_the_second_version_s_sampling_steps_are_still_read():
 @pytest.mark.parametrize(("make", "expected"), [
     (lambda: TrainConfig(steps=0), "steps=0 must be at least 1"),
     (lambda: TrainConfig(steps=2.5), "steps=2.5 must be a whole number"),
+    (lambda: TrainConfig(batch_size=10**400), r"batch_size=10{19}\.\.\. is too large"),
     (lambda: TrainConfig(stepz=2), "did you mean 'steps'"),
     (lambda: TrainConfig(model={"width": 8}), "model={'width': 8} must be a section"),
     (lambda: OptimizerOptions(learning_rate=math.nan), "learning_rate=nan must be finite"),
