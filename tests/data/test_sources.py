@@ -216,6 +216,49 @@ def test_tars_beside_images_are_ambiguous(tmp_path):
     assert len(open_source(tmp_path / "backup.tar")) == 1
 
 
+@pytest.mark.parametrize(("content", "said"), [
+    (b"9" * 5000, "a.cls has 5,000 bytes, and a class is"), (b"a\nb", "a.cls holds 'a\\\\nb', and a class is"),
+    (b"3\0", "a number or a word in one line")])
+def test_class_files_that_hold_something_else_are_refused(tmp_path, content, said):
+    pytest.importorskip("webdataset", reason="needs webdataset")
+    write_tar(tmp_path / "a.tar", [("a.png", b"x"), ("a.cls", content)])
+    with pytest.raises(ValueError, match=rf"a\.tar is damaged.*{said}"):
+        open_source(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("headers", [
+    {"GNU.sparse.map": "1,x"}, {"GNU.sparse.size": "zz"},
+    {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a.png", "GNU.sparse.realsize": "9"}])
+def test_tars_whose_headers_are_nonsense_are_named(tmp_path, headers):
+    pytest.importorskip("webdataset", reason="needs webdataset")
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("a.png")
+        member.size, member.pax_headers = 1, headers
+        archive.addfile(member, io.BytesIO(b"x"))
+    with pytest.raises(ValueError, match=r"a\.tar is damaged"):
+        open_source(tmp_path / "a.tar")
+
+
+def test_a_file_in_a_tar_that_is_larger_than_any_disk_is_named(tmp_path):
+    pytest.importorskip("webdataset", reason="needs webdataset")
+    write_tar(tmp_path / "a.tar", [("a.png", b"x")])
+    header = bytearray((tmp_path / "a.tar").read_bytes())
+    header[124:136] = b"\x80\0\0\0" + (2**62).to_bytes(8, "big")              # its size, and the sum of the header
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:512]))
+    (tmp_path / "a.tar").write_bytes(header)
+    with pytest.raises(ValueError, match=r"a\.tar is damaged"):
+        open_source(tmp_path / "a.tar")
+
+
+def test_patterns_of_tars_that_name_too_many_or_none(tmp_path):
+    pytest.importorskip("webdataset", reason="needs webdataset")
+    for ranges in ("{0..99999999}", "{0..9999}{0..9999}", "{0.." + "9" * 99 + "}"):
+        with pytest.raises(ValueError, match="names more than 1,000,000 tars"):
+            open_source(f"{tmp_path}/x{ranges}.tar")
+    with pytest.raises(FileNotFoundError, match=r"names 1 tar \(patterns have braces, as in shards-\{000..099\}.tar\)"):
+        open_source(f"{tmp_path}/*.tar")
+
+
 def test_a_folder_of_any_name_is_a_folder(tmp_path):
     for name in ("photos.tar", "photos{1..3}"):
         write_images(tmp_path / name, 2)
