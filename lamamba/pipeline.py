@@ -26,7 +26,7 @@ from torch import Tensor
 from lamamba.config import check_known
 from lamamba.data.autoencoder import pixels_per_latent
 from lamamba.data.codec import CodecConfig, check_pixels, to_uint8
-from lamamba.data.images import eight_bits, opaque
+from lamamba.data.images import BadImage, eight_bits, opaque
 from lamamba.data.labels import as_names, find_label
 from lamamba.diffusion.denoise import (
     SAMPLERS,
@@ -50,6 +50,8 @@ from lamamba.sampling.generate import GuidedModel, resized
 
 logger = logging.getLogger("lamamba.pipeline")
 
+MAX_BATCH = 10_000
+"""Images of each label in a call, which makes them all at once: more are a mistake."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PIPELINE_CODE = '''\
 """For diffusers: DiffusionPipeline.from_pretrained(this folder, custom_pipeline="pipeline", trust_remote_code=True)."""
@@ -390,6 +392,8 @@ class LaMambaPipeline(DiffusionPipeline):
 
     def _check_call(self, output_type: str, image: Any, strength: float, mask_image: Any, guidance_model: Any) -> None:
         _check_kinds(strength=strength, guidance_model=guidance_model)
+        if guidance_model is not None and not hasattr(guidance_model, "architecture"):
+            raise ValueError(f"guidance_model is a {type(guidance_model).__name__}, and no network of lamamba")
         check_known("output_type", output_type, OUTPUT_TYPES)
         check_scheduler(self.scheduler, self.unet.config["objective"])
         if image is None and (mask_image is not None or strength != 1):
@@ -404,19 +408,31 @@ class LaMambaPipeline(DiffusionPipeline):
         returned = callback(self, step.done - 1, step.timestep, given) or {}
         if not isinstance(returned, Mapping):
             raise ValueError(f"callback_on_step_end returned {returned!r:.60}: give a dict of tensors, or nothing")
-        return returned.get("latents")
+        changed = returned.get("latents")
+        if changed is not None:
+            if not isinstance(changed, Tensor):
+                raise ValueError(f"callback_on_step_end returned latents={changed!r:.60}: give a tensor")
+            _check_tensor("latents of callback_on_step_end", changed)
+            if changed.shape != step.x.shape:
+                raise ValueError(f"callback_on_step_end returned latents of shape {tuple(changed.shape)}, and not "
+                                 f"{tuple(step.x.shape)} as it got")
+        return changed
 
     def _find_labels(
         self, class_labels: Any, per_label: int, generator: Generators, latents: Tensor | None
     ) -> tuple[list[int] | None, int]:
         """Labels image by image (None without classes), and how many images there are to be."""
-        _check_kinds(num_images_per_label=per_label)
-        if per_label < 1:
-            raise ValueError(f"num_images_per_label={per_label} must be at least 1")
+        _check_kinds(num_images_per_label=per_label, latents=latents)
+        if isinstance(per_label, bool) or not 1 <= per_label <= MAX_BATCH:
+            raise ValueError(f"num_images_per_label={per_label} must be 1 to {MAX_BATCH:,}, a batch of one call")
+        if latents is not None:
+            _check_tensor("latents", latents)
         if self.unet.config["num_classes"] == 0:
             if class_labels is not None:
                 raise ValueError("this model has no classes: leave class_labels out")
-            given = len(generator) if isinstance(generator, list) else None if latents is None else len(latents)
+            given = len(generator) if isinstance(generator, list) else None
+            if given is None and latents is not None and latents.ndim:
+                given = len(latents)
             return None, given or per_label
         if class_labels is None:
             raise ValueError(
@@ -431,7 +447,7 @@ class LaMambaPipeline(DiffusionPipeline):
     def _noise(
         self, count: int, size: tuple[int, int], generator: Generators, latents: Tensor | None, device: torch.device
     ) -> Tensor:
-        _check_kinds(generator=generator, latents=latents)
+        _check_kinds(generator=generator)
         shape = (count, self.unet.config["in_channels"], *size)
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"{len(generator)} generators came for {count} images; give one for each, or a single one")
@@ -439,9 +455,10 @@ class LaMambaPipeline(DiffusionPipeline):
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, {count} images of this size need {shape}")
+        latents = latents.to(device, torch.float32)
         if not latents.isfinite().all():
             raise ValueError("latents hold NaN or infinities")
-        return latents.to(device, torch.float32)
+        return latents
 
     def _vary(self, noise: Tensor, size: tuple[int, int], generator: Generators, strength: float) -> Tensor:
         """Noise between the given one (strength 0) and the generator's (1), along the sphere."""
@@ -461,12 +478,8 @@ class LaMambaPipeline(DiffusionPipeline):
         channels = self.unet.config["in_channels"] if self.vae is None else self.vae.config.get("in_channels", 3)
         height, width = (side * self.pixels_per_input for side in size)
         pixels = self._processor(is_grey=channels == 1).preprocess(
-            _shares(_flat(image, "white")), height=height, width=width
+            _shares(image, "image", "white"), height=height, width=width
         )
-        if not (pixels.abs() < 1.001).all():
-            low, high = ((1 + float(bound)) / 2 for bound in (pixels.min(), pixels.max()))
-            raise ValueError(f"image has numbers from {low:.4g} to {high:.4g}: arrays and tensors hold shares, 0 to 1, "
-                             "or bytes (uint8)")
         if pixels.shape[1] != channels:
             raise ValueError(f"image has {pixels.shape[1]} channels, this model's pictures have {channels}")
         pixels = _repeated(pixels, count, "image")
@@ -484,9 +497,8 @@ class LaMambaPipeline(DiffusionPipeline):
         """(b, 1, h, w) for start (b, c, h, w): 1 wherever any pixel below a point of it is to be made anew."""
         processor = self._processor(is_grey=True, do_normalize=False, do_binarize=True)
         height, width = (side * self.pixels_per_input for side in size)
-        pixels = processor.preprocess(_shares(_flat(mask, "black"), is_mask=True), height=height, width=width)[:, :1]
-        if not pixels.isfinite().all():
-            raise ValueError("mask_image holds NaN or infinities: 1 is to be made anew, and 0 stays")
+        shares = _shares(mask, "mask_image", "black")
+        pixels = processor.preprocess(shares, height=height, width=width)[:, :1]
         return _repeated(F.adaptive_max_pool2d(pixels, size), len(start), "mask_image").to(start)
 
     @contextmanager
@@ -552,28 +564,67 @@ def build_pipeline(
     return LaMambaPipeline(network, vae, scheduler, dict(enumerate(names)) if names else None, codec, scale)
 
 
-def _shares(images: Any, *, is_mask: bool = False) -> Any:
-    """Images with arrays and tensors in 0 .. 1: bytes are divided by 255, those of masks where one is above 1."""
+PICTURES = (Image.Image, np.ndarray, Tensor)
+"""What image and mask_image may be, or lists of them."""
+
+
+def _shares(images: Any, name: str, background: str) -> Any:
+    """What the argument image or mask_image holds, arrays and tensors as shares of 0 .. 1.
+
+    PIL images come back upright, of 8 bits and without transparency. Bytes are divided by 255, those of masks where one
+    is above 1.
+    """
     if isinstance(images, list | tuple):
         if not images:
-            raise ValueError("image or mask_image is an empty list: give one for all images, or one for each")
-        if not any(all(isinstance(image, kind) for image in images) for kind in (Image.Image, np.ndarray, Tensor)):
-            raise ValueError("image or mask_image must be a list of one kind: PIL images, arrays or tensors")
-        return [_shares(image, is_mask=is_mask) for image in images]
-    kind = str(images.dtype).removeprefix("torch.") if isinstance(images, np.ndarray | Tensor) else "float"
-    if "float" in kind:                                                         # bfloat16 has no numbers just above 1
-        return images.float() if isinstance(images, Tensor) else images
-    if kind not in ("uint8", "bool"):
-        raise ValueError(f"images of {kind} are ambiguous: arrays and tensors hold shares, 0 to 1, or bytes (uint8)")
+            raise ValueError(f"{name} is an empty list: give one for all images, or one for each")
+        if not any(all(isinstance(image, kind) for image in images) for kind in PICTURES):
+            raise ValueError(f"{name} must be a list of one kind: PIL images, arrays or tensors")
+        read = [_shares(image, name, background) for image in images]
+        shapes = {tuple(image.shape) for image in read if not isinstance(image, Image.Image)}
+        if len({(len(shape), shape[-3:]) for shape in shapes}) > 1:
+            raise ValueError(f"{name} has arrays of several shapes, {sorted(shapes)}: bring them to one size first")
+        return read
+    if not isinstance(images, PICTURES):
+        raise ValueError(f"{name}={images!r:.60} must be a PIL image, an array or a tensor, or a list of them; "
+                         "PIL.Image.open opens a file")
+    if isinstance(images, Tensor):
+        _check_tensor(name, images)
+    shape = images.size if isinstance(images, Image.Image) else tuple(images.shape)
+    if 0 in shape:
+        raise ValueError(f"{name} has no pixels: its size is {shape}")
+    if isinstance(images, Image.Image):
+        try:
+            return opaque(eight_bits(images)[0], background)
+        except BadImage as error:
+            raise ValueError(f"{name}: {error}") from error
+    if not 2 <= len(shape) <= 4:
+        raise ValueError(f"{name} has the shape {shape}: arrays are (h, w), (h, w, c) or (b, h, w, c), "
+                         "tensors (c, h, w) or (b, c, h, w)")
+    return _array_shares(images, name)
+
+
+def _array_shares(images: Any, name: str) -> Any:
+    """An array or a tensor as shares of 0 .. 1, in float32."""
+    is_tensor, is_mask = isinstance(images, Tensor), name == "mask_image"
+    kind = str(images.dtype).removeprefix("torch.") if is_tensor else images.dtype.name
+    if "float" not in kind and kind not in ("uint8", "bool"):
+        raise ValueError(f"{name} of {kind} is ambiguous: arrays and tensors hold shares, 0 to 1, or bytes (uint8)")
     scale = 255 if kind == "uint8" and (not is_mask or images.max() > 1) else 1
-    return (images.float() if isinstance(images, Tensor) else images.astype(np.float32)) / scale
+    shares = (images.float() if is_tensor else images.astype(np.float32)) / scale     # bfloat16 has none just above 1
+    if not ((shares > -0.001) & (shares < 1.001)).all():
+        raise ValueError(f"{name} has numbers from {float(shares.min()):.4g} to {float(shares.max()):.4g}: arrays and "
+                         "tensors hold shares, 0 to 1, or bytes (uint8)")
+    return shares
 
 
-def _flat(images: Any, background: str) -> Any:
-    """PIL images upright, of 8 bits and without transparency; others unchanged."""
-    if isinstance(images, list | tuple):
-        return [_flat(image, background) for image in images]
-    return opaque(eight_bits(images)[0], background) if isinstance(images, Image.Image) else images
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    """Check that a tensor holds plain numbers that can be read."""
+    faults = {
+        "nested": tensor.is_nested, "quantized": tensor.is_quantized, "sparse": tensor.layout is not torch.strided,
+        "on meta, without values": tensor.is_meta, "complex": tensor.is_complex(),
+    }
+    if fault := next((words for words, is_so in faults.items() if is_so), None):
+        raise ValueError(f"{name}: the tensor is {fault}; give a dense one of real numbers")
 
 
 def _repeated(images: Tensor, count: int, name: str) -> Tensor:

@@ -215,9 +215,9 @@ def test_image_to_image_keeps_what_strength_leaves(sampler):
         (dict(image=[picture()] * 2), "2 of image came for 1 images"),
         (dict(image=torch.zeros(1, 3, 8, 8)), "image has 3 channels, this model's pictures have 1"),
         (dict(image=np.full((1, 8, 8, 1), 200.0, np.float32)), "from 200 to 200: .* 0 to 1, or bytes"),
-        (dict(image=np.full((1, 8, 8, 1), 200)), "images of int64 are ambiguous"),
+        (dict(image=np.full((1, 8, 8, 1), 200)), "image of int64 is ambiguous"),
         (dict(image=[]), "is an empty list"),
-        (dict(image=picture(), mask_image=np.full((8, 8), np.nan)), "mask_image holds NaN"),
+        (dict(image=picture(), mask_image=np.full((8, 8), np.nan)), "mask_image has numbers from nan"),
         (dict(image=torch.full((1, 1, 8, 8), float("nan"))), "image has numbers from nan to nan"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -627,10 +627,57 @@ def test_grey_levels_of_16_bits_and_bfloat16_are_the_picture_s_own(pipe):
     (dict(callback_on_step_end_tensor_inputs=None), "must be a list of names"),
     (dict(image=[picture(), np.zeros((8, 8))]), "a list of one kind"), (dict(image=["a.png"]), "a list of one kind"),
     (dict(latents=torch.full((1, 1, 8, 8), float("nan"))), "NaN"), (dict(class_labels=True), "neither a class number"),
+    (dict(num_images_per_label=10**12), "must be 1 to 10,000"), (dict(num_images_per_label=True), "must be 1 to "),
+    (dict(guidance_model=torch.nn.Linear(2, 2)), "is a Linear, and no network of lamamba"),
+    *((dict(callback_on_step_end=lambda *_, given=given: {"latents": given}), said) for given, said in (
+        ("x", "returned latents='x': give a tensor"), (torch.zeros(1, 1, 4, 4), "and not .1, 1, 8, 8. as it got"),
+        (torch.empty(1, 1, 8, 8, device="meta"), "on meta"))),
 ])
 def test_arguments_of_other_kinds_are_refused_by_name(pipe, given, said):
     with pytest.raises(ValueError, match=said):
         pipe(**{"class_labels": 1, "num_inference_steps": 2, **given})
+
+
+PICTURE = torch.rand(1, 1, 8, 8)
+NO_PICTURES = {
+    "sparse": (PICTURE.to_sparse(), "the tensor is sparse; give a dense one"),
+    "CSR": (torch.eye(8).to_sparse_csr(), "is sparse"),
+    "meta": (PICTURE.to("meta"), "on meta, without values"), "complex": (PICTURE + 0j, "is complex"),
+    "nothing": (torch.empty(0, 1, 8, 8), "has no pixels"), "without rows": (np.zeros((1, 0, 8, 1)), "has no pixels"),
+    "PIL": (Image.new("L", (8, 0)), r"has no pixels: its size is \(8, 0\)"),
+    "path": ("a.png", "='a.png' must be a PIL image"), "bytes": (b"a", "must be a PIL image"),
+    "generator": (iter([PICTURE]), "must be a PIL image"), "number": (np.array(0.5), "has the shape"),
+    "video": (torch.rand(1, 1, 1, 8, 8), "has the shape"), "text": (np.full((8, 8), "a"), "is ambiguous"),
+    "sizes": ([torch.rand(1, 8, 8), torch.rand(1, 4, 4)], "several shapes"),
+    "bytes as floats": (PICTURE * 255, "numbers"),
+    "NaN": (PICTURE * float("nan"), "numbers from nan to nan"), "levels": (Image.new("F", (8, 8)), "32-bit"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_PICTURES)
+def test_images_and_masks_that_are_none_are_refused_by_name(pipe, kind):
+    given, said = NO_PICTURES[kind]
+    for arguments in (dict(image=given), dict(image=PICTURE, mask_image=given)):
+        with pytest.raises(ValueError, match=f"^{list(arguments)[-1]}.*{said}"):
+            pipe(1, num_inference_steps=2, **arguments)
+
+
+def test_latents_that_are_none_are_refused_and_any_precision_is_taken(pipe):
+    noise = torch.randn(1, 1, 8, 8)
+    for given, said in ((noise.to_sparse(), "latents: .*sparse"), (noise + 0j, "complex"), (noise.to("meta"), "meta")):
+        with pytest.raises(ValueError, match=said):
+            run(pipe, latents=given)
+    assert torch.equal(run(pipe, latents=noise.double()), run(pipe, latents=noise))
+    assert run(pipe, latents=noise.to(torch.float8_e4m3fn)).isfinite().all()
+    with pytest.raises(ValueError, match=r"latents have shape \(\)"):
+        make_pipeline("ddim", objective="noise", num_classes=0)(latents=torch.tensor(1.0))
+
+
+def test_arrays_of_any_byte_order_are_the_same_picture(pipe):
+    plain = run(pipe, image=PICTURE.permute(0, 2, 3, 1).numpy(), strength=0.5)
+    for dtype in (">f4", "longdouble"):
+        array = PICTURE.permute(0, 2, 3, 1).numpy().astype(dtype)
+        assert torch.equal(run(pipe, image=array, strength=0.5), plain)
 
 
 def test_an_interval_may_be_a_list_or_an_array(pipe):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
@@ -11,7 +11,7 @@ from lamamba.exporting.onnx import require_onnx
 from lamamba.exporting.pipeline_folder import write_pipeline_folder
 from lamamba.options.base import verb
 from lamamba.options.export import ExportOptions
-from lamamba.runs.model import open_model
+from lamamba.runs.model import model_folder, open_model
 from lamamba.utils.files import check_folder
 from lamamba.utils.progress import ProgressOption, reporting
 
@@ -54,6 +54,7 @@ def export(options: ExportOptions, *, progress: ProgressOption = "auto") -> Expo
     check_folder(target, is_new=True)
     if options.onnx:
         require_onnx()
+    options = replace(options, source=model_folder(options.source))             # a running training writes newer ones
     model = open_model(options.source, ema=options.ema, autoencoder=options.autoencoder)
     with reporting(progress) as report:
         grid, onnx_error = write_pipeline_folder(options, model, report)

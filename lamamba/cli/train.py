@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from lamamba.cli.parse import parse, show
-from lamamba.options.base import Ge, options
+from lamamba.options.base import Ge, joint_checks_later, options
 from lamamba.options.scaling import SimulateOptions
 from lamamba.options.training import recipe_names
 
@@ -36,7 +36,8 @@ def main(arguments: list[str]) -> None:
     if not name and not {"-h", "--help"} & set(rest):
         known = ", ".join(recipe_names())
         raise ValueError(f"name a recipe first, as in lamamba train digits (known: {known}, or a .toml file)")
-    default = TrainArguments.from_recipe(name) if name else TrainArguments()
+    with joint_checks_later():                                                  # options may mend a clash
+        default = TrainArguments.from_recipe(name) if name else TrainArguments()
     chosen = parse(TrainArguments, rest, f"train {name or 'RECIPE'}", DESCRIPTION, default)
 
     if chosen.world_size and not chosen.dry_run:

@@ -53,7 +53,7 @@ def model_card(name: str, plan: Plan, teacher: Path | None, front: str, note: st
     """
     text = ""
     if teacher is not None and (teacher / CARD).is_file():
-        text = (teacher / CARD).read_text(encoding="utf-8")
+        text = (teacher / CARD).read_text(encoding="utf-8", errors="replace")
         if text.startswith("---\n") and (end := text.find("\n---\n", 4)) > 0:
             front, text = text[: end + 5], text[end + 5 :]
         text = f"\n# The teacher's card\n\n{text.strip()}\n"

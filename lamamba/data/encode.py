@@ -20,7 +20,18 @@ from torch import Tensor
 from lamamba.data.autoencoder import Autoencoder
 from lamamba.data.codec import CodecConfig, to_pixels
 from lamamba.data.images import BadImage, Images, explain_bad
-from lamamba.data.latents import INDEX, LATENTS_VERSION, MOMENTS, STORAGE, UNFINISHED, Index, Plan, Shard, shard_name
+from lamamba.data.latents import (
+    INDEX,
+    LATENTS_VERSION,
+    MOMENTS,
+    STORAGE,
+    UNFINISHED,
+    Index,
+    Plan,
+    Shard,
+    check_place,
+    shard_name,
+)
 from lamamba.data.sets import read_ahead
 from lamamba.data.sources import Source, fingerprint
 from lamamba.utils.files import read_json
@@ -140,6 +151,10 @@ class _EncodingJob(ShardedJob[Plan]):
     def make_note(self, files: dict[str, list[Any]], more: Note) -> Note:
         (name, (size, digest)), = files.items()
         return {"version": self.version, "file": name, "bytes": size, "sha256": digest, **more}
+
+    def check_note(self, number: int, note: Note) -> None:
+        shard = Shard.from_dict({key: note[key] for key in note if key != "version"})
+        check_place(shard, self.plan, number)
 
     def files_of(self, note: Note) -> dict[str, list[Any]]:
         return {note["file"]: [note["bytes"], note["sha256"]]}

@@ -102,6 +102,10 @@ class Plan(ShardPlan):
 
     @classmethod
     def from_dict(cls, values: Any, where: str | Path = "") -> Plan:
+        facts = values.get("facts") if isinstance(values, Mapping) else None
+        for name in ("codec", "scale"):                                         # whose defaults are those of pixels
+            if isinstance(facts, Mapping) and name not in facts:
+                raise ValueError(f"{where}: facts.{name} is missing" if where else f"facts.{name} is missing")
         return from_dict(cls, _renamed(values, _FIELDS), where)
 
     def compared(self) -> dict[str, Any]:
@@ -143,6 +147,20 @@ def shard_name(number: int) -> str:
     return f"shard_{number:05d}.safetensors"
 
 
+def check_place(shard: Shard, plan: Plan, number: int) -> None:
+    """Check that a shard's record is that of the shard of this number: it may have come into another's place.
+
+    Raises:
+        ValueError: when it is another's.
+    """
+    images = len(plan.shard_range(number))
+    if shard.file != shard_name(number) or len(shard.files) + len(shard.excluded) != images:
+        raise ValueError(
+            f"shard {number} is {shard.file} with {len(shard.files)} images and {len(shard.excluded)} left out, and "
+            f"not {shard_name(number)} with {images} in all"
+        )
+
+
 @dataclass(frozen=True)
 class Index:
     """index.json."""
@@ -180,7 +198,11 @@ class Index:
         count, classes = self.plan.num_shards, max(1, len(self.plan.label_names))
         if len(self.shards) != count:
             raise ValueError(f"{path}: shards has {len(self.shards)} entries, and its plan {count}: it is damaged")
-        for shard in self.shards:
+        for number, shard in enumerate(self.shards):
+            try:
+                check_place(shard, self.plan, number)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
             if (highest := max(shard.labels, default=0)) >= classes:
                 raise ValueError(f"{path}: labels of {shard.file} has {highest}, and label_names {classes} classes")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lamamba.data.images import MIN_SIDE, BadImage, read_image
-from lamamba.data.sources import MANIFEST_NAME, Source, fingerprint
+from lamamba.data.sources import DATASETS_PREFIX, MANIFEST_NAME, Source, dataset_place, fingerprint, is_saved_dataset
 from lamamba.options.base import checked, read_record, record
 from lamamba.utils.files import write_json
 
@@ -78,21 +78,30 @@ class Manifest:
 def manifest_path(source_name: str) -> Path:
     """Default path of a source's manifest: in its folder, beside its tars, or in the working directory for a hub id.
 
-    Tars have their own, by their name: training and validation often lie in one folder.
+    Tars have their own, by their name: training and validation often lie in one folder. So have splits of a saved data
+    set, but for "train".
     """
     path = Path(source_name)
     if path.is_dir():
         return path / MANIFEST_NAME
-    is_tar = path.suffix == ".tar"
-    plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in (path.stem if is_tar else source_name))
-    return (path.parent if is_tar else Path()) / f"{plain}-{MANIFEST_NAME}"
+    if source_name.startswith(DATASETS_PREFIX) and is_saved_dataset((found := dataset_place(source_name))[0]):
+        place, split = found
+        return Path(place) / (MANIFEST_NAME if split == "train" else _name_for(split))
+    return path.parent / _name_for(path.stem) if path.suffix == ".tar" else Path(_name_for(source_name))
+
+
+def _name_for(name: str) -> str:
+    plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+    return f"{plain}-{MANIFEST_NAME}"
 
 
 def _older_path(source_name: str) -> Path | None:
-    """Where the manifest of tars once was, one for all of a folder; None where that is not of these."""
-    path = Path(source_name).parent / MANIFEST_NAME
-    is_theirs = Path(source_name).suffix == ".tar" and path.is_file() and Manifest.load(path).source == source_name
-    return path if is_theirs else None
+    """Where the manifest of tars once was, one for all of a folder, and that of a saved data set, in the working
+    directory; None where that is not of these."""
+    path = Path(source_name).parent / MANIFEST_NAME if Path(source_name).suffix == ".tar" else None
+    if source_name.startswith(DATASETS_PREFIX):
+        path = Path(_name_for(source_name))
+    return path if path is not None and path.is_file() and Manifest.load(path).source == source_name else None
 
 
 class CheckedFile(NamedTuple):

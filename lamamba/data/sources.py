@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import math
 import os
 import re
 import tarfile
@@ -39,6 +40,10 @@ JUNK = {
 }
 """Files and folders that systems put beside images, in lower case; so are all names that begin with a dot."""
 JUNK_REASON = "hidden or of the system"
+MAX_CLASS_BYTES = 1000
+"""Of a .cls file: more is something else."""
+MAX_TARS = 1_000_000
+"""That a pattern may name."""
 MAX_PADDING = 2 << 20
 """Bytes after the end of a tar that may be zero."""
 NAMED = 3
@@ -176,7 +181,7 @@ def _open(text: str, path: Path, files: Collection[str]) -> Source:
             f"{text} is not a folder; give a folder with images or with one subfolder per class, WebDataset tars "
             "(shards-{000..099}.tar, or their folder), or datasets:ID for a Hugging Face data set"
         )
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+    if is_saved_dataset(text):
         return DatasetSource(DATASETS_PREFIX + text)
     if tars := sorted(entry.name for entry in os.scandir(path) if _is_tar(entry.name)):
         if image := _first_image(path):
@@ -323,12 +328,14 @@ class TarSource:
                 if is_junk(entry.name) or not _is_tar(entry.name):
                     self.left_out.add_ending(entry.name)
         else:
+            check_ranges(name)
             tars = list(expand_urls(name))
         self._tars, names = tars, [os.path.basename(tar) for tar in tars]
         self._names = list(map(printable, names if len({*names}) == len(names) else tars))
         for tar in tars:
             if not os.path.isfile(tar):
-                raise FileNotFoundError(f"{tar} does not exist; {name} names {len(tars)} tars")
+                hint = " (patterns have braces, as in shards-{000..099}.tar)" if re.search(r"[*?\[]", tar) else ""
+                raise FileNotFoundError(f"{tar} does not exist; {name} names {counted(len(tars), 'tar')}{hint}")
         self.changed = _sizes_and_times(tars)
         with ThreadPoolExecutor(max_workers=8) as pool:
             tables = list(pool.map(_read_table, tars))
@@ -362,6 +369,18 @@ class TarSource:
         with open(self._tars[tar], "rb") as file:
             file.seek(offset)
             return file.read(size)
+
+
+def check_ranges(name: str) -> None:
+    """Check that a pattern of tars names no more than MAX_TARS.
+
+    Raises:
+        ValueError: when its ranges are longer.
+    """
+    ranges = re.findall(r"\{(\d{1,4000})\.\.(\d{1,4000})", name)
+    count = math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges)
+    if count > MAX_TARS:
+        raise ValueError(f"{name:.100} names more than {MAX_TARS:,} tars: shorten its ranges")
 
 
 def _number_classes(source: str, classes: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
@@ -410,12 +429,13 @@ def _read_table(tar: str) -> tuple[list[_Row], LeftOut]:
                 elif ending.lower() in image_extensions():
                     images.append((member.name, time, member.offset_data, member.size))
                 elif ending.lower() == ".cls":
-                    held = archive.extractfile(member)
-                    classes[name, time] = held.read().decode("utf-8-sig").strip() if held else ""
+                    classes[name, time] = _read_class(archive, member)
                 else:
                     left_out.add_ending(member.name)
             _check_end(Path(tar), archive.offset)
-    except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, OSError) as error:   # as of a size beyond the disk's
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         raise ValueError(
             f"{tar} is damaged, compressed or no tar ({error}); write it again, without compression"
         ) from error
@@ -429,6 +449,21 @@ def _read_table(tar: str) -> tuple[list[_Row], LeftOut]:
         word = classes.get((stem, time)) or classes.get((key, time)) or None
         rows.append((printable(name) if time == 1 else f"{printable(name)}#{time}", offset, size, word))
     return rows, left_out
+
+
+def _read_class(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    """The class in a .cls file; "" for an empty one.
+
+    Raises:
+        ValueError: when it is no word or number in a line.
+    """
+    if member.size > MAX_CLASS_BYTES:
+        raise ValueError(f"{member.name} has {member.size:,} bytes, and a class is a number or a word")
+    held = archive.extractfile(member)
+    word = held.read().decode("utf-8-sig").strip() if held else ""
+    if printable(word) != word:
+        raise ValueError(f"{member.name} holds {word!r:.60}, and a class is a number or a word in one line")
+    return word
 
 
 def _check_end(tar: Path, offset: int) -> None:
@@ -452,6 +487,20 @@ def _key(name: str) -> str:
     return folder + slash + file.partition(".")[0]
 
 
+def is_saved_dataset(place: str) -> bool:
+    """Whether a folder was written by save_to_disk of the package `datasets`."""
+    return bool(place) and any((Path(place) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
+
+
+def dataset_place(name: str) -> tuple[str, str]:
+    """Folder or hub id, and split, of datasets:PLACE@SPLIT. A saved folder may have @ in its name."""
+    place = name.removeprefix(DATASETS_PREFIX)
+    if is_saved_dataset(place) or "@" not in place:
+        return place, "train"
+    place, _, split = place.rpartition("@")
+    return place, split or "train"
+
+
 _FAULTS = (OSError, ValueError, LookupError, TypeError, AttributeError)
 """What the package datasets raises for a folder whose files are damaged or missing."""
 
@@ -473,13 +522,11 @@ class DatasetSource:
         except ModuleNotFoundError as error:
             raise RuntimeError(f"{name} needs the package datasets: pip install 'lamamba-diff[datasets]'") from error
         self.name, self.left_out = name, LeftOut()
-        place, _, split = name.removeprefix(DATASETS_PREFIX).partition("@")
-        split = split or "train"
+        place, split = dataset_place(name)
         if not place:
             raise ValueError(f"{name!r} names no data set: write datasets:ID or datasets:ID@SPLIT")
-        saved = any((Path(place) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
         try:
-            loaded: Any = datasets.load_from_disk(place) if saved else datasets.load_dataset(place)
+            loaded: Any = (datasets.load_from_disk if is_saved_dataset(place) else datasets.load_dataset)(place)
         except (*_FAULTS, datasets.exceptions.DatasetsError) as error:
             raise RuntimeError(f"{name} cannot be had: {type(error).__name__}: {error}") from error
         if isinstance(loaded, dict):

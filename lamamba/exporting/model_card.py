@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def model_card(
         has_grid: whether samples.png lies beside the card.
     """
     config, names = pipe.unet.architecture, pipe.label_names
-    label = f"\"{names[0].split(', ')[0]}\", " if names else "0, " if config.num_classes else ""
+    label = f"{_quoted(names[0].split(', ')[0])}, " if names else "0, " if config.num_classes else ""
     stated = licence or "not stated by whoever exported it"
     return f"""{_front_matter(config, licence)}
 # {title}
@@ -56,7 +57,7 @@ A LaMamba-Diff network ([arXiv 2408.02615](https://arxiv.org/abs/2408.02615)) as
 import torch
 from lamamba import LaMambaPipeline                       # pip install lamamba-diff
 
-pipe = LaMambaPipeline.from_pretrained("{title}")         # this folder, or its hub id
+pipe = LaMambaPipeline.from_pretrained({_quoted(title)})         # this folder, or its hub id
 image = pipe({label}generator=torch.Generator().manual_seed(0)).images[0]
 ```
 
@@ -76,6 +77,11 @@ Of these weights: {stated}. The code that runs them is under the Apache License 
 
 Exported by lamamba {__version__}.
 """
+
+
+def _quoted(text: str) -> str:
+    """Text as Python writes it, in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _front_matter(config: UNetConfig, licence: str | None) -> str:
@@ -112,7 +118,8 @@ def _network(pipe: LaMambaPipeline, sampler: str) -> str:
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    escaped = [(name, value.replace("|", "\\|")) for name, value in rows]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in escaped)])
 
 
 def _training(training: TrainingInfo | None) -> str:

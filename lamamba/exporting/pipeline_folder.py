@@ -18,7 +18,7 @@ from lamamba.options.export import ExportOptions
 from lamamba.pipeline import build_pipeline
 from lamamba.runs.folder import CheckpointState, RunFolder
 from lamamba.runs.metadata import default_guidance
-from lamamba.runs.model import Model, model_folder
+from lamamba.runs.model import Model
 from lamamba.sampling.settings import MAX_SEED
 from lamamba.utils.distributed import pick_device
 from lamamba.utils.files import read_text, replacing
@@ -36,7 +36,7 @@ def write_pipeline_folder(
     """Write a pipeline folder, whole or not at all.
 
     Args:
-        options: target, scheduler, autoencoder, names, grid, precision.
+        options: the folder that the model is in, target, scheduler, autoencoder, names, grid, precision.
         model: its network is cast to options.dtype on the CPU.
         report: progress of the grid, in evaluations of the network.
 
@@ -119,7 +119,7 @@ def sample_grid(
 
 def _training_info(options: ExportOptions) -> TrainingInfo | None:
     """What the run says of a checkpoint; None for a saved model."""
-    place = model_folder(options.source)
+    place = options.source.absolute()
     run = RunFolder(place.parent.parent)
     if place.parent.name != "checkpoints" or not run.config.is_file():
         return None

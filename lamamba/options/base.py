@@ -20,7 +20,9 @@ import functools
 import inspect
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
@@ -117,8 +119,9 @@ Labels = Annotated[tuple[int | str, ...], _splits(str), Strict(False), _word(str
 """Several values; the command line reads them from one word with commas: 256,512."""
 
 __all__ = [
-    "MAX_THREADS", "Above0", "FilePath", "Ge", "Gt", "Labels", "Le", "Lt", "Name", "Numbers", "OrInfinity", "Positive",
-    "PositiveInts", "Threads", "Words", "checked", "from_dict", "options", "read_record", "read_toml", "record", "verb",
+    "MAX_THREADS", "Above0", "FilePath", "Ge", "Gt", "Labels", "Le", "Lt", "Name", "Numbers", "OrInfinity",
+    "Positive", "PositiveInts", "Threads", "Words", "checked", "from_dict", "joint_checks_later", "options",
+    "read_record", "read_toml", "record", "verb",
 ]
 
 
@@ -133,6 +136,8 @@ def options(cls: type[T]) -> type[T]:
         ValueError: in one line: field, what came, what fits.
     """
     _show_plainly(cls)
+    if "__post_init__" in vars(cls):
+        cls.__post_init__ = _unless_later(cls.__post_init__)  # type: ignore[attr-defined]
     made: Any = validated_dataclass(
         cls, frozen=True, kw_only=True,
         config=ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False),
@@ -141,13 +146,40 @@ def options(cls: type[T]) -> type[T]:
 
     @functools.wraps(check)
     def __init__(self: Any, **values: Any) -> None:
+        plain = {name: _plain(value) for name, value in values.items()}
+        _check_whole_numbers(plain)
         try:
-            check(self, **{name: _plain(value) for name, value in values.items()})
+            check(self, **plain)
         except ValidationError as error:
             raise ValueError(_explain(made, error)) from None
 
     made.__init__ = __init__
     return made
+
+
+_later = ContextVar("later", default=False)
+
+
+@contextmanager
+def joint_checks_later() -> Iterator[None]:
+    """Options that are made here are checked one by one only, not whether they go together (`__post_init__`).
+
+    For those of a file which others are still to replace: what is made of both is checked.
+    """
+    token = _later.set(True)
+    try:
+        yield
+    finally:
+        _later.reset(token)
+
+
+def _unless_later(check: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(check)
+    def __post_init__(self: Any) -> None:
+        if not _later.get():
+            check(self)
+
+    return __post_init__
 
 
 def _show_plainly(cls: type) -> None:
@@ -196,7 +228,12 @@ def from_dict(cls: type[T], values: Any, where: str | Path = "") -> T:
         ValueError: for an unknown entry (the nearest is named) or a value that does not fit, with its path.
     """
     try:
+        _check_whole_numbers(values)
         return _adapter(cls).validate_json(json.dumps(values, default=_jsonable))
+    except RecursionError:
+        raise ValueError(f"{where or cls.__name__} is nested too deeply") from None
+    except _TooLarge as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from None
     except ValidationError as error:
         raise ValueError(f"{where}: {_explain(cls, error)}" if where else _explain(cls, error)) from None
 
@@ -209,6 +246,20 @@ def read_record(cls: type[T], path: Path, newest_version: int | None = None) -> 
         ValueError: when it is missing, damaged, of a newer format, or a value does not fit.
     """
     return from_dict(cls, read_json(path, newest_version), path)
+
+
+class _TooLarge(ValueError):
+    """A whole number that no option and no file holds."""
+
+
+def _check_whole_numbers(values: Any, path: str = "") -> None:
+    """Check that whole numbers, at any depth, have 64 bits at most: others are in nobody's reach, and no floats."""
+    if isinstance(values, int) and not -(2**63) <= values < 2**64:
+        raise _TooLarge(f"{path}={str(values)[:20]}... is too large: whole numbers are below 2^64 here")
+    is_list = isinstance(values, list | tuple)
+    for key, value in enumerate(values) if is_list else values.items() if isinstance(values, dict) else ():
+        if isinstance(value, dict | list | tuple) or (isinstance(value, int) and not -(2**63) <= value < 2**64):
+            _check_whole_numbers(value, f"{path}[{key}]" if is_list else f"{path}.{key}" if path else str(key))
 
 
 _adapter: Any = functools.cache(TypeAdapter)

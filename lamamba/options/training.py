@@ -26,6 +26,7 @@ from lamamba.options.base import (
     Threads,
     Words,
     from_dict,
+    joint_checks_later,
     options,
     read_toml,
 )
@@ -71,9 +72,10 @@ class ModelOptions:
     """Hidden channels of the MLP per channel of its stage."""
     removed_blocks: Words | None = None
     """Removed blocks and branches of a pruned network (lamamba compress): encoder.0.1, decoder.3.0.attention."""
-    objective: Objective = "noise"
+    objective: Objective | None = None
     """"noise": DDPM with learned variance, the paper's; "v": a mix of noise and image (Salimans & Ho); "flow":
-    rectified flow, quicker on small data; "flow-map": its mean velocity between two times, for one to four steps."""
+    rectified flow, quicker on small data; "flow-map": its mean velocity between two times, for one to four steps. By
+    default that of start.source where the network is its, else noise."""
     guidance_range: tuple[float, float] | None = None
     """Lowest and highest guidance scale that a flow map takes as an input, such as 1 4; needs distill.teacher."""
 
@@ -480,7 +482,7 @@ class TrainConfig:
         if self.distill.teacher is None and self.distill != DistillOptions():
             yield "distill", "without distill.teacher"
         if self.model.objective != "flow-map" and self.flow_map != FlowMapOptions():
-            yield "flow_map", f"with model.objective={self.model.objective!r}"
+            yield "flow_map", f"with model.objective={self.model.objective or 'noise'!r}"
         drawn = loss.timesteps or ("logit-normal" if is_flow else "uniform")
         moved = (loss.logit_mean, loss.logit_deviation) != (default.logit_mean, default.logit_deviation)
         if drawn == "uniform" and moved:
@@ -565,7 +567,10 @@ class TrainOptions(TrainConfig):
             FileNotFoundError: for a path that does not exist.
             ValueError: for an unknown recipe or option, or a value that does not fit.
         """
-        values = {"out": str(Path("runs") / Path(name).stem), **load_recipe(str(name)).to_dict()}
+        if not changes:
+            load_recipe(str(name))                                              # whose message names the file
+        with joint_checks_later():                                              # changes may mend a clash
+            values = {"out": str(Path("runs") / Path(name).stem), **load_recipe(str(name)).to_dict()}
         for key, change in changes.items():
             if dataclasses.is_dataclass(change) and not isinstance(change, type):
                 change = dataclasses.asdict(change)
@@ -586,7 +591,8 @@ def load_recipe(name_or_path: str) -> TrainConfig:
         path = RECIPES / f"{name_or_path}.toml"
     if not path.is_file():
         known = ", ".join(recipe_names())
-        raise FileNotFoundError(f"recipe {path} does not exist; give a .toml file or one of {known}")
+        what = "is a folder" if path.is_dir() else "is no file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"recipe {path} {what}; give a .toml file or one of {known}")
     return TrainConfig.from_dict(read_toml(path), path)
 
 

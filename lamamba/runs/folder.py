@@ -184,8 +184,10 @@ def run_values(
         fingerprint: of the data.
         excluded: files of the data that no index counts, which a restart must exclude again.
     """
+    train = config.to_dict()
+    train["model"]["objective"] = architecture.objective                        # of the source, or by default
     return json.loads(json.dumps({
-        "version": RUN_VERSION, "lamamba": __version__, "train": config.to_dict(),
+        "version": RUN_VERSION, "lamamba": __version__, "train": train,
         "architecture": architecture.to_dict(), "sampling": dataclasses.asdict(metadata),
         "data": {"fingerprint": fingerprint, "left_out": list(excluded)},
     }))

@@ -71,6 +71,13 @@ class _SamplingJob(ShardedJob[Plan]):
         super().__init__(folder, plan, rank=rank, report=report)
         self._make_images, self._machine = make_images, machine
 
+    def check_note(self, number: int, note: Note) -> None:
+        plan = self.plan
+        names = [_array_name(number)] if plan.files == "npz" else list(map(plan.file_of, plan.shard_range(number)))
+        has_texts = isinstance(note["pixels_sha256"], str) and isinstance(note["machine"], dict)
+        if list(note["files"]) != names or not has_texts:
+            raise ValueError(f"shard {number} has a damaged note")
+
     def path(self, name: str) -> Path:
         return (self.work if name.endswith(".npy") else self.folder) / name
 

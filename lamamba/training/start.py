@@ -34,7 +34,7 @@ def with_network_of_source(options: TrainOptions) -> TrainOptions:
         FileNotFoundError, ValueError: when there is no such source, or it is damaged.
     """
     own, default = options.model, ModelOptions()
-    names_size = dataclasses.replace(own, objective=default.objective, guidance_range=None) != default
+    names_size = dataclasses.replace(own, objective=None, guidance_range=None) != default
     if options.start.source is None or (names_size and options.lora.rank is None):
         return options
     run = RunFolder(options.out)
@@ -43,7 +43,8 @@ def with_network_of_source(options: TrainOptions) -> TrainOptions:
     else:
         model = ModelOptions.of(_open_source(options.start)[0].architecture)
     if own != default and options.lora.rank is None:
-        model = dataclasses.replace(model, objective=own.objective, guidance_range=own.guidance_range)
+        objective = own.objective or model.objective
+        model = dataclasses.replace(model, objective=objective, guidance_range=own.guidance_range)
     return dataclasses.replace(options, model=model)
 
 

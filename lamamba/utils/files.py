@@ -95,6 +95,8 @@ def check_target(path: Path) -> None:
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file in it")
+    if not (nearest := _nearest(path.parent)).is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {nearest} is a file; nothing was done: name another place")
     temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,11 +119,16 @@ def check_folder(path: Path, *, is_new: bool = False) -> None:
     """
     if is_new and path.exists():
         raise FileExistsError(f"{path} exists already; remove it or name another place")
-    nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    nearest = _nearest(path)
     if not nearest.is_dir():
         raise NotADirectoryError(f"{path} cannot be made: {nearest} is a file; nothing was done: name another place")
     if not os.access(nearest, os.W_OK):
         raise PermissionError(f"{path} cannot be written: {nearest} may only be read; name another place")
+
+
+def _nearest(path: Path) -> Path:
+    """A path, or the nearest one above it that exists."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 @contextmanager

@@ -165,6 +165,13 @@ class ShardedJob(ABC, Generic[P]):
         """Undo `make_note`."""
         return note["files"]
 
+    def check_note(self, number: int, note: Note) -> None:
+        """Check what a file says of a shard: damaged notes are as none, and the shard is made anew.
+
+        Raises:
+            ValueError, KeyError, TypeError: when it is no note of this shard.
+        """
+
     def path(self, name: str) -> Path:
         """Where a file of a shard is; in `work`, if it is not to be kept."""
         return self.folder / name
@@ -306,6 +313,7 @@ class ShardedJob(ABC, Generic[P]):
     def _read_note(self, number: int) -> Note | None:
         try:
             note = read_json(self._note_path(number), self.version)
+            self.check_note(number, note)
             files = self.files_of(note).items()
             return note if all(self.path(name).stat().st_size == size for name, (size, _) in files) else None
         except (ValueError, KeyError, TypeError, AttributeError, OSError):

@@ -14,9 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lamamba import ExportOptions, LaMambaPipeline, export
+from lamamba.exporting.pipeline_folder import write_pipeline_folder
 from lamamba.runs.folder import MANIFEST
 from lamamba.runs.model import open_network
 from tests.autoencoders import make_kl
+from tests.files import write_manifest
 from tests.networks import grey_network, save_model
 
 RUN = Path(__file__).parent.parent / "training" / "version1" / "run"
@@ -56,6 +58,33 @@ def test_the_cards_example_runs(lamamba):
     names: dict = {}
     exec(card.split("```python\n")[1].split("```")[0], names)
     assert names["image"].size == (8, 8)
+
+
+def test_the_card_of_a_class_and_a_name_with_quotes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(Path("model"), grey_network(), label_names=('12" disk', "a\\b", "c"))
+    export(ExportOptions(source="model", target="out", images=0, name='the "disk"|s'), progress=None)
+    names: dict = {}
+    card = Path("out/README.md").read_text()
+    exec(card.split("```python\n")[1].split("```")[0].replace('"the \\"disk\\"|s"', "'out'"), names)
+    assert names["image"].size == (8, 8)
+
+
+def test_a_checkpoint_that_a_training_writes_meanwhile_does_not_mix(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(RUN, "run")
+    checkpoint, = Path("run/checkpoints").iterdir()
+
+    def write_newer(*given):
+        shutil.copytree(checkpoint, "run/checkpoints/step_00000009", dirs_exist_ok=True)
+        file = Path("run/checkpoints/step_00000009/state.json")
+        file.write_text(file.read_text().replace('"step": 2', '"step": 9'))
+        write_manifest(file.parent)
+        return write_pipeline_folder(*given)
+
+    monkeypatch.setattr("lamamba.api.export.write_pipeline_folder", write_newer)
+    export(ExportOptions(source="run", target="out", images=0), progress=None)
+    assert "| optimizer steps done | 2 |" in Path("out/README.md").read_text()
 
 
 def test_latents_take_their_autoencoder_along(lamamba):

@@ -51,6 +51,16 @@ def test_every_recipe_prints_its_plan_without_its_data(lamamba, tmp_path, name):
     assert "warning" not in out
 
 
+def test_an_option_mends_a_clash_in_a_recipe(lamamba, tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        "keep_every = 700\nbatch_size = 1\n[optimizer]\nschedule = 'cosine'\ncooldown_share = 0.5\n"
+        "[data]\nimage_size = 8\n"
+        "[model]\nwidth = 8\nnum_heads = 1\ndepths = [1, 1, 1, 1]\nbottleneck_depth = 1")
+    status, _, err = lamamba("train", "mine.toml", "--keep-every", 0)
+    assert (status, "optimizer: cooldown_share is for constant schedules" in err) == (2, True)
+    assert lamamba("train", "mine.toml", "--dry-run", "--keep-every", 0, "--optimizer.cooldown-share", 0)[0] == 0
+
+
 def test_a_recipe_whose_data_is_missing_says_so(lamamba):
     status, _, err = lamamba("train", "s_256")
     assert (status, "latents/imagenet_256" in err) == (2, True)

@@ -243,6 +243,8 @@ def test_folders_of_the_time_before_stay_what_they_are(encoded):
 @pytest.mark.parametrize(("change", "said"), [
     (lambda shards: shards[2].update(labels=[1, 2, 1]), "labels of shard_00002.safetensors has 2, and label_names 2"),
     (lambda shards: shards.pop(1), "shards has 2 entries, and its plan 3"),
+    (lambda shards: shards.insert(0, shards.pop(1)), "shard 0 is shard_00001.safetensors with 4 images and 0 left out"),
+    (lambda shards: shards[0].update(labels=[0], files=["a"]), "shard 0 is shard_00000.safetensors with 1 images"),
 ])
 def test_an_index_that_contradicts_itself_is_refused(encoded, tmp_path, change, said):
     shutil.copytree(encoded, tmp_path / "out")
@@ -251,6 +253,30 @@ def test_an_index_that_contradicts_itself_is_refused(encoded, tmp_path, change, 
     (tmp_path / "out" / "index.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=rf"index\.json: {said}"):
         LatentSet(tmp_path / "out")
+
+
+def test_a_scale_that_was_removed_is_not_that_of_pixels(encoded, tmp_path):
+    shutil.copytree(encoded, tmp_path / "out")
+    values = json.loads((tmp_path / "out" / "index.json").read_text())
+    del values["plan"]["facts"]["scale"]
+    (tmp_path / "out" / "index.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"index\.json: facts.scale is missing"):
+        LatentSet(tmp_path / "out")
+
+
+@pytest.mark.parametrize("note", [
+    dict(left_out=[]), dict(labels=3), dict(files=None, labels=["x"]), dict(more=1), "another's"])
+def test_notes_of_unfinished_shards_that_were_changed_are_made_anew(place, encoded, tmp_path, note):
+    shutil.copytree(encoded, tmp_path / "out")
+    index = tmp_path / "out" / "index.json"
+    values, work = json.loads(index.read_text()), tmp_path / "out" / ".encoding"
+    work.mkdir()
+    index.unlink()
+    (work / "plan.json").write_text(json.dumps({"version": 1, "plan": values["plan"]}))
+    changed = values["shards"][1] if note == "another's" else {**values["shards"][0], **note}
+    (work / "shard_00000.json").write_text(json.dumps({"version": 1, **changed}))
+    run_encode(place, tmp_path / "out")
+    assert hashes(tmp_path / "out") == hashes(encoded)
 
 
 def test_a_latent_set_survives_a_fork(encoded):

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,6 +216,49 @@ def test_tars_beside_images_are_ambiguous(tmp_path):
     assert len(open_source(tmp_path / "backup.tar")) == 1
 
 
+@pytest.mark.parametrize(("content", "said"), [
+    (b"9" * 5000, "a.cls has 5,000 bytes, and a class is"), (b"a\nb", "a.cls holds 'a\\\\nb', and a class is"),
+    (b"3\0", "a number or a word in one line")])
+def test_class_files_that_hold_something_else_are_refused(tmp_path, content, said):
+    pytest.importorskip("webdataset", reason="needs webdataset")
+    write_tar(tmp_path / "a.tar", [("a.png", b"x"), ("a.cls", content)])
+    with pytest.raises(ValueError, match=rf"a\.tar is damaged.*{said}"):
+        open_source(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("headers", [
+    {"GNU.sparse.map": "1,x"}, {"GNU.sparse.size": "zz"},
+    {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a.png", "GNU.sparse.realsize": "9"}])
+def test_tars_whose_headers_are_nonsense_are_named(tmp_path, headers):
+    pytest.importorskip("webdataset", reason="needs webdataset")
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("a.png")
+        member.size, member.pax_headers = 1, headers
+        archive.addfile(member, io.BytesIO(b"x"))
+    with pytest.raises(ValueError, match=r"a\.tar is damaged"):
+        open_source(tmp_path / "a.tar")
+
+
+def test_a_file_in_a_tar_that_is_larger_than_any_disk_is_named(tmp_path):
+    pytest.importorskip("webdataset", reason="needs webdataset")
+    write_tar(tmp_path / "a.tar", [("a.png", b"x")])
+    header = bytearray((tmp_path / "a.tar").read_bytes())
+    header[124:136] = b"\x80\0\0\0" + (2**62).to_bytes(8, "big")              # its size, and the sum of the header
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:512]))
+    (tmp_path / "a.tar").write_bytes(header)
+    with pytest.raises(ValueError, match=r"a\.tar is damaged"):
+        open_source(tmp_path / "a.tar")
+
+
+def test_patterns_of_tars_that_name_too_many_or_none(tmp_path):
+    pytest.importorskip("webdataset", reason="needs webdataset")
+    for ranges in ("{0..99999999}", "{0..9999}{0..9999}", "{0.." + "9" * 99 + "}"):
+        with pytest.raises(ValueError, match="names more than 1,000,000 tars"):
+            open_source(f"{tmp_path}/x{ranges}.tar")
+    with pytest.raises(FileNotFoundError, match=r"names 1 tar \(patterns have braces, as in shards-\{000..099\}.tar\)"):
+        open_source(f"{tmp_path}/*.tar")
+
+
 def test_a_folder_of_any_name_is_a_folder(tmp_path):
     for name in ("photos.tar", "photos{1..3}"):
         write_images(tmp_path / name, 2)
@@ -236,6 +280,22 @@ def test_tars_of_one_folder_have_manifests_of_their_own(tmp_path):
     assert excluded_files(open_source(names[1])) == (("val.tar/0.png",), None)
     manifest_path(names[0]).unlink()
     assert excluded_files(open_source(names[0])) == ((), None)                  # that one is not of these
+
+
+def test_the_manifest_of_a_saved_data_set_lies_in_its_folder(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    monkeypatch.chdir(tmp_path)
+    rows = {"image": [{"bytes": b"x", "path": None}]}
+    held = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
+    datasets.DatasetDict({"train": held, "test": held}).save_to_disk("splits")
+    for name, file in (("splits", "lamamba-manifest.json"), ("datasets:splits@test", "test-lamamba-manifest.json")):
+        source = open_source(name)
+        assert manifest_path(source.name) == Path("splits") / file
+        make_manifest(source, check_files(source, 1)).save(manifest_path(source.name))
+        assert excluded_files(open_source(name))[0] == (source.file(0),)
+    Path("splits/test-lamamba-manifest.json").rename("datasets-splits-test-lamamba-manifest.json")     # as once
+    assert excluded_files(open_source("datasets:splits@test"))[0] == ("test/0",)
+    assert manifest_path("datasets:user/set@test") == Path("datasets-user-set-test-lamamba-manifest.json")
 
 
 def test_names_with_dots_and_names_that_come_twice_keep_their_own_class(tmp_path, caplog):
@@ -298,6 +358,8 @@ def test_hugging_face_data_sets_hold_the_same_images(tmp_path):
         open_source(f"datasets:{tmp_path / 'nowhere'}")
     with pytest.raises(ValueError, match="'datasets:@train' names no data set"):
         open_source("datasets:@train")
+    held.save_to_disk(tmp_path / "me@home")                                     # which is no split
+    assert len(open_source(tmp_path / "me@home")) == 4
     for file in ("state.json", "dataset_info.json"):
         whole = (tmp_path / "saved" / file).read_bytes()
         for content in ("[]", "null", '{"_data_files": 3, "features": 3}'):

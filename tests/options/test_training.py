@@ -24,6 +24,7 @@ from lamamba.options.training import (
 )
 from lamamba.training.loop import describe
 from lamamba.training.sources import PlannedData
+from lamamba.training.start import with_network_of_source
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -64,6 +65,9 @@ def test_a_file_of_ones_own(tmp_path):
     ("[optimizer]\nlearning_rate = 0", "optimizer.learning_rate=0 must be above 0"),
     ("[optimizer]\nschedule = 'cosine'\ncooldown_share = 0.5", "optimizer: cooldown_share is for constant"),
     ("steps = = 3", "is not a TOML file"),
+    (f"steps = {'9' * 400}", r"mine.toml: steps=9{20}\.\.\. is too large"),
+    (f"[model]\ndepths = [1, 1, 1, {'9' * 400}]", r"model.depths\[3\]=9{20}\.\.\. is too large"),
+    (f"[{'.'.join('a' * 3_000)}]", "mine.toml is nested too deeply"),
     ("steps = 0", "steps=0 must be at least 1"),
     ("ema_decay = 1.0", r"ema_decays\[0\]=1.0 must be below 1"),
     ("ema_decays = [0.9, 0.9]", "one number or several different ones"),
@@ -87,11 +91,14 @@ def test_a_file_that_does_not_fit(tmp_path, text, said):
         load_recipe(str(tmp_path / "mine.toml"))
 
 
-def test_unknown_recipes():
+def test_unknown_recipes(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'digits'"):
         load_recipe("digts")
     with pytest.raises(FileNotFoundError, match=r"nowhere/x\.toml does not exist"):
         load_recipe("nowhere/x.toml")
+    (tmp_path / "x.toml").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"x\.toml is a folder; give a .toml file"):
+        load_recipe(str(tmp_path / "x.toml"))
 
 
 def test_a_model_that_does_not_fit_its_images():
@@ -154,6 +161,7 @@ def test_the_second_version_s_sampling_steps_are_still_read():
 @pytest.mark.parametrize(("make", "expected"), [
     (lambda: TrainConfig(steps=0), "steps=0 must be at least 1"),
     (lambda: TrainConfig(steps=2.5), "steps=2.5 must be a whole number"),
+    (lambda: TrainConfig(batch_size=10**400), r"batch_size=10{19}\.\.\. is too large"),
     (lambda: TrainConfig(stepz=2), "did you mean 'steps'"),
     (lambda: TrainConfig(model={"width": 8}), "model={'width': 8} must be a section"),
     (lambda: OptimizerOptions(learning_rate=math.nan), "learning_rate=nan must be finite"),
@@ -177,6 +185,28 @@ def test_options_from_a_recipe_with_changes():
     assert TrainOptions.from_recipe("digits").out.as_posix() == "runs/digits"
     with pytest.raises(ValueError, match=r"option 'optimizer.lr' is unknown"):
         TrainOptions.from_recipe("digits", optimizer={"lr": 1.0})
+
+
+def test_changes_may_mend_what_does_not_go_together_in_a_recipe(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("keep_every = 700\n[optimizer]\nschedule = 'cosine'\ncooldown_share = 0.5")
+    with pytest.raises(ValueError, match=r"mine.toml: optimizer: cooldown_share is for constant"):
+        TrainOptions.from_recipe(path)
+    with pytest.raises(ValueError, match="keep_every=700 must be a multiple"):
+        TrainOptions.from_recipe(path, optimizer={"cooldown_share": 0.0})
+    options = TrainOptions.from_recipe(path, optimizer={"cooldown_share": 0.0}, keep_every=0)
+    assert (options.keep_every, options.optimizer.schedule) == (0, "cosine")
+    path.write_text("steps = 0")
+    with pytest.raises(ValueError, match="steps=0 must be at least 1"):
+        TrainOptions.from_recipe(path, keep_every=0)
+
+
+@pytest.mark.parametrize(("objective", "expected"), [(None, "flow"), ("flow-map", "flow-map"), ("noise", "noise")])
+def test_the_objective_is_the_sources_where_none_is_given(objective, expected, tmp_path):
+    options = TrainOptions(
+        out=tmp_path / "run", start=StartOptions(source="shipped"), model=ModelOptions(objective=objective),
+        ema_decays=(0.9,))
+    assert with_network_of_source(options).model.objective == expected
 
 
 @pytest.mark.parametrize(("options", "expected"), [

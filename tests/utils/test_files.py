@@ -29,8 +29,9 @@ def test_a_place_for_a_result_is_tried_first(tmp_path):
     with pytest.raises(ValueError, match="is a folder; name a file in it"):
         check_target(tmp_path / "new")
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="cannot be written .*: name another place"):
-        check_target(tmp_path / "file" / "grid.png")
+    for place in (tmp_path / "file" / "grid.png", tmp_path / "file" / "in" / "it" / "grid.png"):
+        with pytest.raises(NotADirectoryError, match=f"{place} cannot be written: .*file is a file; nothing was done"):
+            check_target(place)
 
 
 def test_a_place_for_a_folder_is_looked_at_first(tmp_path, monkeypatch):
