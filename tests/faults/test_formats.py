@@ -26,6 +26,9 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
+from lamamba.compression.plan import Plan as Removal
+from lamamba.compression.plan import make_plan
+from lamamba.compression.scores import Scores
 from lamamba.data.codec import CodecConfig
 from lamamba.data.latents import Index, LatentSet, Plan, Shard
 from lamamba.data.manifest import FoundFile, Manifest
@@ -33,11 +36,13 @@ from lamamba.evaluation.images import NpzImages
 from lamamba.evaluation.reference import Reference, load_statistics
 from lamamba.evaluation.results import Entry, read_result, table, write_result
 from lamamba.metrics.features import FeatureNetworkInfo
+from lamamba.models.adapters import LORA_FILE
 from lamamba.models.official import load_official, to_official
 from lamamba.options.training import RECIPES, TrainConfig, load_recipe
 from lamamba.runs.folder import CheckpointState, RunFolder, _hash_of_hashes, check_manifest
+from lamamba.runs.lora import LORA_BASE, LoraBase, add_lora
 from lamamba.runs.metadata import ModelMetadata
-from lamamba.runs.model import open_model, open_network
+from lamamba.runs.model import fingerprint, open_model, open_network
 from lamamba.sampling.plan import Plan as SamplesPlan
 from lamamba.sampling.plan import find_plan
 from lamamba.sampling.settings import ImageMetadata, Settings, png_text, read_image_metadata
@@ -45,6 +50,7 @@ from lamamba.utils.files import read_json, sha256, write_json
 from lamamba.utils.tensors import read_tensors
 from lamamba.viz.curves import read_metrics
 from tests.autoencoders import make_kl
+from tests.compression.test_plan import scores_of
 from tests.networks import random_network, save_model, small_config
 
 CONFIG = small_config(width=8, depths=(1, 1, 1, 1), in_channels=1, objective="flow")
@@ -193,6 +199,30 @@ def _tensors(folder: Path) -> Path:
     return folder / "t.safetensors"
 
 
+def _saved(folder: Path, values: Scores | Removal) -> Path:
+    values.save(folder / "v.json")
+    return folder / "v.json"
+
+
+def _scores() -> Scores:
+    return scores_of((7, 5, 9, 3, 2, 1), range(1, 8), np.eye(7))
+
+
+def _lora(folder: Path, file: str) -> Path:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    network = random_network(CONFIG)
+    sha256_of_base = fingerprint(network)
+    network.add_adapter(peft.LoraConfig(r=1, target_modules=["linear_in"]))
+    network.save_lora_adapter(folder)
+    write_json(folder / LORA_BASE, asdict(LoraBase(base="b", base_sha256=sha256_of_base)))
+    return folder / file
+
+
+def _read_lora(path: Path) -> Any:
+    network = random_network(CONFIG)
+    return add_lora(network, fingerprint(network), path.parent, str(path.parent))
+
+
 def _recipe(folder: Path) -> Path:
     shutil.copy(RECIPES / "digits.toml", folder / "r.toml")
     return folder / "r.toml"
@@ -224,6 +254,11 @@ TEXTS = {
         lambda path: TrainConfig.from_dict(read_json(path), path)),
     "settings": Format(
         lambda folder: _json(folder, "s.json", read_image_metadata(_picture(folder)).to_dict()), _read_settings),
+    "scores of units": Format(
+        lambda folder: _saved(folder, _scores()), lambda path: make_plan(Scores.load(path), remove=0.3)),
+    "plan of units": Format(
+        lambda folder: _saved(folder, make_plan(_scores(), remove=0.3)), lambda path: str(Removal.load(path))),
+    "base of a LoRA": Format(lambda folder: _lora(folder, LORA_BASE), _read_lora),
     "protocol": Format(
         lambda folder: _json(folder, "p.json", json.loads(str(np.load(_statistics(folder))["protocol"]))),
         _read_protocol),
@@ -241,6 +276,7 @@ BYTES = {
     "autoencoder's weights": Format(lambda folder: _pipeline(folder, f"vae/{WEIGHTS}"), _open_above),
     "latents' shard": Format(lambda folder: _latents(folder, "shard_00000.safetensors"), _read_latents),
     "tensors": Format(_tensors, read_tensors),
+    "LoRA": Format(lambda folder: _lora(folder, LORA_FILE), _read_lora),
 }
 WRONG = [
     None, True, 0, -1, 1, 7, 10**5, 10**9, 10**30, -0.5, 1e300, math.nan, math.inf, "", "zz", "10", [], [None], ["a"],
@@ -371,7 +407,7 @@ def check_values(name: str, good: Any, count: int) -> None:
 
 
 SLOW_TO_READ = {
-    "weights", "network", "autoencoder", "autoencoder's weights", "official", "pipeline",
+    "weights", "network", "autoencoder", "autoencoder's weights", "official", "pipeline", "LoRA", "base of a LoRA",
 }
 
 
