@@ -64,6 +64,7 @@ def _one_line(message: str) -> str:
     text = re.sub(wrong + r"float: (\S+) - typing\.Literal\[(.*?)\].*", r"\1 is neither a number nor \2", text)
     text = re.sub(wrong + r"input length (\d+) did not match expected argument count (\d+).*",
                   r"takes \2 values with spaces between them, not \1", text)
+    text = re.sub(r"Argument (--\S+): expected (\d+) arguments?", r"\1 takes \2 values with spaces between them", text)
     text = re.sub(wrong + r"Could not parse arguments \[(.*?)\] into tuple.*", r"\1 are not all numbers", text)
     text = re.sub(wrong + r"(?=invalid literal for int|could not convert string)", "", text)
     text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", text)

@@ -91,7 +91,6 @@ class Adapters:
     enable_lora_hotswap = _of_mixin("enable_lora_hotswap")
     _add_adapter = _of_mixin("add_adapter")
     _load_lora_adapter = _of_mixin("load_lora_adapter")
-    _set_adapters = _of_mixin("set_adapters")
     _delete_adapters = _of_mixin("delete_adapters")
     _fuse_lora_apply = _of_mixin("_fuse_lora_apply")
     _unfuse_lora_apply = _of_mixin("_unfuse_lora_apply")
@@ -267,12 +266,19 @@ class Adapters:
         Raises:
             ValueError: for an unknown name, or a weight that is no finite number.
         """
-        self._check_names(adapter_names)
-        for weight in weights if isinstance(weights, list | tuple) else [weights]:
+        from diffusers.utils import set_weights_and_activate_adapters
+
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_names(names)
+        given = list(weights) if isinstance(weights, list | tuple) else [weights] * len(names)
+        if len(given) != len(names):
+            raise ValueError(f"{len(given)} weights came for {len(names)} adapters; give one for all, or one for each")
+        for weight in given:
             if not isinstance(weight, Mapping | None) and (
                     isinstance(weight, str | bool) or not math.isfinite(float(weight))):
                 raise ValueError(f"weights={weights!r} must be finite numbers: one for all, or one for each adapter")
-        self._set_adapters(adapter_names, weights)
+        set_weights_and_activate_adapters(self, names, [1.0 if weight is None else weight for weight in given])
+        self.adapter_changes += 1
 
     def _check_names(self, adapter_names: list[str] | str) -> None:
         check_peft()

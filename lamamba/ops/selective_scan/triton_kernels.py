@@ -128,7 +128,8 @@ def _rows(tile, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _opaque(n):
-    """n, opaque to the compiler, which would keep a 64-bit address in registers for each load of a loop over n."""
+    """n, opaque to the compiler, which would keep a 64-bit address in registers for each load of a loop over n, or
+    what does not depend on n itself."""
     if INTERPRETED:
         return n
     else:
@@ -406,7 +407,8 @@ def _scan(
     for step in range(0, last - first):
         tile = last - 1 - step if ADJOINT else first + step
         if not KEEP:
-            weights = _weights(W, part_size, BLOCK, STEP, K, PARTS)
+            zero = (_opaque(tile) - tile) * 16
+            weights = _weights(W + zero, part_size, BLOCK, STEP, K, PARTS)
         s = _projections(rows + tile * TILE * K, weights, BLOCK, TILE, STEP, K, PARTS, ADJOINT)
         tokens = _eight(offsets + tile * TILE)
         steps = ()
@@ -511,7 +513,8 @@ def _scan_backward(
     for step in range(0, last - first):
         tile = last - 1 - step
         if not KEEP:
-            weights = _weights(W, part_size, BLOCK, STEP, K, PARTS)
+            zero = (_opaque(tile) - tile) * 16
+            weights = _weights(W + zero, part_size, BLOCK, STEP, K, PARTS)
         s = _projections(rows + tile * TILE * K, weights, BLOCK, TILE, STEP, K, PARTS, False)
         tokens = _eight(offsets + tile * TILE)
         steps = ()
