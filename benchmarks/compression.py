@@ -54,6 +54,7 @@ LOSSES = {
     "task": DistillOptions(),
     "output": dataclasses.replace(DISTILLED, features="none"),
     "normalised": DISTILLED,
+    "normalised, weight 0.05": dataclasses.replace(DISTILLED, feature=0.05),
     "normalised, weight 1": dataclasses.replace(DISTILLED, feature=1.0),
     "plain, weight 1": dataclasses.replace(DISTILLED, features="plain", feature=1.0),
     "plain, weight 0.001": dataclasses.replace(DISTILLED, features="plain", feature=0.001),

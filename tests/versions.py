@@ -63,8 +63,9 @@ def check(which: str, folder: Path) -> None:
         for command in COMMANDS:
             run(python, "-m", "lamamba", *command.split(), cwd=Path(work))
     run(python, "-m", "pytest", "-p", "no:cacheprovider", *TESTS)
-    # last, because gradio asks for a newer huggingface_hub than the others
-    run(python, "-m", "pip", "install", "--quiet", *requirements(lowest, ("app",), core=False))
+    # last, because gradio asks for a newer huggingface_hub than the others, and that for a newer transformers (of peft)
+    run(python, "-m", "pip", "install", "--quiet", "--upgrade", *requirements(lowest, ("app",), core=False),
+        "transformers")
     run(python, "-m", "pytest", "-p", "no:cacheprovider", "tests/app/test_page.py", "tests/app/test_session.py")
 
 

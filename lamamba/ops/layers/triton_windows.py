@@ -28,6 +28,8 @@ from lamamba.ops.triton_utils import contiguous, matrix_product, num_processors,
 CHUNK = 16
 """The smallest depth of a matrix instruction; larger chunks need more registers."""
 FORWARD_WARPS, BACKWARD_WARPS = 4, 8
+MOST_REGISTERS = 255
+"""Of a thread, where the compiler's own choice spills a few."""
 PROGRAMS_PER_PROCESSOR = 8
 """More would balance the windows better, but each has its own sum for the bias."""
 SIZES = ("units", "units_each", "h", "w", "rows", "columns", "shift_h", "shift_w")
@@ -187,7 +189,9 @@ def window_attention(qkv, bias, mask, num_heads: int, window: Grid, shift: Grid)
     qkv, bias, mask = contiguous(qkv, bias, mask)
     y = qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
     shares, sizes, constants = _sizes(qkv, num_heads, window, shift)
-    _attend[(shares * num_heads,)](qkv, bias, mask, y, *sizes, **constants, num_warps=FORWARD_WARPS)
+    _attend[(shares * num_heads,)](
+        qkv, bias, mask, y, *sizes, **constants, num_warps=FORWARD_WARPS,
+        maxnreg=MOST_REGISTERS if qkv.dtype == torch.float32 else None)
     return y
 
 
@@ -200,5 +204,6 @@ def window_attention_backward(grad_y, qkv, bias, mask, num_heads: int, window: G
     sums = qkv.new_empty((shares, *bias.shape), dtype=torch.float32)
     _attend_backward[(shares * num_heads,)](
         grad_y, qkv, bias, mask, grad_qkv, sums, *sizes, **constants, num_warps=BACKWARD_WARPS,
+        maxnreg=None if qkv.dtype == torch.float32 else MOST_REGISTERS,
     )
     return grad_qkv, sums.sum(0).to(bias.dtype)

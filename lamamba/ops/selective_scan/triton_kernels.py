@@ -407,7 +407,8 @@ def _scan(
     for step in range(0, last - first):
         tile = last - 1 - step if ADJOINT else first + step
         if not KEEP:
-            zero = (_opaque(tile) - tile) * 16
+            # without a store in the loop the compiler would load them all before it
+            zero = (_opaque(tile) - tile) * 16 if WRITES == "ends" else 0
             weights = _weights(W + zero, part_size, BLOCK, STEP, K, PARTS)
         s = _projections(rows + tile * TILE * K, weights, BLOCK, TILE, STEP, K, PARTS, ADJOINT)
         tokens = _eight(offsets + tile * TILE)
@@ -513,8 +514,7 @@ def _scan_backward(
     for step in range(0, last - first):
         tile = last - 1 - step
         if not KEEP:
-            zero = (_opaque(tile) - tile) * 16
-            weights = _weights(W + zero, part_size, BLOCK, STEP, K, PARTS)
+            weights = _weights(W, part_size, BLOCK, STEP, K, PARTS)
         s = _projections(rows + tile * TILE * K, weights, BLOCK, TILE, STEP, K, PARTS, False)
         tokens = _eight(offsets + tile * TILE)
         steps = ()
