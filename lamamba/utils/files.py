@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lamamba.utils.text import shown
+
 
 def read_text(path: Path) -> str:
     """Text in UTF-8, with or without the byte order mark that some editors write.
@@ -59,7 +61,7 @@ def read_json(path: Path, newest_version: int | None = None) -> dict[str, Any]:
     if newest_version is not None:
         version = values.get("version")
         if type(version) is not int or version < 1:
-            raise ValueError(f"{path} is damaged: version={version!r} must be a whole number from 1")
+            raise ValueError(f"{path} is damaged: version={shown(version)} must be a whole number from 1")
         if version > newest_version:
             raise ValueError(
                 f"{path} has format version {version}, this lamamba reads up to {newest_version}; upgrade it"

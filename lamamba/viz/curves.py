@@ -21,6 +21,7 @@ from matplotlib.transforms import Bbox
 
 from lamamba.config import LATENT_SCALE
 from lamamba.utils.files import parse_json, read_text, replacing
+from lamamba.utils.text import shown
 
 DISTILLATION = {
     "task_loss": "task", "output_loss": "distance to the teacher's output",
@@ -99,7 +100,8 @@ def read_metrics(path: Path, keys: Sequence[str] = METRICS, *, may_be_empty: boo
             value = line.get(key) if isinstance(line, dict) else None
             if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
                 raise ValueError(
-                    f"{path} is not of a training run: line {number} has {key}={value!r:.40}, not a number below 1e100")
+                    f"{path} is not of a training run: line {number} has {key}={shown(value, 40)}, not a number below "
+                    "1e100")
         lines.append(line)
     if not lines and not may_be_empty:
         raise ValueError(f"{path} has no lines yet; let the run make some steps")
