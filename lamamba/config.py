@@ -29,8 +29,8 @@ STAGE_WIDTHS = (1, 2, 4, 4)
 STAGE_SCALES = (1, 2, 4, 4)
 """How many times smaller a stage's grid is than the first one's."""
 
-MAX_SIZE, MAX_DEPTH, MAX_GRID, MAX_GUIDANCE = 2**24, 1000, 2048, 100.0
-"""Sizes, blocks of a stage, tokens along a side and guidance scales beyond these are a mistake, or a damaged file."""
+MAX_SIZE, MAX_BLOCKS, MAX_GRID, MAX_GUIDANCE = 2**24, 400, 2048, 100.0
+"""Sizes, blocks of a network, tokens along a side and guidance scales beyond these are a mistake, or a damaged file."""
 
 Objective = Literal["noise", "v", "flow", "flow-map"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
@@ -163,11 +163,15 @@ class UNetConfig:
         if type(self.num_classes) is not int or not 0 <= self.num_classes < MAX_SIZE:
             raise ValueError(f"num_classes={shown(self.num_classes)} must be 0 (unconditional) or more")
         depths = self.depths if isinstance(self.depths, tuple) else ()
-        if len(depths) != NUM_STAGES or any(type(n) is not int or not 1 <= n <= MAX_DEPTH for n in depths):
-            raise ValueError(f"depths={shown(self.depths)} must be {NUM_STAGES} whole numbers, 1 to {MAX_DEPTH}")
-        if type(self.bottleneck_depth) is not int or not 1 <= self.bottleneck_depth <= MAX_DEPTH:
-            value = shown(self.bottleneck_depth)
-            raise ValueError(f"bottleneck_depth={value} must be a whole number from 1 to {MAX_DEPTH}")
+        if len(depths) != NUM_STAGES or any(type(n) is not int or n < 1 for n in depths):
+            raise ValueError(f"depths={shown(self.depths)} must be {NUM_STAGES} whole numbers of at least 1")
+        if type(self.bottleneck_depth) is not int or self.bottleneck_depth < 1:
+            raise ValueError(f"bottleneck_depth={shown(self.bottleneck_depth)} must be a whole number of at least 1")
+        if sum((*depths, self.bottleneck_depth, *self.decoder_depths)) > MAX_BLOCKS:
+            raise ValueError(
+                f"depths={shown(self.depths)} and bottleneck_depth={shown(self.bottleneck_depth)} make too many "
+                f"blocks: {MAX_BLOCKS} at most"
+            )
         check_known("scan", self.scan, ("continuous", "cross"))
         check_known("objective", self.objective, OBJECTIVES)
         if self.width % 4:

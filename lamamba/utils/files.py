@@ -186,6 +186,8 @@ def write_all(contents: Mapping[Path, bytes]) -> dict[Path, list[int | str]]:
     Returns:
         Size and SHA-256 of each.
     """
+    if taken := [path for path in contents if path.is_dir()]:
+        raise IsADirectoryError(f"{taken[0]} is a folder where a file is to be written; move it away")
     temporaries = {path: temporary_name(path) for path in contents}
     try:
         for path, temporary in temporaries.items():

@@ -110,6 +110,18 @@ def test_the_folder_holds_the_results_alone(expected):
     }
 
 
+@pytest.mark.parametrize("deaths", [(), (3,)])
+def test_a_folder_in_the_place_of_a_file_is_named_before_any_work(tmp_path, deaths):
+    with contextlib.suppress(Killed):
+        Job(tmp_path, deaths=deaths).run()
+    (tmp_path / "1.bin").unlink()
+    (tmp_path / "1.bin").mkdir()
+    again = Job(tmp_path)
+    with pytest.raises(FileExistsError, match="1.bin is a folder where a file of the bytes belongs; move it away"):
+        again.run()
+    assert not again.made
+
+
 damages = st.tuples(st.integers(0, 30), st.sampled_from(["flip", "cut", "delete", "empty"]), st.integers(0, 1 << 20))
 attempts = st.tuples(st.integers(0, 7), st.sets(st.integers(0, 3)), st.lists(damages, max_size=2))
 
