@@ -107,7 +107,7 @@ def train(
 
     Raises:
         OSError, ValueError: when data, configuration and folder do not fit together, or the disk is full.
-        BlockingIOError: when another job trains in the folder.
+        BlockingIOError: when another job trains in the folder, or another thread of this process.
         FloatingPointError: when a loss or gradient is not finite, and the options say to stop.
         Interrupted: when a signal stopped the run, after a checkpoint.
         RankZeroError: on the other ranks, when rank 0 raises.

@@ -43,7 +43,7 @@ from typing_extensions import dataclass_transform
 from tyro.constructors import PrimitiveConstructorSpec
 
 from lamamba.config import unknown_name
-from lamamba.utils.files import read_json, read_text
+from lamamba.utils.files import check_current_folder, read_json, read_text
 from lamamba.utils.progress import check_progress
 from lamamba.utils.text import shown
 
@@ -275,6 +275,7 @@ def verb(function: Callable[P, T]) -> Callable[P, T]:
     Raises (the function, when called):
         TypeError: naming the options that fit.
         ValueError: for the progress.
+        FileNotFoundError: when the current folder was removed.
     """
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -283,6 +284,7 @@ def verb(function: Callable[P, T]) -> Callable[P, T]:
             name, kind = function.__name__, (get_args(hint) or (hint,))[0].__name__
             raise TypeError(f"lamamba.{name} takes {kind}, not {shown(given)}: lamamba.{name}(lamamba.{kind}(...))")
         check_progress(bound.arguments.get("progress"))
+        check_current_folder()
         return function(*args, **kwargs)
 
     return call

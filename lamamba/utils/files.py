@@ -88,6 +88,18 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
+def check_current_folder() -> None:
+    """Check that the current folder is still there: relative paths lead nowhere without it, and MKL ends the process.
+
+    Raises:
+        FileNotFoundError: when it was removed.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise FileNotFoundError("the current folder was removed; change to one that exists (cd, os.chdir)") from error
+
+
 def check_target(path: Path) -> None:
     """Check before long work that its result can be written; makes the folder.
 

@@ -185,7 +185,7 @@ class ShardedJob(ABC, Generic[P]):
         Raises:
             FileExistsError: when the folder holds something else.
             ValueError: when it holds results of another plan, with the differences.
-            OSError: when the disk is full or broken; finished shards stay.
+            OSError: when the disk is full or broken, or the folder of unfinished work is gone; finished shards stay.
         """
         with self._naming_full_disks():
             if not self._is_intact():
@@ -304,6 +304,11 @@ class ShardedJob(ABC, Generic[P]):
                         self._make(number)
             if not busy:
                 return
+            if not self.work.is_dir() and not self.is_finished():
+                raise FileNotFoundError(
+                    f"{self.work} is gone: it was removed, or the current folder was changed meanwhile; run the same "
+                    "command again"
+                )
             self.report(note="waiting for other processes")
             time.sleep(POLL_SECONDS)
 
