@@ -311,6 +311,12 @@ def test_a_strangers_config_two_folders_up_is_not_read(model, tmp_path):
     score(tmp_path / "project" / "models" / "mine", tmp_path / "s", criterion="magnitude")
 
 
+@pytest.mark.parametrize("name", ["random_draws", "sets"])
+def test_comparisons_without_an_end_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=1000000000000 must be at most"):
+        lamamba.CompareCriteriaOptions(model="shipped", **{name: 10**12})
+
+
 def test_shares_that_nothing_reaches_are_not_compared(model, tmp_path):
     with pytest.raises(ValueError, match="cannot be removed"):
         lamamba.compare_criteria(lamamba.CompareCriteriaOptions(
