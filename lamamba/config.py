@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, get_args
 
+from lamamba.utils.text import shown
+
 CONFIG_VERSION = 2
 """Raised when a saved configuration can no longer be read by older code; old versions stay readable.
 
@@ -27,8 +29,8 @@ STAGE_WIDTHS = (1, 2, 4, 4)
 STAGE_SCALES = (1, 2, 4, 4)
 """How many times smaller a stage's grid is than the first one's."""
 
-MAX_SIZE, MAX_DEPTH, MAX_GRID, MAX_GUIDANCE = 2**24, 1000, 2048, 100.0
-"""Sizes, blocks of a stage, tokens along a side and guidance scales beyond these are a mistake, or a damaged file."""
+MAX_SIZE, MAX_BLOCKS, MAX_GRID, MAX_GUIDANCE = 2**24, 400, 2048, 100.0
+"""Sizes, blocks of a network, tokens along a side and guidance scales beyond these are a mistake, or a damaged file."""
 
 Objective = Literal["noise", "v", "flow", "flow-map"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
@@ -67,7 +69,7 @@ def as_grid(value: Any, name: str = "grid") -> Grid:
     if isinstance(value, list | tuple):
         value = tuple(side.item() if type(side).__module__ == "numpy" and side.ndim == 0 else side for side in value)
     if not isinstance(value, tuple) or len(value) != 2 or not all(type(side) is int for side in value):
-        raise ValueError(f"{name}={value!r} is neither a whole number nor a pair (height, width) of them")
+        raise ValueError(f"{name}={shown(value)} is neither a whole number nor a pair (height, width) of them")
     return value[0], value[1]
 
 
@@ -146,7 +148,7 @@ class UNetConfig:
                 put(name, tuple(value))
         put("grid", as_grid(self.grid))
         if not isinstance(self.removed_blocks, tuple) or not all(isinstance(name, str) for name in self.removed_blocks):
-            raise ValueError(f"removed_blocks={self.removed_blocks!r} must be names of blocks")
+            raise ValueError(f"removed_blocks={shown(self.removed_blocks)} must be names of blocks")
         put("removed_blocks", tuple(sorted(self.removed_blocks)))
         if self.out_channels is None:
             put("out_channels", self.in_channels * (2 if self.objective == "noise" else 1))
@@ -157,14 +159,19 @@ class UNetConfig:
         for name in at_least_one.split():
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value < MAX_SIZE:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1, below {MAX_SIZE:,}")
+                raise ValueError(f"{name}={shown(value)} must be a whole number of at least 1, below {MAX_SIZE:,}")
         if type(self.num_classes) is not int or not 0 <= self.num_classes < MAX_SIZE:
-            raise ValueError(f"num_classes={self.num_classes!r} must be 0 (unconditional) or more")
+            raise ValueError(f"num_classes={shown(self.num_classes)} must be 0 (unconditional) or more")
         depths = self.depths if isinstance(self.depths, tuple) else ()
-        if len(depths) != NUM_STAGES or any(type(n) is not int or not 1 <= n <= MAX_DEPTH for n in depths):
-            raise ValueError(f"depths={self.depths!r} must be {NUM_STAGES} whole numbers, 1 to {MAX_DEPTH}")
-        if type(self.bottleneck_depth) is not int or not 1 <= self.bottleneck_depth <= MAX_DEPTH:
-            raise ValueError(f"bottleneck_depth={self.bottleneck_depth!r} must be a whole number from 1 to {MAX_DEPTH}")
+        if len(depths) != NUM_STAGES or any(type(n) is not int or n < 1 for n in depths):
+            raise ValueError(f"depths={shown(self.depths)} must be {NUM_STAGES} whole numbers of at least 1")
+        if type(self.bottleneck_depth) is not int or self.bottleneck_depth < 1:
+            raise ValueError(f"bottleneck_depth={shown(self.bottleneck_depth)} must be a whole number of at least 1")
+        if sum((*depths, self.bottleneck_depth, *self.decoder_depths)) > MAX_BLOCKS:
+            raise ValueError(
+                f"depths={shown(self.depths)} and bottleneck_depth={shown(self.bottleneck_depth)} make too many "
+                f"blocks: {MAX_BLOCKS} at most"
+            )
         check_known("scan", self.scan, ("continuous", "cross"))
         check_known("objective", self.objective, OBJECTIVES)
         if self.width % 4:
@@ -192,7 +199,7 @@ class UNetConfig:
         ends = self.guidance_range if isinstance(self.guidance_range, tuple) else ()
         numbers = len(ends) == 2 and all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)
         if not numbers or not 1 <= ends[0] < ends[1] <= MAX_GUIDANCE:
-            raise ValueError(f"guidance_range={self.guidance_range!r} must be two scales, 1 <= low < high <= "
+            raise ValueError(f"guidance_range={shown(self.guidance_range)} must be two scales, 1 <= low < high <= "
                              f"{MAX_GUIDANCE:g}, such as (1, 4)")
         object.__setattr__(self, "guidance_range", (float(ends[0]), float(ends[1])))
         if self.objective != "flow-map" or not self.num_classes:
@@ -273,7 +280,7 @@ class UNetConfig:
         for name, requested, default in (("height", height, self.input_size[0]), ("width", width, self.input_size[1])):
             side = default * factor if requested is None else requested
             if not isinstance(side, Integral):
-                raise ValueError(f"{name}={side!r} must be a whole number of pixels")
+                raise ValueError(f"{name}={shown(side)} must be a whole number of pixels")
             if side < multiple or side % multiple:
                 below, above = side // multiple * multiple, (side // multiple + 1) * multiple
                 nearest = f"{below} or {above}" if below > 0 else f"{max(above, multiple)}"
@@ -371,7 +378,8 @@ class UNetConfig:
         version = values.pop("config_version", CONFIG_VERSION)
         if type(version) is not int or not 1 <= version <= CONFIG_VERSION:
             raise ValueError(
-                f"config_version={version!r} is newer than this lamamba reads ({CONFIG_VERSION}); upgrade lamamba-diff"
+                f"config_version={shown(version)} is newer than this lamamba reads ({CONFIG_VERSION}); upgrade "
+                "lamamba-diff"
             )
         fields = [field.name for field in dataclasses.fields(cls)]
         for key in values:

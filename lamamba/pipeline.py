@@ -47,6 +47,7 @@ from lamamba.pretrained import is_shipped
 from lamamba.runs.metadata import default_guidance
 from lamamba.runs.model import EMA, PIPELINE_INDEX, Model, open_model
 from lamamba.sampling.generate import GuidedModel, resized
+from lamamba.utils.text import shown
 
 logger = logging.getLogger("lamamba.pipeline")
 
@@ -80,7 +81,7 @@ def _check_kinds(**given: Any) -> None:
         kind, fits = KINDS[name]
         values = value if kind is torch.Generator and isinstance(value, list) else [value]
         if not all(isinstance(each, kind) for each in values) and not (value is None and kind not in (Real, Integral)):
-            raise ValueError(f"{name}={value!r:.60} must be {fits}")
+            raise ValueError(f"{name}={shown(value)} must be {fits}")
 
 
 class LaMambaPipeline(DiffusionPipeline):
@@ -385,7 +386,7 @@ class LaMambaPipeline(DiffusionPipeline):
         if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
             names = callback.tensor_inputs
         if isinstance(names, str) or not isinstance(names, Iterable):
-            raise ValueError(f"callback_on_step_end_tensor_inputs={names!r:.60} must be a list of names")
+            raise ValueError(f"callback_on_step_end_tensor_inputs={shown(names)} must be a list of names")
         for name in names:
             check_known("callback tensor", name, self._callback_tensor_inputs)
         return names
@@ -407,11 +408,11 @@ class LaMambaPipeline(DiffusionPipeline):
         given = {name: tensors[name] for name in names}
         returned = callback(self, step.done - 1, step.timestep, given) or {}
         if not isinstance(returned, Mapping):
-            raise ValueError(f"callback_on_step_end returned {returned!r:.60}: give a dict of tensors, or nothing")
+            raise ValueError(f"callback_on_step_end returned {shown(returned)}: give a dict of tensors, or nothing")
         changed = returned.get("latents")
         if changed is not None:
             if not isinstance(changed, Tensor):
-                raise ValueError(f"callback_on_step_end returned latents={changed!r:.60}: give a tensor")
+                raise ValueError(f"callback_on_step_end returned latents={shown(changed)}: give a tensor")
             _check_tensor("latents of callback_on_step_end", changed)
             if changed.shape != step.x.shape:
                 raise ValueError(f"callback_on_step_end returned latents of shape {tuple(changed.shape)}, and not "
@@ -585,7 +586,7 @@ def _shares(images: Any, name: str, background: str) -> Any:
             raise ValueError(f"{name} has arrays of several shapes, {sorted(shapes)}: bring them to one size first")
         return read
     if not isinstance(images, PICTURES):
-        raise ValueError(f"{name}={images!r:.60} must be a PIL image, an array or a tensor, or a list of them; "
+        raise ValueError(f"{name}={shown(images)} must be a PIL image, an array or a tensor, or a list of them; "
                          "PIL.Image.open opens a file")
     if isinstance(images, Tensor):
         _check_tensor(name, images)

@@ -60,6 +60,8 @@ def test_output_channels_follow_the_objective():
     ({"scan": "continous"}, "did you mean 'continuous'"),
     ({"objective": "nois"}, "did you mean 'noise'"),
     ({"depths": (2, 2)}, "must be 4 whole numbers"),
+    ({"depths": (1000,) * 4}, r"depths=\(1000, 1000, 1000, 1000\) and bottleneck_depth=2 make too many blocks: 400 at"),
+    ({"bottleneck_depth": 10**12}, "bottleneck_depth=1000000000000 make too many blocks"),
     ({"state_size": 0}, "state_size=0"),
     ({"num_classes": -1}, "num_classes=-1"),
     ({"out_channels": 4}, "it needs 8"),

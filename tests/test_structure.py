@@ -19,8 +19,9 @@ from lamamba.cli.main import VERBS
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lamamba"
 LAYERS = [
-    {"config", "_version", "_native", "pretrained"},
+    {"_version", "_native", "pretrained"},
     {"utils"},
+    {"config"},
     {"options"},
     {"ops"},
     {"models", "diffusion", "data"},

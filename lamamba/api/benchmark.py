@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lamamba.benchmarking.environment import environment
+from lamamba.benchmarking.interrupted import interrupted_sets, written_alone
 from lamamba.benchmarking.peers.registry import find_peer, peers_for
 from lamamba.benchmarking.report import describe, explain, table
 from lamamba.benchmarking.throughput import Case, OutOfMemory, cost_of, measure, parse_model, ratios
@@ -18,7 +18,7 @@ from lamamba.config import UNetConfig
 from lamamba.options.base import verb
 from lamamba.options.benchmark import BenchmarkOptions
 from lamamba.utils.distributed import pick_device
-from lamamba.utils.files import check_target, read_json, write_atomically, write_json
+from lamamba.utils.files import check_target, write_atomically, write_json
 from lamamba.utils.progress import Progress, ProgressOption, reporting
 from lamamba.viz.curves import cost_curves, efficiency_points
 
@@ -86,26 +86,31 @@ def benchmark(options: BenchmarkOptions, *, progress: ProgressOption = "auto") -
         progress: "auto", a function of Progress values, or None.
 
     Raises:
-        ValueError: for unknown networks or sizes that do not fit, before anything is built.
+        BlockingIOError: when another call writes the JSON file.
+        ValueError: for unknown networks or sizes that do not fit, or a JSON file of something else, before anything is
+            built.
         RuntimeError: when a network cannot be built or run, with the reason.
     """
     for path in options.paths:
         check_target(path)
     groups = plan(options)
     where = environment(groups[0][0], seconds=options.seconds, processes=options.processes)
-    plan_text = [asdict(case) for cases in groups for case in cases]
-    result = BenchmarkResult(_interrupted(options.json, where, plan_text), where, paths=options.paths)
-    with reporting(progress) as report:
+    every = [case for cases in groups for case in cases]
+    with written_alone(options.json), reporting(progress) as report:
+        result = BenchmarkResult(interrupted_sets(options.json, where, every), where, paths=options.paths)
+        if result.sets:
+            logger.info("going on: %d networks were timed before", len(result.rows))
+
         def note(text: str) -> None:
             done = len({(row["image_size"], row["model"]) for row in result.sets}) + len(result.left_out)
-            report(Progress("timing", done, len(plan_text), unit="networks", note=text))
+            report(Progress("timing", done, len(every), unit="networks", note=text))
 
         for cases in groups:
             for _ in _measure_size(cases, options, result, note):
                 if options.json:
-                    write_json(options.json, {**result.to_dict(), "plan": plan_text})
-    if options.json:
-        write_json(options.json, result.to_dict())
+                    write_json(options.json, {**result.to_dict(), "plan": [asdict(case) for case in every]})
+        if options.json:
+            write_json(options.json, result.to_dict())
     if options.markdown:
         write_atomically(options.markdown, result.to_markdown())
     if options.plot:
@@ -145,26 +150,6 @@ def _measure_size(
             result.sets.extend({**row, "set": number} for row in rows)
             done |= {case.model for case in present}
             yield
-
-
-def _interrupted(path: Path | None, where: dict[str, Any], plan_text: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sets of an earlier call with the same networks, machine and settings that was interrupted; else none."""
-    if path is None or not path.exists():
-        return []
-    found = read_json(path)
-    if found.get("plan") != plan_text:
-        return []
-    try:
-        before, sets, now = found["environment"], found["sets"], json.loads(json.dumps(where))
-        if {**before, "date": None} != {**now, "date": None}:
-            return []
-        rows = merge(sets)
-        table(rows, ratios(sets))
-        date, _ = before["date"], [row["set"] + 1 for row in sets]
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} is damaged, or was edited ({error!r}): move it away to time all anew") from error
-    logger.info("going on: %d networks were timed on %s", len(rows), date)
-    return sets
 
 
 @verb

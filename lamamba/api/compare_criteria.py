@@ -20,8 +20,8 @@ from lamamba.compression.job import score_in_folder
 from lamamba.compression.pictures import draw_additivity, draw_criteria
 from lamamba.compression.plan import Plan, check_share, in_order, make_plan
 from lamamba.compression.scores import RULES, Scores, by_rule
-from lamamba.options.base import verb
-from lamamba.options.compress import CompareCriteriaOptions
+from lamamba.options.base import from_dict, record, verb
+from lamamba.options.compress import CompareCriteriaOptions, Criterion
 from lamamba.options.evaluation import EvaluateOptions
 from lamamba.utils.distributed import launched_processes, local_device
 from lamamba.utils.files import check_folder, read_json, write_json
@@ -109,6 +109,38 @@ def compare_criteria(options: CompareCriteriaOptions, *, progress: ProgressOptio
     return CompareCriteriaResult(points, whole, tuple(sets), table.path, tuple(pictures))
 
 
+@record
+class _Loss:
+    criterion: Criterion
+    share: float
+    multiply_adds: float
+    loss: float
+    predicted: float | None
+    predicted_with_cross_terms: float | None
+    removed: tuple[str, ...]
+
+
+@record
+class _Figures:
+    figures: dict[str, float]
+
+
+@record
+class _Sets:
+    sets: tuple[SetLoss, ...]
+
+
+def _check_entry(key: str, value: Any, path: Path) -> None:
+    """Check an entry of compare.json: sets, figures of samples, or the loss of a pruned network."""
+    where = f"{path} is damaged, remove it to measure again: {key!r}"
+    if key == "sets":
+        from_dict(_Sets, {"sets": value}, where)
+    elif key.startswith("samples of "):
+        from_dict(_Figures, {"figures": value}, where)
+    elif not key.startswith(f"{from_dict(_Loss, value, where).criterion} "):
+        raise ValueError(f"{where}: criterion={value['criterion']!r} is of another entry")
+
+
 class _Table:
     """compare.json: what was measured, by key; written after every measurement."""
 
@@ -120,6 +152,8 @@ class _Table:
                 raise ValueError(f"{path} compares another network or other samples; give another folder as out")
             if not isinstance(entries := values.get("entries"), dict):
                 raise ValueError(f"{path} is damaged: it has no entries; remove it to measure again")
+            for key, value in entries.items():
+                _check_entry(key, value, path)
             self.entries = entries
 
     def put(self, key: str, value: Any) -> Any:

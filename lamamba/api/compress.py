@@ -23,7 +23,7 @@ from lamamba.compression.folder import PLAN, write_pruned
 from lamamba.compression.job import SCORES, find_scores, score_in_folder
 from lamamba.compression.lamamba_units import LaMambaUnits
 from lamamba.compression.pictures import draw_units
-from lamamba.compression.plan import Plan, check_share, in_order, make_plan
+from lamamba.compression.plan import Plan, check_plan, check_scored, check_share, in_order, make_plan
 from lamamba.compression.scores import RULES, Scores, by_rule
 from lamamba.compression.timing import measure_pair, measure_times
 from lamamba.models.unet import LaMambaUNet
@@ -251,6 +251,8 @@ def plan_removal(options: PlanRemovalOptions, *, progress: ProgressOption = "aut
     check_target(out)
     needs_network = options.measure or options.by == "time"
     teacher = _open_scored(scores.about, local_device(options.device), options.model) if needs_network else None
+    if teacher is not None:
+        check_scored(scores, teacher.units)
     samples = _calibration_of(scores)
     if options.data is not None:
         samples = dataclasses.replace(samples, data=options.data)
@@ -369,7 +371,9 @@ def remove_units(options: RemoveUnitsOptions) -> RemoveUnitsResult:
         raise FileNotFoundError(f"{path} does not exist; lamamba compress plan SCORES makes it")
     check_folder(options.out, is_new=True)
     plan = Plan.load(path)
-    return _remove(_open_scored(plan.about, torch.device("cpu"), options.model), plan, options.out)
+    teacher = _open_scored(plan.about, torch.device("cpu"), options.model)
+    check_plan(plan, teacher.units, path)
+    return _remove(teacher, plan, options.out)
 
 
 def _remove(teacher: Teacher, plan: Plan, out: Path) -> RemoveUnitsResult:
@@ -440,6 +444,7 @@ def compress(options: CompressOptions, *, progress: ProgressOption = "auto") -> 
         scores = _scores(teacher, options, out, "output", report)
         group.on_rank_0(prune)
     plan, (pruned, _) = Plan.load(target / PLAN), open_network(target)
+    check_plan(plan, teacher.units, target / PLAN)
     result = RemoveUnitsResult(target, pruned, pruned.num_parameters(), teacher.units.parameters)
     if not options.heal:
         return CompressResult(plan, result, None, None, picture)

@@ -9,6 +9,7 @@ from typing import Any
 from lamamba.options.base import verb
 from lamamba.options.plot import PlotOptions
 from lamamba.utils.files import check_target, read_json
+from lamamba.utils.text import shown
 from lamamba.viz.curves import SCORES, read_metrics, run_curves
 
 
@@ -39,7 +40,7 @@ def plot(options: PlotOptions) -> PlotResult:
 
     Raises:
         FileNotFoundError: when a run has no metrics.jsonl.
-        ValueError: when it has no lines yet, or others than a run's.
+        ValueError: when it has no lines yet, or others than a run's, or its config.json is damaged.
     """
     check_target(options.out)
     metrics, scores, losses = {}, {}, []
@@ -52,21 +53,31 @@ def plot(options: PlotOptions) -> PlotResult:
         if place.is_file() and (found := read_metrics(place, SCORES, may_be_empty=True)):
             scores[str(run)] = found
         if (path.parent / "config.json").is_file():
-            losses.append(_loss(read_json(path.parent / "config.json")))
+            losses.append(_loss(path.parent / "config.json"))
     note = _incomparable(losses)
     run_curves(metrics, options.out, options.smooth, scores, note)
     last_steps = {run: lines[-1]["step"] for run, lines in metrics.items()}
     return PlotResult(options.out, last_steps, options.out.read_bytes(), note)
 
 
-def _loss(config: dict[str, Any]) -> dict[str, Any]:
-    """What a run's loss depends on besides its network, from its config.json."""
-    architecture, train, data = (config.get(part) or {} for part in ("architecture", "train", "data"))
-    loss = {"timesteps": None, "weighting": "none", **(train.get("loss") or {})}
+def _loss(path: Path) -> dict[str, Any]:
+    """What a run's loss depends on besides its network, from its config.json.
+
+    Raises:
+        ValueError: when it is damaged.
+    """
+    def section(values: dict[str, Any], name: str) -> dict[str, Any]:
+        found = {} if values.get(name) is None else values[name]
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} is damaged: {name}={shown(found)} must be named values")
+        return found
+
+    config = read_json(path)
+    loss = {"timesteps": None, "weighting": "none", **section(section(config, "train"), "loss")}
     return {
-        "objective": architecture.get("objective"), "weighting": loss["weighting"],
+        "objective": section(config, "architecture").get("objective"), "weighting": loss["weighting"],
         "drawing of times": loss["timesteps"],
-        "data": (data.get("fingerprint"), (config.get("sampling") or {}).get("scale")),
+        "data": (section(config, "data").get("fingerprint"), section(config, "sampling").get("scale")),
     }
 
 

@@ -37,7 +37,7 @@ from lamamba.utils.cores import waiting_threads
 from lamamba.utils.distributed import is_rank_zero, launched_processes, local_device
 from lamamba.utils.progress import Progress, ProgressOption, Report, duration, is_watched, reporting
 from lamamba.utils.repeatable import computing_threads
-from lamamba.utils.text import counted
+from lamamba.utils.text import counted, shown
 from lamamba.viz.curves import read_metrics
 from lamamba.viz.grids import check_grid
 
@@ -107,21 +107,21 @@ def train(
 
     Raises:
         OSError, ValueError: when data, configuration and folder do not fit together, or the disk is full.
-        BlockingIOError: when another job trains in the folder.
+        BlockingIOError: when another job trains in the folder, or another thread of this process.
         FloatingPointError: when a loss or gradient is not finite, and the options say to stop.
         Interrupted: when a signal stopped the run, after a checkpoint.
         RankZeroError: on the other ranks, when rank 0 raises.
         TypeError: for data or callbacks of another kind.
     """
     if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
-        raise TypeError(f"callbacks={callbacks!r:.60} must be a list of functions of a StepState")
+        raise TypeError(f"callbacks={shown(callbacks)} must be a list of functions of a StepState")
     options = with_network_of_source(options)
     config, run = options.config, RunFolder(options.out)
     data = as_training_set(open_data(config, run.path) if data is None else data, config)
     architecture, metadata = describe(config, data)
-    shown = progress if is_rank_zero() else None
-    is_logged = shown == "auto" and not is_watched()                            # a line for a step now and then
-    with reporting(shown if is_logged else None) as report, reporting(None if is_logged else shown) as report_step:
+    watcher = progress if is_rank_zero() else None
+    is_logged = watcher == "auto" and not is_watched()                            # a line for a step now and then
+    with reporting(watcher if is_logged else None) as report, reporting(None if is_logged else watcher) as report_step:
         pictures = _pictures(config, architecture, metadata, run, report)
         resumed = max(run.steps(), default=0)
         if is_rank_zero():

@@ -23,7 +23,7 @@ from lamamba.config import check_known
 from lamamba.data.labels import texts_for
 from lamamba.diffusion.denoise import SAMPLERS
 from lamamba.sampling.settings import png_text
-from lamamba.utils.text import counted
+from lamamba.utils.text import counted, shown
 from lamamba.viz.grids import grid_picture
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -304,7 +304,7 @@ def _as_names(classes: Any) -> tuple[str, ...]:
     """The classes that were chosen, some or none; a single name serves, too."""
     names = (classes,) if isinstance(classes, str) else () if classes is None else classes
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"classes is {classes!r}; it must be a list of names, as in [\"3\", \"7\"]")
+        raise ValueError(f"classes is {shown(classes)}; it must be a list of names, as in [\"3\", \"7\"]")
     return tuple(names)
 
 

@@ -25,6 +25,7 @@ from lamamba.sampling.prepare import resolve_settings
 from lamamba.sampling.settings import ImageMetadata, Settings
 from lamamba.sampling.table import find_labels
 from lamamba.utils.distributed import pick_device
+from lamamba.utils.text import shown
 
 MAX_IMAGES = 100
 """In one request; lamamba sample makes any number."""
@@ -135,7 +136,7 @@ class Session:
             _check_whole("the number of steps", request.steps, kind.min_steps, kind.max_steps)
         _check_whole("the interval of full passes", request.cache, 1, MAX_CACHE)
         if type(request.guidance) not in (int, float) or not 0 <= request.guidance <= MAX_GUIDANCE:
-            raise ValueError(f"guidance {request.guidance!r} must be a number from 0 to {MAX_GUIDANCE}; 1 is none")
+            raise ValueError(f"guidance {shown(request.guidance)} must be a number from 0 to {MAX_GUIDANCE}; 1 is none")
         if not config.num_classes and request.guidance != 1:
             raise ValueError(f"guidance {request.guidance:g} needs classes; this model has none: use 1")
         for side, pixels in (("height", request.height), ("width", request.width)):
@@ -273,4 +274,5 @@ class _Stopped(Exception):
 
 def _check_whole(name: str, value: object, least: int, most: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number from {least} to {most:,}".replace(",", " "))
+        fits = f"a whole number from {least} to {most:,}".replace(",", " ")
+        raise ValueError(f"{name} is {shown(value)}; it must be {fits}")

@@ -15,6 +15,7 @@ from lamamba._version import __version__
 from lamamba.config import unknown_name
 from lamamba.training.interrupt import EXIT_INTERRUPTED, Interrupted
 from lamamba.utils.errors import RankZeroError
+from lamamba.utils.files import check_current_folder
 
 VERBS = {
     "demo": "train on handwritten digits in five minutes, sample, evaluate, and write a report",
@@ -83,6 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif verb in ("-V", "--version"):
             print(f"lamamba {__version__}")
         elif verb in VERBS:
+            check_current_folder()                                              # before torch is loaded
             status = importlib.import_module(f"lamamba.cli.{verb}").main(rest)
         else:
             raise unknown_name("verb", verb, VERBS)

@@ -15,12 +15,14 @@ from lamamba.compression.calibration import Calibration
 from lamamba.compression.plan import in_order, make_plan
 from lamamba.compression.scores import Scores, energy_of
 from lamamba.compression.units import Removable
+from lamamba.options.base import checked
 from lamamba.utils.progress import Progress, Report
 
 NOISE = 1.0
 """Standard deviation of the logarithm by which the scores of a "sensible" set are changed before it is planned."""
 
 
+@checked
 @dataclass(frozen=True)
 class SetLoss:
     """A set of units: its relative output loss, predicted and measured."""

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -13,11 +14,12 @@ from safetensors import safe_open
 
 from lamamba.compression.diffusers_units import DiffusersUnits
 from lamamba.compression.folder import CARD, PLAN, model_card
-from lamamba.compression.plan import Plan
+from lamamba.compression.plan import Plan, check_plan
 from lamamba.compression.pruned_unets import PrunedUNet2DConditionModel, PrunedUNet2DModel, UNet
 from lamamba.compression.stock_unets import stock_model, zero_filled
 from lamamba.config import check_known
 from lamamba.utils.files import check_folder, read_json, replacing, sha256, write_atomically, write_json
+from lamamba.utils.text import shown
 
 INDEX, UNET = "model_index.json", "unet"
 CLASSES = {
@@ -37,7 +39,8 @@ def open_unet(folder: Path, variant: str | None = None) -> UNet:
     """
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} has no {INDEX}; name the folder of a diffusers pipeline")
-    library, name = read_json(folder / INDEX).get(UNET) or (None, None)
+    index = read_index(folder)
+    library, name = index[UNET]
     if name not in CLASSES:
         raise ValueError(f"{folder / INDEX}: the U-Net is a {name} of {library}; these are known: {', '.join(CLASSES)}")
     dtype = torch.float32
@@ -45,6 +48,21 @@ def open_unet(folder: Path, variant: str | None = None) -> UNet:
         with safe_open(files[0], "pt") as file:
             dtype = file.get_tensor(next(iter(file.keys()))).dtype
     return CLASSES[name].from_pretrained(folder / UNET, variant=variant, torch_dtype=dtype)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The model_index.json of a pipeline with a U-Net.
+
+    Raises:
+        ValueError: when it is damaged, or names no class or no U-Net.
+    """
+    index = read_json(folder / INDEX)
+    if not isinstance(name := index.get("_class_name"), str) or not name.isidentifier():
+        raise ValueError(f"{folder / INDEX}: _class_name={shown(name)} must be the name of the pipeline's class")
+    part = index.get(UNET)
+    if not isinstance(part, list) or len(part) != 2 or not all(isinstance(word, str) for word in part):
+        raise ValueError(f"{folder / INDEX}: {UNET}={shown(part)} must be library and class of a U-Net")
+    return index
 
 
 def unet_sha256(folder: Path, variant: str | None = None) -> str:
@@ -82,6 +100,7 @@ def compress_pipeline(
     check_known("form", form, FORMS)
     network = DiffusersUnits(open_unet(folder, variant))
     plan = removed if isinstance(removed, Plan) else _by_name(network, removed)
+    check_plan(plan, network)
     make = {"pruned": network.without, "stock": lambda names: stock_model(network.model, names),
             "zeros": lambda names: zero_filled(network.model, names)}
     unet = make[form](plan.removed)
@@ -111,8 +130,10 @@ def save_pipeline(folder: Path, out: Path, unet: UNet, plan: Plan, *, note: str 
     Raises:
         FileExistsError: when out exists.
         OSError: when it cannot be written.
+        ValueError: when the folder's model_index.json is damaged.
     """
     check_folder(out, is_new=True)
+    index = read_index(folder)
     name, is_ours = type(unet).__name__, type(unet).__module__.startswith("lamamba.")
 
     def left_out(where: str, names: list[str]) -> set[str]:
@@ -121,7 +142,6 @@ def save_pipeline(folder: Path, out: Path, unet: UNet, plan: Plan, *, note: str 
     with replacing(out) as unfinished:
         shutil.copytree(folder, unfinished, ignore=left_out)
         unet.save_pretrained(unfinished / UNET)
-        index = read_json(folder / INDEX)
         index[UNET] = [type(unet).__module__ if is_ours else "diffusers", name]
         write_json(unfinished / INDEX, index)
         plan.save(unfinished / PLAN)

@@ -22,9 +22,11 @@ from lamamba.compression.scores import Scores
 from lamamba.compression.units import Removable, Unit, ancestors, canonical
 from lamamba.config import check_known
 from lamamba.options.base import checked, read_record
-from lamamba.utils.files import write_json
+from lamamba.utils.files import attribute_differences, write_json
 
 PLAN_VERSION = 1
+SHARE_TOLERANCE = 1e-4
+"""Of the shares in a plan."""
 MOST_CUTS = 50
 """Sets that miss a bound by the solver's tolerance and are excluded one by one, before the bound is moved."""
 
@@ -84,6 +86,45 @@ class Plan:
         if known:
             lines.append("relative output loss: " + ", ".join(known))
         return "\n".join([*lines, *(f"  {name}" for name in self.removed)])
+
+
+def check_plan(plan: Plan, network: Removable, where: str | Path = "the plan") -> None:
+    """Check that a plan is of a network: its units, each once, and the shares that go with them.
+
+    Raises:
+        ValueError: when it is of another network, or was edited.
+    """
+    try:
+        names = network.canonical(plan.removed)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if names != tuple(sorted(plan.removed)):
+        extra = sorted(plan.removed)
+        for name in names:
+            extra.remove(name)
+        raise ValueError(f"{where}: {', '.join(extra)} is removed twice, or goes with a unit around it; leave it out")
+    parameters, multiply_adds = network.cost(names)
+    for name, value, whole in (("parameters", parameters, network.parameters),
+                               ("multiply_adds", multiply_adds, network.multiply_adds)):
+        if abs(getattr(plan, name) - value / whole) > SHARE_TOLERANCE:
+            raise ValueError(
+                f"{where}: {name}={getattr(plan, name):g}, and without its units {value / whole:.4f} are removed; plan "
+                "again"
+            )
+
+
+def check_scored(scores: Scores, network: Removable) -> None:
+    """Check that scores are of a network's units, as they are.
+
+    Raises:
+        ValueError: naming the first that differs.
+    """
+    if len(scores.units) != len(network.units):
+        raise ValueError(f"the scores are of {len(scores.units)} units, the network has {len(network.units)}")
+    for there, here in zip(scores.units, network.units, strict=True):
+        if there != here:
+            found = attribute_differences(there, here, [field.name for field in dataclasses.fields(Unit)])
+            raise ValueError(f"the scores are not of this network: unit {here.name} has {'; '.join(found)}")
 
 
 def make_plan(

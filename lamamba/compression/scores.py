@@ -26,6 +26,7 @@ from lamamba.options.base import Ge, Positive, read_record, record
 from lamamba.options.compress import Criterion
 from lamamba.utils.files import write_atomically
 from lamamba.utils.progress import Progress, Report
+from lamamba.utils.text import shown
 
 RULES = ("magnitude", "random", "hand")
 """Criteria without samples: the sum of squared weights, random order, last blocks of the stages first (BK-SDM)."""
@@ -112,9 +113,11 @@ class Scores:
             raise ValueError(f"{path} is damaged: by_time must have {TIME_BINS} values")
         if file.products is not None and [len(row) for row in file.products] != [len(rows)] * len(rows):
             raise ValueError(f"{path} is damaged: products must be a table of {len(rows)} x {len(rows)} units")
+        values = np.array([math.inf if row.score is None else row.score for row in rows])
+        _check_values(path, file, values)
         return cls(
             file.criterion, tuple(Unit(**{field.name: getattr(row, field.name) for field in fields}) for row in rows),
-            np.array([math.inf if row.score is None else row.score for row in rows]),
+            values,
             np.array([row.standard_error for row in rows]), np.array([row.by_time for row in rows], float),
             None if file.products is None else np.array(file.products), file.energy, file.parameters,
             file.multiply_adds, file.about,
@@ -141,6 +144,21 @@ class _File:
     energy: Annotated[float, Ge(1e-30)]
     units: tuple[_Row, ...]
     products: tuple[tuple[float, ...], ...] | None
+
+
+def _check_values(path: Path, file: _File, values: np.ndarray) -> None:
+    """Check what numbers of a criterion can be: mean squares are no less than 0, products lie around them."""
+    by_time = [mean for row in file.units for mean in row.by_time if mean is not None]
+    if file.criterion == "output" and not (np.isfinite(values).all() and min([*values, *by_time], default=0) >= 0):
+        raise ValueError(f"{path} is damaged: a score of criterion output is a mean square, 0 or more")
+    if any(row.standard_error < 0 for row in file.units):
+        raise ValueError(f"{path} is damaged: standard_error is 0 or more")
+    if file.products is not None:
+        products = np.array(file.products).reshape(len(values), len(values))
+        if not np.allclose(products, products.T, rtol=1e-6) or not np.allclose(products.diagonal(), values, rtol=1e-6):
+            raise ValueError(f"{path} is damaged: products must be symmetric, with the scores on their diagonal")
+    if (said := file.about.get("criterion", file.criterion)) != file.criterion:
+        raise ValueError(f"{path} is damaged: criterion={file.criterion!r}, and about says {shown(said)}")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from lamamba.data.autoencoder import Autoencoder
 from lamamba.options.base import from_dict, record
+from lamamba.utils.text import shown
+
+MAX_SCALE = 1e6
+"""Of latents: more, or less than 1 in so many, is a mistake, or a damaged file."""
 
 
 def check_pixels(x: Tensor, maker: str = "sampling") -> Tensor:
@@ -75,6 +79,17 @@ class CodecConfig:
     """Of its weights and configuration."""
 
     def __post_init__(self) -> None:
+        if abs(self.shift) > MAX_SCALE or not 1 / MAX_SCALE <= (abs(self.scale) or 1) <= MAX_SCALE:
+            raise ValueError(
+                f"scale={self.scale:g} and shift={self.shift:g} are those of no autoencoder: scale lies in "
+                f"{1 / MAX_SCALE:g} .. {MAX_SCALE:g}, shift is no larger"
+            )
+        if any(abs(mean) > MAX_SCALE for mean in self.latents_mean) or any(
+                not 1 / MAX_SCALE <= (abs(std) or 1) <= MAX_SCALE for std in self.latents_std):
+            raise ValueError(
+                f"latents_mean={shown(self.latents_mean)} and latents_std={shown(self.latents_std)} are those of no "
+                f"autoencoder: deviations lie in {1 / MAX_SCALE:g} .. {MAX_SCALE:g}, means are no larger"
+            )
         if not self.scale or 0 in self.latents_std or len(self.latents_mean) != len(self.latents_std):
             raise ValueError(
                 f"scale={self.scale}, latents_mean={self.latents_mean} and latents_std={self.latents_std} decode "

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
+from lamamba.utils.text import shown
+
 
 @functools.cache
 def imagenet_names() -> tuple[str, ...]:
@@ -35,7 +37,7 @@ def as_names(id2label: Mapping[int | str, str] | Sequence[str] | None, num_class
     if not id2label:
         return ()
     if isinstance(id2label, str) or not isinstance(id2label, Mapping | Sequence):
-        raise ValueError(f"id2label={id2label!r:.60} must be names by class number, or a list of them")
+        raise ValueError(f"id2label={shown(id2label)} must be names by class number, or a list of them")
     if isinstance(id2label, Mapping):
         try:
             numbered = {int(key): str(name) for key, name in id2label.items()}
@@ -63,7 +65,7 @@ def find_label(wanted: int | str, names: Sequence[str], num_classes: int) -> int
         ValueError: for a number out of range, an unknown name (near ones are named), or a synonym of several classes.
     """
     if isinstance(wanted, bool) or not (isinstance(wanted, str) or hasattr(wanted, "__index__")):
-        raise ValueError(f"label {wanted!r} is neither a class number nor a name")
+        raise ValueError(f"label {shown(wanted)} is neither a class number nor a name")
     if not isinstance(wanted, str):
         wanted = operator.index(wanted)                                         # NumPy's whole numbers, too
     if isinstance(wanted, str) and not _is_number(wanted):
@@ -94,7 +96,8 @@ def _is_number(text: str) -> bool:
 
 def _by_word(wanted: str, names: Sequence[str], num_classes: int) -> int:
     if not names:
-        raise ValueError(f"label {wanted!r} is a name, but this model's classes have none: use 0 .. {num_classes - 1}")
+        raise ValueError(
+            f"label {shown(wanted)} is a name, but this model's classes have none: use 0 .. {num_classes - 1}")
     if names.count(wanted) == 1:
         return names.index(wanted)
     words: dict[str, list[int]] = {}
@@ -107,7 +110,7 @@ def _by_word(wanted: str, names: Sequence[str], num_classes: int) -> int:
         return (first or found)[0]
     if found:
         raise ValueError(
-            f"label {wanted!r} is several classes: {', '.join(f'{label} ({names[label]})' for label in found)}; "
+            f"label {shown(wanted)} is several classes: {', '.join(f'{label} ({names[label]})' for label in found)}; "
             "give the number"
         )
     spelled = {word.lower(): word for name in names for word in (name, *name.split(", "))}
@@ -115,4 +118,4 @@ def _by_word(wanted: str, names: Sequence[str], num_classes: int) -> int:
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     several = f"{num_classes} classes, 0: {names[0]!r} to {num_classes - 1}: {names[-1]!r}"
     known = several if len(names) > 20 else "known: " + "; ".join(names)        # too many to list
-    raise ValueError(f"label {wanted!r} is unknown{hint} ({known})")
+    raise ValueError(f"label {shown(wanted)} is unknown{hint} ({known})")

@@ -32,6 +32,7 @@ from lamamba.utils.files import read_json, sha256
 from lamamba.utils.progress import Progress, Report
 from lamamba.utils.shards import ShardPlan
 from lamamba.utils.tensors import read_header
+from lamamba.utils.text import shown
 
 LATENTS_VERSION = 1
 INDEX = "index.json"
@@ -189,7 +190,7 @@ class Index:
         values = read_json(path, LATENTS_VERSION)
         shards = values.get("shards")
         if not isinstance(shards, list) or not shards:
-            raise ValueError(f"{path}: shards={shards!r:.60} must be a list of shards")
+            raise ValueError(f"{path}: shards={shown(shards)} must be a list of shards")
         index = cls(Plan.from_dict(values.get("plan"), path), tuple(Shard.from_dict(shard, path) for shard in shards))
         index._check(path)
         return index

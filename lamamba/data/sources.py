@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from lamamba.data.labels import composed
-from lamamba.utils.text import counted
+from lamamba.utils.text import counted, shown
 
 logger = logging.getLogger("lamamba.data")
 
@@ -462,7 +462,7 @@ def _read_class(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
     held = archive.extractfile(member)
     word = held.read().decode("utf-8-sig").strip() if held else ""
     if printable(word) != word:
-        raise ValueError(f"{member.name} holds {word!r:.60}, and a class is a number or a word in one line")
+        raise ValueError(f"{member.name} holds {shown(word)}, and a class is a number or a word in one line")
     return word
 
 

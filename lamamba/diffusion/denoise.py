@@ -18,6 +18,7 @@ from lamamba.config import Objective, check_known
 from lamamba.diffusion.flow_map_scheduler import FlowMapScheduler
 from lamamba.diffusion.guidance import Predict
 from lamamba.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule, per_image
+from lamamba.utils.text import shown
 
 _BETAS: dict[str, Any] = {
     "num_train_timesteps": NUM_TIMESTEPS, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02
@@ -135,7 +136,7 @@ def set_steps(scheduler: Any, num_steps: int) -> None:
     """
     config = scheduler.config
     if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or not 1 <= num_steps <= NUM_TIMESTEPS:
-        raise ValueError(f"num_steps={num_steps!r} must be a whole number from 1 to {NUM_TIMESTEPS}")
+        raise ValueError(f"num_steps={shown(num_steps)} must be a whole number from 1 to {NUM_TIMESTEPS}")
     num_steps = int(num_steps)                                                  # NumPy's, too
     if type(scheduler).__name__.startswith("FlowMatch"):
         # N equal steps from 1 to 0; by default diffusers' last step begins at 1/1000, after N - 1 longer ones

@@ -13,6 +13,7 @@ from torch import Tensor
 from lamamba.config import UNetConfig, check_known
 from lamamba.diffusion.schedule import NUM_TIMESTEPS
 from lamamba.options.base import checked
+from lamamba.utils.text import shown
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x (b, c, h, w), timestep (b,)) -> the network's output."""
@@ -61,7 +62,8 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if isinstance(self.scale, bool) or not isinstance(self.scale, Real) or not abs(self.scale) < 1e30:
-            raise ValueError(f"guidance scale {self.scale!r:.40} is no finite number; 1 is none, 1.5 to 4 are usual")
+            raise ValueError(
+                f"guidance scale {shown(self.scale, 40)} is no finite number; 1 is none, 1.5 to 4 are usual")
         object.__setattr__(self, "scale", float(self.scale))                    # NumPy's, too
         check_known("guided channels", self.channels, get_args(GuidedChannels))
         if isinstance(self.interval, Iterable):
@@ -70,7 +72,7 @@ class Guidance:
         if not is_pair or not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise ValueError(f"guidance interval {self.interval} must be two numbers, 0 <= low <= high <= 1 (noise)")
         if not isinstance(self.rescale, Real) or not 0 <= self.rescale <= 1:
-            raise ValueError(f"guidance rescale {self.rescale!r:.40} must lie in 0 (off) .. 1")
+            raise ValueError(f"guidance rescale {shown(self.rescale, 40)} must lie in 0 (off) .. 1")
 
     def is_on_at(self, t: Tensor) -> bool:
         """Whether guidance applies at the images' common timestep (b,)."""
@@ -124,7 +126,7 @@ def check_guiding_model(config: UNetConfig, guiding_model: UNetConfig) -> None:
         own, guiding = getattr(config, name), getattr(guiding_model, name)
         if own != guiding:
             raise ValueError(
-                f"the guiding model has {name}={guiding!r}, the model has {own!r}: "
+                f"the guiding model has {name}={shown(guiding)}, the model has {shown(own)}: "
                 "guide by a smaller or an earlier model of the same data"
             )
 

@@ -25,6 +25,8 @@ MUST_AGREE = {
     "settings": "neighbours, subsets and splits",
 }
 """Parts of the protocol; results that differ in one of them do not compare."""
+KNOWN = ("network", "reference", "images")
+"""Parts of every protocol."""
 LABELS = {
     "frechet": "{distance}", "frechet_spatial": "s{distance}", "inception_score": "{score}",
     "precision": "precision", "recall": "recall", "density": "density", "coverage": "coverage",
@@ -69,7 +71,13 @@ def read_result(path: str | Path) -> list[Entry]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is no file; give a result that lamamba evaluate has written")
-    return list(read_record(_Result, Path(path), VERSION).entries)
+    entries = list(read_record(_Result, Path(path), VERSION).entries)
+    for number, entry in enumerate(entries):
+        if "frechet" not in entry.figures:
+            raise ValueError(f"{path}: entries[{number}].figures has no frechet: it is damaged, evaluate again")
+        if missing := [part for part in KNOWN if entry.protocol.get(part) is None]:
+            raise ValueError(f"{path}: entries[{number}].protocol has no {missing[0]}: it is damaged, evaluate again")
+    return entries
 
 
 def write_result(path: Path, entries: Sequence[Entry]) -> None:
@@ -109,7 +117,7 @@ def _unequal(mine: Any, theirs: Any) -> dict[str, tuple[str, str]]:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value) if not isinstance(value, str) else value
+    text = value if isinstance(value, str) and value.isprintable() else json.dumps(value)
     return text if len(text) <= 40 else f"{text[:12]}.."
 
 

@@ -15,6 +15,7 @@ from lamamba.metrics.dinov2 import DinoFeatures
 from lamamba.metrics.features import CallableFeatures, FeatureNetwork
 from lamamba.metrics.inception import InceptionFeatures
 from lamamba.utils.files import sha256
+from lamamba.utils.text import shown
 
 NETWORKS = ("inception", "dinov2", "digits")
 
@@ -36,7 +37,7 @@ def open_network(name: str, weights: str | None, device: torch.device) -> Featur
     if name == "dinov2":
         return DinoFeatures(weights, device)
     if weights is not None:
-        raise ValueError(f"weights={weights!r} is for inception and dinov2; {name} brings its own")
+        raise ValueError(f"weights={shown(weights)} is for inception and dinov2; {name} brings its own")
     if name == "digits":
         return DigitFeatures()
     module, _, attribute = name.partition(":")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lamamba.config import check_known, unknown_name
 from lamamba.models.ss2d import LocalMixing
 from lamamba.utils.tensors import PICKLE_ADVICE, read_tensors
+from lamamba.utils.text import shown
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """As diffusers names it."""
@@ -276,7 +277,8 @@ class Adapters:
         for weight in given:
             if not isinstance(weight, Mapping | None) and (
                     isinstance(weight, str | bool) or not math.isfinite(float(weight))):
-                raise ValueError(f"weights={weights!r} must be finite numbers: one for all, or one for each adapter")
+                raise ValueError(
+                    f"weights={shown(weights)} must be finite numbers: one for all, or one for each adapter")
         set_weights_and_activate_adapters(self, names, [1.0 if weight is None else weight for weight in given])
         self.adapter_changes += 1
 
@@ -382,11 +384,11 @@ def _check_settings(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     """Check that kind, rank and alpha of a LoraConfig are those of the tensors; the rest is for peft to check."""
     kind, rank, alpha = settings.get("peft_type", "LORA"), settings.get("r", 1), settings.get("lora_alpha", 1)
     if getattr(kind, "value", kind) != "LORA":
-        raise ValueError(f"{where}: peft_type={kind!r} must be LORA: other adapters are not read")
+        raise ValueError(f"{where}: peft_type={shown(kind)} must be LORA: other adapters are not read")
     if type(rank) is not int or rank < 1:
-        raise ValueError(f"{where}: r={rank!r} must be a whole number of at least 1")
+        raise ValueError(f"{where}: r={shown(rank)} must be a whole number of at least 1")
     if type(alpha) not in (int, float) or not abs(alpha) < 1e30:             # of whole numbers beyond floats, too
-        raise ValueError(f"{where}: lora_alpha={alpha!r:.40} must be a finite number")
+        raise ValueError(f"{where}: lora_alpha={shown(alpha, 40)} must be a finite number")
     if "r" in settings and not settings.get("rank_pattern"):
         for name, tensor in tensors.items():
             if ".lora_A." in name and tensor.shape[0] != rank:
@@ -394,7 +396,7 @@ def _check_settings(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], 
                     f"{where} is damaged: {name} has rank {tensor.shape[0]}, and its settings say r={rank}")
     for whole in settings.get("modules_to_save") or ():
         if not any(name.startswith(f"{whole}.") or f".{whole}." in name for name in tensors):
-            raise ValueError(f"{where} is damaged: modules_to_save has {whole!r}, and there are no tensors of it")
+            raise ValueError(f"{where} is damaged: modules_to_save has {shown(whole)}, and there are no tensors of it")
     is_dora = any(".lora_magnitude_vector" in name for name in tensors)
     if is_dora != bool(settings.get("use_dora", is_dora)):
         raise ValueError(

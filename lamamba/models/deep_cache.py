@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lamamba.options.base import Positive, record
+from lamamba.utils.text import shown
 
 DEEP = "deep"
 """Name of the deep feature among the features that a network returns."""
@@ -44,9 +45,9 @@ class LaMambaCacheConfig:
         for name in ("interval", "warm_up"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise ValueError(f"cache {name}={value!r} must be a whole number, 1 or more")
+                raise ValueError(f"cache {name}={shown(value)} must be a whole number, 1 or more")
         if type(self.order) is not int or self.order not in (0, 1):
-            raise ValueError(f"cache order={self.order!r} must be 1 (linear in the last two full passes) or 0")
+            raise ValueError(f"cache order={shown(self.order)} must be 1 (linear in the last two full passes) or 0")
 
     def full_passes(self, evaluations: int) -> int:
         """How many of a run's evaluations are full passes, where all their times differ."""

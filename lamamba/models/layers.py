@@ -20,6 +20,7 @@ from lamamba.models.attention import WindowAttention
 from lamamba.models.blocks import MLP, ConditionLinear, ModulatedNorm, initialise_linears, run_branches
 from lamamba.models.geometry import Geometry, make_geometry
 from lamamba.models.ss2d import SS2D
+from lamamba.utils.text import shown
 
 Scan = Literal["continuous", "cross"]
 
@@ -111,7 +112,7 @@ class LaMambaLayer(nn.Module):
         if condition_width is not None:
             _check_sizes(condition_width=condition_width)
         if not isinstance(mlp_ratio, int | float) or not 1 <= mlp_ratio * width < math.inf:
-            raise ValueError(f"mlp_ratio={mlp_ratio!r} must be a number that makes 1 hidden channel at least")
+            raise ValueError(f"mlp_ratio={shown(mlp_ratio)} must be a number that makes 1 hidden channel at least")
         if width % num_heads:
             raise ValueError(f"width={width} does not split into num_heads={num_heads}; choose a divisor of the width")
         self.width, self.window, self.scan = width, (window_size, window_size), scan
@@ -168,7 +169,7 @@ class LaMambaLayer(nn.Module):
 def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+            raise ValueError(f"{name}={shown(value)} must be a whole number of at least 1")
 
 
 def _check_tokens(x: Tensor, width: int) -> None:

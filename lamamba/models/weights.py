@@ -18,6 +18,9 @@ from lamamba.utils.tensors import FLOATS, Header, read_header
 T = TypeVar("T", bound=nn.Module)
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
+TENSORS_OF_A_BLOCK = 5
+"""At least: a norm, the condition and the modulation."""
+
 
 def saved_folder(name: str | Path, *, subfolder: str | None = None, **hub: Any) -> Path | None:
     """The folder of a saved network; that of the hub's cache for a hub id, where configuration and weights are fetched.
@@ -87,9 +90,9 @@ def check_weights(make: Callable[[UNetConfig], T], config: UNetConfig, files: It
     expected = (*config.token_grid, config.width)
     if table is None or table.shape != expected:                                # bounds the grid by the file's size
         raise _misfit(where, [_fault("position_embedding", table, expected)])
-    if config.num_blocks > len(found):                                          # and the depths
+    if TENSORS_OF_A_BLOCK * config.num_blocks > len(found):                     # and the depths
         raise _misfit(where, [f"depths={config.depths} and bottleneck_depth={config.bottleneck_depth} make "
-                              f"{config.num_blocks} blocks, more than there are tensors ({len(found)})"])
+                              f"{config.num_blocks} blocks, too many for {len(found)} tensors"])
     with torch.device("meta"):
         network = make(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}

@@ -43,7 +43,9 @@ from typing_extensions import dataclass_transform
 from tyro.constructors import PrimitiveConstructorSpec
 
 from lamamba.config import unknown_name
-from lamamba.utils.files import read_json, read_text
+from lamamba.utils.files import check_current_folder, read_json, read_text
+from lamamba.utils.progress import check_progress
+from lamamba.utils.text import shown
 
 T = TypeVar("T")
 
@@ -270,17 +272,21 @@ P = ParamSpec("P")
 
 
 def verb(function: Callable[P, T]) -> Callable[P, T]:
-    """Make a function of `options` refuse what is not of its annotation.
+    """Make a function of `options` refuse what is not of its annotation, and a `progress` that cannot be reported to.
 
     Raises (the function, when called):
         TypeError: naming the options that fit.
+        ValueError: for the progress.
+        FileNotFoundError: when the current folder was removed.
     """
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         hint, bound = get_type_hints(function)["options"], inspect.signature(function).bind(*args, **kwargs)
         if "options" in bound.arguments and not isinstance(given := bound.arguments["options"], hint):
             name, kind = function.__name__, (get_args(hint) or (hint,))[0].__name__
-            raise TypeError(f"lamamba.{name} takes {kind}, not {given!r:.60}: lamamba.{name}(lamamba.{kind}(...))")
+            raise TypeError(f"lamamba.{name} takes {kind}, not {shown(given)}: lamamba.{name}(lamamba.{kind}(...))")
+        check_progress(bound.arguments.get("progress"))
+        check_current_folder()
         return function(*args, **kwargs)
 
     return call
@@ -327,7 +333,7 @@ def _explain(cls: Any, error: ValidationError) -> str:
     faults = error.errors(include_url=False)
     fault = next((each for each in faults if each["type"] == "unexpected_keyword_argument"), faults[0])
     kind, value, limits = fault["type"], fault["input"], fault.get("ctx", {})
-    shown = f"{value!r:.100}"
+    given = shown(value, 100)
     owner, path = _follow(cls, fault["loc"])
     if kind == "unexpected_keyword_argument":
         prefix = f"{path}." if path else ""
@@ -341,12 +347,12 @@ def _explain(cls: Any, error: ValidationError) -> str:
     if kind == "missing":
         return f"{path} is missing"
     if kind == "finite_number":
-        return f"{path}={shown} must be finite"
+        return f"{path}={given} must be finite"
     for limit, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
         if limit in limits:
-            return f"{path}={shown} must be {words} {limits[limit]:g}"
+            return f"{path}={given} must be {words} {limits[limit]:g}"
     expected = next((words for name, words in _KINDS.items() if kind.startswith(name)), None)
-    return f"{path}={shown} must be {expected}" if expected else f"{path}={shown}: {fault['msg']}"
+    return f"{path}={given} must be {expected}" if expected else f"{path}={given}: {fault['msg']}"
 
 
 def _follow(cls: Any, location: tuple[int | str, ...]) -> tuple[Any, str]:

@@ -107,9 +107,9 @@ class CompareCriteriaOptions(CalibrationOptions):
     """Criteria to compare."""
     shares: Numbers = (0.3, 0.5, 0.6, 0.7, 0.8)
     """Shares of the parameters to remove."""
-    random_draws: Positive = 10
+    random_draws: Annotated[int, Ge(1), Le(1000)] = 10
     """Draws of the criterion "random" at each share."""
-    sets: Annotated[int, Ge(0)] = 200
+    sets: Annotated[int, Ge(0), Le(100_000)] = 200
     """Sets of units to measure, half of them sensible, half random: how far additivity holds. 0: none."""
     reference: Name | None = None
     """Statistics that samples are compared with, as in lamamba evaluate ("digits"); None: the loss alone."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from lamamba.options.base import FilePath, Ge, Name, options
+from lamamba.utils.text import shown
 
 
 @options
@@ -48,4 +49,4 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         if self.licence is not None and not re.fullmatch(r"[A-Za-z][\w.+-]+", self.licence):
-            raise ValueError(f"licence={self.licence!r:.60}: give its short name, such as apache-2.0 or cc-by-4.0")
+            raise ValueError(f"licence={shown(self.licence)}: give its short name, such as apache-2.0 or cc-by-4.0")

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ from lamamba.utils.repeatable import computing_threads, own_random_state
 
 logger = logging.getLogger("lamamba.training")
 
+_alone = threading.RLock()
+"""Held by the thread that trains."""
 NAMED_FILES = 8
 """Files that a report of a non-finite loss names; the rest are counted."""
 
@@ -160,13 +163,28 @@ def train(
 
     Raises:
         ValueError: when configuration, data and folder do not fit together.
-        BlockingIOError: when another job trains in the folder.
+        BlockingIOError: when another job trains in the folder, or another thread of this process.
         FloatingPointError: when a loss or gradient is not finite and the configuration says to stop, or a limit is met;
             the weights were not touched by it.
         Interrupted: when a signal stopped the run, after a checkpoint.
         OSError: when the last checkpoint could not be written.
         RankZeroError: on the other ranks, when rank 0 raises.
     """
+    if not _alone.acquire(blocking=False):
+        raise BlockingIOError(
+            "another thread of this process trains, and weights are drawn from one random state: wait for it, or start "
+            "another process"
+        )
+    try:
+        return _train(config, data, folder, callbacks, on_resume)
+    finally:
+        _alone.release()
+
+
+def _train(
+    config: TrainConfig, data: ImageSet | TrainingSet, folder: str | Path, callbacks: Sequence[Callback],
+    on_resume: Sequence[Callback],
+) -> TrainState:
     processes = Processes(config)
     samples = as_training_set(data, config)
     architecture, metadata = describe(config, samples)

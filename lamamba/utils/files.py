@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lamamba.utils.text import shown
+
 
 def read_text(path: Path) -> str:
     """Text in UTF-8, with or without the byte order mark that some editors write.
@@ -59,7 +61,7 @@ def read_json(path: Path, newest_version: int | None = None) -> dict[str, Any]:
     if newest_version is not None:
         version = values.get("version")
         if type(version) is not int or version < 1:
-            raise ValueError(f"{path} is damaged: version={version!r} must be a whole number from 1")
+            raise ValueError(f"{path} is damaged: version={shown(version)} must be a whole number from 1")
         if version > newest_version:
             raise ValueError(
                 f"{path} has format version {version}, this lamamba reads up to {newest_version}; upgrade it"
@@ -84,6 +86,18 @@ def append_json(path: Path, values: Mapping[str, Any]) -> None:
 def temporary_name(path: Path) -> Path:
     """A name beside a file that no other process uses."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def check_current_folder() -> None:
+    """Check that the current folder is still there: relative paths lead nowhere without it, and MKL ends the process.
+
+    Raises:
+        FileNotFoundError: when it was removed.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise FileNotFoundError("the current folder was removed; change to one that exists (cd, os.chdir)") from error
 
 
 def check_target(path: Path) -> None:
@@ -184,6 +198,8 @@ def write_all(contents: Mapping[Path, bytes]) -> dict[Path, list[int | str]]:
     Returns:
         Size and SHA-256 of each.
     """
+    if taken := [path for path in contents if path.is_dir()]:
+        raise IsADirectoryError(f"{taken[0]} is a folder where a file is to be written; move it away")
     temporaries = {path: temporary_name(path) for path in contents}
     try:
         for path, temporary in temporaries.items():

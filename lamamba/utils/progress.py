@@ -21,6 +21,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lamamba.utils.text import shown
+
 logger = logging.getLogger("lamamba")
 
 LOG_SECONDS = 30
@@ -62,6 +64,16 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86_400:,.0f} days"
 
 
+def check_progress(progress: Any) -> None:
+    """Check what `reporting` is given, before any work.
+
+    Raises:
+        ValueError: for anything but "auto", a function and None.
+    """
+    if progress is not None and not callable(progress) and not (isinstance(progress, str) and progress == "auto"):
+        raise ValueError(f"progress={shown(progress)} must be \"auto\", a function of Progress values, or None")
+
+
 @contextmanager
 def reporting(progress: ProgressOption = "auto") -> Iterator[Report]:
     """A function to report to, for as long as the work goes on.
@@ -72,12 +84,11 @@ def reporting(progress: ProgressOption = "auto") -> Iterator[Report]:
     Raises:
         ValueError: for anything else.
     """
+    check_progress(progress)
     if progress is None:
         yield lambda state: None
     elif callable(progress):
         yield progress
-    elif progress != "auto":
-        raise ValueError(f"progress={progress!r} must be \"auto\", a function of Progress values, or None")
     else:
         lines: _Bars | _LogLines = _Bars() if is_watched() else _LogLines()
         with closing(lines):

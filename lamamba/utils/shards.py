@@ -13,6 +13,7 @@ work; a shard that is damaged by then is made again.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -184,7 +185,7 @@ class ShardedJob(ABC, Generic[P]):
         Raises:
             FileExistsError: when the folder holds something else.
             ValueError: when it holds results of another plan, with the differences.
-            OSError: when the disk is full or broken; finished shards stay.
+            OSError: when the disk is full or broken, or the folder of unfinished work is gone; finished shards stay.
         """
         with self._naming_full_disks():
             if not self._is_intact():
@@ -251,6 +252,9 @@ class ShardedJob(ABC, Generic[P]):
         check_folder(self.folder)
         names = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
         foreign = [name for name in names if not name.startswith(self.own)]
+        for name in names:                                                      # of shards that are still to be made
+            if name.startswith(tuple(filter(None, self.own))):
+                self._check_no_folder(self.folder / name)
         if foreign and not self.work.is_dir() and not self.is_finished():       # others may be making them just now
             raise FileExistsError(
                 f"{self.folder} exists and holds something else ({', '.join(foreign[:3])}); give another folder as out"
@@ -264,8 +268,15 @@ class ShardedJob(ABC, Generic[P]):
             else:
                 self._write_plan()
         for number in self._order:
+            self._check_note_files(number)
             self._look(number)
         self._resumed = self._num_finished
+
+    def _check_note_files(self, number: int) -> None:
+        """Check that no file of a shard that was made is a folder now."""
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):      # no note: it is made
+            for name in self.files_of(read_json(self._note_path(number), self.version)):
+                self._check_no_folder(self.path(name))
 
     def _write_plan(self) -> None:
         values = {"version": self.version, "plan": self.plan.to_dict()}
@@ -293,6 +304,11 @@ class ShardedJob(ABC, Generic[P]):
                         self._make(number)
             if not busy:
                 return
+            if not self.work.is_dir() and not self.is_finished():
+                raise FileNotFoundError(
+                    f"{self.work} is gone: it was removed, or the current folder was changed meanwhile; run the same "
+                    "command again"
+                )
             self.report(note="waiting for other processes")
             time.sleep(POLL_SECONDS)
 
@@ -368,11 +384,19 @@ class ShardedJob(ABC, Generic[P]):
         """The first file that is missing or not as it was written, by its content."""
         for name, entry in files.items():
             path = self.path(name)
+            self._check_no_folder(path)
             if not path.is_file():
                 return f"{path} is missing"
             if [path.stat().st_size, sha256(path)] != entry:
                 return f"{path} is not what was written"
         return None
+
+    def _check_no_folder(self, path: Path) -> None:
+        if path.is_dir():
+            raise FileExistsError(
+                f"{path} is a folder where a file of the {self.what} belongs; move it away and run the same command "
+                "again"
+            )
 
     @contextmanager
     def _try_lock(self, name: str) -> Iterator[bool]:

@@ -1,8 +1,10 @@
-"""Words for numbers, text in columns, the first line of an error."""
+"""Words for numbers and values, text in columns, the first line of an error."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 
 def counted(count: int, noun: str) -> str:
@@ -20,3 +22,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 def first_line(error: BaseException) -> str:
     """Of an error's message; its type where it has none."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """A value as Python writes it, in one line (arrays have several) of so many characters at most."""
+    text = re.sub(r"\s*\n\s*", " ", repr(value))
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -21,6 +21,7 @@ from matplotlib.transforms import Bbox
 
 from lamamba.config import LATENT_SCALE
 from lamamba.utils.files import parse_json, read_text, replacing
+from lamamba.utils.text import shown
 
 DISTILLATION = {
     "task_loss": "task", "output_loss": "distance to the teacher's output",
@@ -71,6 +72,8 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 METRICS = ("loss", "grad_norm", "images_per_second")
 """Numbers in every line of metrics.jsonl."""
+FURTHER = (*DISTILLATION, "held_out_loss")
+"""Numbers in some of its lines."""
 SCORES = ("score", "images")
 """And of scores.jsonl."""
 LARGEST = 1e100
@@ -95,11 +98,13 @@ def read_metrics(path: Path, keys: Sequence[str] = METRICS, *, may_be_empty: boo
             line = parse_json(text)
         except ValueError:
             continue
-        for key in ("step", *keys):
+        further = [key for key in FURTHER if isinstance(line, dict) and key in line]
+        for key in ("step", *keys, *further):
             value = line.get(key) if isinstance(line, dict) else None
             if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
                 raise ValueError(
-                    f"{path} is not of a training run: line {number} has {key}={value!r:.40}, not a number below 1e100")
+                    f"{path} is not of a training run: line {number} has {key}={shown(value, 40)}, not a number below "
+                    "1e100")
         lines.append(line)
     if not lines and not may_be_empty:
         raise ValueError(f"{path} has no lines yet; let the run make some steps")
@@ -186,7 +191,7 @@ def _draw_run(
             terms = [(line["step"], line[key]) for line in lines if key in line]
             if terms:
                 panels[0].plot(*zip(*terms, strict=True), color=_colors()[number], linewidth=1, label=label)
-    points = [(line["step"], loss) for line in lines if isinstance(loss := line.get("held_out_loss"), int | float)]
+    points = [(line["step"], loss) for line in lines if (loss := line.get("held_out_loss")) is not None]
     if points:
         panels[0].plot(
             *zip(*points, strict=True), "o", color=color, markersize=4, markeredgecolor="white", label=held_out

@@ -12,6 +12,7 @@ from lamamba.api import benchmark as api
 from lamamba.api.benchmark import plan
 from lamamba.benchmarking import turns
 from lamamba.benchmarking.environment import environment
+from lamamba.benchmarking.interrupted import written_alone
 from lamamba.benchmarking.throughput import Case, OutOfMemory
 
 
@@ -84,7 +85,8 @@ def rows_of(cases) -> list[dict]:
     """As `measure` gives them."""
     values = {"ms": 5.0, "ms_quartiles": [4.0, 6.0], "ms_fastest": 4.0, "passes": 3, "images_per_second": 200.0,
               "peak_memory_bytes": 1, "activation_bytes_per_image": 1, "multiply_adds": 10**9, "packed_weights": False,
-              "multiply_adds_per_second": 2e11, "product_multiply_adds_per_second": 4e11, "share_of_product": 0.5}
+              "multiply_adds_per_second": 2e11, "product_multiply_adds_per_second": 4e11, "share_of_product": 0.5,
+              "parameters": 1, "tokens": 64, "compiled": False, "in_memory_together": True}
     return [{**values, "model": case.model, "image_size": case.image_size, "batch": case.batch, "dtype": case.dtype,
              "device": "cpu", "mode": "forward", "is_peer": case.is_peer} for case in cases]
 
@@ -119,11 +121,30 @@ def test_the_same_call_goes_on_where_it_was_interrupted(monkeypatch, tmp_path):
     del calls[:]
     cases = [asdict(case) for group in plan(options) for case in group]
     saved = json.loads(options.json.read_text()) | {"plan": cases}
-    for damage in ({"sets": None}, {"sets": [1]}, {"sets": [{"model": "s"}]}, {"environment": []}):
+    rows = saved["sets"]
+    for damage in (
+        {"sets": None}, {"sets": [1]}, {"sets": [{"model": "s"}]}, {"environment": [1]}, {"sets": [rows[0], rows[0]]},
+        *({"sets": [{**rows[0], **edit}, *rows[1:]]} for edit in (
+            {"ms": -1}, {"ms": 1e300}, {"images_per_second": 400.0}, {"set": True}, {"is_peer": "no"}, {"model": "xl"},
+        )),
+    ):
         options.json.write_text(text := json.dumps(saved | damage))
         with pytest.raises(ValueError, match="b.json is damaged, or was edited .*: move it away to time all anew"):
             lamamba.benchmark(options, progress=None)
         assert options.json.read_text() == text
+    for other, said in (
+        ({"entries": []}, "b.json is no result of a benchmark and would be written over: name another file"),
+        (saved | {"plan": cases[:1]}, r"an interrupted benchmark of another kind \(other networks or settings\)"),
+        (saved | {"environment": saved["environment"] | {"commit": "x"}}, "of another kind .*commit: 'x' there"),
+    ):
+        options.json.write_text(text := json.dumps(other))
+        with pytest.raises(ValueError, match=said):
+            lamamba.benchmark(options, progress=None)
+        assert options.json.read_text() == text
+    with (written_alone(options.json),
+          pytest.raises(BlockingIOError, match="another benchmark writes .*b.json; wait for it, or name another file")):
+        lamamba.benchmark(options, progress=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["b.json"]
     options.json.write_text(json.dumps(result.to_dict()))
     lamamba.benchmark(options, progress=None)                                   # whole: it begins anew
     assert len(calls) == 4

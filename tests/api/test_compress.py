@@ -105,6 +105,18 @@ def test_criteria_are_compared(model, tmp_path):
     written = result.path.read_bytes()
     assert str(lamamba.compare_criteria(options, progress=None)) == str(result)
     assert result.path.read_bytes() == written
+    values = json.loads(written)
+    key, figures = "output 0.3 0", next(name for name in values["entries"] if name.startswith("samples of output"))
+    for entries, said in (
+        ({key: {**values["entries"][key], "loss": "low"}}, f"'{key}': loss='low' must be a number"),
+        ({key: {**values["entries"][key], "criterion": "random"}}, "criterion='random' is of another entry"),
+        ({key: 3}, key), ({figures: {"frechet": None}}, "figures.*None must be a number"),
+        ({"sets": [{"kind": "sensible"}]}, r"sets\[0\].share is missing"),
+    ):
+        result.path.write_text(json.dumps({**values, "entries": {**values["entries"], **entries}}))
+        with pytest.raises(ValueError, match=f"compare.json is damaged, remove it to measure.*{said}") as raised:
+            lamamba.compare_criteria(options, progress=None)
+        assert len(str(raised.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -240,15 +252,39 @@ def test_a_plan_writes_over_neither_scores_nor_itself(scored, name):
     ({"criterion": "nonsense"}, "criterion"), ({"parameters": 1}, "more than the whole network"),
     ({"energy": 1e-320}, "energy"), ({"about": {"times": 5}}, "a lower and a higher timestep"),
     ({"about": {"samples": 10**12}}, "samples"), ({"about": {"seed": "x"}}, "seed"),
-    ({"about": {"teacher": None}}, "which network"),
+    ({"about": {"teacher": None}}, "which network"), ({"about": {"criterion": "task"}}, "about says 'task'"),
+    ({"unit": {"score": -1.0}}, "is a mean square, 0 or more"), ({"unit": {"score": None}}, "is a mean square"),
+    ({"unit": {"by_time": [-1.0] * 10}}, "is a mean square"), ({"unit": {"score": 1e-9}}, "scores on their diagonal"),
+    ({"unit": {"standard_error": -1.0}}, "standard_error is 0 or more"),
+    ({"unit": {"parameters": 0}}, r"not of this network: unit encoder.0.0 has parameters: 0 there, \d+ here"),
+    ({"unit": {"group": "decoder.0"}}, "unit encoder.0.0 has group: 'decoder.0' there"),
 ])
 def test_damaged_scores_are_refused_by_name(scored, tmp_path, change, said):
     values = json.loads(scored.read_text())
+    change = dict(change)
     about = {**values["about"], **change.pop("about", {})}
+    values["units"][0] |= change.pop("unit", {})
     values |= {**change, "about": {key: value for key, value in about.items() if value is not None}}
     (tmp_path / "scores.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=said):
         plan(tmp_path)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda removed: {"removed": [*removed, removed[0]]}, "plan.json: .* is removed twice"),
+    (lambda removed: {"removed": [*removed, f"{removed[0]}.scan"]}, r"plan.json: .*\.scan"),
+    (lambda removed: {"removed": removed[1:]}, "plan.json: parameters=0.3.* are removed; plan again"),
+    (lambda removed: {"removed": [*removed, "encoder.9"]}, "plan.json: .*encoder.9"),
+    (lambda removed: {"parameters": 0.99}, "plan.json: parameters=0.99, and without its units 0.3"),
+    (lambda removed: {"multiply_adds": -1}, "plan.json: multiply_adds=-1, and without"),
+])
+def test_plans_that_were_edited_are_refused_by_name(scored, tmp_path, change, said):
+    made = plan(scored, measure=False, out=tmp_path / "plan.json")
+    values = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**values, **change(list(made.removed))}))
+    with pytest.raises(ValueError, match=said):
+        lamamba.remove_units(lamamba.RemoveUnitsOptions(plan=tmp_path, out=tmp_path / "pruned"))
+    assert not (tmp_path / "pruned").exists()
 
 
 def test_a_whole_stage_stays(scored):
@@ -273,6 +309,12 @@ def test_a_strangers_config_two_folders_up_is_not_read(model, tmp_path):
     shutil.copytree(model, tmp_path / "project" / "models" / "mine")
     (tmp_path / "project" / "config.json").write_text('{"train": {"epochs": 3}}')
     score(tmp_path / "project" / "models" / "mine", tmp_path / "s", criterion="magnitude")
+
+
+@pytest.mark.parametrize("name", ["random_draws", "sets"])
+def test_comparisons_without_an_end_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=1000000000000 must be at most"):
+        lamamba.CompareCriteriaOptions(model="shipped", **{name: 10**12})
 
 
 def test_shares_that_nothing_reaches_are_not_compared(model, tmp_path):

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import signal
+import threading
 
 import pytest
 import torch
@@ -54,6 +55,26 @@ def test_a_run_as_a_call_with_progress_and_result(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
     again = lamamba.train(options(tmp_path / "run", steps=5), progress=seen.append)
     assert (again.step, seen[-1].done, seen[-1].resumed) == (5, 5, 4)
+
+
+def test_a_second_training_in_another_thread_is_refused(tmp_path):
+    refused = []
+
+    def also_train(state):
+        try:
+            lamamba.train(options(tmp_path / "other"), progress=None)
+        except BlockingIOError as error:
+            refused.append(str(error))
+
+    def start(state):
+        thread = threading.Thread(target=also_train, args=(state,))
+        thread.start()
+        thread.join()
+
+    result = lamamba.train(options(tmp_path / "run", steps=1), progress=None, callbacks=[start])
+    assert (result.step, len(refused)) == (1, 1)
+    assert refused[0].startswith("another thread of this process trains, ")
+    assert not (tmp_path / "other").exists()
 
 
 def test_another_objective_is_refused_where_a_run_goes_on_from_a_source(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import lamamba as package
 from lamamba.cli import info
 from lamamba.cli.main import main
 from lamamba.options.training import load_recipe
@@ -68,3 +69,12 @@ def test_files_that_are_wrong_are_named_with_their_fault(lamamba, name, content,
 def test_a_byte_order_mark_is_no_fault(tmp_path):
     (tmp_path / "r.toml").write_bytes(b"\xef\xbb\xbfsteps = 3\n")
     assert load_recipe(str(tmp_path / "r.toml")).steps == 3
+
+
+def test_a_current_folder_that_was_removed_is_said_to_be(lamamba, tmp_path):
+    tmp_path.rmdir()
+    for command in (["info", "s"], ["plot", "run"], ["bench", "--json", "b.json"]):
+        said = "the current folder was removed; change to one that exists (cd, os.chdir)"
+        assert lamamba(*command)[::2] == (2, f"lamamba {command[0]}: {said}\n")
+    with pytest.raises(FileNotFoundError, match="the current folder was removed"):
+        package.doctor()

@@ -69,6 +69,18 @@ def test_losses_that_cannot_be_compared_are_said_to_be(tmp_path, monkeypatch, ch
     assert str(result).startswith(note or str(result.path))
 
 
+@pytest.mark.parametrize(("values", "said"), [
+    ({"architecture": "flow"}, "architecture='flow' must be named values"),
+    ({"train": {"loss": [1]}}, "loss=[1] must be named values"), ({"data": 3}, "data=3 must be named values"),
+    ({"sampling": [[]]}, "sampling=[[]] must be named values"), ([], "it holds no JSON object"),
+])
+def test_a_damaged_configuration_beside_a_log_is_named(lamamba, tmp_path, values, said):
+    write_run(tmp_path / "a", 3)
+    (tmp_path / "a" / "config.json").write_text(json.dumps(values))
+    status, _, err = lamamba("plot", "a", "--out", "a.png")
+    assert (status, err) == (2, f"lamamba plot: a/config.json is damaged: {said}\n")
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     (["empty", "--out", "a.jpg"], "out=a.jpg: the picture is a .png"),
     ([], "name at least one run"),

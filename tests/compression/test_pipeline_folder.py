@@ -83,6 +83,14 @@ def test_folders_that_are_no_pipelines_or_in_the_way_are_refused(teacher):
     with pytest.raises(FileNotFoundError, match=r"has no model_index.json"):
         open_unet(teacher / "unet")
     index = json.loads((teacher / "model_index.json").read_text())
+    for change, said in (
+        ({"_class_name": None}, "_class_name=None must be"), ({"_class_name": "a b"}, "must be the name"),
+        ({"unet": "UNet2DModel"}, "unet='UNet2DModel' must be"), ({"unet": [1, 2]}, "must be library and class"),
+    ):
+        (teacher / "model_index.json").write_text(json.dumps({**index, **change}))
+        with pytest.raises(ValueError, match=f"model_index.json: .*{said}"):
+            compress_pipeline(teacher, [UNIT], teacher.parent / "out")
+        assert not (teacher.parent / "out").exists()
     (teacher / "model_index.json").write_text(json.dumps({**index, "unet": ["os", "system"]}))
     with pytest.raises(ValueError, match="the U-Net is a system of os"):
         open_unet(teacher)

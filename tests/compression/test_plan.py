@@ -121,7 +121,7 @@ def test_budgets_that_cannot_be_met_are_refused(changes, message):
 
 
 def test_plans_and_scores_are_read_as_they_were_written(tmp_path):
-    scores = scores_of((1, 2, 3, 4, 5, 6), range(7), np.eye(7))
+    scores = scores_of((1, 2, 3, 4, 5, 6), range(7), np.diag(np.arange(7.0)))
     scores.save(tmp_path / "scores.json")
     again = Scores.load(tmp_path / "scores.json")
     assert again.to_json() == scores.to_json()

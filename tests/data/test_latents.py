@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -262,6 +263,36 @@ def test_a_scale_that_was_removed_is_not_that_of_pixels(encoded, tmp_path):
     (tmp_path / "out" / "index.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"index\.json: facts.scale is missing"):
         LatentSet(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("facts", "said"), [
+    ({"scale": 1e300}, "scale=1e+300 and shift=0.25 are those of no autoencoder"),
+    ({"scale": -1e-30}, "scale=-1e-30 and shift=0.25 are those"),
+    ({"shift": -1e9}, "scale=0.5 and shift=-1e+09 are those"),
+    ({"latents_mean": [1e9] * 4, "latents_std": [1.0] * 4}, "latents_mean=(1000000000.0,"),
+    ({"latents_mean": [0.0] * 4, "latents_std": [1e-9] * 4}, "deviations lie in 1e-06 .. 1e+06"),
+])
+def test_scales_of_no_autoencoder_are_refused(encoded, tmp_path, facts, said):
+    values = json.loads((encoded / "index.json").read_text())
+    values["plan"]["facts"] |= facts
+    (tmp_path / "index.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"index\.json: .*{re.escape(said)}"):
+        LatentSet(tmp_path)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_in_the_place_of_a_shard_is_named_before_any_work(place, encoded, tmp_path, monkeypatch, finished):
+    shutil.copytree(encoded, tmp_path / "out")
+    shard = tmp_path / "out" / "shard_00001.safetensors"
+    shard.unlink()
+    shard.mkdir()
+    if not finished:
+        (tmp_path / "out" / "index.json").unlink()
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    monkeypatch.setattr(encoding._EncodingJob, "make_shard", None)
+    with pytest.raises(FileExistsError, match="shard_00001.safetensors is a folder where a file of the latents"):
+        run_encode(place, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
 
 
 @pytest.mark.parametrize("note", [

@@ -77,6 +77,14 @@ def test_files(tmp_path):
     path.write_text(json.dumps({**values, "entries": [{"figures": {}}]}))
     with pytest.raises(ValueError, match=r"a\.json: entries\[0\]\.name is missing"):
         read_result(path)
+    entry = values["entries"][0]
+    for change, said in (({"figures": {"recall": 1.0}}, "figures has no frechet"),
+                         ({"protocol": {**entry["protocol"], "reference": None}}, "protocol has no reference"),
+                         ({"protocol": {}}, "protocol has no network")):
+        path.write_text(json.dumps({**values, "entries": [{**entry, **change}]}))
+        with pytest.raises(ValueError, match=rf"a\.json: entries\[0\]\.{said}: it is damaged, evaluate again"):
+            read_result(path)
+    assert disagreements(PROTOCOL, {**PROTOCOL, "grey": "a\nb"})[0].endswith(r'against "a\nb")')
 
 
 def test_metric_options_are_checked():

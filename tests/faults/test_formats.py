@@ -189,7 +189,8 @@ def _manifest(folder: Path) -> Path:
 
 
 def _result(folder: Path) -> Path:
-    entry = Entry(name="a", figures={"frechet": 1.0}, protocol={"images": 2, "network": {"name": "x"}})
+    protocol = {"images": 2, "network": {"name": "x"}, "reference": {"name": "y"}}
+    entry = Entry(name="a", figures={"frechet": 1.0}, protocol=protocol)
     write_result(folder / "r.json", [entry])
     return folder / "r.json"
 

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -108,6 +109,28 @@ def test_the_folder_holds_the_results_alone(expected):
             "3.part": [64, hashlib.sha256(content[::-1]).hexdigest()],
         },
     }
+
+
+def test_a_job_whose_folder_is_gone_does_not_wait_for_ever(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"out/\.unfinished is gone: it was removed, or the current folder"):
+        Job("out", report=lambda progress: os.chdir(tmp_path / "elsewhere")).run()
+    os.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is gone"):
+        Job("out", report=lambda progress: shutil.rmtree("out/.unfinished", ignore_errors=True)).run()
+
+
+@pytest.mark.parametrize("deaths", [(), (3,)])
+def test_a_folder_in_the_place_of_a_file_is_named_before_any_work(tmp_path, deaths):
+    with contextlib.suppress(Killed):
+        Job(tmp_path, deaths=deaths).run()
+    (tmp_path / "1.bin").unlink()
+    (tmp_path / "1.bin").mkdir()
+    again = Job(tmp_path)
+    with pytest.raises(FileExistsError, match="1.bin is a folder where a file of the bytes belongs; move it away"):
+        again.run()
+    assert not again.made
 
 
 damages = st.tuples(st.integers(0, 30), st.sampled_from(["flip", "cut", "delete", "empty"]), st.integers(0, 1 << 20))
