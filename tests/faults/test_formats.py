@@ -206,7 +206,7 @@ def _saved(folder: Path, values: Scores | Removal) -> Path:
 
 
 def _scores() -> Scores:
-    return scores_of((7, 5, 9, 3, 2, 1), range(1, 8), np.eye(7))
+    return scores_of((7, 5, 9, 3, 2, 1), range(1, 8), np.diag(range(1, 8)).astype(float))
 
 
 def _lora(folder: Path, file: str) -> Path:
