@@ -120,7 +120,7 @@ def train(
     data = as_training_set(open_data(config, run.path) if data is None else data, config)
     architecture, metadata = describe(config, data)
     watcher = progress if is_rank_zero() else None
-    is_logged = watcher == "auto" and not is_watched()                            # a line for a step now and then
+    is_logged = watcher == "auto" and not is_watched()                          # a line for a step now and then
     with reporting(watcher if is_logged else None) as report, reporting(None if is_logged else watcher) as report_step:
         pictures = _pictures(config, architecture, metadata, run, report)
         resumed = max(run.steps(), default=0)
