@@ -130,6 +130,7 @@ QUICK_CASES = (
     Case(32, 640, *TYPES[0], 20, 1), Case(32, 640, *TYPES[0], 20, 16), Case(6, 100, *TYPES[0], 7, 3),
     Case(16, 640, *TYPES[0]),
     Case(10, 100, *TYPES[4], heads=4),
+    Case(8, 2560, *TYPES[1], 80, 1), Case(8, 1280, *TYPES[4]), Case(32, 320, *TYPES[0]),         # these once spilled
 )
 
 
@@ -380,7 +381,7 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="five cases, with one of every launch")
+    parser.add_argument("--quick", action="store_true", help="eight cases, with one of every launch")
     parser.add_argument("--launch", default="*", help="a pattern of launches, such as 'scan*'")
     parser.add_argument("--arch", default="90,80", help="compute capabilities")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")

@@ -21,7 +21,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
-from lamamba.data.sources import FolderSource, Source, fingerprint, image_formats, printable
+from lamamba.data.image_files import image_formats, printable
+from lamamba.data.sources import FolderSource, Source, fingerprint
 
 logger = logging.getLogger("lamamba.data")
 

@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from lamamba.data.hub_sets import DATASETS_PREFIX, dataset_place, is_saved_dataset
+from lamamba.data.image_files import MANIFEST_NAME
 from lamamba.data.images import MIN_SIDE, BadImage, read_image
-from lamamba.data.sources import DATASETS_PREFIX, MANIFEST_NAME, Source, dataset_place, fingerprint, is_saved_dataset
+from lamamba.data.sources import Source, fingerprint
 from lamamba.options.base import checked, read_record, record
 from lamamba.utils.files import write_json
 

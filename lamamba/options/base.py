@@ -256,14 +256,17 @@ class _TooLarge(ValueError):
 
 def _check_whole_numbers(values: Any, path: str = "") -> None:
     """Check that whole numbers, at any depth, have 64 bits at most: others are in nobody's reach, and no floats."""
-    if isinstance(values, int) and not -(2**63) <= values < 2**64:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            _check_whole_numbers(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(values, list | tuple):
+        for number, value in enumerate(values):
+            if not isinstance(value, str):                                      # of which a set has a million
+                _check_whole_numbers(value, f"{path}[{number}]")
+    elif isinstance(values, int) and not -(2**63) <= values < 2**64:
         digits = str(values) if values.bit_length() < 10_000 else f"a number of {values.bit_length():,} bits"
-        shown = digits if len(digits) < 40 else f"{digits[:20]}..."
-        raise _TooLarge(f"{path}={shown} is too large: whole numbers are below 2^64 here")
-    is_list = isinstance(values, list | tuple)
-    for key, value in enumerate(values) if is_list else values.items() if isinstance(values, dict) else ():
-        if isinstance(value, dict | list | tuple) or (isinstance(value, int) and not -(2**63) <= value < 2**64):
-            _check_whole_numbers(value, f"{path}[{key}]" if is_list else f"{path}.{key}" if path else str(key))
+        given = digits if len(digits) < 40 else f"{digits[:20]}..."
+        raise _TooLarge(f"{path}={given} is too large: whole numbers are below 2^64 here")
 
 
 _adapter: Any = functools.cache(TypeAdapter)

@@ -11,11 +11,12 @@ from lamamba.config import LATENT_SCALE
 from lamamba.data.autoencoder import Autoencoder
 from lamamba.data.codec import CodecConfig
 from lamamba.data.digits import Digits
+from lamamba.data.image_files import is_junk
 from lamamba.data.images import Images
 from lamamba.data.latents import LatentSet, is_latents
 from lamamba.data.manifest import excluded_files
 from lamamba.data.sets import EncodedSet, PixelSet, TrainingSet
-from lamamba.data.sources import FolderSource, is_junk, open_source
+from lamamba.data.sources import FolderSource, open_source
 from lamamba.options.training import DataOptions, TrainConfig
 from lamamba.runs.folder import RunFolder
 from lamamba.utils.distributed import is_rank_zero, local_device

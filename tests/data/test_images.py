@@ -15,8 +15,9 @@ from PIL import Image, ImageOps
 
 from lamamba.data.codec import to_pixels, to_uint8
 from lamamba.data.digits import Digits
+from lamamba.data.image_files import image_formats
 from lamamba.data.images import BadImage, Images, centre_crop, decode, random_crop
-from lamamba.data.sources import FolderSource, image_formats
+from lamamba.data.sources import FolderSource
 
 BAD = {
     "empty.png": "empty", "text.jpg": "not an image", "header.png": "truncated", "half.png": "truncated",

@@ -15,16 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lamamba.data.image_files import JUNK_REASON, image_extensions, number_classes
 from lamamba.data.images import Images, read_bad_files
 from lamamba.data.manifest import Manifest, check_files, excluded_files, make_manifest, manifest_path
-from lamamba.data.sources import (
-    JUNK_REASON,
-    FolderSource,
-    _number_classes,
-    fingerprint,
-    image_extensions,
-    open_source,
-)
+from lamamba.data.sources import FolderSource, fingerprint, open_source
 from tests.data.test_images import BAD, CONVERTED, encoded, write_images, write_odd_files
 
 
@@ -334,7 +328,7 @@ def test_names_with_dots_and_names_that_come_twice_keep_their_own_class(tmp_path
 ])
 def test_classes_that_cannot_be_labels_are_refused_before_anything_is_allocated(classes, said):
     with pytest.raises(ValueError, match=said):
-        _number_classes("tars", classes)
+        number_classes("tars", classes)
 
 
 def test_hugging_face_data_sets_hold_the_same_images(tmp_path):
