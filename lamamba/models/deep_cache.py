@@ -35,7 +35,8 @@ class LaMambaCacheConfig:
     """
 
     interval: Positive = 3
-    """Every so many evaluations a pass is full; 1 makes all of them full."""
+    """Every so many evaluations a pass is full; 1 makes all of them full. After the warm-up the spacing of full
+    passes grows from 2 by one to this: near noise the deep features change fastest."""
     order: Literal[0, 1] = 1
     """Of the extrapolation in time: 1 is linear in the last two full passes, 0 repeats the last one."""
     warm_up: Positive = 2
@@ -52,7 +53,14 @@ class LaMambaCacheConfig:
     def full_passes(self, evaluations: int) -> int:
         """How many of a run's evaluations are full passes, where all their times differ."""
         first = max(self.warm_up, self.order + 1)
-        return min(evaluations, first) + max(0, evaluations - first) // self.interval
+        full, latest = min(evaluations, first), first - 1
+        while (latest := latest + self.spacing(full)) < evaluations:
+            full += 1
+        return full
+
+    def spacing(self, full: int) -> int:
+        """Evaluations from the latest of so many full passes to the next, after the warm-up."""
+        return min(self.interval, full - max(self.warm_up, self.order + 1) + 2)
 
     def check_run(self, evaluations: int) -> None:
         """Check that a run of so many evaluations can reuse anything.
@@ -96,7 +104,7 @@ class _Branch:
     def is_due(self, evaluation: int, config: LaMambaCacheConfig) -> bool:
         """Whether this evaluation is to be a full pass."""
         is_warm = self.count >= config.warm_up and len(self.passes) > config.order
-        return not is_warm or evaluation - self.latest >= config.interval
+        return not is_warm or evaluation - self.latest >= config.spacing(self.count)
 
     def extrapolate(self, time: float) -> Tensor:
         t1, last = self.passes[-1]

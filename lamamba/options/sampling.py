@@ -55,8 +55,8 @@ class SamplerOptions(DenoisingOptions):
     """A LoRA of the model, a run of lamamba train --lora.rank or a folder; without MODEL, of the model that it was
     trained for."""
     cache: Positive | None = None
-    """Compute all depths of the network in every so many evaluations only, and the outermost stages alone in the others
-    (the first two are always full); by default, and with 1, in all of them."""
+    """Compute all depths of the network in every so many evaluations only (more often near noise, in the first two
+    always), and the outermost stages alone in the others; by default, and with 1, in all of them."""
     cache_order: Literal[0, 1] | None = None
     """How the cache carries deep features on: 1, linearly from the last two full passes (the default), or 0, as they
     were."""
