@@ -22,8 +22,9 @@ from benchmarks.timing import medians
 from lamamba.benchmarking.environment import commit, device_name, versions
 from lamamba.config import UNetConfig
 from lamamba.inference.packing import pack_weights
-from lamamba.inference.quantizing import Quantization, quantize
+from lamamba.inference.quantizing import quantize
 from lamamba.models.unet import LaMambaUNet
+from lamamba.options.base import Quantization
 from lamamba.runs.model import move
 
 KINDS: tuple[Quantization | None, ...] = (None, "int8-dynamic")

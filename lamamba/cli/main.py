@@ -140,11 +140,13 @@ class _Notes(logging.Handler):
 
 
 def _show_notes() -> None:
-    """Add the handler to the logger "lamamba", once in a process."""
+    """Add the handler to the logger "lamamba", once in a process; quieten what other libraries say on import."""
     logger = logging.getLogger("lamamba")
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, _Notes) for handler in logger.handlers):
         logger.addHandler(_Notes())
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):     # missing kernels, deprecations
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     int8            weights in int8, one scale for each output channel; products in the network's own precision
     int8-dynamic    activations, too, in int8 at every product, one scale for each token
+    fp8             the same in float8_e4m3, on GPUs that multiply it, of networks in bfloat16
 
 Quantised are the products of tokens: projections of scan and attention, MLPs, merging and expanding. What is sensitive
 or has few rows stays: the condition's products (timestep embedding, condition and modulation of every block), the head,
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,15 @@ from torch import Tensor, nn
 from lamamba.models.blocks import ConditionLinear
 from lamamba.ops import native
 from lamamba.ops.layers import cpu
+from lamamba.options.base import Quantization
 
 if TYPE_CHECKING:
     from diffusers import TorchAoConfig
 
-Quantization = Literal["int8", "int8-dynamic"]
 KEPT = ("timestep_embedding", "condition", "modulation", "head", "lora_A", "lora_B")
 """Names of modules that keep their precision, wherever they are; W_x and W_dt are no modules and stay anyway."""
+FP8_CAPABILITY = (8, 9)
+"""Of GPUs, from which on they multiply float8."""
 
 
 def check_quantization(
@@ -38,10 +41,27 @@ def check_quantization(
     """Check that a network on this device and in this dtype can be quantised.
 
     Raises:
+        ValueError: for fp8 in another dtype than bfloat16, or on a device that does not multiply it.
         RuntimeError: without torchao, where it is needed, with what to install.
     """
+    if kind == "fp8":
+        _check_fp8(device, dtype)
     if not _has_kernels(kind, device, dtype, compiled):
         _check_torchao()
+
+
+def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    found = str(device.type)
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        found = f"{torch.cuda.get_device_name(device)} of {major}.{minor}"
+        if (major, minor) >= FP8_CAPABILITY:
+            if dtype != torch.bfloat16:
+                raise ValueError(f"fp8 products end in bfloat16, the network is in {str(dtype).removeprefix('torch.')}"
+                                 ": give dtype bfloat16, too")
+            return
+    raise ValueError(f"fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), not {found}: take "
+                     "int8-dynamic")
 
 
 def _check_torchao() -> None:
@@ -51,9 +71,16 @@ def _check_torchao() -> None:
 
 def _settings(kind: Quantization) -> Any:
     _check_torchao()
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        PerRow,
+    )
 
-    return {"int8": Int8WeightOnlyConfig, "int8-dynamic": Int8DynamicActivationInt8WeightConfig}[kind]()
+    if kind == "fp8":
+        return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    return Int8WeightOnlyConfig() if kind == "int8" else Int8DynamicActivationInt8WeightConfig()
 
 
 def quantization_config(kind: Quantization) -> TorchAoConfig:

@@ -120,10 +120,13 @@ Words = Annotated[tuple[str, ...], _splits(str), Strict(False), AfterValidator(_
 Labels = Annotated[tuple[int | str, ...], _splits(str), Strict(False), _word(str)]
 """Several values; the command line reads them from one word with commas: 256,512."""
 
+Quantization = Literal["int8", "int8-dynamic", "fp8"]
+"""Weights in eight bits; of the last two activations, too."""
+
 __all__ = [
     "MAX_THREADS", "Above0", "FilePath", "Ge", "Gt", "Labels", "Le", "Lt", "Name", "Numbers", "OrInfinity",
-    "Positive", "PositiveInts", "Threads", "Words", "checked", "from_dict", "joint_checks_later", "options",
-    "read_record", "read_toml", "record", "verb",
+    "Positive", "PositiveInts", "Quantization", "Threads", "Words", "checked", "from_dict", "joint_checks_later",
+    "options", "read_record", "read_toml", "record", "verb",
 ]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import BeforeValidator
 
-from lamamba.options.base import FilePath, Ge, Lt, Name, Numbers, Positive, not_empty, one_word, options
+from lamamba.options.base import FilePath, Ge, Lt, Name, Numbers, Positive, Quantization, not_empty, one_word, options
 from lamamba.options.metrics import MetricOptions
 
 
@@ -66,7 +66,7 @@ class EvaluateOptions:
     """For models of latents: folder or hub id; by default the one that made the latents."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the sampled network."""
-    quantize: Literal["int8", "int8-dynamic"] | None = None
+    quantize: Quantization | None = None
     """Weights in eight bits, or activations, too, as in lamamba sample."""
     ema: float | Literal["none"] | None = None
     """Which average: its decay, as 0.999, or "none" for the trained weights; by default the first."""

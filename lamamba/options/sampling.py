@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lamamba.options.base import FilePath, Ge, Labels, Le, Name, Positive, options
+from lamamba.options.base import FilePath, Ge, Labels, Le, Name, Positive, Quantization, options
 
 PICTURE_SUFFIXES = (".png", ".gif", ".mp4")
 
@@ -73,8 +73,9 @@ class SamplerOptions(DenoisingOptions):
     """"auto" (a GPU where there is one; under torchrun each process its own), or a PyTorch device."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the network, by default float32 (the sampler's own arithmetic always is)."""
-    quantize: Literal["int8", "int8-dynamic"] | None = None
-    """Weights in eight bits, by torchao (pip install 'lamamba-diff[quantize]'); int8-dynamic: activations, too."""
+    quantize: Quantization | None = None
+    """Weights in eight bits, by torchao (pip install 'lamamba-diff[quantize]'); int8-dynamic: activations, too; fp8:
+    both in float8, on GPUs that multiply it, with dtype bfloat16."""
     compile: bool = False
     """torch.compile the network first: worth its minute or two for many images, not for a few."""
 

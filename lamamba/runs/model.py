@@ -19,11 +19,11 @@ from lamamba.data.codec import CodecConfig, Decode, LatentDecoder, to_uint8
 from lamamba.data.labels import as_names, short_names
 from lamamba.inference.compiling import compile_network
 from lamamba.inference.packing import PACKED_DTYPES, pack_weights
-from lamamba.inference.quantizing import Quantization, quantize
+from lamamba.inference.quantizing import quantize
 from lamamba.models.adapters import check_peft
 from lamamba.models.unet import LaMambaUNet
 from lamamba.models.weights import check_weights, read_config
-from lamamba.options.base import from_dict
+from lamamba.options.base import Quantization, from_dict
 from lamamba.pretrained import is_shipped, shipped_model
 from lamamba.runs.folder import MANIFEST, CheckpointState, RunFolder, check_manifest
 from lamamba.runs.lora import Lora, LoraBase, add_lora, is_lora

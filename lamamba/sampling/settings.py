@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
@@ -14,7 +14,7 @@ from lamamba._version import __version__
 from lamamba.config import check_known
 from lamamba.diffusion.guidance import Guidance
 from lamamba.models.deep_cache import LaMambaCacheConfig
-from lamamba.options.base import Positive, from_dict, record
+from lamamba.options.base import Positive, Quantization, from_dict, record
 from lamamba.utils.files import parse_json
 
 SETTINGS_VERSION = 1
@@ -55,7 +55,7 @@ class Settings:
     dtype: str = "float32"
     """In which the network computed."""
     compiled: bool = False
-    quantized: Literal["int8", "int8-dynamic"] | None = None
+    quantized: Quantization | None = None
     """Weights (and activations) in eight bits; absent in files where they were not."""
     lora: str | None = None
     """As it was named; absent, as the next two, in files of pictures without."""

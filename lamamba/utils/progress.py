@@ -140,7 +140,7 @@ class _LogLines:
 
     def _watch(self) -> None:
         while not self._is_over.wait(LOG_SECONDS):
-            if self._state is not None:
+            if self._state is not None and self._state.done < self._state.total:
                 self._log_when_due(self._state)
 
     def _log_when_due(self, state: Progress) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 
 import pytest
@@ -11,12 +12,11 @@ import lamamba
 from lamamba import LaMambaUNet
 from lamamba.inference import quantizing
 from lamamba.pretrained import shipped_model
-from lamamba.runs.model import open_network
+from lamamba.runs.model import move, open_network
 from tests.networks import random_inputs
 
-needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 KINDS = ("int8", "int8-dynamic")
-BOUNDS = {"int8": 0.01, "int8-dynamic": 0.04}
+BOUNDS = {"int8": 0.01, "int8-dynamic": 0.04, "fp8": 0.05}
 """Of the output's error, root mean square over root mean square."""
 
 
@@ -45,7 +45,6 @@ def test_what_is_sensitive_keeps_its_precision():
     assert not any(name.startswith(("head", "timestep_embedding")) for name in chosen)
 
 
-@needs_torchao
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_output_changes_little_and_loading_again_changes_nothing(kind, tmp_path):
     model = open_network(None)[0]
@@ -63,6 +62,37 @@ def test_the_output_changes_little_and_loading_again_changes_nothing(kind, tmp_p
         assert torch.equal(again(x, t, labels), found)
     with pytest.raises(ValueError, match="its weights are quantised, which LaMambaUNet.from_pretrained reads"):
         lamamba.open_model(tmp_path)
+
+
+def test_fp8_changes_the_output_little(monkeypatch):
+    """With the CPU's product of float8, which torchao uses on GPUs alone."""
+    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
+    model = move(open_network(None)[0], torch.device("cpu"), torch.bfloat16)
+    x, t, labels = random_inputs(model.architecture, batch=8)
+    with torch.no_grad():
+        expected = model(x.to(torch.bfloat16), t, labels)
+        quantizing.quantize(model, "fp8")
+        assert 0 < error(model(x.to(torch.bfloat16), t, labels), expected) <= BOUNDS["fp8"]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "said"), [
+    (None, torch.bfloat16, "not cpu: take int8-dynamic"),
+    ((8, 0), torch.bfloat16, r"not NVIDIA A100 of 8\.0: take int8-dynamic"),
+    ((9, 0), torch.float32, "the network is in float32: give dtype bfloat16"),
+    ((8, 9), torch.bfloat16, None),
+])
+def test_fp8_is_for_gpus_that_multiply_it_and_bfloat16(capability, dtype, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    device = torch.device("cuda" if capability else "cpu")
+    with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
+        quantizing.check_quantization("fp8", device, dtype)
+
+
+def test_fp8_is_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="fp8 needs a GPU of compute capability 8.9 or more"):
+        lamamba.sample(lamamba.SampleOptions(quantize="fp8", device="cpu", out=tmp_path / "a.png"), progress=None)
+    assert not (tmp_path / "a.png").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -101,7 +131,6 @@ def test_int8_products_need_no_torchao_and_cannot_be_saved(monkeypatch):
         model.state_dict()
 
 
-@needs_torchao
 @pytest.mark.parametrize("kind", KINDS)
 def test_pictures_say_so_and_repeat_themselves(kind, tmp_path):
     options = dict(classes=[3], num=2, steps=3, device="cpu", out=tmp_path / "a.png")

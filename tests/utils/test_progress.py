@@ -65,6 +65,15 @@ def test_work_that_reports_nothing_for_long_is_not_silent(clock, caplog, monkeyp
     assert caplog.messages == ["timing 3/16  0.05 networks/s  4 min left  adm-256"]
 
 
+def test_work_that_is_done_says_no_more(clock, caplog, monkeypatch):
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.01)
+    with reporting("auto") as report:
+        report(Progress("sampling", 2, 2))
+        clock[0] += 60
+        time.sleep(0.3)
+    assert caplog.messages == []
+
+
 def test_a_bar_on_a_terminal_has_them_too(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
