@@ -21,6 +21,7 @@ import argparse
 import datetime
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ from lamamba.metrics.digits import DigitClassifier
 from lamamba.runs.model import fingerprint, open_network
 from lamamba.sampling import generate
 
-SCALES = (1.0, 1.75, 3.0)
+PER_RANGE = {1.0: 2000, 1.75: 1000, 3.0: 500}
+"""Images of each range by guidance scale: the larger the distance, the fewer tell ratios apart."""
 STEPS = (1, 2, 4)
 TEACHER_STEPS = 28
 FIRST_SEED = 50_000
@@ -110,10 +112,11 @@ class Scorer:
 
 
 def score_scale(
-    scorer: Scorer, teacher: Samples, students: list[Samples], scale: float, ranges: range
+    teacher: str, students: list[tuple[str, int]], folder: Path, scale: float, per_range: int, num_ranges: int
 ) -> dict[str, Any]:
-    """The scores of the teacher and of all students at one scale."""
-    expected = [teacher.images(scale, TEACHER_STEPS, number) for number in ranges]
+    """The scores of the teacher and of all students, each with a number of steps, at one scale."""
+    scorer, ranges = Scorer(per_range, num_ranges), range(num_ranges)
+    expected = [Samples(teacher, folder, per_range).images(scale, TEACHER_STEPS, number) for number in ranges]
     apart = [frechet_distance(rows(a), rows(b)) for a, b in zip(expected, expected[1:] + expected[:1], strict=True)]
     result: dict[str, Any] = {
         "images": sum(map(len, expected)), "ranges": len(expected), "floor": scorer.whole_floor,
@@ -121,18 +124,40 @@ def score_scale(
                     "floor_between_ranges": float(np.mean(apart)), **scorer.scores(expected)},
         "students": [],
     }
-    for number, student in enumerate(students):
-        for steps in STEPS:
-            found = [student.images(scale, steps, number) for number in ranges]
-            scores = scorer.scores(found)
-            own = [frechet_distance(rows(a), rows(b)) for a, b in zip(found, expected, strict=True)]
-            pairs = zip(scores["distances"], result["teacher"]["distances"], strict=True)
-            result["students"].append({
-                "number": number, "sha256": student.sha256, "steps": steps, "evaluations": steps, **scores,
-                "ratio": interval([a / b for a, b in pairs]),
-                "to_teacher": float(np.mean(own)), "to_teacher_in_floors": float(np.mean(own) / np.mean(apart)),
-            })
+    for path, steps in students:
+        student = Samples(path, folder, per_range)
+        found = [student.images(scale, steps, number) for number in ranges]
+        scores = scorer.scores(found)
+        own = [frechet_distance(rows(a), rows(b)) for a, b in zip(found, expected, strict=True)]
+        pairs = zip(scores["distances"], result["teacher"]["distances"], strict=True)
+        result["students"].append({
+            "sha256": student.sha256, "steps": steps, "evaluations": steps, **scores,
+            "ratio": interval([a / b for a, b in pairs]),
+            "to_teacher": float(np.mean(own)), "to_teacher_in_floors": float(np.mean(own) / np.mean(apart)),
+        })
     return result
+
+
+def judge(
+    students: list[tuple[str, int]], folder: Path, json_file: Path | None, *, teacher: str = "shipped",
+    scales: Iterable[float] = PER_RANGE, per_range: int | None = None, num_ranges: int = 5,
+) -> str:
+    """Score students, each a model with a number of steps: the table. Other scales stay in the file."""
+    torch.set_num_threads(1)
+    result = {
+        "date": datetime.date.today().isoformat(), "lamamba": __version__, "commit": commit(),
+        "torch": torch.__version__, "first_seed": FIRST_SEED, "teacher_sha256": fingerprint(open_network(teacher)[0]),
+        "scales": {
+            f"{scale:g}": score_scale(teacher, students, folder, scale, per_range or PER_RANGE[scale], num_ranges)
+            for scale in scales
+        },
+    }
+    if json_file and json_file.is_file():                                       # other scales, with other numbers
+        before = json.loads(json_file.read_text(encoding="utf-8"))
+        result["scales"] = dict(sorted({**before["scales"], **result["scales"]}.items()))
+    if json_file:
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return markdown(result)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -150,7 +175,7 @@ def markdown(result: dict[str, Any]) -> str:
         teacher = entry["teacher"]
         lines.append(f"| {scale} | teacher, {teacher['evaluations']} | {teacher['distance']:.4f} | 1 | "
                      f"| {teacher['recognised']:.1%} |")
-        for steps in STEPS if entry["students"] else ():
+        for steps in dict.fromkeys(line["steps"] for line in entry["students"]):
             of = [line for line in entry["students"] if line["steps"] == steps]
             lines.append(
                 f"| {scale} | {steps} | {over([line['distance'] for line in of], '{:.4f}')} | "
@@ -167,29 +192,19 @@ def main() -> None:
     parser.add_argument("students", nargs="*", help="runs or models of flow maps, one for each training seed")
     parser.add_argument("--teacher", default="shipped")
     parser.add_argument("--images", type=Path, required=True, help="folder where images are kept")
-    parser.add_argument("--per-range", type=int, default=2000, help=f"images, a multiple of {BLOCK}")
+    parser.add_argument("--per-range", type=int, help=f"images, a multiple of {BLOCK}; by default {PER_RANGE}")
     parser.add_argument("--ranges", type=int, default=5)
-    parser.add_argument("--scales", type=float, nargs="*", default=SCALES)
+    parser.add_argument("--scales", type=float, nargs="*", default=list(PER_RANGE))
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    torch.set_num_threads(1)
-    if chosen.per_range % BLOCK:
-        raise SystemExit(f"--per-range {chosen.per_range} is no multiple of {BLOCK}")
-    teacher = Samples(chosen.teacher, chosen.images, chosen.per_range)
-    students = [Samples(path, chosen.images, chosen.per_range) for path in chosen.students]
-    scorer = Scorer(chosen.per_range, chosen.ranges)
-    result = {
-        "date": datetime.date.today().isoformat(), "lamamba": __version__, "commit": commit(),
-        "torch": torch.__version__, "first_seed": FIRST_SEED, "teacher_sha256": teacher.sha256,
-        "scales": {f"{scale:g}": score_scale(scorer, teacher, students, scale, range(chosen.ranges))
-                   for scale in chosen.scales},
-    }
-    if chosen.json and chosen.json.is_file():                                   # other scales, with other numbers
-        before = json.loads(chosen.json.read_text(encoding="utf-8"))
-        result["scales"] = dict(sorted({**before["scales"], **result["scales"]}.items()))
-    print(markdown(result))
-    if chosen.json:
-        chosen.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if chosen.per_range is None and (unknown := set(chosen.scales) - set(PER_RANGE)):
+        parser.error(f"scales {sorted(unknown)} need --per-range")
+    if chosen.per_range and chosen.per_range % BLOCK:
+        parser.error(f"--per-range {chosen.per_range} is no multiple of {BLOCK}")
+    print(judge(
+        [(path, steps) for path in chosen.students for steps in STEPS], chosen.images, chosen.json,
+        teacher=chosen.teacher, scales=chosen.scales, per_range=chosen.per_range, num_ranges=chosen.ranges,
+    ))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 r"""A rival of the flow map at equal cost: progressive distillation (Salimans and Ho, 2022, "Progressive distillation").
 
-    python benchmarks/progressive.py --out rival
-    python benchmarks/flow_maps.py rival/steps-4 rival/steps-2 rival/steps-1 --images cache --json rival.json
+    python benchmarks/progressive.py --out rival --images cache --json benchmarks/results/progressive.json
 
 A student of n steps learns to do in one step what its teacher does in two; then it is the teacher of a student of n/2:
 
@@ -13,7 +12,8 @@ Network, guidance scale as an input, data, loss, optimizer, average, batch and n
 digits_few_steps; each student has the same share of the steps, and a learning rate that falls to zero. A step costs a
 pass forward and backward of a batch and two of targets, the flow map's one and a quarter to two.
 
-Each student is judged at its own number of steps. A student that is there already is not trained again.
+The last three students are judged at their own number of steps, as flow_maps.py judges flow maps. A student that is
+there already is not trained again, and images that are there are not drawn again.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.flow_maps import STEPS, judge
 from lamamba import LaMambaUNet
 from lamamba.data.codec import to_pixels
 from lamamba.data.digits import Digits
@@ -95,6 +96,8 @@ def distill(config: TrainConfig, student: LaMambaUNet, teacher: MeanVelocity, nu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the students")
+    parser.add_argument("--images", type=Path, required=True, help="folder where images are kept, as of flow_maps.py")
+    parser.add_argument("--json", type=Path, help="results")
     parser.add_argument("--steps", type=int, help="of all students together; by default the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -116,6 +119,7 @@ def main() -> None:
         average, _ = open_network(folder)
         student.load_state_dict(average.state_dict())
         teacher = mean_velocity(average.requires_grad_(False).eval())
+    print(judge([(str(options.out / f"steps-{n}"), n) for n in STEPS], options.images, options.json))
 
 
 if __name__ == "__main__":
