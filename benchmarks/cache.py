@@ -44,7 +44,7 @@ from lamamba.sampling import generate
 from lamamba.viz.curves import tidy
 
 SAMPLERS = {
-    "flow-euler": ([28, 20, 16, 14], [(28, 2, 1), (28, 3, 1), (28, 3, 0), (28, 5, 1)]),
+    "flow-euler": ([28, 20, 17, 16, 15], [(28, 2, 1), (28, 3, 1), (28, 3, 0), (28, 4, 1), (28, 5, 1)]),
     "flow-dpm++": ([12, 9, 8, 6], [(12, 2, 1), (12, 3, 1), (8, 2, 1)]),
     "flow-unipc": ([12, 9, 8, 6], [(12, 2, 1), (12, 3, 1), (8, 2, 1)]),
 }
@@ -191,9 +191,9 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=5000, help="of each setting and range of seeds")
+    parser.add_argument("--images", type=int, default=2000, help="of each setting and range of seeds")
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS))
-    parser.add_argument("--ranges", type=int, default=3, help="of seeds")
+    parser.add_argument("--ranges", type=int, default=5, help="of seeds")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--times", action="store_true", help="only the times of a full and a shallow pass")
     parser.add_argument("--repeats", type=int, default=5, help="of the times")
