@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -38,6 +39,7 @@ from lamamba.data.digits import Digits
 from lamamba.metrics.digits import DigitClassifier
 from lamamba.runs.model import fingerprint, open_network
 from lamamba.sampling import generate
+from lamamba.viz.curves import save_figure
 
 PER_RANGE = {1.0: 2000, 1.75: 1000, 3.0: 500}
 """Images of each range by guidance scale: the larger the distance, the fewer tell ratios apart."""
@@ -187,6 +189,26 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def draw(teacher: str, student: str, folder: Path, path: Path) -> None:
+    """Ten digits of the same seeds by the teacher and by a flow map in 1, 2 and 4 steps, a panel for each scale."""
+    figure = Figure(figsize=(13, 2.3))
+    whole, few = (Samples(name, folder, BLOCK) for name in (teacher, student))
+    names = [f"teacher, {TEACHER_STEPS} steps", *(f"flow map, {n} step{'s' if n > 1 else ''}" for n in STEPS)]
+    panels = figure.subplots(1, len(PER_RANGE))
+    for axes, scale in zip(panels, PER_RANGE, strict=True):
+        found = [whole.images(scale, TEACHER_STEPS, 0), *(few.images(scale, steps, 0) for steps in STEPS)]
+        tiles = [np.pad(images[:10, :, :, 0], ((0, 0), (1, 1), (1, 1)), constant_values=70) for images in found]
+        axes.imshow(np.concatenate([np.hstack(row) for row in tiles]), cmap="gray")
+        axes.set(title=f"scale {scale:g}", xticks=[], yticks=[])
+        height = tiles[0].shape[1]
+        if axes is panels[0]:
+            axes.set_yticks([height * (row + 0.5) - 0.5 for row in range(len(names))], names)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("students", nargs="*", help="runs or models of flow maps, one for each training seed")
@@ -196,6 +218,7 @@ def main() -> None:
     parser.add_argument("--ranges", type=int, default=5)
     parser.add_argument("--scales", type=float, nargs="*", default=list(PER_RANGE))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path, help="of the first student's images beside the teacher's")
     chosen = parser.parse_args()
     if chosen.per_range is None and (unknown := set(chosen.scales) - set(PER_RANGE)):
         parser.error(f"scales {sorted(unknown)} need --per-range")
@@ -205,6 +228,8 @@ def main() -> None:
         [(path, steps) for path in chosen.students for steps in STEPS], chosen.images, chosen.json,
         teacher=chosen.teacher, scales=chosen.scales, per_range=chosen.per_range, num_ranges=chosen.ranges,
     ))
+    if chosen.picture and chosen.students:
+        draw(chosen.teacher, chosen.students[0], chosen.images, chosen.picture)
 
 
 if __name__ == "__main__":
