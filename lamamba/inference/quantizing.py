@@ -51,17 +51,17 @@ def check_quantization(
 
 
 def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
-    found = str(device.type)
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        found = f"{torch.cuda.get_device_name(device)} of {major}.{minor}"
-        if (major, minor) >= FP8_CAPABILITY:
-            if dtype != torch.bfloat16:
-                raise ValueError(f"fp8 products end in bfloat16, the network is in {str(dtype).removeprefix('torch.')}"
-                                 ": give dtype bfloat16, too")
-            return
-    raise ValueError(f"fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), not {found}: take "
-                     "int8-dynamic")
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if capability < FP8_CAPABILITY:
+        found = device.type
+        if device.type == "cuda":
+            found = "{} of {}.{}".format(torch.cuda.get_device_name(device), *capability)
+        raise ValueError(
+            f"fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), not {found}: take int8-dynamic"
+        )
+    if dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"fp8 products end in bfloat16, the network is in {name}: give dtype bfloat16, too")
 
 
 def _check_torchao() -> None:
