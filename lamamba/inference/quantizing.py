@@ -57,7 +57,8 @@ def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
         if device.type == "cuda":
             found = "{} of {}.{}".format(torch.cuda.get_device_name(device), *capability)
         raise ValueError(
-            f"fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), not {found}: take int8-dynamic"
+            f"fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), not {found}: take "
+            "int8-dynamic"
         )
     if dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
