@@ -13,6 +13,7 @@ distance      Fréchet distance between the pixels of the samples and of all 1,7
 to teacher    Fréchet distance to the teacher's images of the same seeds, so that guiding less than the teacher does not
               win; in units of the distance between the teacher's images of two different ranges.
 recognised    share that the classifier of lamamba/metrics/digits.py takes for the digit that was asked for.
+variance      of the pixels, summed, within a class: in the JSON file alone.
 """
 
 from __future__ import annotations
@@ -110,6 +111,8 @@ class Scorer:
             "distance": frechet_distance(rows(np.concatenate(ranges)), self._real) - self.whole_floor,
             "distances": self.distances(ranges),
             "recognised": float(np.mean([self._classifier.classify(images) == self._labels for images in ranges])),
+            "variance": float(np.mean([
+                rows(images[self._labels == label]).var(0).sum() for images in ranges for label in range(10)])),
         }
 
 
