@@ -576,9 +576,6 @@ def test_quantised_by_torchao(tmp_path, monkeypatch):
     pipe.unet = LaMambaUNet.from_pretrained(tmp_path / "plain", quantization_config=given, torch_dtype=torch.float32)
     quantised = unclipped(pipe)
     assert 0 < float((quantised - plain).norm()) < 0.05 * float(plain.norm())
-    pipe.unet.save_pretrained(tmp_path / "quantised")
-    pipe.unet = LaMambaUNet.from_pretrained(tmp_path / "quantised", torch_dtype=torch.float32)
-    torch.testing.assert_close(unclipped(pipe), quantised)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

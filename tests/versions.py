@@ -23,13 +23,13 @@ except ModuleNotFoundError:
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ("digits", "webdataset", "datasets", "export", "film", "lora")
+EXTRAS = ("digits", "webdataset", "datasets", "export", "film", "lora", "quantize")
 TOOLS = ("pytest>=8.2", "hypothesis>=6.100", "tomli>=2")
 TESTS = (
     "tests/test_pipeline.py", "tests/models/test_unet.py", "tests/models/test_adapters.py", "tests/diffusion",
     "tests/ops/test_selective_scan.py", "tests/ops/test_layers.py", "tests/ops/test_transforms.py", "tests/exporting",
     "tests/cli/test_sample.py", "tests/cli/test_export.py", "tests/training/test_options.py",
-    "tests/api/test_evaluate.py",
+    "tests/api/test_evaluate.py", "tests/inference/test_quantizing.py",
 )
 COMMANDS = (
     "doctor", "sample --steps 2 --out digits.png", "sample --steps 2 --compile --out compiled.png",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
@@ -588,8 +589,15 @@ class LaMambaUNet(Adapters, ModelMixin, CacheMixin, ConfigMixin):
 
         Raises:
             ValueError: with adapters, which save_lora_adapter saves.
+            RuntimeError: with quantised weights, where diffusers is older than 0.39.
         """
         self.check_plain("save_pretrained")
+        quantizer = getattr(self, "hf_quantizer", None)
+        if quantizer is not None and not hasattr(quantizer, "get_state_dict_and_metadata"):
+            raise RuntimeError(
+                f"diffusers {diffusers.__version__} cannot save quantised weights, 0.39 and newer can: "
+                "pip install --upgrade diffusers"
+            )
         super().save_pretrained(save_directory, *args, **kwargs)
 
     # pipelines look for variant and max_shard_size among its parameters
