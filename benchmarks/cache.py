@@ -49,6 +49,7 @@ SAMPLERS = {
     "flow-unipc": ([12, 9, 8, 6], [(12, 2, 1), (12, 3, 1), (8, 2, 1)]),
 }
 """Numbers of steps without a cache; steps, interval and order with one."""
+SETTING = ("sampler", "steps", "interval", "order", "full")
 FIRST_SEED = 200_000
 BATCH = 250
 
@@ -68,17 +69,21 @@ def settings(share: float, samplers: list[str]) -> list[dict[str, Any]]:
 
 
 def measure(chosen: argparse.Namespace, facts: dict[str, Any]) -> None:
-    """Sample every setting in every range of seeds; the results are saved after each of them."""
+    """Sample every setting in every range of seeds; results are saved after each of them, and what is there is kept."""
     model = open_network(shipped_model())[0].eval()
     digits = Digits(8)
     real, labels = rows(digits.images), [k % 10 for k in range(chosen.images)]
     classifier, floor = DigitClassifier(digits.images, digits.labels), real_floor(real, chosen.images)
     share = shallow_share(model.architecture)
-    facts |= {"images": chosen.images, "real_digits_distance": floor, "digits_share": share,
-              "rows": settings(share, chosen.samplers)}
+    done = facts.get("rows", []) if facts.get("images") == chosen.images else []
+    wanted = settings(share, chosen.samplers)
+    facts |= {"images": chosen.images, "real_digits_distance": floor, "digits_share": share, "rows": [
+        next((row for row in done if all(row[key] == each[key] for key in SETTING)), each) for each in wanted]}
     for number in range(chosen.ranges):
         first = FIRST_SEED + number * chosen.images
         for row in facts["rows"]:
+            if len(row["distance"]) > number:
+                continue
             cache = LaMambaCacheConfig(interval=row["interval"], order=row["order"])
             began = time.perf_counter()
             images = generate(
@@ -197,7 +202,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--times", action="store_true", help="only the times of a full and a shallow pass")
     parser.add_argument("--repeats", type=int, default=5, help="of the times")
-    parser.add_argument("--json", type=Path, help="results; --times adds to them")
+    parser.add_argument("--json", type=Path, help="results; the same command goes on, --times adds to them")
     parser.add_argument("--picture", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
