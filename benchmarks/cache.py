@@ -170,7 +170,8 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     panels = figure.subplots(1, len(samplers), sharey=True, squeeze=False)[0]
     for axes, sampler in zip(panels, samplers, strict=True):
         for kind, colour, marker, label in (
-            ("plain", "0.35", "o", "fewer steps"), ("1", "tab:blue", "D", "deep features extrapolated (order 1)"),
+            ("plain", "0.35", "o", "without: steps"),
+            ("1", "tab:blue", "D", "deep features extrapolated: steps/interval"),
             ("0", "tab:orange", "s", "deep features repeated (order 0)"),
         ):
             shown = [row for row in found if row["sampler"] == sampler and kind == (
@@ -181,9 +182,10 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
             axes.errorbar([row["cost"] for row in shown], means, errors, color=colour, marker=marker, capsize=3,
                           linestyle="-" if kind == "plain" else "none", label=label if shown else None)
             for row, mean in zip(shown, means, strict=True):
-                name = f"{row['steps']} steps" + (f", every {row['interval']}" if kind != "plain" else "")
-                axes.annotate(name, (row["cost"], mean), xytext=(5, 6 if kind == "plain" else -12),
-                              textcoords="offset points", fontsize=8, color=colour)
+                name = f"{row['steps']}" if kind == "plain" else f"{row['steps']}/{row['interval']}"
+                place, side = ((4, 5), "left") if kind == "plain" else ((0, -14), "center")
+                axes.annotate(name, (row["cost"], mean), xytext=place, textcoords="offset points", fontsize=8,
+                              color=colour, ha=side)
         axes.set(title=sampler, xlabel="cost in full evaluations per image")
         axes.margins(x=0.25, y=0.15)
     tidy(panels)
