@@ -121,7 +121,8 @@ def score_scale(
 ) -> dict[str, Any]:
     """The scores of the teacher and of all students, each with a number of steps, at one scale."""
     scorer, ranges = Scorer(per_range, num_ranges), range(num_ranges)
-    expected = [Samples(teacher, folder, per_range).images(scale, TEACHER_STEPS, number) for number in ranges]
+    whole = Samples(teacher, folder, per_range)
+    expected = [whole.images(scale, TEACHER_STEPS, number) for number in ranges]
     apart = [frechet_distance(rows(a), rows(b)) for a, b in zip(expected, expected[1:] + expected[:1], strict=True)]
     result: dict[str, Any] = {
         "images": sum(map(len, expected)), "ranges": len(expected), "floor": scorer.whole_floor,

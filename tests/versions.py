@@ -23,7 +23,7 @@ except ModuleNotFoundError:
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ("digits", "webdataset", "datasets", "export", "film", "lora", "quantize")
+EXTRAS = ("digits", "webdataset", "datasets", "export", "film", "lora", "quantize", "tensorboard")
 TOOLS = ("pytest>=8.2", "hypothesis>=6.100", "tomli>=2")
 TESTS = (
     "tests/test_pipeline.py", "tests/models/test_unet.py", "tests/models/test_adapters.py", "tests/diffusion",

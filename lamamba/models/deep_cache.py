@@ -50,17 +50,21 @@ class LaMambaCacheConfig:
         if type(self.order) is not int or self.order not in (0, 1):
             raise ValueError(f"cache order={shown(self.order)} must be 1 (linear in the last two full passes) or 0")
 
+    @property
+    def first_passes(self) -> int:
+        """How many evaluations at the beginning are full: the warm-up, and what the extrapolation needs."""
+        return max(self.warm_up, self.order + 1)
+
     def full_passes(self, evaluations: int) -> int:
         """How many of a run's evaluations are full passes, where all their times differ."""
-        first = max(self.warm_up, self.order + 1)
-        full, latest = min(evaluations, first), first - 1
+        full, latest = min(evaluations, self.first_passes), self.first_passes - 1
         while (latest := latest + self.spacing(full)) < evaluations:
             full += 1
         return full
 
     def spacing(self, full: int) -> int:
         """Evaluations from the latest of so many full passes to the next, after the warm-up."""
-        return min(self.interval, full - max(self.warm_up, self.order + 1) + 2)
+        return min(self.interval, full - self.first_passes + 2)
 
     def check_run(self, evaluations: int) -> None:
         """Check that a run of so many evaluations can reuse anything.
@@ -77,10 +81,9 @@ class LaMambaCacheConfig:
                 "or no cache"
             )
         if self.full_passes(evaluations) == evaluations:
-            first = max(self.warm_up, self.order + 1)
             raise ValueError(
-                f"the cache has nothing to reuse: {has}, of which the first {first} are always full; take more steps "
-                "or no cache"
+                f"the cache has nothing to reuse: {has}, of which the first {self.first_passes} are always full; take "
+                "more steps or no cache"
             )
 
 

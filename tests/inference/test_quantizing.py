@@ -19,8 +19,6 @@ from tests.networks import random_inputs
 KINDS = ("int8", "int8-dynamic")
 BOUNDS = {"int8": 0.01, "int8-dynamic": 0.04, "fp8": 0.05}
 """Of the output's error, root mean square over root mean square."""
-
-
 CAN_SAVE = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 39)
 
 
